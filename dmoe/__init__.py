@@ -1,0 +1,1 @@
+"""dmoe: a dropless Mixture-of-Experts layer for PyTorch."""

@@ -1,0 +1,1 @@
+"""@triton.jit bodies and their launch shapes, one file per operation, named as in ``dmoe/ops``."""

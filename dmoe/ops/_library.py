@@ -1,0 +1,119 @@
+"""Where every operation of dmoe is declared: one schema, then who implements it.
+
+Python defines each schema exactly once. ``csrc/`` only adds implementations (``STABLE_TORCH_LIBRARY_IMPL``), so the
+package imports, traces and runs with or without the compiled library; without it the CPU takes the ``*_ref`` functions.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "dmoe"
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+def _load_compiled() -> str | None:
+    """Load ``dmoe/_C.so``; None when it is loaded, otherwise the reason why it is not."""
+    path = Path(__file__).parent.parent / "_C.so"
+    if not path.exists():
+        return "csrc/ was not built when dmoe was installed"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{path.name} does not load: {error}"
+    return None
+
+
+missing_reason: str | None = _load_compiled()
+compiled: bool = missing_reason is None
+
+
+@functools.cache
+def warn_once_without_compiled() -> None:
+    """Say, once a process, that the reference operations run, what that costs and how to change it."""
+    warnings.warn(
+        f"dmoe runs on its plain-PyTorch reference operations ({missing_reason}): routing and the expert MLP are "
+        "several times slower on the CPU. `python -c 'import dmoe; dmoe.info()'` names the command that builds them.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+def define(
+    schema: str,
+    reference: Callable[..., Any],
+    *,
+    fake: Callable[..., Any],
+    cuda: Callable[..., Any] | None = None,
+    autocast: Callable[..., Any] | None = None,
+) -> Any:
+    """Declare ``dmoe::<schema>`` and return its overload packet's default overload.
+
+    Args:
+        schema: a torch.library schema, such as ``"sort(Tensor keys, int end_bit) -> (Tensor, Tensor)"``.
+        reference: the plain-PyTorch meaning of the operation. It serves the CPU when ``csrc/`` is not built.
+        fake: shapes and dtypes of the results, for tracing.
+        cuda: a Python implementation for CUDA (Triton, or a composition); None when ``csrc/`` has it, in which case
+            the reference stands in for a build without nvcc.
+        autocast: called as ``autocast(op, dtype, *args)`` with autocast off; None runs the operation on its inputs as
+            they are, with autocast off inside: integer work, and arithmetic that chooses its own precision.
+    """
+    name = schema[: schema.index("(")]
+    _library.define(schema)
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+
+    if not compiled:
+
+        @functools.wraps(reference)
+        def on_cpu(*args: Any, **kwargs: Any) -> Any:
+            warn_once_without_compiled()
+            return reference(*args, **kwargs)
+
+        _library.impl(name, on_cpu, "CPU")
+    if cuda is not None:
+        _library.impl(name, cuda, "CUDA")
+    elif not has_cuda_kernel(name):
+        _library.impl(name, reference, "CUDA")
+
+    for device_type in ("cpu", "cuda"):
+        _library.impl(name, _autocast_kernel(op, device_type, autocast), "Autocast" + device_type.upper())
+    return op
+
+
+def has_cuda_kernel(name: str) -> bool:
+    """Whether an implementation for CUDA is registered."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "CUDA")
+
+
+def _autocast_kernel(op: Any, device_type: str, rule: Callable[..., Any] | None) -> Callable[..., Any]:
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch.autocast(device_type, enabled=False):
+            return op(*args, **kwargs) if rule is None else rule(op, dtype, *args, **kwargs)
+
+    return kernel
+
+
+def register_autograd(op: Any, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+    """Attach a gradient formula to an operation returned by :func:`define`."""
+    torch.library.register_autograd(op, backward, setup_context=setup_context, lib=_library)
+
+
+def refuse_double_backward(op: Any) -> None:
+    """Make differentiating a backward operation one clear sentence instead of a missing-kernel error."""
+
+    def refuse(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(
+            f"{op}: double backward is not supported (a gradient of a gradient, e.g. create_graph=True, was asked "
+            "for); use MoEConfig(backend='reference') where second derivatives are needed"
+        )
+
+    register_autograd(op, refuse, lambda ctx, inputs, output: None)

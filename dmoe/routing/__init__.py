@@ -1,0 +1,1 @@
+"""hidden -> who goes where: one file per family of routers."""

@@ -1,0 +1,1 @@
+"""Argument translation for training frameworks, one subpackage each; importable as ``dmoe.integrations.<name>``."""
