@@ -24,9 +24,9 @@ _topk_indices = define(
 def topk_indices(scores: Tensor, k: int) -> Tensor:
     """Ids of the ``k`` largest scores of each row, the largest first.
 
-    Equal scores (-0 and +0 are equal) rank by id, the lowest first, on every device. NaN ranks above every number, again
-    the lowest id first, so the result holds valid ids whatever the scores are. The result has no gradient: gather the
-    scores with it to get one.
+    Equal scores (-0 and +0 are equal) rank by id, the lowest first, on every device. NaN ranks above every number,
+    again the lowest id first, so the result holds valid ids whatever the scores are. The result has no gradient: gather
+    the scores with it to get one.
 
     Args:
         scores: ``(T, E)`` float32, float64, bfloat16 or float16, any strides.
