@@ -100,7 +100,9 @@ class LinearRouter(nn.Module):
         jitter = self.config.input_jitter if self.training else 0.0
         seed = draw_seed(x.device) if jitter else None
         dtype = accumulate_dtype(x.dtype) if self.config.router_dtype == "float32" else x.dtype
-        return router_logits(x, self.weight, self.bias, dtype=dtype, jitter=jitter, seed=seed)
+        return router_logits(
+            x, self.weight, self.bias, dtype=dtype, jitter=jitter, seed=seed, backend=self.config.backend
+        )
 
     def update_selection_bias(self) -> None:
         """No bias to move, unless a family has one."""

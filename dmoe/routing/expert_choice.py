@@ -47,7 +47,10 @@ class ExpertChoiceRouter(LinearRouter):
         config = self.config
         num_tokens = router_logits.shape[0]
         scores, log_z = router_scores(
-            router_logits, config.score_function, with_log_z=config.router_z_loss_coefficient > 0
+            router_logits,
+            config.score_function,
+            with_log_z=config.router_z_loss_coefficient > 0,
+            backend=config.backend,
         )
         factor = config.top_k if config.capacity_factor is None else config.capacity_factor
         per_expert = min(max(math.ceil(factor * num_tokens / config.num_experts), config.min_capacity), num_tokens)

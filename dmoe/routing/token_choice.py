@@ -80,7 +80,9 @@ class TopKRouter(LinearRouter):
                 f"{tuple(router_logits.shape)}"
             )
         with_log_z = config.router_z_loss_coefficient > 0
-        scores, log_z = router_scores(router_logits, config.score_function, with_log_z=with_log_z)
+        scores, log_z = router_scores(
+            router_logits, config.score_function, with_log_z=with_log_z, backend=config.backend
+        )
         if expert_indices is None:
             expert_indices = self.select(scores)
         elif expert_indices.shape != (scores.shape[0], config.top_k) or expert_indices.is_floating_point():
@@ -108,6 +110,7 @@ class TopKRouter(LinearRouter):
             normalization=config.gate_normalization or over_chosen,
             after_drop=config.normalize_when == "after_drop" and config.gate_normalization is not None,
             scale=config.gate_scale,
+            backend=config.backend,
         )
         if self.load_since_update is not None and self.training and torch.is_grad_enabled():
             weights = _CountInBackward.apply(weights, plan.tokens_per_expert, self.load_since_update)
