@@ -104,6 +104,14 @@ class LinearRouter(nn.Module):
             x, self.weight, self.bias, dtype=dtype, jitter=jitter, seed=seed, backend=self.config.backend
         )
 
+    def _probabilities(self, scores: Tensor) -> Tensor:
+        """Scores as a distribution over experts: what the balance loss compares with the load (DeepSeek-V3, eq. 18)."""
+        if self.config.score_function == "softmax":
+            return scores
+        if not self.config.load_balancing_coefficient:  # only metrics read them: nothing to save
+            scores = scores.detach()
+        return scores / (scores.sum(-1, keepdim=True) + torch.finfo(scores.dtype).tiny)
+
     def update_selection_bias(self) -> None:
         """No bias to move, unless a family has one."""
 

@@ -67,11 +67,10 @@ class ExpertChoiceRouter(LinearRouter):
         token = token_indices.flatten()[row].clamp(min=0)
         expert = row // max(per_expert, 1)
         weights = scores.flatten()[token * config.num_experts + expert].masked_fill(plan.token_rows < 0, 0)
-        total = scores.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
         return Routing(
             plan=plan,
             gate_weights=weights * config.gate_scale,
-            router_probs=scores if config.score_function == "softmax" else scores / total,
+            router_probs=self._probabilities(scores),
             log_z=log_z,
             token_mask=token_mask,
         )

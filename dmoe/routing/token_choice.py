@@ -117,7 +117,7 @@ class TopKRouter(LinearRouter):
         return Routing(
             plan=plan,
             gate_weights=weights,
-            router_probs=scores if config.score_function == "softmax" else _shares(scores),
+            router_probs=self._probabilities(scores),
             log_z=log_z,
             expert_indices=expert_indices,
             token_mask=token_mask,
@@ -146,11 +146,6 @@ class TopKRouter(LinearRouter):
         load = self.load_since_update
         self.selection_bias += self.config.selection_bias_update_rate * torch.sign(load.mean() - load)
         load.zero_()
-
-
-def _shares(scores: Tensor) -> Tensor:
-    """Sigmoid scores as a distribution over experts, which is what the balance loss compares with the load."""
-    return scores / scores.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
 
 
 def _only_best_groups(scores: Tensor, num_groups: int, kept: int, group_score: str) -> Tensor:
