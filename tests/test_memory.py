@@ -26,6 +26,8 @@ def formula(config, tokens, dtype, *, rows=None):
     if config.load_balancing_coefficient:
         total += E * wide  # each expert's share of the load
         total += T * wide if config.score_function == "sigmoid" else 0  # each token's sum of scores
+    if config.selection_bias:
+        total += 4 * E  # the load that backward counts
     if config.router_z_loss_coefficient:
         total += T * wide  # log-partition of each token
     return total
@@ -68,6 +70,15 @@ def test_a_capacity_saves_fewer_rows(capacity):
     with saved_bytes(exclude=list(layer.parameters())) as saved:
         layer(x)
     assert saved.total == formula(config, 18, torch.float32, rows=min(36, 4 * capacity))
+
+
+def test_a_strided_input_is_copied_once():
+    config = MoEConfig(hidden_size=32, ffn_hidden_size=24, num_experts=4)
+    layer = MoE(config)
+    x = torch.randn(32, 18, requires_grad=True).t()
+    with saved_bytes(exclude=list(layer.parameters())) as saved:
+        layer(x)
+    assert saved.total == formula(config, 18, torch.float32)
 
 
 def test_dropout_saves_one_seed_and_no_mask():
