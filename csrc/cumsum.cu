@@ -38,9 +38,9 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const Sum* x, Sum* out, 
   }
 }
 
-// A block owns 32 columns; each of its 32 rows of threads owns a segment of the length. Segments are summed, the sums are
+// A block owns 32 columns; each of its rows of threads owns a segment of the length. Segments are summed, the sums are
 // scanned, and each segment is summed again from its start.
-constexpr int kSegments = 32;
+constexpr int kSegments = 16;
 
 template <bool kExclusive, typename Sum>
 __global__ void __launch_bounds__(32 * kSegments) columns_kernel(const Sum* x, Sum* out, int64_t length, int64_t columns) {
