@@ -105,8 +105,13 @@ Tensor grouped_gemm(const Tensor& a, const Tensor& b, const Tensor& expert_offse
   std::vector<Task> tasks;
   const int64_t block = block_rows(rows);
   for (int64_t e = 0; e < num_experts; ++e) {
-    for (int64_t row = offsets[e]; row < offsets[e + 1]; row += block) {
-      tasks.push_back({e, row, std::min(block, offsets[e + 1] - row)});
+    // As many blocks as come nearest to that height, all of one height: a small remainder would pay for packing the
+    // weight once more.
+    const int64_t count = offsets[e + 1] - offsets[e];
+    const int64_t pieces = std::max<int64_t>(1, (count + block / 2) / block);
+    const int64_t height = ((count + pieces - 1) / pieces + 15) / 16 * 16;
+    for (int64_t row = 0; row < count; row += height) {
+      tasks.push_back({e, offsets[e] + row, std::min(height, count - row)});
     }
   }
   parallel_tasks(static_cast<int64_t>(tasks.size()), [&](int64_t index) {
