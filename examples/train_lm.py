@@ -23,6 +23,7 @@ import torch
 from lm import checkpoint, report
 from lm.data import load_corpus
 from lm.generate import generate
+from lm.model import count_parameters
 from lm.settings import Settings, UsageError
 from lm.training import Run, StopOnSignal, train
 
@@ -126,7 +127,7 @@ def _run(options: argparse.Namespace) -> int:
         for run in runs:
             run.settings = settings
     for run in runs:
-        sizes = report.count_parameters(run.model, settings)
+        sizes = count_parameters(run.model, settings)
         print(f"{run.name:>5}: {sizes['total']:,} parameters, {sizes['active']:,} active for a byte")
     options.out.mkdir(parents=True, exist_ok=True)
     with StopOnSignal() as stop:

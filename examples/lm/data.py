@@ -42,7 +42,7 @@ class Corpus:
         digest = hashlib.sha256()
         for part in (self.train, self.held_out):
             digest.update(len(part).to_bytes(8, "little"))
-            digest.update(part.numpy())
+            digest.update(part.numpy().tobytes())
         return digest.hexdigest()
 
 

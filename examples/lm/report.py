@@ -28,7 +28,7 @@ INK, FAINT = "#222222", "#8a8a8a"
 def summarise(settings: Settings, corpus: Corpus, runs: Sequence[Run]) -> dict[str, Any]:
     """Every number of the report, as plain values."""
     by_name = {run.name: run for run in runs}
-    models = {}
+    models: dict[str, dict[str, Any]] = {}
     for run in runs:
         models[run.name] = {
             "parameters": count_parameters(run.model, settings),
@@ -74,7 +74,7 @@ def summarise(settings: Settings, corpus: Corpus, runs: Sequence[Run]) -> dict[s
 
 
 def crossing(curve: Sequence[dict[str, float]], level: float) -> dict[str, float] | None:
-    """Step and seconds at which a curve first comes down to ``level``, linear between its points; None: it never does."""
+    """Step and seconds at which a curve first comes down to ``level``, linear between its points, or None."""
     for before, after in itertools.pairwise(curve):
         high, low = before["held_out_bpb"], after["held_out_bpb"]
         if low <= level < high:
@@ -106,7 +106,7 @@ def draw(summary: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     s = Settings.from_dict(summary["settings"])
-    style = {
+    style: dict[Any, Any] = {
         "font.size": 12, "axes.edgecolor": FAINT, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
         "text.color": INK, "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left",
         "axes.titlesize": 13, "axes.titleweight": "bold", "axes.titlepad": 10,
@@ -115,7 +115,7 @@ def draw(summary: dict[str, Any], path: Path) -> None:
         figure = Figure(figsize=(12, 8.6), dpi=150, facecolor="white")
         FigureCanvasAgg(figure)
         grid = figure.add_gridspec(
-            2, 2, left=0.07, right=0.96, top=0.835, bottom=0.075, hspace=0.42, wspace=0.2, height_ratios=[1, 1.05]
+            2, 2, left=0.07, right=0.975, top=0.82, bottom=0.075, hspace=0.4, wspace=0.24, height_ratios=[1, 1.05]
         )
         _title(figure, summary, s)
         curves = {name: model["curve"] for name, model in summary["models"].items()}
@@ -134,14 +134,14 @@ def draw(summary: dict[str, Any], path: Path) -> None:
 def _title(figure: Any, summary: dict[str, Any], s: Settings) -> None:
     hardware, text = summary["hardware"], summary["text"]
     parameters = summary["models"]["moe"]["parameters"]
-    versus = "against its dense twin" if "dense" in summary["models"] else "language model"
+    versus = "against its dense twin, at equal active FLOPs" if "dense" in summary["models"] else "language model"
     figure.text(0.07, 0.955, f"Mixture of experts {versus}", fontsize=19, fontweight="bold", va="center")
     line = (
-        f"{s.layers} layers, {s.experts} experts, {s.top_k} at work on each byte: {parameters['total'] / 1e6:.1f} M "
-        f"parameters, {parameters['active'] / 1e6:.1f} M active."
+        f"{s.layers} layers, {s.experts} experts, {s.top_k} at work on each byte: {_amount(parameters['total'])} "
+        f"parameters, {_amount(parameters['active'])} active."
     )
     if "dense" in summary["models"]:
-        line += f" Dense twin: {summary['models']['dense']['parameters']['total'] / 1e6:.1f} M, all active."
+        line += f" Dense twin: {_amount(summary['models']['dense']['parameters']['total'])}, all active."
     figure.text(0.07, 0.917, line, fontsize=12.5, va="center")
     where = f"{hardware['name']}, {hardware['threads']} threads" if hardware["device"] == "cpu" else hardware["name"]
     figure.text(
@@ -170,7 +170,7 @@ def _curves(axes: Any, curves: dict[str, list[dict[str, float]]], key: str, labe
     highest = max(curve[min(len(curve) - 1, max(0, len(curve) // 6))]["held_out_bpb"] for curve in curves.values())
     room = max(highest - lowest, 1e-3)
     axes.set_ylim(lowest - 0.12 * room, highest + 0.05 * room)
-    axes.set_xlim(0, 1.2 * max(curve[-1][key] for curve in curves.values()))
+    _end_axis(axes, max(curve[-1][key] for curve in curves.values()))
     axes.set_xlabel(label_x)
     axes.set_ylabel("bits per byte (lower is better)")
     axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
@@ -206,7 +206,7 @@ def _mark_crossing(by_step: Any, by_time: Any, summary: dict[str, Any]) -> None:
             [reached[key], dense[key]], [dense["held_out_bpb"]] * 2, color=INK, linewidth=1, linestyle=(0, (3, 3))
         )
         axes.plot(reached[key], dense["held_out_bpb"], marker="o", markersize=8, color=INK, fillstyle="none")
-        text = f"the twin's end, in {100 * share:.0f}% of its {'steps' if key == 'step' else 'time'}"
+        text = f"where the twin ends,\nin {100 * share:.0f}% of its {'steps' if key == 'step' else 'time'}"
         axes.annotate(
             text,
             (reached[key], dense["held_out_bpb"]),
@@ -216,6 +216,13 @@ def _mark_crossing(by_step: Any, by_time: Any, summary: dict[str, Any]) -> None:
             va="top",
             fontsize=10.5,
         )
+
+
+def _end_axis(axes: Any, end: float) -> None:
+    """Ends the x axis at ``end``, with room for labels right of it."""
+    axes.set_xlim(0, 1.28 * end)
+    axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= end])
+    axes.spines["bottom"].set_bounds(0, end)
 
 
 def _load(figure: Any, cell: Any, routing: list[dict[str, Any]], s: Settings) -> None:
@@ -241,11 +248,11 @@ def _load(figure: Any, cell: Any, routing: list[dict[str, Any]], s: Settings) ->
         for spine in axes.spines.values():
             spine.set_visible(False)
         if layer == 0:
-            axes.set_title(f"Load of each of the {s.experts} experts")
+            axes.set_title(f"Load of each of the {s.experts} experts (1 is the mean)")
         if layer == s.layers - 1:
             axes.set_xlabel("training steps")
     bar = figure.colorbar(ScalarMappable(norm, palette), cax=figure.add_subplot(strips[:, 1]))
-    bar.set_ticks([-2, -1, 0, 1, 2], labels=["¼", "½", "mean", "double", "4 x"])
+    bar.set_ticks([-2, -1, 0, 1, 2], labels=["¼", "½", "1", "2", "4"])
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0)
 
@@ -264,16 +271,20 @@ def _entropy(axes: Any, routing: list[dict[str, Any]], s: Settings) -> None:
     for value, layer in sorted(ends):
         below = heights[layer] = max(value, below + 0.062 * 1.12 * max(most, 0.1))
     for layer in range(s.layers):
-        colour = colormaps["viridis"](0.05 + 0.75 * layer / max(1, s.layers - 1))
+        colour = colormaps["viridis"](0.05 + 0.68 * layer / max(1, s.layers - 1))
         axes.plot(steps, [entry["entropy"][layer] for entry in routing], color=colour, linewidth=2)
         axes.annotate(f"layer {layer + 1}", (steps[-1], heights[layer]), xytext=(8, 0), textcoords="offset points",
                       color=colour, fontweight="bold", va="center", annotation_clip=False)  # fmt: skip
     axes.set_ylim(0, 1.12 * max(most, 0.1))
-    axes.set_xlim(0, 1.2 * steps[-1])
-    axes.set_title("How undecided the routers are")
+    _end_axis(axes, steps[-1])
+    axes.set_title("Router entropy")
     axes.set_ylabel("entropy, nats")
     axes.set_xlabel("training steps")
     axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
+
+
+def _amount(number: int) -> str:
+    return f"{number / 1e6:.1f} M" if number >= 1e6 else f"{number:,}"
 
 
 def _shorten(text: str, length: int) -> str:
