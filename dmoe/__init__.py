@@ -1,1 +1,30 @@
 """dmoe: a dropless Mixture-of-Experts layer for PyTorch."""
+
+from __future__ import annotations
+
+from dmoe import functional, losses, metrics, ops
+from dmoe.config import MoEConfig
+from dmoe.experts import ExpertWeights
+from dmoe.layer import MoE
+from dmoe.model_tools import aux_loss, is_expert_param, moe_layers, set_aux_loss_scale, update_selection_bias
+from dmoe.plan import RoutingPlan, plan_expert_choice, plan_token_choice
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ExpertWeights",
+    "MoE",
+    "MoEConfig",
+    "RoutingPlan",
+    "aux_loss",
+    "functional",
+    "is_expert_param",
+    "losses",
+    "metrics",
+    "moe_layers",
+    "ops",
+    "plan_expert_choice",
+    "plan_token_choice",
+    "set_aux_loss_scale",
+    "update_selection_bias",
+]

@@ -1,1 +1,29 @@
-"""Operations."""
+"""The operations, one per file, each with its plain-PyTorch ``*_ref`` beside it."""
+
+from dmoe.ops.cumsum import exclusive_cumsum, inclusive_cumsum
+from dmoe.ops.gate_weights import gate_weights
+from dmoe.ops.grouped_gemm import grouped_gemm, grouped_gemm_weight
+from dmoe.ops.histogram import histogram
+from dmoe.ops.permute import permute
+from dmoe.ops.router_logits import router_logits
+from dmoe.ops.router_scores import router_scores
+from dmoe.ops.routing_plan import routing_plan
+from dmoe.ops.sort import sort
+from dmoe.ops.topk_indices import topk_indices
+from dmoe.ops.unpermute import unpermute
+
+__all__ = [
+    "exclusive_cumsum",
+    "gate_weights",
+    "grouped_gemm",
+    "grouped_gemm_weight",
+    "histogram",
+    "inclusive_cumsum",
+    "permute",
+    "router_logits",
+    "router_scores",
+    "routing_plan",
+    "sort",
+    "topk_indices",
+    "unpermute",
+]

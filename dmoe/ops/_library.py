@@ -1,7 +1,7 @@
 """Where every operation of dmoe is declared: one schema, then who implements it.
 
 Python defines each schema exactly once. ``csrc/`` only adds implementations (``STABLE_TORCH_LIBRARY_IMPL``), so the
-package imports, traces and runs with or without the compiled library; without it the CPU takes the ``*_ref`` functions.
+package imports, traces and runs with or without the compiled library: where it has no kernel, the ``*_ref`` serves.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ compiled: bool = missing_reason is None
 
 
 @functools.cache
-def warn_once_without_compiled() -> None:
+def _warn_once_without_compiled() -> None:
     """Say, once a process, that the reference operations run, what that costs and how to change it."""
     warnings.warn(
         f"dmoe runs on its plain-PyTorch reference operations ({missing_reason}): routing and the expert MLP are "
@@ -60,8 +60,7 @@ def define(
         schema: a torch.library schema, such as ``"sort(Tensor keys, int end_bit) -> (Tensor, Tensor)"``.
         reference: the plain-PyTorch meaning of the operation. It serves the CPU when ``csrc/`` is not built.
         fake: shapes and dtypes of the results, for tracing.
-        cuda: a Python implementation for CUDA (Triton, or a composition); None when ``csrc/`` has it, in which case
-            the reference stands in for a build without nvcc.
+        cuda: a Python implementation for CUDA (Triton); None when ``csrc/`` has it, or the reference is to serve.
         autocast: called as ``autocast(op, dtype, *args)`` with autocast off; None runs the operation on its inputs as
             they are, with autocast off inside: integer work, and arithmetic that chooses its own precision.
     """
@@ -70,17 +69,11 @@ def define(
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
 
-    if not compiled:
-
-        @functools.wraps(reference)
-        def on_cpu(*args: Any, **kwargs: Any) -> Any:
-            warn_once_without_compiled()
-            return reference(*args, **kwargs)
-
-        _library.impl(name, on_cpu, "CPU")
+    if not has_kernel(name, "CPU"):
+        _library.impl(name, reference if compiled else _warning_first(reference), "CPU")
     if cuda is not None:
         _library.impl(name, cuda, "CUDA")
-    elif not has_cuda_kernel(name):
+    elif not has_kernel(name, "CUDA"):
         _library.impl(name, reference, "CUDA")
 
     for device_type in ("cpu", "cuda"):
@@ -88,9 +81,18 @@ def define(
     return op
 
 
-def has_cuda_kernel(name: str) -> bool:
-    """Whether an implementation for CUDA is registered."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "CUDA")
+def has_kernel(name: str, device_key: str) -> bool:
+    """Whether ``csrc/`` (or an earlier registration) implements an operation for ``CPU`` or ``CUDA``."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", device_key)
+
+
+def _warning_first(reference: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(reference)
+    def on_cpu(*args: Any, **kwargs: Any) -> Any:
+        _warn_once_without_compiled()
+        return reference(*args, **kwargs)
+
+    return on_cpu
 
 
 def _autocast_kernel(op: Any, device_type: str, rule: Callable[..., Any] | None) -> Callable[..., Any]:

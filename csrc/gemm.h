@@ -1,0 +1,160 @@
+// Dense products inside a threaded operation on the CPU: one task, one thread, one call into PyTorch's own GEMM.
+//
+// What is here
+//   parallel_tasks(n, fn)    runs fn(task) for every task in [0, n), tasks handed out one at a time to the threads of
+//                            PyTorch's pool. Inside, MKL and oneDNN see a parallel region and stay single-threaded.
+//   Matrix, row_major(), transposed(), mm_out()     out = a @ b, or out += a @ b, on raw pointers with strides.
+//   round_up_rows(), Scratch                        see "Shapes in bfloat16".
+//
+// What a call costs beyond its arithmetic: see the figures at mm_out. Blocks of 64 rows or more make it disappear; a
+// product of a handful of rows is dominated by it.
+//
+// Shapes in bfloat16. PyTorch sends bfloat16 (and, where the CPU has the instructions, float16) to oneDNN, which
+// generates code for each (m, n, k, strides) it meets: 1.8 to 2.4 ms each on a Zen 5 core at 2.6 GHz, twenty times the
+// product itself at m = 128, n = k = 512, kept in a cache of 1024 entries. The rows per expert change at every step,
+// so products of exactly those rows would pay it again and again. Use row blocks of one fixed size, and round the last
+// block of an expert up with round_up_rows(): a product then has at most (block / 16) different shapes in its life.
+// float32 and float64 go to the BLAS library, which has no such cost, and round_up_rows() leaves them alone.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <exception>
+#include <memory>
+#include <new>
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include "check.h"
+
+namespace dmoe {
+
+// Runs fn(task) once for each task in [0, num_tasks), in no particular order, on PyTorch's threads. A free thread takes
+// the next task, so tasks may differ in size; put the large ones first. Each task must write its own memory only.
+//
+// A task may throw: the tasks not yet begun are then left out, and the first exception is thrown again here, once every
+// thread is back. (An exception that leaves a parallel region would end the process.)
+//
+// With one task, or one thread, it runs in the caller's thread, and a product inside may use all of PyTorch's threads.
+// Called inside another parallel region it runs there, on one thread.
+template <typename Function>
+void parallel_tasks(int64_t num_tasks, const Function& fn) {
+  if (num_tasks <= 0) return;
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr error;
+  const auto worker = [&](int64_t, int64_t) {
+    while (!failed.load(std::memory_order_relaxed)) {
+      const int64_t task = next.fetch_add(1, std::memory_order_relaxed);
+      if (task >= num_tasks) return;
+      try {
+        fn(task);
+      } catch (...) {
+        // Only the first to set the flag writes `error`; the end of the parallel region publishes it to the caller.
+        if (!failed.exchange(true)) error = std::current_exception();
+      }
+    }
+  };
+  const int64_t workers = std::min<int64_t>(num_tasks, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, workers, 1, worker);
+  if (error) std::rethrow_exception(error);
+}
+
+// A matrix in someone else's memory. Strides count elements. One of the two strides must be 1 for a fast product.
+struct Matrix {
+  void* data;
+  int64_t rows, cols;
+  int64_t row_stride, col_stride;
+};
+
+// (rows, cols) with `row_stride` elements from one row to the next; the data is written only where the matrix is `out`.
+inline Matrix row_major(const void* data, int64_t rows, int64_t cols, int64_t row_stride) {
+  return {const_cast<void*>(data), rows, cols, row_stride, 1};
+}
+
+inline Matrix transposed(const Matrix& matrix) {
+  return {matrix.data, matrix.cols, matrix.rows, matrix.col_stride, matrix.row_stride};
+}
+
+namespace detail {
+
+// A tensor on a matrix's memory, for one call.
+class Handle {
+ public:
+  Handle(const Matrix& matrix, int32_t dtype) {
+    const int64_t sizes[] = {matrix.rows, matrix.cols};
+    const int64_t strides[] = {matrix.row_stride, matrix.col_stride};
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob_v2(
+        matrix.data, 2, sizes, strides, 0, dtype, aoti_torch_device_type_cpu(), 0, &tensor_,
+        aoti_torch_layout_strided(), nullptr, 0));
+  }
+  ~Handle() { aoti_torch_delete_tensor_object(tensor_); }
+  Handle(const Handle&) = delete;
+  Handle& operator=(const Handle&) = delete;
+
+  AtenTensorHandle get() const { return tensor_; }
+
+ private:
+  AtenTensorHandle tensor_;
+};
+
+}  // namespace detail
+
+// out = a @ b, or out += a @ b with accumulate; all three of one dtype (float64, float32, bfloat16 or float16), sums in
+// float32 or wider. `out` must not overlap a or b. Empty products are right: k = 0 gives zeros (or leaves `out` alone).
+//
+// bfloat16 and float16 round at every call, so a sum in several calls with accumulate loses what one call would keep.
+//
+// A call costs 0.6 us beyond the product itself (a 1 x 1 x 1 product, Zen 5 core at 2.6 GHz; torch.mm(out=) from Python
+// costs 1.6 to 1.9). Through the dispatcher it was 0.9, and the dispatcher cannot be given addmm's Scalars.
+//
+// It goes below the dispatcher, so a worker thread, which inherits neither grad mode nor autocast from the caller,
+// needs no guards, and no dispatch mode of the caller's thread sees it. Throws what PyTorch throws.
+inline void mm_out(const Matrix& out, const Matrix& a, const Matrix& b, ScalarType dtype, bool accumulate = false) {
+  if (out.rows == 0 || out.cols == 0 || (a.cols == 0 && accumulate)) return;
+  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  const detail::Handle out_handle(out, code), a_handle(a, code), b_handle(b, code);
+  if (accumulate) {
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_cpu_addmm_out(out_handle.get(), out_handle.get(), a_handle.get(), b_handle.get(), 1.0, 1.0));
+  } else {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out_handle.get(), a_handle.get(), b_handle.get()));
+  }
+}
+
+// How many rows to give a product that needs `rows`: up to 15 more, whose results nobody reads, where every new shape
+// costs a code generation. (oneDNN takes float16 only on some CPUs; the others multiply it so slowly that nothing is
+// lost.) The added rows of `a` may hold anything, NaN included: a row of a product depends on that row alone. Where the
+// rows are summed over (a weight gradient), the added rows must be zero in both factors.
+inline int64_t round_up_rows(int64_t rows, ScalarType dtype) {
+  const bool generates_code = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+  return generates_code ? (rows + 15) / 16 * 16 : rows;
+}
+
+// Memory of one task, 64-byte aligned, kept and reused by the tasks of a thread. The contents are arbitrary.
+class Scratch {
+ public:
+  // At least `bytes` bytes; valid until the next call on this object.
+  void* get(size_t bytes) {
+    if (bytes > size_) {
+      size_ = (bytes + 63) / 64 * 64;
+      memory_.reset();  // first, so that the two never exist together
+      memory_.reset(::operator new(size_, std::align_val_t(64)));
+    }
+    return memory_.get();
+  }
+
+ private:
+  struct Delete {
+    void operator()(void* memory) const { ::operator delete(memory, std::align_val_t(64)); }
+  };
+  std::unique_ptr<void, Delete> memory_;
+  size_t size_ = 0;
+};
+
+}  // namespace dmoe

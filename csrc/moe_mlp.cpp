@@ -1,0 +1,593 @@
+// moe_mlp on the CPU: gather, both products and the activation per block of rows, then one weighted sum per token.
+//
+// What a composition of separate operations would cost and this does not: copies of x in expert order that live in
+// memory (a block's rows stay in cache), a read and a write of the hidden layer between operations, full-size zero
+// gradients for every slice of the weights, and one thread team per small product. Each task runs its products on one
+// thread, so many small experts keep all cores busy, and one hot expert is cut into blocks of rows.
+//
+// Bits depend on the shapes and the routing, never on which thread took which task.
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "check.h"
+#include "gemm.h"
+#include "moe_rows.h"
+#include "philox.h"
+
+namespace dmoe {
+namespace {
+
+using std::optional;
+using std::string;
+using std::vector;
+
+constexpr int64_t kBlockRows = 128;      // rows of one task: a block's operands fit a core's L2
+constexpr int64_t kBlockGradRows = 256;  // rows of a weight gradient in one task
+constexpr int64_t kWaveRows = 4096;      // rows whose backward buffers exist at once (one expert may need more)
+
+enum class GateOn { kOutput, kActivation, kInput };
+
+struct Arguments {
+  Tensor x, gate_weights, up_proj, down_proj;
+  optional<Tensor> up_bias, down_bias;
+  Tensor expert_offsets, row_to_token, row_to_slot, token_offsets, token_rows;
+  optional<Tensor> seed;
+  vector<int64_t> ffn_sizes;
+  string activation;
+  bool gated;
+  GateOn gate_on;
+  double activation_dropout, expert_dropout;
+};
+
+// One expert's rows of the plan and the place of its weights.
+struct Expert {
+  int64_t begin, rows;       // rows of the plan
+  int64_t width, start;      // its F, and its first column among packed experts of different widths
+  int64_t padded, padded_begin;  // backward: rows of its buffers, rounded up, and the first of them in its wave
+};
+
+struct Block {
+  int64_t expert, begin, rows;  // rows of the plan
+};
+
+template <typename T>
+struct Problem {
+  using A = Accumulate<T>;
+  static constexpr ScalarType kType = torch::headeronly::CppTypeToScalarType<T>::value;
+
+  const Arguments& args;
+  int64_t tokens, hidden, experts_count, rows_bound, assignments, width, total_width, pre_width;
+  const T *x, *up, *down, *up_bias, *down_bias;
+  const A* gates;
+  const int32_t *offsets, *row_to_token, *row_to_slot, *token_offsets, *token_rows;
+  uint64_t seed = 0;
+  vector<Expert> experts;
+
+  explicit Problem(const Arguments& a) : args(a) {
+    tokens = a.x.size(0), hidden = a.x.size(1);
+    experts_count = a.expert_offsets.size(0) - 1;
+    rows_bound = a.row_to_token.size(0), assignments = a.token_rows.size(0);
+    total_width = a.down_proj.size(a.down_proj.dim() - 1);
+    width = total_width;
+    if (!a.ffn_sizes.empty()) width = *std::max_element(a.ffn_sizes.begin(), a.ffn_sizes.end());
+    pre_width = a.gated ? 2 * width : width;
+    x = data(a.x), up = data(a.up_proj), down = data(a.down_proj);
+    up_bias = a.up_bias ? data(*a.up_bias) : nullptr;
+    down_bias = a.down_bias ? data(*a.down_bias) : nullptr;
+    gates = static_cast<const A*>(a.gate_weights.const_data_ptr());
+    offsets = index(a.expert_offsets), row_to_token = index(a.row_to_token), row_to_slot = index(a.row_to_slot);
+    token_offsets = index(a.token_offsets), token_rows = index(a.token_rows);
+    if (a.seed) seed = static_cast<uint64_t>(*static_cast<const int64_t*>(a.seed->const_data_ptr()));
+    int64_t start = 0;
+    for (int64_t e = 0; e < experts_count; ++e) {
+      const int64_t size = a.ffn_sizes.empty() ? width : a.ffn_sizes[e];
+      experts.push_back({offsets[e], offsets[e + 1] - offsets[e], size, start, 0, 0});
+      start += size;
+    }
+  }
+
+  static const T* data(const Tensor& tensor) { return static_cast<const T*>(tensor.const_data_ptr()); }
+  static const int32_t* index(const Tensor& tensor) { return static_cast<const int32_t*>(tensor.const_data_ptr()); }
+
+  bool packed() const { return !args.ffn_sizes.empty(); }
+
+  // How many matrices an expert's up projection is: 1, or gate and up apart from each other where experts are packed.
+  int64_t up_parts() const { return packed() && args.gated ? 2 : 1; }
+  // Offset of part `part` of expert e's up projection, in elements; its rows are `up_rows(e)`.
+  int64_t up_at(int64_t e, int64_t part) const {
+    return packed() ? (part * total_width + experts[e].start) * hidden : e * pre_width * hidden;
+  }
+  int64_t up_rows(int64_t e) const { return packed() ? experts[e].width : pre_width; }
+  int64_t down_at(int64_t e) const { return packed() ? experts[e].start : e * hidden * width; }
+  int64_t down_stride() const { return packed() ? total_width : width; }
+  int64_t up_bias_at(int64_t e, int64_t part) const {
+    return packed() ? part * total_width + experts[e].start : e * pre_width;
+  }
+
+  Matrix up_matrix(int64_t e, int64_t part) const { return row_major(up + up_at(e, part), up_rows(e), hidden, hidden); }
+  Matrix down_matrix(int64_t e) const {
+    return row_major(down + down_at(e), hidden, experts[e].width, down_stride());
+  }
+
+  int64_t assignment(int64_t row) const { return token_offsets[row_to_token[row]] + row_to_slot[row]; }
+  A gate(int64_t row) const { return gates[assignment(row)]; }
+
+  // Rows of the plan cut into tasks, the experts with many rows first.
+  vector<Block> blocks(int64_t first, int64_t last) const {
+    vector<Block> out;
+    for (int64_t e = first; e < last; ++e) {
+      for (int64_t row = 0; row < experts[e].rows; row += kBlockRows) {
+        out.push_back({e, experts[e].begin + row, std::min(kBlockRows, experts[e].rows - row)});
+      }
+    }
+    return out;
+  }
+
+  // x (times the gate weight, where that is on the input) of the rows of a block; zeros in holes.
+  void gather(const T* source, const Block& block, bool weighted, T* out) const {
+    for (int64_t r = 0; r < block.rows; ++r, out += hidden) {
+      const int64_t row = block.begin + r;
+      const int64_t token = row_to_token[row];
+      if (token < 0) {
+        std::fill(out, out + hidden, T(0.0f));
+      } else if (weighted) {
+        scale_row<T>(source + token * hidden, gate(row), out, hidden);
+      } else {
+        std::memcpy(out, source + token * hidden, hidden * sizeof(T));
+      }
+    }
+  }
+
+  // y[t] = sum of the token's rows, in slot order, weighted or not.
+  void combine(const T* rows, bool weighted, T* y) const {
+    torch::stable::parallel_for(0, tokens, 64, [&](int64_t begin, int64_t end) {
+      vector<A> sum(hidden);
+      for (int64_t t = begin; t < end; ++t) {
+        T* out = y + t * hidden;
+        const int64_t first = token_offsets[t], last = token_offsets[t + 1];
+        if (last - first == 2 && token_rows[first] >= 0 && token_rows[first + 1] >= 0) {
+          combine_two<T>(rows + token_rows[first] * hidden, weighted ? gates[first] : A(1),
+                         rows + token_rows[first + 1] * hidden, weighted ? gates[first + 1] : A(1), out, hidden);
+          continue;
+        }
+        std::fill(sum.begin(), sum.end(), A(0));
+        for (int64_t j = first; j < last; ++j) {
+          if (token_rows[j] < 0) continue;
+          accumulate_row<T>(sum.data(), weighted ? gates[j] : A(1), rows + token_rows[j] * hidden, hidden);
+        }
+        store_row<T>(sum.data(), out, hidden);
+      }
+    });
+  }
+};
+
+thread_local Scratch scratch_a, scratch_b, scratch_c, scratch_d;
+
+template <typename Function>
+auto with_activation(const string& name, const Function& fn) {
+  if (name == "silu") return fn(Silu{});
+  if (name == "gelu") return fn(Gelu{});
+  if (name == "gelu_tanh") return fn(GeluTanh{});
+  DMOE_CHECK(name == "relu", "moe_mlp: activation: expected gelu, gelu_tanh, relu or silu, got ", name);
+  return fn(Relu{});
+}
+
+// ---------------------------------------------------------------------------------------------------------- forward
+
+// One block of rows: pre-activation (kept when `pre` is given), hidden, and the down projection's rows.
+template <typename T, typename Activation>
+void forward_block(const Problem<T>& p, const Block& block, T* pre, T* rows_out) {
+  using A = Accumulate<T>;
+  const Expert& expert = p.experts[block.expert];
+  const int64_t padded = round_up_rows(block.rows, p.kType), f = expert.width, f_max = p.width;
+
+  T* x_rows = static_cast<T*>(scratch_a.get(padded * p.hidden * sizeof(T)));
+  p.gather(p.x, block, p.args.gate_on == GateOn::kInput, x_rows);
+
+  // The rounded-up rows belong to the next expert, so the product may write them only into scratch.
+  const bool in_place = pre != nullptr && padded == block.rows;
+  T* pre_rows = in_place ? pre + block.begin * p.pre_width
+                         : static_cast<T*>(scratch_b.get(padded * p.pre_width * sizeof(T)));
+  for (int64_t part = 0; part < p.up_parts(); ++part) {
+    const Matrix out = row_major(pre_rows + part * f_max, padded, p.up_rows(block.expert), p.pre_width);
+    mm_out(out, row_major(x_rows, padded, p.hidden, p.hidden), transposed(p.up_matrix(block.expert, part)), p.kType);
+  }
+
+  T* hidden = static_cast<T*>(scratch_c.get(padded * f * sizeof(T)));
+  vector<A> mask(p.args.activation_dropout > 0 ? f : 0);
+  for (int64_t r = 0; r < block.rows; ++r) {
+    const int64_t row = block.begin + r;
+    const bool real = p.row_to_token[row] >= 0;
+    T* gate_part = pre_rows + r * p.pre_width;
+    T* up_part = p.args.gated ? gate_part + f_max : nullptr;
+    if (p.up_bias != nullptr && real) {
+      add_row<T>(gate_part, p.up_bias + p.up_bias_at(block.expert, 0), p.up_rows(block.expert));
+      if (p.up_parts() == 2) add_row<T>(up_part, p.up_bias + p.up_bias_at(block.expert, 1), f);
+    }
+    for (int64_t part = 0; part * f_max < p.pre_width && f < f_max; ++part) {
+      std::fill(gate_part + part * f_max + f, gate_part + (part + 1) * f_max, T(0.0f));
+    }
+    if (!mask.empty() && real) {
+      dropout_row<A>(p.seed, p.assignment(row), kActivationDropout, p.args.activation_dropout, f, mask.data());
+    }
+    const A scale = p.args.gate_on == GateOn::kActivation && real ? p.gate(row) : A(1);
+    activate_row<T, Activation>(gate_part, up_part, scale, mask.empty() ? nullptr : mask.data(), hidden + r * f, f);
+  }
+  if (pre != nullptr && !in_place) {
+    std::memcpy(pre + block.begin * p.pre_width, pre_rows, block.rows * p.pre_width * sizeof(T));
+  }
+
+  const bool out_in_place = padded == block.rows;
+  T* out_rows = out_in_place ? rows_out + block.begin * p.hidden
+                             : static_cast<T*>(scratch_d.get(padded * p.hidden * sizeof(T)));
+  mm_out(row_major(out_rows, padded, p.hidden, p.hidden), row_major(hidden, padded, f, f),
+         transposed(p.down_matrix(block.expert)), p.kType);
+  vector<A> out_mask(p.args.expert_dropout > 0 ? p.hidden : 0);
+  for (int64_t r = 0; r < block.rows && (p.down_bias != nullptr || !out_mask.empty()); ++r) {
+    const int64_t row = block.begin + r;
+    if (p.row_to_token[row] < 0) continue;
+    T* out = out_rows + r * p.hidden;
+    if (p.down_bias != nullptr) add_row<T>(out, p.down_bias + block.expert * p.hidden, p.hidden);
+    if (!out_mask.empty()) {
+      dropout_row<A>(p.seed, p.assignment(row), kExpertDropout, p.args.expert_dropout, p.hidden, out_mask.data());
+      multiply_row<T>(out, out_mask.data(), out, p.hidden);
+    }
+  }
+  if (!out_in_place) std::memcpy(rows_out + block.begin * p.hidden, out_rows, block.rows * p.hidden * sizeof(T));
+}
+
+template <typename T>
+void forward(const Arguments& args, T* y, T* pre) {
+  const Problem<T> p(args);
+  Tensor rows_out = torch::stable::new_empty(args.x, {p.rows_bound, p.hidden});
+  T* rows = static_cast<T*>(rows_out.mutable_data_ptr());
+  const vector<Block> blocks = p.blocks(0, p.experts_count);
+  with_activation(args.activation, [&](auto activation) {
+    parallel_tasks(static_cast<int64_t>(blocks.size()), [&](int64_t task) {
+      forward_block<T, decltype(activation)>(p, blocks[task], pre, rows);
+    });
+  });
+  if (pre != nullptr && p.experts_count > 0) {  // rows that dropped assignments left unused
+    const int64_t used = p.offsets[p.experts_count];
+    std::fill(pre + used * p.pre_width, pre + p.rows_bound * p.pre_width, T(0.0f));
+  }
+  p.combine(rows, args.gate_on == GateOn::kOutput, y);
+}
+
+// --------------------------------------------------------------------------------------------------------- backward
+
+// Rows of an expert's backward buffers. Where products are generated per shape, the number of rows summed over by the
+// weight gradients is rounded up to one of 16 steps an octave, with zeros, so that few shapes ever occur.
+int64_t padded_rows(int64_t rows, ScalarType dtype) {
+  if (rows == 0 || round_up_rows(1, dtype) == 1) return rows;
+  int64_t step = 16;
+  while (step * 16 < rows) step *= 2;
+  return (rows + step - 1) / step * step;
+}
+
+template <typename T>
+struct Gradients {
+  T *x, *up, *down, *up_bias, *down_bias;
+  Accumulate<T>* gate;
+};
+
+// Buffers of the experts of one wave, by padded row: what the weight gradients sum over.
+template <typename T>
+struct Wave {
+  T *x, *grad_out, *hidden, *grad_pre;
+};
+
+// One block of rows: through the down projection, the activation and the up projection.
+template <typename T, typename Activation>
+void backward_block(const Problem<T>& p, const Block& block, const T* grad_y, const T* pre, const Wave<T>& wave,
+                    T* grad_rows, Accumulate<T>* row_gate) {
+  using A = Accumulate<T>;
+  const Expert& expert = p.experts[block.expert];
+  const int64_t padded = round_up_rows(block.rows, p.kType), f = expert.width, parts = p.args.gated ? 2 : 1;
+  const int64_t place = expert.padded_begin + block.begin - expert.begin;
+  const bool on_output = p.args.gate_on == GateOn::kOutput, on_input = p.args.gate_on == GateOn::kInput;
+  T* x_rows = wave.x + place * p.hidden;
+  T* grad_out = wave.grad_out + place * p.hidden;
+  // Room for the widest expert; this one's rows lie f apart in it.
+  const int64_t local = block.begin - expert.begin;
+  T* hidden = wave.hidden + expert.padded_begin * p.width + local * f;
+  T* grad_pre = wave.grad_pre + expert.padded_begin * p.pre_width + local * parts * f;
+
+  p.gather(p.x, block, on_input, x_rows);
+  p.gather(grad_y, block, false, grad_out);
+  vector<A> out_mask(p.args.expert_dropout > 0 ? p.hidden : 0), mask(p.args.activation_dropout > 0 ? f : 0);
+  for (int64_t r = 0; r < block.rows && !out_mask.empty(); ++r) {
+    if (p.row_to_token[block.begin + r] < 0) continue;
+    const int64_t counter = p.assignment(block.begin + r);
+    dropout_row<A>(p.seed, counter, kExpertDropout, p.args.expert_dropout, p.hidden, out_mask.data());
+    multiply_row<T>(grad_out + r * p.hidden, out_mask.data(), grad_out + r * p.hidden, p.hidden);
+  }
+
+  mm_out(row_major(hidden, padded, f, f), row_major(grad_out, padded, p.hidden, p.hidden),
+         p.down_matrix(block.expert), p.kType);
+
+  for (int64_t r = 0; r < block.rows; ++r) {
+    const int64_t row = block.begin + r;
+    T* hidden_row = hidden + r * f;
+    T* grad_gate_part = grad_pre + r * parts * f;
+    if (p.row_to_token[row] < 0) {
+      std::fill(hidden_row, hidden_row + f, T(0.0f));
+      std::fill(grad_gate_part, grad_gate_part + parts * f, T(0.0f));
+      row_gate[row] = A(0);
+      continue;
+    }
+    if (!mask.empty()) {
+      dropout_row<A>(p.seed, p.assignment(row), kActivationDropout, p.args.activation_dropout, f, mask.data());
+    }
+    const T* gate_part = pre + row * p.pre_width;
+    const T* up_part = p.args.gated ? gate_part + p.width : nullptr;
+    A grad = activate_row_backward<T, Activation>(
+        gate_part, up_part, hidden_row, on_input ? A(1) : p.gate(row), mask.empty() ? nullptr : mask.data(),
+        grad_gate_part, grad_gate_part + f, hidden_row, f);
+    if (on_output && p.down_bias != nullptr) {
+      grad += dot<T>(p.down_bias + block.expert * p.hidden, grad_out + r * p.hidden, p.hidden);
+    }
+    row_gate[row] = grad;
+  }
+  // Rows that fill the block up are summed over by the weight gradients: they must be zero.
+  if (padded > block.rows) {
+    std::fill(hidden + block.rows * f, hidden + padded * f, T(0.0f));
+    std::fill(grad_pre + block.rows * parts * f, grad_pre + padded * parts * f, T(0.0f));
+  }
+
+  const bool in_place = padded == block.rows;
+  T* out = in_place ? grad_rows + block.begin * p.hidden
+                    : static_cast<T*>(scratch_d.get(padded * p.hidden * sizeof(T)));
+  for (int64_t part = 0; part < p.up_parts(); ++part) {
+    const int64_t columns = p.up_rows(block.expert);
+    mm_out(row_major(out, padded, p.hidden, p.hidden), row_major(grad_pre + part * f, padded, columns, parts * f),
+           p.up_matrix(block.expert, part), p.kType, part > 0);
+  }
+  if (!in_place) std::memcpy(grad_rows + block.begin * p.hidden, out, block.rows * p.hidden * sizeof(T));
+
+  for (int64_t r = 0; r < block.rows && on_input; ++r) {
+    const int64_t token = p.row_to_token[block.begin + r];
+    if (token < 0) continue;
+    row_gate[block.begin + r] = dot<T>(p.x + token * p.hidden, grad_rows + (block.begin + r) * p.hidden, p.hidden);
+  }
+}
+
+// Part of one expert's weight gradients: rows [begin, end) of the up projection's (part 0 or 1) or the down projection's.
+struct GradTask {
+  int64_t expert, part, begin, end;
+};
+constexpr int64_t kDownPart = 2, kBiasPart = 3;
+
+template <typename T>
+void weight_gradient(const Problem<T>& p, const GradTask& task, const Wave<T>& wave, const Gradients<T>& grads) {
+  using A = Accumulate<T>;
+  const Expert& expert = p.experts[task.expert];
+  const int64_t f = expert.width, n = expert.padded, parts = p.args.gated ? 2 : 1, count = task.end - task.begin;
+  const T* x_rows = wave.x + expert.padded_begin * p.hidden;
+  const T* grad_out = wave.grad_out + expert.padded_begin * p.hidden;
+  const T* hidden = wave.hidden + expert.padded_begin * p.width;
+  const T* grad_pre = wave.grad_pre + expert.padded_begin * p.pre_width;
+  if (task.part == kDownPart) {
+    T* out = grads.down + p.down_at(task.expert) + task.begin * p.down_stride();
+    mm_out(row_major(out, count, f, p.down_stride()),
+           transposed(row_major(grad_out + task.begin, n, count, p.hidden)), row_major(hidden, n, f, f), p.kType);
+  } else if (task.part == kBiasPart) {
+    const bool weighted = p.args.gate_on == GateOn::kOutput;
+    vector<A> sum(std::max(p.hidden, parts * f), A(0));
+    if (p.up_bias != nullptr) {
+      for (int64_t r = 0; r < expert.rows; ++r) accumulate_row<T>(sum.data(), A(1), grad_pre + r * parts * f, parts * f);
+      for (int64_t part = 0; part < p.up_parts(); ++part) {
+        store_row<T>(sum.data() + part * f, grads.up_bias + p.up_bias_at(task.expert, part), p.up_rows(task.expert));
+      }
+    }
+    if (p.down_bias != nullptr) {
+      std::fill(sum.begin(), sum.end(), A(0));
+      for (int64_t r = 0; r < expert.rows; ++r) {
+        if (p.row_to_token[expert.begin + r] < 0) continue;
+        accumulate_row<T>(sum.data(), weighted ? p.gate(expert.begin + r) : A(1), grad_out + r * p.hidden, p.hidden);
+      }
+      store_row<T>(sum.data(), grads.down_bias + task.expert * p.hidden, p.hidden);
+    }
+  } else {
+    T* out = grads.up + p.up_at(task.expert, task.part) + task.begin * p.hidden;
+    const T* columns = grad_pre + task.part * f + task.begin;
+    mm_out(row_major(out, count, p.hidden, p.hidden), transposed(row_major(columns, n, count, parts * f)),
+           row_major(x_rows, n, p.hidden, p.hidden), p.kType);
+  }
+}
+
+template <typename T>
+vector<GradTask> gradient_tasks(const Problem<T>& p, int64_t first, int64_t last) {
+  vector<GradTask> tasks;
+  const auto cut = [&](int64_t e, int64_t part, int64_t rows) {
+    for (int64_t begin = 0; begin < rows; begin += kBlockGradRows) {
+      tasks.push_back({e, part, begin, std::min(rows, begin + kBlockGradRows)});
+    }
+  };
+  for (int64_t e = first; e < last; ++e) {
+    for (int64_t part = 0; part < p.up_parts(); ++part) cut(e, part, p.up_rows(e));
+    cut(e, kDownPart, p.hidden);
+    if (p.up_bias != nullptr || p.down_bias != nullptr) tasks.push_back({e, kBiasPart, 0, 0});
+  }
+  return tasks;
+}
+
+template <typename T>
+void backward(const Arguments& args, const T* grad_y, const T* pre, const Gradients<T>& grads) {
+  using A = Accumulate<T>;
+  Problem<T> p(args);
+  Tensor grad_rows_buffer = torch::stable::new_empty(args.x, {p.rows_bound, p.hidden});
+  T* grad_rows = static_cast<T*>(grad_rows_buffer.mutable_data_ptr());
+  vector<A> row_gate(p.rows_bound);
+
+  // Waves of experts share one set of buffers: their size follows kWaveRows, not the batch.
+  vector<std::pair<int64_t, int64_t>> waves;
+  const int64_t wanted = std::max<int64_t>(kWaveRows, 4 * kBlockRows * torch::stable::get_num_threads());
+  int64_t buffer_rows = 0;
+  for (int64_t e = 0, first = 0, rows = 0; e < p.experts_count; ++e) {
+    const int64_t padded = padded_rows(p.experts[e].rows, p.kType);
+    if (rows > 0 && rows + padded > wanted) {
+      waves.push_back({first, e});
+      first = e, rows = 0;
+    }
+    p.experts[e].padded = padded, p.experts[e].padded_begin = rows;
+    rows += padded;
+    buffer_rows = std::max(buffer_rows, rows);
+    if (e + 1 == p.experts_count) waves.push_back({first, e + 1});
+  }
+  const auto buffer = [&](int64_t columns) { return torch::stable::new_empty(args.x, {buffer_rows, columns}); };
+  Tensor x_rows = buffer(p.hidden), grad_out = buffer(p.hidden), hidden = buffer(p.width), grad_pre = buffer(p.pre_width);
+  const Wave<T> wave{static_cast<T*>(x_rows.mutable_data_ptr()), static_cast<T*>(grad_out.mutable_data_ptr()),
+                     static_cast<T*>(hidden.mutable_data_ptr()), static_cast<T*>(grad_pre.mutable_data_ptr())};
+
+  with_activation(args.activation, [&](auto activation) {
+    for (const auto& [first, last] : waves) {
+      for (int64_t e = first; e < last; ++e) {  // the rows that only the rounding adds are zero
+        const Expert& expert = p.experts[e];
+        const int64_t extra = expert.padded - expert.rows, begin = expert.padded_begin + expert.rows;
+        if (extra == 0) continue;
+        const int64_t parts = args.gated ? 2 : 1;
+        std::fill_n(wave.x + begin * p.hidden, extra * p.hidden, T(0.0f));
+        std::fill_n(wave.grad_out + begin * p.hidden, extra * p.hidden, T(0.0f));
+        std::fill_n(wave.hidden + expert.padded_begin * p.width + expert.rows * expert.width, extra * expert.width, T(0.0f));
+        std::fill_n(wave.grad_pre + expert.padded_begin * p.pre_width + expert.rows * parts * expert.width,
+                    extra * parts * expert.width, T(0.0f));
+      }
+      const vector<Block> blocks = p.blocks(first, last);
+      parallel_tasks(static_cast<int64_t>(blocks.size()), [&](int64_t task) {
+        backward_block<T, decltype(activation)>(p, blocks[task], grad_y, pre, wave, grad_rows, row_gate.data());
+      });
+      const vector<GradTask> tasks = gradient_tasks(p, first, last);
+      parallel_tasks(static_cast<int64_t>(tasks.size()), [&](int64_t task) {
+        weight_gradient<T>(p, tasks[task], wave, grads);
+      });
+    }
+  });
+
+  for (int64_t j = 0; j < p.assignments; ++j) grads.gate[j] = p.token_rows[j] < 0 ? A(0) : row_gate[p.token_rows[j]];
+  p.combine(grad_rows, args.gate_on == GateOn::kInput, grads.x);
+}
+
+// ------------------------------------------------------------------------------------------------------ entry points
+
+GateOn parse_gate_on(const string& name) {
+  if (name == "output") return GateOn::kOutput;
+  if (name == "activation") return GateOn::kActivation;
+  DMOE_CHECK(name == "input", "moe_mlp: gate_weight_on: expected output, activation or input, got ", name);
+  return GateOn::kInput;
+}
+
+void check(const Arguments& a) {
+  const auto contiguous = [](const char* name, const Tensor& t) { check_contiguous("moe_mlp", name, t); };
+  const auto same_dtype = [&](const char* name, const Tensor& t) { check_dtype("moe_mlp", name, t, a.x.scalar_type()); };
+  check_dim("moe_mlp", "x", a.x, 2);
+  contiguous("x", a.x), contiguous("gate_weights", a.gate_weights);
+  contiguous("up_proj", a.up_proj), contiguous("down_proj", a.down_proj);
+  same_dtype("up_proj", a.up_proj), same_dtype("down_proj", a.down_proj);
+  if (a.up_bias) contiguous("up_bias", *a.up_bias), same_dtype("up_bias", *a.up_bias);
+  if (a.down_bias) contiguous("down_bias", *a.down_bias), same_dtype("down_bias", *a.down_bias);
+  check_dtype("moe_mlp", "gate_weights", a.gate_weights,
+              a.x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
+  for (const auto& [name, tensor] : {std::pair<const char*, const Tensor&>{"expert_offsets", a.expert_offsets},
+                                     {"row_to_token", a.row_to_token},
+                                     {"row_to_slot", a.row_to_slot},
+                                     {"token_offsets", a.token_offsets},
+                                     {"token_rows", a.token_rows}}) {
+    contiguous(name, tensor);
+    check_dtype("moe_mlp", name, tensor, ScalarType::Int);
+  }
+  if (a.seed) check_dtype("moe_mlp", "seed", *a.seed, ScalarType::Long);
+  const bool random = a.activation_dropout > 0 || a.expert_dropout > 0;
+  DMOE_CHECK(!random || a.seed, "moe_mlp: seed: expected a scalar int64 tensor with dropout, got None");
+}
+
+template <typename Function>
+void dispatch(const Arguments& args, const Function& fn) {
+  check(args);
+  switch (args.x.scalar_type()) {
+    case ScalarType::Double: return fn(double{});
+    case ScalarType::Float: return fn(float{});
+    case ScalarType::BFloat16: return fn(BFloat16{});
+    case ScalarType::Half: return fn(Half{});
+    default: fail("moe_mlp: x: expected float64, float32, bfloat16 or float16, got ", toString(args.x.scalar_type()));
+  }
+}
+
+template <typename T>
+T* out(Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+#define DMOE_MOE_MLP_PARAMETERS                                                                                     \
+  Tensor x, Tensor gate_weights, Tensor up_proj, Tensor down_proj, optional<Tensor> up_bias,                        \
+      optional<Tensor> down_bias, Tensor expert_offsets, Tensor row_to_token, Tensor row_to_slot,                   \
+      Tensor token_offsets, Tensor token_rows, optional<Tensor> seed, vector<int64_t> ffn_sizes, string activation, \
+      bool gated, string gate_weight_on, double activation_dropout, double expert_dropout
+#define DMOE_MOE_MLP_ARGUMENTS                                                                                     \
+  Arguments {                                                                                                      \
+    x, gate_weights, up_proj, down_proj, up_bias, down_bias, expert_offsets, row_to_token, row_to_slot,            \
+        token_offsets, token_rows, seed, ffn_sizes, activation, gated, parse_gate_on(gate_weight_on),              \
+        activation_dropout, expert_dropout                                                                         \
+  }
+
+std::tuple<Tensor, Tensor> moe_mlp(DMOE_MOE_MLP_PARAMETERS) {
+  const Arguments args = DMOE_MOE_MLP_ARGUMENTS;
+  Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1)}), pre;
+  dispatch(args, [&](auto zero) {
+    using T = decltype(zero);
+    pre = torch::stable::new_empty(x, {row_to_token.size(0), Problem<T>(args).pre_width});
+    forward<T>(args, out<T>(y), out<T>(pre));
+  });
+  return {y, pre};
+}
+
+Tensor moe_mlp_inference(DMOE_MOE_MLP_PARAMETERS) {
+  const Arguments args = DMOE_MOE_MLP_ARGUMENTS;
+  Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1)});
+  dispatch(args, [&](auto zero) { forward<decltype(zero)>(args, out<decltype(zero)>(y), nullptr); });
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(Tensor grad_y, Tensor pre_activation,
+                                                                            DMOE_MOE_MLP_PARAMETERS) {
+  const Arguments args = DMOE_MOE_MLP_ARGUMENTS;
+  check_contiguous("moe_mlp_backward", "grad_y", grad_y);
+  check_contiguous("moe_mlp_backward", "pre_activation", pre_activation);
+  check_dtype("moe_mlp_backward", "grad_y", grad_y, x.scalar_type());
+  const auto like = [](const Tensor& tensor) {
+    vector<int64_t> sizes;
+    for (int64_t i = 0; i < tensor.dim(); ++i) sizes.push_back(tensor.size(i));
+    return torch::stable::new_empty(tensor, sizes);
+  };
+  const auto like_optional = [&](const optional<Tensor>& tensor) {
+    return tensor ? like(*tensor) : torch::stable::new_empty(x, {0});
+  };
+  Tensor grad_x = like(x), grad_gate = like(gate_weights), grad_up = like(up_proj), grad_down = like(down_proj);
+  Tensor grad_up_bias = like_optional(up_bias), grad_down_bias = like_optional(down_bias);
+  dispatch(args, [&](auto zero) {
+    using T = decltype(zero);
+    const Gradients<T> grads{out<T>(grad_x),       out<T>(grad_up),        out<T>(grad_down),
+                             out<T>(grad_up_bias), out<T>(grad_down_bias), out<Accumulate<T>>(grad_gate)};
+    backward<T>(args, static_cast<const T*>(grad_y.const_data_ptr()),
+                static_cast<const T*>(pre_activation.const_data_ptr()), grads);
+  });
+  return {grad_x, grad_gate, grad_up, grad_down, grad_up_bias, grad_down_bias};
+}
+
+}  // namespace
+}  // namespace dmoe
+
+STABLE_TORCH_LIBRARY_IMPL(dmoe, CPU, m) {
+  m.impl("moe_mlp", TORCH_BOX(&dmoe::moe_mlp));
+  m.impl("moe_mlp_inference", TORCH_BOX(&dmoe::moe_mlp_inference));
+  m.impl("moe_mlp_backward", TORCH_BOX(&dmoe::moe_mlp_backward));
+}

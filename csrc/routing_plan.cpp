@@ -1,0 +1,243 @@
+// routing_plan on the CPU: a stable counting sort of the assignments by expert, in two passes over the ids.
+//
+// The visiting sequence is cut into one run per thread. Pass 1 counts each run's ids; a prefix sum over (expert, run)
+// gives every run its first row in every expert; pass 2 walks the same runs again and hands out rows. Rows depend on the
+// visiting order alone, so the result is the same for any number of threads.
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "check.h"
+#include "routing_plan.h"
+
+namespace dmoe {
+namespace {
+
+constexpr int64_t kMinRun = 8192;  // visits that repay waking a thread
+
+// Token after token. A type of its own, so that the common case reads the ids where they are.
+struct Identity {
+  int64_t operator()(int64_t i) const { return i; }
+};
+
+// What a run visits: positions [begin, end) of the visiting sequence, as (index of the assignment, token, slot).
+template <bool kChoiceMajor, typename Order, typename Visit>
+inline void for_each_visit(int64_t begin, int64_t end, int64_t T, int64_t K, Order order, Visit visit) {
+  if (begin >= end) return;  // T may be 0
+  const int64_t inner = kChoiceMajor ? T : K;
+  int64_t outer = begin / inner;
+  int64_t first = begin % inner;
+  for (int64_t position = begin; position < end; ++outer) {
+    const int64_t last = std::min(inner, first + end - position);
+    if constexpr (kChoiceMajor) {
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t token = order(i);
+        visit(token * K + outer, token, outer);
+      }
+    } else {
+      const int64_t token = order(outer);
+      for (int64_t slot = first; slot < last; ++slot) visit(token * K + slot, token, slot);
+    }
+    position += last - first;
+    first = 0;
+  }
+}
+
+// Adds the ids at visits [begin, end) to `count`, four rows of `stride` counters; false when one lies outside [0, E].
+//
+// The four rows are used in turn: equal ids in a row then do not wait for each other's store. Blocks small enough for the
+// innermost cache are checked first, in a loop that the compiler turns into vector instructions, so that the loop that
+// counts carries no check.
+template <typename Id, bool kChoiceMajor, typename Order>
+bool count_run(const Id* ids, int64_t begin, int64_t end, const PlanShape& shape, const Order& order, int64_t stride,
+               int32_t* count) {
+  using Bits = std::make_unsigned_t<Id>;
+  constexpr int64_t kBlock = 1024;
+  Id gathered[kBlock];
+  for (int64_t from = begin; from < end; from += kBlock) {
+    const int64_t size = std::min(kBlock, end - from);
+    const Id* block = ids + from;
+    if constexpr (kChoiceMajor || !std::is_same_v<Order, Identity>) {
+      Id* next = gathered;
+      for_each_visit<kChoiceMajor>(from, from + size, shape.num_tokens, shape.top_k, order,
+                                   [&](int64_t i, int64_t, int64_t) { *next++ = ids[i]; });
+      block = gathered;
+    }
+    Bits signs = 0;  // the top bit of `id` is set when id < 0, that of `E - id` when id > E
+    for (int64_t i = 0; i < size; ++i) {
+      signs |= static_cast<Bits>(block[i]) | (static_cast<Bits>(shape.num_experts) - static_cast<Bits>(block[i]));
+    }
+    if (signs >> (8 * sizeof(Id) - 1)) return false;
+    int64_t i = 0;
+    for (; i + 4 <= size; i += 4) {
+      for (int64_t lane = 0; lane < 4; ++lane) ++count[lane * stride + block[i + lane]];
+    }
+    for (; i < size; ++i) ++count[block[i]];
+  }
+  return true;
+}
+
+// Large results are fresh pages, and touching them 4 KiB at a time would cost as much as the sort itself.
+void prefer_huge_pages(int32_t* data, int64_t size) {
+#ifdef MADV_HUGEPAGE
+  const uintptr_t page = 4096, bytes = static_cast<uintptr_t>(size) * sizeof(int32_t);
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
+  // Only a hint: where it is refused, everything works as before.
+  if (bytes >= (uintptr_t{1} << 20)) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+template <typename Id, bool kChoiceMajor, typename Order>
+bool plan_runs(const Id* ids, const PlanShape& shape, const Order& order, const PlanOutputs& out) {
+  const int64_t E = shape.num_experts, T = shape.num_tokens, K = shape.top_k, visits = T * K;
+  const int64_t runs =
+      std::clamp<int64_t>(std::min<int64_t>(torch::stable::get_num_threads(), visits / kMinRun), 1, 256);
+  const auto run_begin = [&](int64_t run) { return visits / runs * run + std::min(run, visits % runs); };
+
+  const int64_t stride = (E + 1 + 15) / 16 * 16;  // runs do not share cache lines
+  std::vector<int32_t> counts(static_cast<size_t>(runs * 4 * stride), 0);
+  std::vector<int64_t> cursors(static_cast<size_t>(runs * stride));
+  std::vector<uint8_t> run_is_bad(static_cast<size_t>(runs), 0);
+
+  torch::stable::parallel_for(0, runs, 1, [&](int64_t from, int64_t to) {
+    for (int64_t run = from; run < to; ++run) {
+      int32_t* count = counts.data() + run * 4 * stride;
+      run_is_bad[static_cast<size_t>(run)] = !count_run<Id, kChoiceMajor>(ids, run_begin(run), run_begin(run + 1), shape,
+                                                                         order, stride, count);
+      int64_t* total = cursors.data() + run * stride;
+      for (int64_t e = 0; e <= E; ++e) {
+        total[e] = int64_t{count[e]} + count[stride + e] + count[2 * stride + e] + count[3 * stride + e];
+      }
+    }
+  });
+  if (std::any_of(run_is_bad.begin(), run_is_bad.end(), [](uint8_t bad) { return bad != 0; })) return false;
+
+  prefer_huge_pages(out.row_to_token, shape.num_rows);
+  prefer_huge_pages(out.row_to_slot, shape.num_rows);
+  prefer_huge_pages(out.token_rows, visits);
+
+  // Where every expert's rows begin, and where each run's share of them begins.
+  std::vector<int64_t> ends(static_cast<size_t>(E + 1), 0);  // end of the kept rows; of id E nothing is kept
+  int64_t offset = 0;
+  for (int64_t e = 0; e < E; ++e) {
+    int64_t total = 0;
+    for (int64_t run = 0; run < runs; ++run) {
+      int64_t& cursor = cursors[static_cast<size_t>(run * stride + e)];
+      const int64_t count = cursor;
+      cursor = offset + total;
+      total += count;
+    }
+    const int64_t kept = std::min(total, shape.capacity);
+    out.tokens_per_expert[e] = static_cast<int32_t>(total);
+    out.expert_offsets[e] = static_cast<int32_t>(offset);
+    ends[static_cast<size_t>(e)] = offset + kept;
+    offset += shape.binned ? shape.capacity : (kept + shape.block_size - 1) / shape.block_size * shape.block_size;
+  }
+  out.expert_offsets[E] = static_cast<int32_t>(offset);
+
+  torch::stable::parallel_for(0, runs, 1, [&](int64_t from, int64_t to) {
+    for (int64_t run = from; run < to; ++run) {
+      int64_t* const cursor = cursors.data() + run * stride;
+      cursor[E] = 0;
+      const int64_t* const end = ends.data();
+      // By value: were these read through references, every store below might change them, and each would be reloaded.
+      const PlanOutputs to_write = out;
+      for_each_visit<kChoiceMajor>(run_begin(run), run_begin(run + 1), T, K, order,
+                                   [cursor, end, ids, to_write](int64_t i, int64_t token, int64_t slot) {
+                                     const int64_t e = static_cast<int64_t>(ids[i]);
+                                     const int64_t row = cursor[e]++;
+                                     if (row < end[e]) {
+                                       to_write.row_to_token[row] = static_cast<int32_t>(token);
+                                       to_write.row_to_slot[row] = static_cast<int32_t>(slot);
+                                       to_write.token_rows[i] = static_cast<int32_t>(row);
+                                     } else {
+                                       to_write.token_rows[i] = -1;
+                                     }
+                                   });
+    }
+  });
+
+  // Holes behind each expert's rows; as "expert E", the tail behind all of them.
+  torch::stable::parallel_for(0, E + 1, 64, [&](int64_t from, int64_t to) {
+    for (int64_t e = from; e < to; ++e) {
+      const int64_t begin = e < E ? ends[static_cast<size_t>(e)] : offset;
+      const int64_t end = e < E ? out.expert_offsets[e + 1] : shape.num_rows;
+      std::fill(out.row_to_token + begin, out.row_to_token + end, -1);
+      std::fill(out.row_to_slot + begin, out.row_to_slot + end, -1);
+    }
+  });
+  return true;
+}
+
+template <typename Id, typename Order>
+void plan_in_order(const Id* ids, const PlanShape& shape, const Order& order, const PlanOutputs& out) {
+  const bool good = shape.choice_major ? plan_runs<Id, true>(ids, shape, order, out)
+                                       : plan_runs<Id, false>(ids, shape, order, out);
+  if (good) return;
+  const int64_t E = shape.num_experts, K = shape.top_k;
+  const Id* bad = std::find_if(ids, ids + shape.num_tokens * K,
+                               [&](Id id) { return id < 0 || static_cast<int64_t>(id) > E; });
+  const int64_t position = bad - ids;
+  fail("routing_plan: expert_indices[", position / K, ", ", position % K, "]: expected an id in [0, ", E, "] (", E,
+       " means dropped), got ", static_cast<int64_t>(*bad));
+}
+
+// A repeated or missing token would leave entries of the result unwritten.
+template <typename Token>
+void check_permutation(const Token* order, int64_t T) {
+  std::vector<bool> seen(static_cast<size_t>(T), false);
+  for (int64_t i = 0; i < T; ++i) {
+    const int64_t token = static_cast<int64_t>(order[i]);
+    const bool fits = token >= 0 && token < T && !seen[static_cast<size_t>(token)];
+    DMOE_CHECK(fits, "routing_plan: token_order: expected a permutation of range(", T, "), got ", token, " at position ",
+               i, token >= 0 && token < T ? " a second time" : "");
+    seen[static_cast<size_t>(token)] = true;
+  }
+}
+
+template <typename Id>
+void plan_ids(const Tensor& expert_indices, const std::optional<Tensor>& token_order, const PlanShape& shape,
+              const PlanOutputs& out) {
+  const Id* ids = static_cast<const Id*>(expert_indices.data_ptr());
+  if (!token_order.has_value()) {
+    plan_in_order(ids, shape, Identity{}, out);
+  } else if (token_order->scalar_type() == ScalarType::Int) {
+    const int32_t* order = static_cast<const int32_t*>(token_order->data_ptr());
+    check_permutation(order, shape.num_tokens);
+    plan_in_order(ids, shape, [order](int64_t i) { return static_cast<int64_t>(order[i]); }, out);
+  } else {
+    const int64_t* order = static_cast<const int64_t*>(token_order->data_ptr());
+    check_permutation(order, shape.num_tokens);
+    plan_in_order(ids, shape, [order](int64_t i) { return order[i]; }, out);
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> routing_plan(Tensor expert_indices, int64_t num_experts,
+                                                                int64_t block_size, std::optional<int64_t> capacity,
+                                                                bool choice_major, std::optional<Tensor> token_order,
+                                                                bool binned) {
+  RoutingPlanCall call(expert_indices, num_experts, block_size, capacity, choice_major, token_order, binned);
+  if (expert_indices.scalar_type() == ScalarType::Int) {
+    plan_ids<int32_t>(call.expert_indices, call.token_order, call.shape, call.outputs());
+  } else {
+    plan_ids<int64_t>(call.expert_indices, call.token_order, call.shape, call.outputs());
+  }
+  return call.results();
+}
+
+}  // namespace
+}  // namespace dmoe
+
+STABLE_TORCH_LIBRARY_IMPL(dmoe, CPU, m) { m.impl("routing_plan", TORCH_BOX(&dmoe::routing_plan)); }

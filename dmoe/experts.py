@@ -1,0 +1,314 @@
+"""The experts: their weights as a value, and the module that owns them. Nothing here knows about routing."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dmoe.config import Activation, GateWeightOn, MoEConfig
+from dmoe.ops.activation import accumulate_dtype
+from dmoe.ops.moe_mlp import moe_mlp
+from dmoe.ops.philox import draw_seed
+from dmoe.plan import RoutingPlan, plan_token_choice
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """Weights of all experts, in ``nn.Linear``'s [out, in] order.
+
+    Attributes:
+        up_proj: ``(E, 2, F, H)`` gate then up when ``gated``, else ``(E, F, H)``. With ``ffn_sizes`` the experts stand
+            side by side: ``(2, sum F, H)`` or ``(sum F, H)``.
+        down_proj: ``(E, H, F)``, or ``(H, sum F)``.
+        up_bias: ``up_proj``'s shape without H, or None.
+        down_bias: ``(E, H)``, or None.
+        gated: whether ``up_proj`` holds a gate.
+        ffn_sizes: each expert's width where they differ; empty for ``down_proj``'s common F.
+    """
+
+    up_proj: Tensor
+    down_proj: Tensor
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+    gated: bool = True
+    ffn_sizes: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        *halves, hidden = self.up_proj.shape
+        if self.ffn_sizes:
+            total = sum(self.ffn_sizes)
+            up, down, experts = ((2, total) if self.gated else (total,)), (hidden, total), len(self.ffn_sizes)
+        else:
+            experts, width = self.down_proj.shape[0], self.down_proj.shape[-1]
+            up, down = ((experts, 2, width) if self.gated else (experts, width)), (experts, hidden, width)
+        expected = {
+            "up_proj": (self.up_proj, (*up, hidden)),
+            "down_proj": (self.down_proj, down),
+            "up_bias": (self.up_bias, up),
+            "down_bias": (self.down_bias, (experts, hidden)),
+        }
+        for name, (tensor, shape) in expected.items():
+            if tensor is None:
+                continue
+            if tuple(tensor.shape) != tuple(shape):
+                raise ValueError(
+                    f"ExpertWeights: {name}: expected shape {tuple(shape)} (gated={self.gated}, "
+                    f"{experts} experts), got {tuple(tensor.shape)}"
+                )
+            if tensor.dtype != self.up_proj.dtype or tensor.device != self.up_proj.device:
+                raise ValueError(
+                    f"ExpertWeights: {name}: expected {self.up_proj.dtype} on {self.up_proj.device} as up_proj, got "
+                    f"{tensor.dtype} on {tensor.device}"
+                )
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return len(self.ffn_sizes) or self.down_proj.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+        return self.up_proj.shape[-1]
+
+
+def run_experts(
+    x: Tensor,
+    plan: RoutingPlan,
+    gate_weights: Tensor,
+    weights: ExpertWeights,
+    *,
+    activation: Activation = "silu",
+    gate_weight_on: GateWeightOn = "output",
+    activation_dropout: float = 0.0,
+    expert_dropout: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """Every token through its experts, weighted and summed.
+
+    Args:
+        x: ``(T, H)`` floating point.
+        plan: where tokens go.
+        gate_weights: one per assignment, ``(T, K)`` or flat in the order of ``plan.token_rows``.
+        weights: the experts.
+        activation, gate_weight_on: see :class:`dmoe.MoEConfig`.
+        activation_dropout, expert_dropout: probabilities; 0 outside training.
+        backend: None, ``grouped`` or ``reference``.
+
+    Returns:
+        ``(T, H)`` in x's dtype (autocast's under autocast).
+
+    Raises:
+        ValueError: sizes, dtypes or devices that do not fit together.
+    """
+    _check(x, plan, gate_weights, weights)
+    seed = draw_seed(x.device) if activation_dropout or expert_dropout else None
+    return moe_mlp(
+        x.contiguous(),
+        gate_weights.contiguous(),
+        weights.up_proj,
+        weights.down_proj,
+        weights.up_bias,
+        weights.down_bias,
+        plan.expert_offsets,
+        plan.row_to_token,
+        plan.row_to_slot,
+        plan.token_offsets,
+        plan.token_rows,
+        seed,
+        list(weights.ffn_sizes),
+        activation,
+        weights.gated,
+        gate_weight_on,
+        activation_dropout,
+        expert_dropout,
+        backend=backend,
+    )
+
+
+def _check(x: Tensor, plan: RoutingPlan, gate_weights: Tensor, weights: ExpertWeights) -> None:
+    if x.shape != (plan.num_tokens, weights.hidden_size):
+        raise ValueError(
+            f"moe_mlp: x: expected shape {(plan.num_tokens, weights.hidden_size)} (tokens of the routing, hidden size of "
+            f"the weights), got {tuple(x.shape)}"
+        )
+    if plan.num_experts != weights.num_experts:
+        raise ValueError(f"moe_mlp: the routing has {plan.num_experts} experts, the weights {weights.num_experts}")
+    if gate_weights.numel() != plan.token_rows.numel():
+        raise ValueError(
+            f"moe_mlp: gate_weights: expected one for each of {plan.token_rows.numel()} assignments, got shape "
+            f"{tuple(gate_weights.shape)}"
+        )
+    devices = {x.device, weights.up_proj.device, gate_weights.device, plan.token_rows.device}
+    if len(devices) > 1:
+        raise ValueError(
+            f"moe_mlp: expected all tensors on one device, got x on {x.device}, weights on {weights.up_proj.device}, "
+            f"gate_weights on {gate_weights.device}, indices on {plan.token_rows.device}"
+        )
+    if x.dtype != weights.up_proj.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(
+            f"moe_mlp: expected x and weights of one dtype, got {x.dtype} and {weights.up_proj.dtype}; convert one, or "
+            "use torch.autocast"
+        )
+
+
+class Experts(nn.Module):
+    """Owns the weights of E experts. Parameter names are part of the checkpoint: see :class:`ExpertWeights`.
+
+    Args:
+        config: sizes, activation, bias and dropout.
+        routed: whether tokens are routed to these experts, so that their parameters differ between expert-parallel ranks
+            (``param.expert``, see :func:`dmoe.is_expert_param`); False for a shared expert.
+        device, dtype: of the parameters, as in ``nn.Linear``.
+    """
+
+    gate_up_proj: nn.Parameter | None
+    up_proj: nn.Parameter | None
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        *,
+        routed: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        uniform = isinstance(config.ffn_hidden_size, int)
+        hidden, experts = config.hidden_size, config.num_experts
+        halves = (2,) if config.gated else ()
+        if uniform:
+            width = config.ffn_sizes[0]
+            up, down = (experts, *halves, width), (experts, hidden, width)
+        else:
+            up, down = (*halves, sum(config.ffn_sizes)), (hidden, sum(config.ffn_sizes))
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
+
+        self.up_name = "gate_up_proj" if config.gated else "up_proj"
+        self.register_parameter(self.up_name, parameter(*up, hidden))
+        self.down_proj = parameter(*down)
+        with_bias = config.bias == "expert"
+        self.register_parameter(self.up_name.removesuffix("proj") + "bias", parameter(*up) if with_bias else None)
+        self.register_parameter("down_bias", parameter(experts, hidden) if with_bias else None)
+        for param in self.parameters():
+            param.expert = routed  # type: ignore[attr-defined]
+        self.reset_parameters()
+
+    def weights(self) -> ExpertWeights:
+        """The parameters as one value."""
+        return ExpertWeights(
+            up_proj=getattr(self, self.up_name),
+            down_proj=self.down_proj,
+            up_bias=getattr(self, self.up_name.removesuffix("proj") + "bias"),
+            down_bias=self.down_bias,
+            gated=self.config.gated,
+            ffn_sizes=() if isinstance(self.config.ffn_hidden_size, int) else self.config.ffn_sizes,
+        )
+
+    def expert_slices(self, expert: int) -> list[tuple[str, Tensor, int]]:
+        """One expert's part of each parameter: its field in :class:`ExpertWeights`, a view, the fan-in of its layer."""
+        config, weights = self.config, self.weights()
+        width = config.ffn_sizes[expert]
+        if weights.ffn_sizes:
+            start = sum(config.ffn_sizes[:expert])
+            columns = slice(start, start + width)
+            up, down = weights.up_proj[..., columns, :], weights.down_proj[:, columns]
+            up_bias = None if weights.up_bias is None else weights.up_bias[..., columns]
+        else:
+            up, down = weights.up_proj[expert], weights.down_proj[expert]
+            up_bias = None if weights.up_bias is None else weights.up_bias[expert]
+        slices = [("up_proj", up, config.hidden_size), ("down_proj", down, width)]
+        if up_bias is not None and weights.down_bias is not None:
+            slices += [("up_bias", up_bias, config.hidden_size), ("down_bias", weights.down_bias[expert], width)]
+        return slices
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Fresh values: expert e's are a function of (seed, e), so who holds which expert does not change them.
+
+        One seed is drawn from PyTorch's default generator. Uniform in +-1/sqrt(fan_in) as ``nn.Linear``, or normal with
+        ``init_std`` and zero biases.
+        """
+        if self.down_proj.is_meta:
+            return
+        seed = int(torch.randint(2**62, ()).item())
+        for expert in range(self.config.num_experts):
+            generator = torch.Generator().manual_seed((seed + expert * 0x9E3779B97F4A7C15) % 2**63)
+            for name, tensor, fan_in in self.expert_slices(expert):
+                fresh = torch.empty(tensor.shape, dtype=torch.float32)
+                if self.config.init_std is None:
+                    bound = 1 / math.sqrt(fan_in)
+                    fresh.uniform_(-bound, bound, generator=generator)
+                elif name.endswith("proj"):
+                    fresh.normal_(0, self.config.init_std, generator=generator)
+                else:
+                    fresh.zero_()
+                tensor.copy_(fresh)
+
+    def forward(self, x: Tensor, plan: RoutingPlan, gate_weights: Tensor) -> Tensor:
+        """``(T, H)`` through the experts; see :func:`run_experts`."""
+        config = self.config
+        return run_experts(
+            x,
+            plan,
+            gate_weights,
+            self.weights(),
+            activation=config.activation,
+            gate_weight_on=config.gate_weight_on,
+            activation_dropout=config.activation_dropout if self.training else 0.0,
+            expert_dropout=config.expert_dropout if self.training else 0.0,
+            backend=config.backend,
+        )
+
+    def extra_repr(self) -> str:
+        """Sizes and activation for ``print(model)``."""
+        c = self.config
+        kind = f"gated {c.activation}" if c.gated else c.activation
+        return f"num_experts={c.num_experts}, hidden_size={c.hidden_size}, ffn_hidden_size={c.ffn_hidden_size}, {kind}"
+
+
+class SharedExpert(nn.Module):
+    """One expert that every token takes beside its own (DeepSeekMoE), optionally scaled by ``sigmoid(x @ w)``.
+
+    It runs through the same operation as the routed experts, so it saves as little.
+
+    Args:
+        config: ``shared_ffn_hidden_size``, ``shared_expert_gate`` and the expert options.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(
+        self, config: MoEConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        assert config.shared_ffn_hidden_size is not None
+        one = MoEConfig(
+            hidden_size=config.hidden_size,
+            ffn_hidden_size=config.shared_ffn_hidden_size,
+            num_experts=1,
+            top_k=1,
+            activation=config.activation,
+            gated=config.gated,
+            bias="expert" if config.bias == "expert" else "none",
+            activation_dropout=config.activation_dropout,
+            expert_dropout=config.expert_dropout,
+            init_std=config.init_std,
+            backend=config.backend,
+        )
+        self.mlp = Experts(one, routed=False, device=device, dtype=dtype)
+        self.gate = nn.Linear(config.hidden_size, 1, bias=False, device=device, dtype=dtype) if config.shared_expert_gate else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(T, H)`` to ``(T, H)``."""
+        everyone = torch.zeros(x.shape[0], 1, dtype=torch.int32, device=x.device)
+        dtype = accumulate_dtype(x.dtype)
+        weight = torch.ones(x.shape[0], 1, dtype=dtype, device=x.device)
+        if self.gate is not None:
+            weight = torch.sigmoid(self.gate(x).to(dtype))
+        return self.mlp(x, plan_token_choice(everyone, 1), weight)

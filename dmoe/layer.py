@@ -1,0 +1,207 @@
+"""The layer: hidden -> router -> plan -> experts -> output. Read this first.
+
+    hidden (T, H) --> router --> plan, gate_weights --> experts --> output (T, H)
+                        |                     |
+                        +--> losses           +--> metrics
+
+Every step is a file with that step's name: ``routing/``, ``plan.py``, ``experts.py``, ``losses.py``, ``metrics.py``.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dmoe.config import MoEConfig
+from dmoe.experts import Experts, SharedExpert
+from dmoe.losses import attach_loss, load_balancing_loss, router_z_loss
+from dmoe.metrics import RoutingMetrics, routing_entropy
+from dmoe.ops.histogram import histogram
+from dmoe.routing import Routing, build_router
+
+
+class MoE(nn.Module):
+    """A Mixture-of-Experts feed-forward layer, dropless unless a capacity is given.
+
+    ``MoE(hidden_size=512, ffn_hidden_size=1024, num_experts=16, top_k=2)``, or ``MoE(config)``. In training add
+    ``dmoe.aux_loss(model)`` to the task's loss (or choose ``aux_loss="attached"``).
+
+    Args:
+        config: a :class:`dmoe.MoEConfig`; or leave it out and give its fields as keywords.
+        device, dtype: of the parameters, as in ``nn.Linear``.
+        **fields: fields of :class:`dmoe.MoEConfig`, instead of ``config`` or on top of it.
+
+    Attributes:
+        last_metrics: :class:`dmoe.metrics.RoutingMetrics` of the last forward, or None.
+    """
+
+    def __init__(
+        self,
+        config: MoEConfig | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **fields: Any,
+    ) -> None:
+        super().__init__()
+        if config is not None and fields:
+            raise TypeError(f"MoE: expected a config or its fields, got a config and {sorted(fields)}; use dataclasses.replace")
+        self.config = config = config or MoEConfig(**fields)
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.router = build_router(config, **where)
+        self.experts = Experts(config, **where)
+        self.shared_expert = SharedExpert(config, **where) if config.shared_ffn_hidden_size else None
+        self.output_bias = nn.Parameter(torch.zeros(config.hidden_size, **where)) if config.bias == "output" else None
+        self.register_buffer("aux_loss_scale", torch.ones((), device=device), persistent=False)
+        self.last_metrics: RoutingMetrics | None = None
+        self._aux_loss: Tensor | None = None
+        self._warned_unread = False
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        token_mask: Tensor | None = None,
+        token_ids: Tensor | None = None,
+        expert_indices: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        """Send every token through its experts.
+
+        Args:
+            x: ``(..., H)`` floating point; any leading dimensions, any strides.
+            token_mask: bool with x's leading dimensions; tokens that are False take no expert (their output is 0, or the
+                shared expert's) and count in no loss.
+            token_ids: integers with x's leading dimensions, for routers that look at them.
+            expert_indices: ``(..., K)`` integers: replay this routing; gate weights come from the live scores.
+
+        Returns:
+            ``(..., H)`` in x's dtype (autocast's under autocast); with ``return_bias``, a pair of that and the bias.
+
+        Raises:
+            ValueError, TypeError: x, mask, ids or indices of another shape, type or device than the layer expects.
+        """
+        self._check(x, token_mask, token_ids, expert_indices)
+        tokens = x.reshape(-1, x.shape[-1])
+        routing = self.router(
+            tokens,
+            token_mask=None if token_mask is None else token_mask.reshape(-1),
+            token_ids=None if token_ids is None else token_ids.reshape(-1),
+            expert_indices=None if expert_indices is None else expert_indices.reshape(-1, self.config.top_k),
+        )
+        y = self.experts(tokens, routing.plan, routing.gate_weights)
+        if self.shared_expert is not None:
+            y = y + self.shared_expert(tokens)
+        y = self._with_aux_loss(y, routing)
+        self.last_metrics = _metrics(routing)
+        y = y.view(*x.shape[:-1], y.shape[-1])
+        if self.output_bias is None:
+            return y
+        return (y, self.output_bias) if self.config.return_bias else y + self.output_bias.to(y.dtype)
+
+    def router_losses(self, routing: Routing) -> Tensor | None:
+        """Sum of this layer's auxiliary losses times their coefficients, a scalar; None when there is none."""
+        config, total = self.config, None
+        if routing.router_probs is not None and config.load_balancing_coefficient:
+            counts = routing.plan.tokens_per_expert
+            if config.load_balancing_choices == "first" and routing.expert_indices is not None:
+                first = routing.expert_indices[:, 0]
+                counts = histogram(first.contiguous(), config.num_experts + 1)[:-1]  # the last bin: masked tokens
+            balance = load_balancing_loss(routing.router_probs, counts, routing.token_mask)
+            total = balance * (config.load_balancing_coefficient / config.num_moe_layers)
+        if routing.log_z is not None:
+            z_loss = router_z_loss(routing.log_z, routing.token_mask)
+            z_loss = z_loss * (config.router_z_loss_coefficient / config.num_moe_layers)
+            total = z_loss if total is None else total + z_loss
+        return total
+
+    def take_aux_loss(self) -> Tensor | None:
+        """The losses of the last training forward, once: reading them clears them. :func:`dmoe.aux_loss` calls this.
+
+        Raises:
+            RuntimeError: the loss has no graph, as under reentrant activation checkpointing.
+        """
+        loss, self._aux_loss = self._aux_loss, None
+        if loss is not None and torch.is_grad_enabled() and not loss.requires_grad and self._is_trained():
+            raise RuntimeError(
+                "aux_loss: the loss of this MoE layer has no graph, because its forward ran without gradients, as under "
+                "reentrant activation checkpointing. Either use checkpoint(..., use_reentrant=False), or build the layer "
+                "with aux_loss='attached'."
+            )
+        return loss
+
+    def update_selection_bias(self) -> None:
+        """Move the router's selection bias; call it after the optimizer step. Does nothing without ``selection_bias``."""
+        self.router.update_selection_bias()
+
+    def _with_aux_loss(self, y: Tensor, routing: Routing) -> Tensor:
+        """Record the losses for the caller, or hang them on the output."""
+        if not self.training:
+            return y
+        loss = self.router_losses(routing)
+        if loss is None:
+            return y
+        if self.config.aux_loss == "attached":
+            return attach_loss(y, loss, self.aux_loss_scale) if loss.requires_grad else y
+        if torch.compiler.is_compiling():
+            self._aux_loss = loss
+        elif not _inside_backward():  # a checkpoint's second forward: the first one's loss is in use already
+            if self._aux_loss is not None and not self._warned_unread:
+                self._warned_unread = True
+                warnings.warn(
+                    "dmoe: a MoE layer ran a second training forward before the auxiliary loss of the first was read, and "
+                    "that loss is lost. Add dmoe.aux_loss(model) to the task's loss, set aux_loss='attached', or set the "
+                    "coefficients to 0.",
+                    stacklevel=3,
+                )
+            self._aux_loss = loss
+        return y
+
+    def _is_trained(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.router.parameters())
+
+    def _check(
+        self, x: Tensor, token_mask: Tensor | None, token_ids: Tensor | None, expert_indices: Tensor | None
+    ) -> None:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"MoE: x: expected a floating-point tensor, got {got}")
+        if x.dim() < 1 or x.shape[-1] != self.config.hidden_size:
+            raise ValueError(f"MoE: x: expected shape (..., hidden_size = {self.config.hidden_size}), got {tuple(x.shape)}")
+        home = self.experts.down_proj.device
+        if x.device != home:
+            raise ValueError(f"MoE: expected x on the weights' device {home}, got {x.device}")
+        leading = tuple(x.shape[:-1])
+        expected = {
+            "token_mask": (token_mask, leading),
+            "token_ids": (token_ids, leading),
+            "expert_indices": (expert_indices, (*leading, self.config.top_k)),
+        }
+        for name, (tensor, shape) in expected.items():
+            if tensor is None:
+                continue
+            if tuple(tensor.shape) != shape or tensor.device != x.device:
+                raise ValueError(
+                    f"MoE: {name}: expected shape {shape} on {x.device}, got {tuple(tensor.shape)} on {tensor.device}"
+                )
+            if (tensor.dtype == torch.bool) != (name == "token_mask") or tensor.is_floating_point():
+                kind = "bool" if name == "token_mask" else "integers"
+                raise TypeError(f"MoE: {name}: expected {kind}, got {tensor.dtype}")
+
+
+def _inside_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+@torch.no_grad()
+def _metrics(routing: Routing) -> RoutingMetrics:
+    probs = routing.router_probs
+    if probs is None:
+        experts = routing.plan.num_experts
+        entropy = routing.gate_weights.new_full((), math.log(experts))
+    else:
+        entropy = routing_entropy(probs.detach(), routing.token_mask)
+    return RoutingMetrics(routing.plan.tokens_per_expert, routing.plan.kept_per_expert, entropy)

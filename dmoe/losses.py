@@ -1,0 +1,83 @@
+"""The router's auxiliary losses: pure functions of tensors, and the two ways a layer hands them over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def load_balancing_loss(router_probs: Tensor, tokens_per_expert: Tensor, token_mask: Tensor | None = None) -> Tensor:
+    """Switch-style balance penalty ``E * sum_e(f_e * p_e)`` (Fedus et al. 2021, eq. 4).
+
+    ``f_e`` is the share of assignments that went to expert e and ``p_e`` the mean router probability.
+
+    Args:
+        router_probs: probabilities over experts, ``(T, E)`` floating point. Carries the gradient.
+        tokens_per_expert: assignments per expert before any drop, ``(E,)`` integer. A constant: counts have no gradient.
+        token_mask: ``(T,)`` bool, True for tokens that count; None counts all.
+
+    Returns:
+        A scalar in ``router_probs.dtype``, dimensionless: 1 under even routing, E at most, 0 for an empty batch. The
+        caller applies the coefficient.
+
+    Raises:
+        ValueError: the two disagree on E.
+    """
+    num_tokens, num_experts = router_probs.shape
+    if tokens_per_expert.shape != (num_experts,):
+        raise ValueError(
+            f"load_balancing_loss: tokens_per_expert: expected shape ({num_experts},) as router_probs "
+            f"{tuple(router_probs.shape)} has it, got {tuple(tokens_per_expert.shape)}"
+        )
+    counts = tokens_per_expert.to(router_probs.dtype)
+    share = counts / counts.sum().clamp(min=1)
+    if token_mask is None:
+        return (router_probs.sum(0) * (share * (num_experts / max(num_tokens, 1)))).sum()
+    weight = token_mask.to(router_probs.dtype)
+    # One masked row may hold NaN; 0 * NaN would spread it to every expert.
+    total = router_probs.masked_fill(~token_mask.unsqueeze(1), 0).sum(0)
+    return (total * (share * (num_experts / weight.sum().clamp(min=1)))).sum()
+
+
+def router_z_loss(log_z: Tensor, token_mask: Tensor | None = None) -> Tensor:
+    """Mean squared log-partition of the router, which keeps logits small (Zoph et al. 2022, eq. 5).
+
+    Args:
+        log_z: ``logsumexp`` of each token's router logits, ``(T,)`` floating point. Carries the gradient.
+        token_mask: ``(T,)`` bool, True for tokens that count; None counts all.
+
+    Returns:
+        A scalar in ``log_z.dtype``; 0 for an empty batch.
+    """
+    if token_mask is None:
+        return log_z.square().sum() / max(log_z.shape[0], 1)
+    kept = log_z.masked_fill(~token_mask, 0)
+    return kept.square().sum() / token_mask.to(log_z.dtype).sum().clamp(min=1)
+
+
+class _AttachLoss(torch.autograd.Function):
+    """Identity on ``output`` whose backward also sends ``scale`` into ``loss``."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        ctx.loss_dtype = loss.dtype
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
+        (scale,) = ctx.saved_tensors
+        return grad_output, scale.to(ctx.loss_dtype), None
+
+
+def attach_loss(output: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
+    """Return ``output`` unchanged, such that its backward also adds the gradient of ``scale * loss``.
+
+    Args:
+        output: any tensor that takes part in the task's loss.
+        loss: scalar with a graph.
+        scale: scalar tensor: what the task's loss is multiplied by before backward (1, or a grad scaler's factor).
+    """
+    return _AttachLoss.apply(output, loss, scale)

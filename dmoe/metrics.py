@@ -1,0 +1,80 @@
+"""What the router did: pure functions of tensors, and the small record a layer keeps of its last forward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RoutingMetrics:
+    """One layer's last routing, as detached tensors on the layer's device (reading one is what synchronises).
+
+    Attributes:
+        tokens_per_expert: assignments per expert before any drop, ``(E,)`` integer.
+        kept_per_expert: rows each expert computed, ``(E,)`` integer.
+        entropy: mean entropy of the router's probabilities over the tokens that count, nats, scalar.
+    """
+
+    tokens_per_expert: Tensor
+    kept_per_expert: Tensor
+    entropy: Tensor
+
+    @property
+    def load(self) -> Tensor:
+        """Share of the assignments each expert was given, ``(E,)`` float32, summing to 1."""
+        return expert_load(self.tokens_per_expert)
+
+    @property
+    def dropped_share(self) -> Tensor:
+        """Share of the assignments that were dropped, scalar float32."""
+        return dropped_share(self.tokens_per_expert, self.kept_per_expert)
+
+    @property
+    def dead_experts(self) -> Tensor:
+        """How many experts were given nothing, scalar integer."""
+        return dead_experts(self.tokens_per_expert)
+
+
+def expert_load(tokens_per_expert: Tensor) -> Tensor:
+    """Each expert's share of the assignments, ``(E,)`` float32; zeros for an empty batch."""
+    counts = tokens_per_expert.float()
+    return counts / counts.sum().clamp(min=1)
+
+
+def dropped_share(tokens_per_expert: Tensor, kept_per_expert: Tensor) -> Tensor:
+    """``1 - kept / assigned`` over all experts, scalar float32 in [0, 1]; 0 for an empty batch."""
+    assigned = tokens_per_expert.sum().float()
+    return (assigned - kept_per_expert.sum().float()) / assigned.clamp(min=1)
+
+
+def dead_experts(tokens_per_expert: Tensor) -> Tensor:
+    """The number of experts without one assignment, scalar int64."""
+    return (tokens_per_expert == 0).sum()
+
+
+def routing_entropy(router_probs: Tensor, token_mask: Tensor | None = None) -> Tensor:
+    """Mean over tokens of ``-sum_e p_e ln p_e``, nats, scalar: ln E when the router is undecided, 0 when certain.
+
+    Args:
+        router_probs: ``(T, E)``, rows summing to 1.
+        token_mask: ``(T,)`` bool, True for tokens that count; None counts all.
+    """
+    per_token = torch.special.entr(router_probs).sum(-1)
+    if token_mask is None:
+        return per_token.sum() / max(per_token.shape[0], 1)
+    return per_token.masked_fill(~token_mask, 0).sum() / token_mask.sum().clamp(min=1)
+
+
+def choice_dropped_share(expert_indices: Tensor, token_to_rows: Tensor, num_experts: int) -> Tensor:
+    """Share of the tokens whose k-th choice was dropped, ``(K,)`` float32 (fairseq's ``overflow_expertK`` / 100).
+
+    Args:
+        expert_indices: ``(T, K)``; ``num_experts`` marks a masked token, which was never a choice.
+        token_to_rows: ``(T, K)`` of the plan, -1 where no row was made.
+        num_experts: E.
+    """
+    dropped = (token_to_rows < 0) & (expert_indices != num_experts)
+    return dropped.sum(0).float() / max(expert_indices.shape[0], 1)

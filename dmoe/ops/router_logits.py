@@ -1,0 +1,100 @@
+"""``router_logits``: the router's linear, computed in its own precision while x is saved in x's.
+
+``logits = (x * jitter) @ weight.T + bias``. Plain autograd over ``x.float()`` would save a float32 copy of x; here
+backward converts (and jitters) x again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmoe.ops._library import define, refuse_double_backward, register_autograd
+from dmoe.ops.philox import jitter_scale
+
+
+def _router_input(x: Tensor, dtype: torch.dtype, jitter: float, seed: Tensor | None) -> Tensor:
+    x = x.to(dtype)
+    return x if seed is None else x * jitter_scale(seed, x.shape[0], x.shape[1], jitter, dtype)
+
+
+def router_logits_ref(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, jitter: float, seed: Tensor | None
+) -> Tensor:
+    """The plain-PyTorch meaning of :func:`router_logits`."""
+    out = _router_input(x, dtype, jitter, seed) @ weight.to(dtype).t()
+    return out if bias is None else out + bias.to(dtype)
+
+
+def router_logits_backward_ref(
+    grad: Tensor, x: Tensor, weight: Tensor, jitter: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and weight; the bias's is ``grad.sum(0)``."""
+    grad_weight = grad.t() @ _router_input(x, grad.dtype, jitter, seed)
+    grad_x = grad @ weight.to(grad.dtype)
+    if seed is not None:
+        grad_x = grad_x * jitter_scale(seed, x.shape[0], x.shape[1], jitter, grad.dtype)
+    return grad_x.to(x.dtype), grad_weight.to(weight.dtype)
+
+
+_forward = define(
+    "router_logits(Tensor x, Tensor weight, Tensor? bias, ScalarType dtype, float jitter, Tensor? seed) -> Tensor",
+    router_logits_ref,
+    fake=lambda x, weight, bias, dtype, jitter, seed: x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype),
+)
+_backward = define(
+    "router_logits_backward(Tensor grad, Tensor x, Tensor weight, float jitter, Tensor? seed) -> (Tensor, Tensor)",
+    router_logits_backward_ref,
+    fake=lambda grad, x, weight, jitter, seed: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
+)
+refuse_double_backward(_backward)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, _dtype, jitter, seed = inputs
+    ctx.save_for_backward(x, weight, seed)
+    ctx.jitter, ctx.bias_dtype = jitter, None if bias is None else bias.dtype
+
+
+def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, seed = ctx.saved_tensors
+    grad_x, grad_weight = _backward(grad, x, weight, ctx.jitter, seed)
+    grad_bias = None if ctx.bias_dtype is None else grad.sum(0).to(ctx.bias_dtype)
+    return grad_x, grad_weight, grad_bias, None, None, None
+
+
+register_autograd(_forward, _autograd, _setup_context)
+
+
+def router_logits(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    jitter: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Router logits ``x @ weight.T + bias`` in ``dtype``; saves x as it is.
+
+    Args:
+        x: ``(T, H)`` floating point.
+        weight: ``(E, H)``.
+        bias: ``(E,)`` or None.
+        dtype: of the arithmetic and the result; None takes x's.
+        jitter: half width j of the multiplicative noise U(1 - j, 1 + j) on x; needs ``seed``.
+        seed: scalar int64; None for no jitter.
+
+    Returns:
+        ``(T, E)`` in ``dtype``.
+
+    Raises:
+        ValueError: the last dimensions differ.
+    """
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"router_logits: expected x (T, H) and weight (E, H), got {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    return _forward(x, weight, bias, dtype or x.dtype, jitter, seed)

@@ -1,0 +1,96 @@
+"""``router_scores``: logits to scores and, when a loss wants it, the log-partition.
+
+One operation, so that what is saved is one ``(T, E)`` tensor: softmax and sigmoid are differentiated from their results.
+Only the z-loss of a sigmoid router needs the logits as well.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmoe.ops._library import define, refuse_double_backward, register_autograd
+
+SCORE_FUNCTIONS = ("softmax", "sigmoid")
+
+
+def router_scores_ref(logits: Tensor, score_function: str, with_log_z: bool) -> tuple[Tensor, Tensor]:
+    """The plain-PyTorch meaning of :func:`router_scores`."""
+    scores = torch.softmax(logits, -1) if score_function == "softmax" else torch.sigmoid(logits)
+    return scores, torch.logsumexp(logits, -1) if with_log_z else logits.new_empty(0)
+
+
+def router_scores_backward_ref(
+    grad_scores: Tensor, grad_log_z: Tensor | None, scores: Tensor, logits: Tensor | None, score_function: str
+) -> Tensor:
+    """Gradient of the logits."""
+    if score_function == "softmax":
+        grad = torch.ops.aten._softmax_backward_data(grad_scores, scores, -1, scores.dtype)
+        probs = scores
+    else:
+        grad = torch.ops.aten.sigmoid_backward(grad_scores, scores)
+        probs = scores if logits is None else torch.softmax(logits, -1)
+    return grad if grad_log_z is None else grad + grad_log_z.unsqueeze(-1) * probs
+
+
+_forward = define(
+    "router_scores(Tensor logits, str score_function, bool with_log_z) -> (Tensor, Tensor)",
+    router_scores_ref,
+    fake=lambda logits, score_function, with_log_z: (
+        logits.new_empty(logits.shape),
+        logits.new_empty(logits.shape[0] if with_log_z else 0),
+    ),
+)
+_backward = define(
+    "router_scores_backward(Tensor grad_scores, Tensor? grad_log_z, Tensor scores, Tensor? logits, str score_function)"
+    " -> Tensor",
+    router_scores_backward_ref,
+    fake=lambda grad_scores, grad_log_z, scores, logits, score_function: scores.new_empty(scores.shape),
+)
+refuse_double_backward(_backward)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    logits, ctx.score_function, ctx.with_log_z = inputs
+    needs_logits = ctx.with_log_z and ctx.score_function == "sigmoid"
+    ctx.save_for_backward(output[0], logits if needs_logits else None)
+
+
+def _autograd(ctx: Any, grad_scores: Tensor, grad_log_z: Tensor) -> tuple[Tensor, None, None]:
+    scores, logits = ctx.saved_tensors
+    grad = _backward(grad_scores, grad_log_z if ctx.with_log_z else None, scores, logits, ctx.score_function)
+    return grad, None, None
+
+
+register_autograd(_forward, _autograd, _setup_context)
+
+
+def router_scores(
+    router_logits: Tensor, score_function: str = "softmax", *, with_log_z: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Scores of every expert for every token.
+
+    A row with a NaN, or with +inf under softmax, scores NaN throughout; -inf scores 0.
+
+    Args:
+        router_logits: ``(T, E)`` floating point.
+        score_function: ``softmax`` or ``sigmoid``.
+        with_log_z: also return ``logsumexp`` of each row.
+
+    Returns:
+        scores ``(T, E)`` and log_z ``(T,)`` or None, in the logits' dtype.
+
+    Raises:
+        ValueError: unknown score function, or logits that are not ``(T, E)`` floating point.
+    """
+    if score_function not in SCORE_FUNCTIONS:
+        raise ValueError(f"router_scores: score_function: expected one of {SCORE_FUNCTIONS}, got {score_function!r}")
+    if router_logits.dim() != 2 or not router_logits.is_floating_point():
+        raise ValueError(
+            f"router_scores: router_logits: expected (T, E) floating point, got {tuple(router_logits.shape)} "
+            f"{router_logits.dtype}"
+        )
+    scores, log_z = _forward(router_logits, score_function, with_log_z)
+    return scores, log_z if with_log_z else None

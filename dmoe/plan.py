@@ -1,0 +1,167 @@
+"""The plan: which row belongs to which token and expert. Built once per forward, frozen, without reading a device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dmoe.config import DropOrder
+from dmoe.ops.cumsum import exclusive_cumsum
+from dmoe.ops.histogram import histogram
+from dmoe.ops.routing_plan import routing_plan
+from dmoe.ops.sort import sort
+
+
+@dataclass(frozen=True)
+class RoutingPlan:
+    """Rows sorted by expert, and how tokens find theirs. All index tensors are int32; -1 means "nothing here".
+
+    Lengths are static bounds; ``expert_offsets[-1]`` is how many rows are in use. N counts assignments: T * K for token
+    choice, E * C for Expert Choice; R bounds the rows.
+
+    Attributes:
+        row_to_token: token of each row, ``(R,)``.
+        row_to_slot: which of its token's assignments a row is, ``(R,)``.
+        expert_offsets: first row of each expert, ``(E + 1,)`` with a leading 0.
+        token_offsets: first assignment of each token, ``(T + 1,)`` with a leading 0.
+        token_rows: row of each assignment, token by token, ``(N,)``; -1 where it was dropped.
+        tokens_per_expert: assignments per expert before any drop, ``(E,)``.
+        capacity: the most rows an expert keeps; None when nothing is dropped.
+        top_k: K, when every token has the same number of assignments.
+    """
+
+    row_to_token: Tensor
+    row_to_slot: Tensor
+    expert_offsets: Tensor
+    token_offsets: Tensor
+    token_rows: Tensor
+    tokens_per_expert: Tensor
+    capacity: int | None = None
+    top_k: int | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self.token_offsets.shape[0] - 1
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.tokens_per_expert.shape[0]
+
+    @property
+    def num_rows(self) -> int:
+        """R, the static bound."""
+        return self.row_to_token.shape[0]
+
+    @property
+    def token_to_rows(self) -> Tensor:
+        """Rows of each token, ``(T, K)``, -1 where dropped: a view of ``token_rows``.
+
+        Raises:
+            ValueError: tokens have different numbers of assignments (Expert Choice).
+        """
+        if self.top_k is None:
+            raise ValueError("RoutingPlan: token_to_rows: tokens have no common K here; use token_offsets and token_rows")
+        return self.token_rows.view(self.num_tokens, self.top_k)
+
+    @property
+    def kept_per_expert(self) -> Tensor:
+        """Rows that each expert computes, ``(E,)``, padding not counted."""
+        return self.tokens_per_expert if self.capacity is None else self.tokens_per_expert.clamp(max=self.capacity)
+
+
+def plan_token_choice(
+    expert_indices: Tensor,
+    num_experts: int,
+    *,
+    capacity: int | None = None,
+    drop_order: DropOrder = "token_major",
+    priority: Tensor | None = None,
+    block_size: int = 1,
+    binned: bool = False,
+) -> RoutingPlan:
+    """Plan for tokens that chose their experts.
+
+    Args:
+        expert_indices: ``(T, K)`` int32 or int64 in [0, E]; E marks a choice that takes no row.
+        num_experts: E.
+        capacity: the most rows one expert takes; None drops nothing.
+        drop_order: which assignments come first where a capacity binds; see :class:`dmoe.MoEConfig`.
+        priority: scores of the choices, ``(T, K)``; needed by ``batch_prioritized`` and ``gate_weight``.
+        block_size: round each expert's rows up to a multiple of this.
+        binned: give every expert exactly ``capacity`` rows, so that they form an ``(E, capacity, H)`` batch.
+
+    Returns:
+        A plan whose rows stand in visiting order inside each expert; ties in priority keep token order.
+
+    Raises:
+        ValueError: shapes or values that do not fit, or a missing priority.
+        RuntimeError: on the CPU, an id outside [0, E].
+    """
+    if expert_indices.dim() != 2:
+        raise ValueError(f"plan_token_choice: expert_indices: expected shape (T, K), got {tuple(expert_indices.shape)}")
+    num_tokens, top_k = expert_indices.shape
+    token_order, choices = None, expert_indices
+    if capacity is not None and drop_order in ("batch_prioritized", "gate_weight"):
+        if priority is None or priority.shape != expert_indices.shape:
+            got = None if priority is None else tuple(priority.shape)
+            raise ValueError(f"plan_token_choice: priority: {drop_order} needs shape {(num_tokens, top_k)}, got {got}")
+        if drop_order == "batch_prioritized":
+            token_order = _descending(priority.amax(1))
+        else:  # every assignment is ranked on its own: T * K tokens with one choice each
+            token_order, choices = _descending(priority.flatten()), expert_indices.reshape(-1, 1)
+
+    row_to_token, row_to_slot, expert_offsets, token_rows, tokens_per_expert = routing_plan(
+        choices,
+        num_experts,
+        block_size=block_size,
+        capacity=capacity,
+        choice_major=drop_order in ("choice_major", "batch_prioritized"),
+        token_order=token_order,
+        binned=binned,
+    )
+    if choices is not expert_indices:
+        real = row_to_token >= 0
+        row_to_slot = torch.where(real, row_to_token % top_k, row_to_token)
+        row_to_token = torch.where(real, row_to_token // top_k, row_to_token)
+    token_offsets = torch.arange(0, num_tokens * top_k + 1, top_k, dtype=torch.int32, device=expert_indices.device)
+    return RoutingPlan(
+        row_to_token, row_to_slot, expert_offsets, token_offsets, token_rows, tokens_per_expert, capacity, top_k
+    )
+
+
+def plan_expert_choice(token_indices: Tensor, num_tokens: int) -> RoutingPlan:
+    """Plan for experts that chose their tokens (Zhou et al. 2022).
+
+    Args:
+        token_indices: ``(E, C)`` integer in [0, T): the tokens of each expert; -1 marks an unused place.
+        num_tokens: T.
+
+    Returns:
+        A plan of E * C rows, C for every expert; a token's assignments stand in the order of its experts.
+    """
+    num_experts, per_expert = token_indices.shape
+    device = token_indices.device
+    row_to_token = token_indices.to(torch.int32).flatten()
+    # Places without a token are sorted behind the last one and belong to nobody.
+    keys = torch.where(row_to_token < 0, num_tokens, row_to_token)
+    _, order = sort(keys, end_bit=max(num_tokens.bit_length(), 1))
+    counts = histogram(keys, num_tokens + 1)
+    starts = exclusive_cumsum(counts, 0)
+    position = torch.empty_like(order)
+    position[order.long()] = torch.arange(order.shape[0], dtype=torch.int32, device=device)
+    real = row_to_token >= 0
+    row_to_slot = torch.where(real, position - starts[keys.long()], -1).to(torch.int32)
+    token_rows = torch.where(keys[order.long()] < num_tokens, order, -1)
+    offsets = torch.arange(0, num_experts * per_expert + 1, max(per_expert, 1), dtype=torch.int32, device=device)
+    offsets = offsets if per_expert else torch.zeros(num_experts + 1, dtype=torch.int32, device=device)
+    kept = real.view(num_experts, per_expert).sum(1, dtype=torch.int32)
+    return RoutingPlan(row_to_token, row_to_slot, offsets, starts, token_rows, kept)
+
+
+def _descending(values: Tensor) -> Tensor:
+    """Positions of the values from largest to smallest, equal ones in order, int32."""
+    return torch.sort(values.detach(), stable=True, descending=True).indices.to(torch.int32)

@@ -1,0 +1,74 @@
+"""Experts choose tokens (Zhou et al. 2022): perfect balance, and tokens with none, one or many experts."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dmoe.ops.router_scores import router_scores
+from dmoe.ops.topk_indices import topk_indices
+from dmoe.plan import plan_expert_choice
+from dmoe.routing.base import LinearRouter, Routing
+
+
+class ExpertChoiceRouter(LinearRouter):
+    """Every expert takes the tokens that score highest for it: ``ceil(capacity_factor * T / E)`` of them.
+
+    ``capacity_factor`` (default: ``top_k``) is the mean number of experts per token. A token sees the whole batch through
+    this choice, later tokens included: see ``MoEConfig.causal``.
+    """
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        token_mask: Tensor | None = None,
+        token_ids: Tensor | None = None,
+        expert_indices: Tensor | None = None,
+    ) -> Routing:
+        """Route ``(T, H)``; see :class:`dmoe.routing.Router`.
+
+        Raises:
+            ValueError: ``expert_indices`` were given: tokens do not choose here.
+        """
+        if expert_indices is not None:
+            raise ValueError("ExpertChoiceRouter: expert_indices: cannot replay a token's choice, experts choose here")
+        return self.route(self.logits(x), token_mask=token_mask)
+
+    def route(self, router_logits: Tensor, *, token_mask: Tensor | None = None) -> Routing:
+        """Route by given logits ``(T, E)``.
+
+        Args:
+            router_logits: ``(T, E)`` floating point.
+            token_mask: ``(T,)`` bool; False is chosen by no expert and counts in no loss.
+        """
+        config = self.config
+        num_tokens = router_logits.shape[0]
+        scores, log_z = router_scores(
+            router_logits, config.score_function, with_log_z=config.router_z_loss_coefficient > 0
+        )
+        factor = config.top_k if config.capacity_factor is None else config.capacity_factor
+        per_expert = min(max(math.ceil(factor * num_tokens / config.num_experts), config.min_capacity), num_tokens)
+        wanted = scores.detach()
+        if token_mask is not None:
+            wanted = wanted.masked_fill(~token_mask.unsqueeze(1), -torch.inf)
+        token_indices = topk_indices(wanted.t().contiguous(), per_expert)
+        if token_mask is not None:
+            token_indices = torch.where(token_mask[token_indices], token_indices, -1)
+
+        plan = plan_expert_choice(token_indices, num_tokens)
+        # The weight of each assignment, token by token: the score at (token, expert) of its row.
+        row = plan.token_rows.clamp(min=0).long()
+        token = token_indices.flatten()[row].clamp(min=0)
+        expert = row // max(per_expert, 1)
+        weights = scores.flatten()[token * config.num_experts + expert].masked_fill(plan.token_rows < 0, 0)
+        total = scores.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
+        return Routing(
+            plan=plan,
+            gate_weights=weights * config.gate_scale,
+            router_probs=scores if config.score_function == "softmax" else scores / total,
+            log_z=log_z,
+            token_mask=token_mask,
+        )

@@ -1,0 +1,179 @@
+"""Tokens choose experts: softmax or sigmoid scores, top-k, optionally inside the best groups and under a load-driven bias."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmoe.config import MoEConfig
+from dmoe.ops.gate_weights import gate_weights
+from dmoe.ops.router_scores import router_scores
+from dmoe.ops.topk_indices import topk_indices
+from dmoe.plan import plan_token_choice
+from dmoe.routing.base import LinearRouter, Routing
+
+
+class TopKRouter(LinearRouter):
+    """Each token takes its K best experts (Shazeer et al. 2017); see :class:`dmoe.MoEConfig` for the variants.
+
+    NaN in a token's logits makes that token's scores NaN: it goes to the lowest expert ids, its own output is NaN, and
+    no other token's is.
+
+    Args:
+        config: everything about scores, selection, normalisation and capacity.
+        device, dtype: of the parameters. The selection bias and its counters are float32.
+    """
+
+    selection_bias: Tensor | None
+    load_since_update: Tensor | None
+
+    def __init__(
+        self, config: MoEConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__(config, device=device, dtype=dtype)
+        wanted = config.selection_bias
+        fresh = torch.zeros(config.num_experts, device=device) if wanted else None
+        self.register_buffer("selection_bias", fresh)
+        self.register_buffer("load_since_update", None if fresh is None else fresh.clone(), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TopKRouter:
+        """Move with the model, but stay float32: updates of 1e-3 vanish in bfloat16."""
+        before = self.selection_bias, self.load_since_update
+        super()._apply(fn, recurse)
+        for name, old in zip(("selection_bias", "load_since_update"), before, strict=True):
+            new = getattr(self, name)
+            if new is not None and new.dtype != torch.float32:
+                setattr(self, name, torch.empty_like(new, dtype=torch.float32) if old.is_meta else old.to(new.device))
+        return self
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        token_mask: Tensor | None = None,
+        token_ids: Tensor | None = None,
+        expert_indices: Tensor | None = None,
+    ) -> Routing:
+        """Route ``(T, H)``; see :class:`dmoe.routing.Router`. ``token_ids`` are not looked at."""
+        return self.route(self.logits(x), token_mask=token_mask, expert_indices=expert_indices)
+
+    def route(
+        self, router_logits: Tensor, *, token_mask: Tensor | None = None, expert_indices: Tensor | None = None
+    ) -> Routing:
+        """Route by given logits ``(T, E)``, without the router's linear.
+
+        Args:
+            router_logits: ``(T, E)`` floating point.
+            token_mask: ``(T,)`` bool; False takes no expert and counts in no loss.
+            expert_indices: ``(T, K)`` integer: take these instead of the best; weights come from the logits.
+
+        Raises:
+            ValueError: logits for another number of experts, or indices of another shape or type.
+        """
+        config = self.config
+        if router_logits.dim() != 2 or router_logits.shape[1] != config.num_experts:
+            raise ValueError(
+                f"route: router_logits: expected shape (T, num_experts = {config.num_experts}), got "
+                f"{tuple(router_logits.shape)}"
+            )
+        with_log_z = config.router_z_loss_coefficient > 0
+        scores, log_z = router_scores(router_logits, config.score_function, with_log_z=with_log_z)
+        if expert_indices is None:
+            expert_indices = self.select(scores)
+        elif expert_indices.shape != (scores.shape[0], config.top_k) or expert_indices.is_floating_point():
+            raise ValueError(
+                f"route: expert_indices: expected integers of shape {(scores.shape[0], config.top_k)}, got "
+                f"{expert_indices.dtype} {tuple(expert_indices.shape)}"
+            )
+        if token_mask is not None:
+            expert_indices = expert_indices.masked_fill(~token_mask.unsqueeze(1), config.num_experts)
+
+        capacity = config.capacity_for(scores.shape[0])
+        plan = plan_token_choice(
+            expert_indices,
+            config.num_experts,
+            capacity=capacity,
+            drop_order=config.drop_order,
+            priority=None if capacity is None else gate_weights(scores.detach(), expert_indices),
+        )
+        # A softmax over the chosen logits alone is the softmax over all, renormalised over the chosen ones.
+        over_chosen = 1.0 if config.softmax_order == "after_topk" else None
+        weights = gate_weights(
+            scores,
+            expert_indices,
+            None if capacity is None else plan.token_to_rows,
+            normalization=config.gate_normalization or over_chosen,
+            after_drop=config.normalize_when == "after_drop" and config.gate_normalization is not None,
+            scale=config.gate_scale,
+        )
+        if self.load_since_update is not None and self.training and torch.is_grad_enabled():
+            weights = _CountInBackward.apply(weights, plan.tokens_per_expert, self.load_since_update)
+        return Routing(
+            plan=plan,
+            gate_weights=weights,
+            router_probs=scores if config.score_function == "softmax" else _shares(scores),
+            log_z=log_z,
+            expert_indices=expert_indices,
+            token_mask=token_mask,
+        )
+
+    def select(self, scores: Tensor) -> Tensor:
+        """The K chosen experts of each token, ``(T, K)`` int64, best first; ties take the lowest id.
+
+        Args:
+            scores: ``(T, E)``.
+        """
+        config = self.config
+        scores = scores.detach()
+        if self.selection_bias is not None:
+            scores = scores + self.selection_bias.to(scores.dtype)
+        groups = config.top_k_groups
+        if groups is not None and groups < config.num_groups:
+            scores = _only_best_groups(scores, config.num_groups, groups, config.group_score)
+        return topk_indices(scores, config.top_k)
+
+    @torch.no_grad()
+    def update_selection_bias(self) -> None:
+        """Raise the bias of experts below the mean load since the last update and lower the others (DeepSeek-V3)."""
+        if self.selection_bias is None or self.load_since_update is None:
+            return
+        load = self.load_since_update
+        self.selection_bias += self.config.selection_bias_update_rate * torch.sign(load.mean() - load)
+        load.zero_()
+
+
+def _shares(scores: Tensor) -> Tensor:
+    """Sigmoid scores as a distribution over experts, which is what the balance loss compares with the load."""
+    return scores / scores.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
+
+
+def _only_best_groups(scores: Tensor, num_groups: int, kept: int, group_score: str) -> Tensor:
+    """Scores with -inf outside the ``kept`` best groups of each token."""
+    num_tokens, num_experts = scores.shape
+    grouped = scores.view(num_tokens, num_groups, num_experts // num_groups)
+    best = 2 if group_score == "top2_sum" and grouped.shape[2] > 1 else 1
+    rank = grouped.topk(best, dim=-1).values.sum(-1)
+    chosen = torch.zeros_like(rank, dtype=torch.bool).scatter_(1, topk_indices(rank, kept), True)
+    return grouped.masked_fill(~chosen.unsqueeze(-1), -torch.inf).view(num_tokens, num_experts)
+
+
+class _CountInBackward(torch.autograd.Function):
+    """Identity on the gate weights that adds the load to a counter when, and each time, backward runs.
+
+    Counting in forward would count a checkpointed layer twice and an evaluation once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, tokens_per_expert: Tensor, counter: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens_per_expert)
+        ctx.counter = counter
+        return weights.view_as(weights)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (tokens_per_expert,) = ctx.saved_tensors
+        ctx.counter.add_(tokens_per_expert)
+        return grad, None, None
