@@ -81,6 +81,7 @@ class ByteLM(nn.Module):
                 ffn_hidden_size=s.ffn,
                 num_experts=s.experts,
                 top_k=s.top_k,
+                gate_normalization=1.0,  # a token's gate weights sum to 1: the output is as large as one FFN's
                 num_moe_layers=s.layers,
                 load_balancing_coefficient=s.balance,
             )

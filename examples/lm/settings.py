@@ -21,7 +21,7 @@ class Settings:
     """The most text to use, in bytes."""
     layers: int = 4
     hidden: int = 192
-    heads: int = 6
+    heads: int = 3
     ffn: int = 384
     """Width of one expert. The dense twin's FFN is ``top_k`` times as wide."""
     experts: int = 16

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import signal
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -60,17 +61,17 @@ class Run:
         return max(1, self.settings.steps // ROUTING_POINTS)
 
     def warm_up(self, steps: int = 1) -> float:
-        """Seconds of a forward and backward pass, the fastest of ``steps``; changes no weight.
+        """Seconds that a training step takes, the median of ``steps``. They learn nothing and leave no trace.
 
-        Kernels are chosen, memory is found and ``torch.compile`` compiles in the first pass: that is no training time.
+        Kernels are chosen, memory is found and ``torch.compile`` compiles in the first step: that is no training time.
         """
-        fastest = math.inf
+        times = []
         for _ in range(steps):
             start = self._clock()
-            self._gradients(0)
-            fastest = min(fastest, self._clock() - start)
-        self.optimizer.zero_grad(set_to_none=True)
-        return fastest
+            self._update(0, rate=0.0)
+            times.append(self._clock() - start)
+        self.optimizer = _optimizer(self.model, self.settings)  # without the moments of those steps
+        return statistics.median(times)
 
     def advance(self, target: int, bar: tqdm, should_stop: Callable[[], bool]) -> None:
         """Trains up to step ``target`` and measures there, or returns early, between two steps, when asked to stop."""
@@ -141,19 +142,13 @@ class Run:
         self._loss_steps, self._routed_steps = sums["loss_steps"], sums["routed_steps"]
 
     def _train_step(self) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.settings)
-        loss = self._gradients(self.step)
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self._loss_sum += loss
+        self._loss_sum += self._update(self.step, learning_rate(self.step, self.settings))
         self._loss_steps += 1
         self.step += 1
         self._record_routing()
 
-    def _gradients(self, step: int) -> Tensor:
-        """One forward and backward pass on the batch of ``step``; returns the cross-entropy in nats, detached."""
+    def _update(self, step: int, rate: float) -> Tensor:
+        """Moves the weights by the batch of ``step``; returns its cross-entropy in nats, detached."""
         s = self.settings
         # Whatever a layer draws in this step depends on the step alone: not on a resume, nor on the other model.
         _seed(s.seed, f"step {step}")
@@ -161,6 +156,11 @@ class Run:
         task_loss = self._cross_entropy(inputs, targets)
         loss = task_loss + dmoe.aux_loss(self.model) if self.model.moe_layers else task_loss
         loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), s.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         return task_loss.detach()
 
     def _cross_entropy(self, inputs: Tensor, targets: Tensor) -> Tensor:
