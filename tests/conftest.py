@@ -24,3 +24,10 @@ def _poisoned_empty(monkeypatch):
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def _no_generated_products():
+    """oneDNN writes code for every new shape, 2 ms each: too long for hundreds of tiny products of all sizes."""
+    with torch.backends.mkldnn.flags(enabled=False):
+        yield

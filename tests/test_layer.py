@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from helpers import assert_as_accurate
+from helpers import assert_as_accurate, nudged, without_generated_products
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -127,43 +127,6 @@ class Reference:
         )
 
 
-def permuted(layer, x, grad, seed):
-    """The same layer with its hidden features in another order: other sums, the same values; and how to undo it."""
-    order = torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(seed))
-    back = torch.argsort(order)
-    clone = MoE(layer.config, dtype=x.dtype)
-    hidden_axis = {"router.weight": -1, "output_bias": -1, "shared_expert.gate.weight": -1, "down_bias": -1}
-
-    def axis(name, tensor):
-        if name in hidden_axis or name.endswith("down_bias"):
-            return -1
-        if name.endswith(("gate_up_proj", "up_proj")):
-            return -1
-        if name.endswith("down_proj"):
-            return -2
-        return None
-
-    def move(name, tensor, order):
-        at = axis(name, tensor)
-        return tensor if at is None else tensor.index_select(at, order)
-
-    state = {name: move(name, p.detach(), order) for name, p in layer.named_parameters()}
-    clone.load_state_dict(state)
-
-    def undo(results):
-        out = {}
-        for name, tensor in results.items():
-            if name in ("y", "grad x"):
-                out[name] = tensor[:, back]
-            elif name.startswith("grad "):
-                out[name] = move(name.removeprefix("grad "), tensor, back)
-            else:
-                out[name] = tensor
-        return out
-
-    return clone, x[:, order], grad[:, order], undo
-
-
 def run_layer(layer, x, grad, mask):
     x = x.detach().clone().requires_grad_()
     y = layer(x, token_mask=mask)
@@ -189,8 +152,9 @@ def routing_of(layer, x, mask):
     return indices, kept
 
 
+@without_generated_products
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(case=layer_cases())
 def test_layer_equals_the_oracle(dtype, case):
     config, num_tokens, masked, seed = case
@@ -202,16 +166,21 @@ def test_layer_equals_the_oracle(dtype, case):
     counted = mask if masked else torch.ones(num_tokens, dtype=torch.bool)
     indices, kept = routing_of(layer, x, mask)
 
-    exact = Reference(layer, x, grad, counted, torch.float64, torch.float64).run(indices, kept)
-    plains = [Reference(layer, x, grad, counted, dtype, torch.float32).run(indices, kept)]
-    for variant in range(3):
-        clone, other_x, other_grad, undo = permuted(layer, x, grad, seed + variant)
-        plains.append(undo(Reference(clone, other_x, other_grad, counted, dtype, torch.float32).run(indices, kept)))
+    def reference(layer, x, grad, dtype, router_dtype):
+        return Reference(layer, x, grad, counted, dtype, router_dtype).run(indices, kept)
+
+    exact = reference(layer, x, grad, torch.float64, torch.float64)
+    pairs = [(reference(layer, x, grad, dtype, torch.float32), exact)]
+    for _ in range(2 if x.numel() >= 16 else 8):
+        moved = MoE(config, dtype=dtype)
+        moved.load_state_dict({name: nudged(p.detach()) for name, p in layer.named_parameters()})
+        case = moved, nudged(x), nudged(grad)
+        pairs.append((reference(*case, dtype, torch.float32), reference(*case, torch.float64, torch.float64)))
 
     actual = run_layer(layer, x, grad, mask)
     assert actual.keys() == exact.keys()
     for name, value in actual.items():
-        assert_as_accurate(f"{name} [{config}]", value, exact[name], [plain[name] for plain in plains])
+        assert_as_accurate(f"{name} [{config}]", value, exact[name], [(plain[name], true[name]) for plain, true in pairs])
 
 
 @settings(max_examples=60)
@@ -313,7 +282,8 @@ def test_expert_choice_equals_the_oracle(tokens, experts, factor, masked, seed):
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(x.grad, x64.grad, rtol=1e-10, atol=1e-12)
     for name, p in layer.named_parameters():
-        torch.testing.assert_close(p.grad, leaves[name].grad, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+        want = torch.zeros_like(p) if leaves[name].grad is None else leaves[name].grad
+        torch.testing.assert_close(p.grad, want, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
     assert layer.last_metrics.tokens_per_expert.tolist() == [sum(e in row for row in chosen) for e in range(experts)]
 
 
