@@ -127,7 +127,7 @@ bool plan_runs(const Id* ids, const PlanShape& shape, const Order& order, const 
 
   // Where every expert's rows begin, and where each run's share of them begins.
   std::vector<int64_t> limits(static_cast<size_t>(E + 1), 0);  // end of the kept rows; of id E nothing is kept
-  int64_t offset = 0;
+  int64_t offset = 0, kept_rows = 0;
   for (int64_t e = 0; e < E; ++e) {
     int64_t total = 0;
     for (int64_t run = 0; run < runs; ++run) {
@@ -140,6 +140,7 @@ bool plan_runs(const Id* ids, const PlanShape& shape, const Order& order, const 
     out.tokens_per_expert[e] = static_cast<int32_t>(total);
     out.expert_offsets[e] = static_cast<int32_t>(offset);
     limits[static_cast<size_t>(e)] = offset + kept;
+    kept_rows += kept;
     offset += shape.binned ? shape.capacity : (kept + shape.block_size - 1) / shape.block_size * shape.block_size;
   }
   out.expert_offsets[E] = static_cast<int32_t>(offset);
@@ -164,8 +165,9 @@ bool plan_runs(const Id* ids, const PlanShape& shape, const Order& order, const 
                                  });
   });
 
-  // Holes behind each expert's rows; as "expert E", the tail behind all of them.
-  torch::stable::parallel_for(0, E + 1, 64, [&](int64_t from, int64_t to) {
+  // Holes behind each expert's rows; as "expert E", the tail behind all of them. Few holes do not repay waking threads.
+  const int64_t grain = shape.num_rows - kept_rows < 4 * kMinRun ? E + 1 : 64;
+  torch::stable::parallel_for(0, E + 1, grain, [&](int64_t from, int64_t to) {
     for (int64_t e = from; e < to; ++e) {
       const int64_t begin = e < E ? limits[static_cast<size_t>(e)] : offset;
       const int64_t end = e < E ? out.expert_offsets[e + 1] : shape.num_rows;
