@@ -2,6 +2,7 @@
 //
 // cub::DeviceHistogram would need its levels and sample type spelled for every dtype and two launches as well; integer sums
 // do not depend on the order of the atomics, so the result is deterministic. Values outside the bins are not counted.
+#include <algorithm>
 #include <cstdint>
 
 #include <torch/csrc/stable/library.h>

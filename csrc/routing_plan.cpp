@@ -11,6 +11,9 @@
 #include <type_traits>
 #include <vector>
 
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -26,6 +29,10 @@ namespace dmoe {
 namespace {
 
 constexpr int64_t kMinRun = 8192;  // visits that repay waking a thread
+
+// When rows are written a cache line at a time: more results than the caches hold, more experts than they can follow, and
+// not so many that the lines themselves would not fit. Measured.
+constexpr int64_t kMinVisitsForLines = int64_t{1} << 19, kMinExpertsForLines = 32, kMaxExpertsForLines = 4096;
 
 // Token after token. A type of its own, so that the common case reads the ids where they are.
 struct Identity {
@@ -89,6 +96,82 @@ bool count_run(const Id* ids, int64_t begin, int64_t end, const PlanShape& shape
   return true;
 }
 
+// Hands out rows for visits [begin, end): cursor[e] is the next row of expert e, limit[e] the end of its kept rows.
+template <typename Id, bool kChoiceMajor, typename Order>
+void scatter_run(const Id* ids, int64_t begin, int64_t end, const PlanShape& shape, const Order& order, int64_t* cursor,
+                 const int64_t* limit, const PlanOutputs& out) {
+  // By value: were these read through references, every store below might change them, and each would be reloaded.
+  for_each_visit<kChoiceMajor>(begin, end, shape.num_tokens, shape.top_k, order,
+                               [cursor, limit, ids, out](int64_t i, int64_t token, int64_t slot) {
+                                 const int64_t e = static_cast<int64_t>(ids[i]);
+                                 const int64_t row = cursor[e]++;
+                                 if (row < limit[e]) {
+                                   out.row_to_token[row] = static_cast<int32_t>(token);
+                                   out.row_to_slot[row] = static_cast<int32_t>(slot);
+                                   out.token_rows[i] = static_cast<int32_t>(row);
+                                 } else {
+                                   out.token_rows[i] = -1;
+                                 }
+                               });
+}
+
+// The rows of one expert that share a cache line of the results, collected before they are written.
+constexpr int64_t kLine = 16;
+struct alignas(64) Line {
+  int32_t token[kLine], slot[kLine];
+};
+
+// Writes rows [begin, end) of one line. A full line goes past the caches: nothing here reads it again.
+inline void write_line(const int32_t* line, int64_t begin, int64_t end, int32_t* out) {
+#ifdef __SSE2__
+  if (end - begin == kLine && reinterpret_cast<uintptr_t>(out + begin) % 16 == 0) {
+    for (int64_t i = 0; i < kLine; i += 4) {
+      _mm_stream_si128(reinterpret_cast<__m128i*>(out + begin + i),
+                       _mm_load_si128(reinterpret_cast<const __m128i*>(line + i)));
+    }
+    return;
+  }
+#endif
+  std::copy(line + begin % kLine, line + begin % kLine + (end - begin), out + begin);
+}
+
+// The same as scatter_run, for results that exceed the caches: each expert's rows are a stream of single writes, and more
+// streams than the caches can follow cost a trip to memory for each write. Lines make it one trip for sixteen.
+template <typename Id, bool kChoiceMajor, typename Order>
+void scatter_run_through_lines(const Id* ids, int64_t begin, int64_t end, const PlanShape& shape, const Order& order,
+                               int64_t* cursor, const int64_t* limit, const PlanOutputs& out) {
+  const int64_t E = shape.num_experts;
+  std::vector<Line> lines(static_cast<size_t>(E));
+  const std::vector<int64_t> starts(cursor, cursor + E);  // rows before them belong to other runs
+  const auto write = [&starts, out](int64_t e, const Line& line, int64_t last) {  // the line of row last - 1, up to it
+    const int64_t first = std::max(starts[static_cast<size_t>(e)], (last - 1) / kLine * kLine);
+    write_line(line.token, first, last, out.row_to_token);
+    write_line(line.slot, first, last, out.row_to_slot);
+  };
+  Line* const line_of = lines.data();
+  for_each_visit<kChoiceMajor>(begin, end, shape.num_tokens, shape.top_k, order,
+                               [cursor, limit, ids, out, line_of, &write](int64_t i, int64_t token, int64_t slot) {
+                                 const int64_t e = static_cast<int64_t>(ids[i]);
+                                 const int64_t row = cursor[e]++;
+                                 if (row < limit[e]) {
+                                   Line& line = line_of[e];
+                                   line.token[row % kLine] = static_cast<int32_t>(token);
+                                   line.slot[row % kLine] = static_cast<int32_t>(slot);
+                                   out.token_rows[i] = static_cast<int32_t>(row);
+                                   if (row % kLine == kLine - 1) write(e, line, row + 1);
+                                 } else {
+                                   out.token_rows[i] = -1;
+                                 }
+                               });
+  for (int64_t e = 0; e < E; ++e) {
+    const int64_t last = std::min(cursor[e], limit[e]);
+    if (last > starts[static_cast<size_t>(e)] && last % kLine != 0) write(e, lines[static_cast<size_t>(e)], last);
+  }
+#ifdef __SSE2__
+  _mm_sfence();  // writes past the caches are ordered before whatever follows
+#endif
+}
+
 // Large results are fresh pages, and touching them 4 KiB at a time would cost as much as the sort itself.
 void prefer_huge_pages(int32_t* data, int64_t size) {
 #ifdef MADV_HUGEPAGE
@@ -127,7 +210,7 @@ bool plan_runs(const Id* ids, const PlanShape& shape, const Order& order, const 
 
   // Where every expert's rows begin, and where each run's share of them begins.
   std::vector<int64_t> limits(static_cast<size_t>(E + 1), 0);  // end of the kept rows; of id E nothing is kept
-  int64_t offset = 0;
+  int64_t offset = 0, kept_rows = 0;
   for (int64_t e = 0; e < E; ++e) {
     int64_t total = 0;
     for (int64_t run = 0; run < runs; ++run) {
@@ -140,32 +223,25 @@ bool plan_runs(const Id* ids, const PlanShape& shape, const Order& order, const 
     out.tokens_per_expert[e] = static_cast<int32_t>(total);
     out.expert_offsets[e] = static_cast<int32_t>(offset);
     limits[static_cast<size_t>(e)] = offset + kept;
+    kept_rows += kept;
     offset += shape.binned ? shape.capacity : (kept + shape.block_size - 1) / shape.block_size * shape.block_size;
   }
   out.expert_offsets[E] = static_cast<int32_t>(offset);
 
+  const bool through_lines = visits >= kMinVisitsForLines && E >= kMinExpertsForLines && E <= kMaxExpertsForLines;
   cut.for_each([&](int64_t run, int64_t begin, int64_t end) {
     int64_t* const cursor = cursors.data() + run * stride;
     cursor[E] = 0;
-    const int64_t* const limit = limits.data();
-    // By value: were these read through references, every store below might change them, and each would be reloaded.
-    const PlanOutputs to_write = out;
-    for_each_visit<kChoiceMajor>(begin, end, T, K, order,
-                                 [cursor, limit, ids, to_write](int64_t i, int64_t token, int64_t slot) {
-                                   const int64_t e = static_cast<int64_t>(ids[i]);
-                                   const int64_t row = cursor[e]++;
-                                   if (row < limit[e]) {
-                                     to_write.row_to_token[row] = static_cast<int32_t>(token);
-                                     to_write.row_to_slot[row] = static_cast<int32_t>(slot);
-                                     to_write.token_rows[i] = static_cast<int32_t>(row);
-                                   } else {
-                                     to_write.token_rows[i] = -1;
-                                   }
-                                 });
+    if (through_lines) {
+      scatter_run_through_lines<Id, kChoiceMajor>(ids, begin, end, shape, order, cursor, limits.data(), out);
+    } else {
+      scatter_run<Id, kChoiceMajor>(ids, begin, end, shape, order, cursor, limits.data(), out);
+    }
   });
 
-  // Holes behind each expert's rows; as "expert E", the tail behind all of them.
-  torch::stable::parallel_for(0, E + 1, 64, [&](int64_t from, int64_t to) {
+  // Holes behind each expert's rows; as "expert E", the tail behind all of them. Few holes do not repay waking threads.
+  const int64_t grain = shape.num_rows - kept_rows < 4 * kMinRun ? E + 1 : 64;
+  torch::stable::parallel_for(0, E + 1, grain, [&](int64_t from, int64_t to) {
     for (int64_t e = from; e < to; ++e) {
       const int64_t begin = e < E ? limits[static_cast<size_t>(e)] : offset;
       const int64_t end = e < E ? out.expert_offsets[e + 1] : shape.num_rows;

@@ -111,6 +111,25 @@ def test_runs_of_several_threads_join_exactly(plan, choice_major, ordered):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("options", [{}, {"capacity": 9000, "block_size": 7}, {"capacity": 8200, "binned": True}])
+def test_large_plan_equals_the_reference(options, threads):
+    """Large enough to be written a cache line at a time; the loop over visits would take too long here."""
+    T, K, E = 70_001, 8, 64
+    generator = torch.Generator().manual_seed(0)
+    indices = torch.randint(0, E + 1, (T, K), generator=generator)
+    indices[: T // 4] = 63  # runs in which most experts get no row
+    order = torch.randperm(T, generator=generator) if options else None
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        got = routing_plan(indices, E, token_order=order, **options)
+    finally:
+        torch.set_num_threads(before)
+    for name, one, expected in zip(NAMES, got, reference(indices, E, token_order=order, **options), strict=True):
+        assert torch.equal(one, expected), name
+
+
 @implementations
 @pytest.mark.parametrize("num_experts", [1, 255, 1024, 5000])
 def test_many_experts_few_tokens(plan, num_experts):
