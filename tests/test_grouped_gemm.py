@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+
 import numpy as np
 import pytest
 import torch
@@ -147,6 +150,22 @@ def test_rounds_once(dtype, trans_b):
     exact, magnitudes = weight_oracle(a, dy, counts), weight_oracle(a.abs(), dy.abs(), counts)
     bound = exact.abs() * torch.finfo(dtype).eps * 0.51 + magnitudes * sum_eps * 20
     assert ((grouped_gemm_weight(a, dy, offsets_of(counts)).double() - exact).abs() <= bound).all()
+
+
+def test_reads_nothing_behind_the_last_row():
+    """The last block is rounded up in bfloat16; here the tensor ends where memory that may not be read begins."""
+    page = mmap.PAGESIZE
+    memory = mmap.mmap(-1, 2 * page)
+    buffer = torch.frombuffer(memory, dtype=torch.bfloat16)
+    libc = ctypes.CDLL(None, use_errno=True)
+    forbidden = ctypes.c_void_p(buffer.data_ptr() + page)
+    assert libc.mprotect(forbidden, ctypes.c_size_t(page), 0) == 0
+    a = buffer[page // 2 - 37 * 8 : page // 2].view(37, 8)
+    a.copy_(integers(37, 8, seed=1))
+    counts, b = [20, 17], integers(2, 5, 8, dtype=torch.bfloat16, seed=2)
+    assert torch.equal(grouped_gemm(a, b, offsets_of(counts)).double(), oracle(a, b, counts, True))
+    got = grouped_gemm_weight(a, a, offsets_of(counts))
+    assert torch.equal(got.double(), weight_oracle(a, a, counts))
 
 
 def test_padded_form_keeps_zero_rows_zero():
