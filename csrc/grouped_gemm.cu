@@ -150,8 +150,8 @@ __global__ void __launch_bounds__(kThreads)
 template <typename Scalar>
 __global__ void __launch_bounds__(kThreads)
     weight_kernel(const Scalar* __restrict__ a, int64_t a_row_stride, const Scalar* __restrict__ b,
-                  int64_t b_row_stride, const int32_t* __restrict__ expert_offsets, Scalar* __restrict__ out, int num_experts, int64_t rows,
-                  int64_t height, int64_t columns) {
+                  int64_t b_row_stride, const int32_t* __restrict__ expert_offsets, Scalar* __restrict__ out,
+                  int num_experts, int64_t rows, int64_t height, int64_t columns) {
   const int expert = blockIdx.z;
   const int64_t first = offset_at(expert_offsets, expert, num_experts, rows);
   const int64_t end = max(offset_at(expert_offsets, expert + 1, num_experts, rows), first);
