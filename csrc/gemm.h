@@ -127,10 +127,10 @@ inline void mm_out(const Matrix& out, const Matrix& a, const Matrix& b, ScalarTy
   }
 }
 
-// How many rows to give a product that needs `rows`, where every new shape costs a code generation: the next multiple of
-// 16 up to 256 rows, and 8 sizes for each doubling beyond, so at most an eighth more (below 128 rows: at most 15 rows).
-// float32 and float64 need no rounding. (oneDNN takes float16 only on some CPUs; the others multiply it so slowly that
-// nothing is lost.)
+// How many rows to give a product that needs `rows`, where every new shape costs a code generation: the next multiple
+// of 16 up to 256 rows, and 8 sizes for each doubling beyond, so at most an eighth more (below 128 rows: at most 15
+// rows). float32 and float64 need no rounding. (oneDNN takes float16 only on some CPUs; the others multiply it so
+// slowly that nothing is lost.)
 //
 // The added rows of `a` may hold anything, NaN included, as a row of a product depends on that row alone, and their
 // results are not to be read. Where rows are summed over (a weight gradient) they must be zero in both factors.

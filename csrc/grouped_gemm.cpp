@@ -164,7 +164,8 @@ Tensor grouped_gemm_weight(const Tensor& a, const Tensor& b, const Tensor& exper
   const int64_t used = offsets[num_experts];
   for (int64_t e = 0; e < num_experts; ++e) {
     int64_t width = height;  // halved until a task is at most a sixteenth of the work
-    while (width >= 2 * kNarrowest && (offsets[e + 1] - offsets[e]) * width * kShare > used * height) width = (width + 1) / 2;
+    const int64_t count = offsets[e + 1] - offsets[e];
+    while (width >= 2 * kNarrowest && count * width * kShare > used * height) width = (width + 1) / 2;
     width = (width + 15) / 16 * 16;
     for (int64_t column = 0; column < height; column += width) {
       tasks.push_back({e, column, std::min(width, height - column)});

@@ -2,8 +2,8 @@
 // every stride, at the speed of the ordinary arithmetic units (float32 sums, or float64 for float64).
 //
 // What a fast one does besides: bfloat16 and float16 on the tensor cores (wgmma on sm_90, tcgen05 on sm_100) from
-// 128-byte-swizzled shared memory that asynchronous copies (cp.async, TMA) fill several stages ahead, 128 x 256 tiles, and
-// persistent blocks that walk the tiles of the fullest experts first while a weight stays in L2.
+// 128-byte-swizzled shared memory that asynchronous copies (cp.async, TMA) fill several stages ahead, 128 x 256 tiles,
+// and persistent blocks that walk the tiles of the fullest experts first while a weight stays in L2.
 //
 // The host never learns the rows per expert: the grid has the most tiles that R rows on E experts can need, and each
 // block finds its own expert in the offsets. Offsets are cut to 0 .. R on the device, so no offset reads out of bounds.
@@ -39,8 +39,8 @@ struct View {
 // Copies rows [row, row + kTile) x columns [col, col + kDepth) of `from` into `to[column][row]`, zeros beyond the ends.
 // Neighbouring threads read along the dimension whose stride is 1.
 template <typename Scalar>
-__device__ void load_tile(Sum<Scalar> (*to)[kTile + 1], const View<Scalar>& from, int64_t row, int64_t rows, int64_t col,
-                          int64_t cols) {
+__device__ void load_tile(Sum<Scalar> (*to)[kTile + 1], const View<Scalar>& from, int64_t row, int64_t rows,
+                          int64_t col, int64_t cols) {
   const bool along_columns = from.col_stride == 1;
 #pragma unroll
   for (int step = 0; step < kTile * kDepth / kThreads; ++step) {
@@ -55,8 +55,8 @@ __device__ void load_tile(Sum<Scalar> (*to)[kTile + 1], const View<Scalar>& from
 
 // out[i][j] = sum_k a[i][k] * b[j][k] for the tile at (row, col) of an output of rows x cols.
 template <typename Scalar>
-__device__ void multiply_tile(const View<Scalar>& a, const View<Scalar>& b, Scalar* out, int64_t out_stride, int64_t row,
-                              int64_t rows, int64_t col, int64_t cols, int64_t depth) {
+__device__ void multiply_tile(const View<Scalar>& a, const View<Scalar>& b, Scalar* out, int64_t out_stride,
+                              int64_t row, int64_t rows, int64_t col, int64_t cols, int64_t depth) {
   __shared__ Sum<Scalar> a_tile[kDepth][kTile + 1], b_tile[kDepth][kTile + 1];  // + 1: no two of a column in one bank
   const int thread_row = threadIdx.x / 16, thread_col = threadIdx.x % 16;
   Sum<Scalar> sums[kPerThread][kPerThread] = {};
@@ -102,8 +102,8 @@ struct RowTile {
   int64_t first_row, end_row;
 };
 
-// Which rows tile number `tile` covers, found by the first warp: 32 segments a step, their tile counts summed by shuffles.
-// Past the last tile it covers no row.
+// Which rows tile number `tile` covers, found by the first warp: 32 segments a step, their tile counts summed by
+// shuffles. Past the last tile it covers no row.
 __device__ RowTile find_row_tile(const int32_t* expert_offsets, int num_experts, int64_t rows, int64_t tile) {
   __shared__ RowTile found;
   if (threadIdx.x == 0) found = {num_experts, rows, rows};
@@ -149,9 +149,9 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename Scalar>
 __global__ void __launch_bounds__(kThreads)
-    weight_kernel(const Scalar* __restrict__ a, int64_t a_row_stride, const Scalar* __restrict__ b, int64_t b_row_stride,
-                  const int32_t* __restrict__ expert_offsets, Scalar* __restrict__ out, int num_experts, int64_t rows,
-                  int64_t height, int64_t columns) {
+    weight_kernel(const Scalar* __restrict__ a, int64_t a_row_stride, const Scalar* __restrict__ b,
+                  int64_t b_row_stride, const int32_t* __restrict__ expert_offsets, Scalar* __restrict__ out,
+                  int num_experts, int64_t rows, int64_t height, int64_t columns) {
   const int expert = blockIdx.z;
   const int64_t first = offset_at(expert_offsets, expert, num_experts, rows);
   const int64_t end = max(offset_at(expert_offsets, expert + 1, num_experts, rows), first);
@@ -194,8 +194,8 @@ Tensor with_unit_columns(const Tensor& matrix) {
 }
 
 void check_grid(const char* op, int64_t x, int64_t y, int64_t z) {
-  DMOE_CHECK(x <= INT_MAX && y <= 65535 && z <= 65535, op, ": expected fewer tiles than a grid holds, got ", x, " x ", y,
-             " x ", z);
+  DMOE_CHECK(x <= INT_MAX && y <= 65535 && z <= 65535, op, ": expected fewer tiles than a grid holds, got ", x, " x ",
+             y, " x ", z);
 }
 
 Tensor grouped_gemm(const Tensor& a, const Tensor& b, const Tensor& expert_offsets, bool trans_b) {

@@ -11,8 +11,9 @@ namespace {
 
 // One row a block: its token is loaded once, and 128 threads move 2 KiB a step. A token out of range counts as -1.
 template <typename Word>
-__global__ void __launch_bounds__(128) permute_kernel(const Word* __restrict__ x, const int32_t* __restrict__ row_to_token,
-                                                      Word* __restrict__ out, int64_t tokens, int64_t row_words) {
+__global__ void __launch_bounds__(128)
+    permute_kernel(const Word* __restrict__ x, const int32_t* __restrict__ row_to_token, Word* __restrict__ out,
+                   int64_t tokens, int64_t row_words) {
   const int64_t row = blockIdx.x;
   const int64_t token = row_to_token[row];
   const bool present = token >= 0 && token < tokens;

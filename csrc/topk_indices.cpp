@@ -57,7 +57,8 @@ struct Entry64 {
 
 // The row is cut into groups, and the largest entry of each group is kept. Each of the k rounds takes the largest of
 // those and looks again at the one group it came from: E + k * (E / group + group) steps in all, against about
-// E + k * E for repeated scans. A heap or an insertion list does fewer steps, but each is a branch that nothing predicts.
+// E + k * E for repeated scans. A heap or an insertion list does fewer steps, but each is a branch that nothing
+// predicts.
 template <typename Score, typename Entry, int kGroup>
 void select_rows(const Score* scores, int64_t* out, int64_t begin, int64_t end, int64_t num_experts, int64_t k) {
   using Wide = std::conditional_t<std::is_same_v<Score, double>, double, float>;

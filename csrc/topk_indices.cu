@@ -1,8 +1,8 @@
 // topk_indices on CUDA: one warp per row, k rounds of a warp-wide maximum.
 //
-// Every round reads the row again, from L1 after the first: E is at most some hundreds and k small, so the kernel is bound
-// by launch and latency, and it needs neither shared memory nor a limit on E. No id is marked as taken: the next one is
-// the largest that ranks below the previous one, and ranks are distinct because the id breaks every tie.
+// Every round reads the row again, from L1 after the first: E is at most some hundreds and k small, so the kernel is
+// bound by launch and latency, and it needs neither shared memory nor a limit on E. No id is marked as taken: the next
+// one is the largest that ranks below the previous one, and ranks are distinct because the id breaks every tie.
 #include <climits>
 #include <cstdint>
 

@@ -123,9 +123,9 @@ std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad, const Tensor& 
   const int64_t assignments = token_rows.size(0);
   DMOE_CHECK(grad.size(1) == hidden && offsets.size(0) == tokens + 1 && tokens_of.size(0) == num_rows &&
                  slots_of.size(0) == num_rows,
-             kOp, ": expected grad (T, H), rows (R, H), row_to_token (R,), row_to_slot (R,), token_offsets (T + 1,); got ",
-             shape_of(grad), ", ", shape_of(rows), ", ", shape_of(row_to_token), ", ", shape_of(row_to_slot), ", ",
-             shape_of(token_offsets));
+             kOp, ": expected grad (T, H), rows (R, H), row_to_token (R,), row_to_slot (R,), token_offsets (T + 1,); "
+             "got ", shape_of(grad), ", ", shape_of(rows), ", ", shape_of(row_to_token), ", ",
+             shape_of(row_to_slot), ", ", shape_of(token_offsets));
   const Tensor weights = prepare_weights(kOp, gate_weights, assignments, sum_type(rows));
   Tensor grad_rows = torch::stable::new_empty(source, {num_rows, hidden});
   Tensor grad_weights = torch::stable::new_zeros(weights, {assignments});  // zero is what a dropped assignment keeps
