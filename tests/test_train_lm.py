@@ -428,7 +428,7 @@ def test_resuming_refuses_what_would_change_the_run(corpus, text, tmp_path, caps
     checkpoint.save(out, dataclasses.replace(settings, compare_dense=False), corpus, [run])
     resume = ["--out", str(out), "--resume"]
     assert train_lm.main([*resume, "--lr", "1"]) == 2
-    assert "the checkpoint was made with --lr 0.003, not 1.0" in capsys.readouterr().err
+    assert "the checkpoint was made with --lr 0.005, not 1.0" in capsys.readouterr().err
     assert train_lm.main(["--out", str(out)]) == 2
     assert "holds a run that is at step 0 of 6" in capsys.readouterr().err
     text.write_text(text.read_text() + " more")
