@@ -306,6 +306,20 @@ def test_learning_rate():
     assert learning_rate(0, dataclasses.replace(settings, warmup=0)) == pytest.approx(0.4)
 
 
+def test_experts_learn_slower_by_the_root_of_the_share_they_see(corpus):
+    settings = dataclasses.replace(TINY, experts=8, top_k=2, steps=1, warmup=1, eval_every=1, lr=0.1, weight_decay=0.0)
+    run = Run("moe", settings, corpus, CPU)
+    before = {name: parameter.detach().clone() for name, parameter in run.model.named_parameters()}
+    train([run], lambda: None, never)
+    # Adam's first step moves every weight that has a gradient by the rate.
+    moved = {name: float((parameter - before[name]).abs().max()) for name, parameter in run.model.named_parameters()}
+    assert moved["head.weight"] == pytest.approx(0.1, rel=1e-3)
+    assert moved["embedding.weight"] == pytest.approx(0.1, rel=1e-3)
+    experts = {name: size for name, size in moved.items() if ".experts." in name}
+    assert len(experts) == 2 * settings.layers
+    assert list(experts.values()) == pytest.approx([0.1 * math.sqrt(2 / 8)] * len(experts), rel=1e-3)
+
+
 def test_generated_text_is_a_function_of_the_weights(corpus):
     run = Run("moe", TINY, corpus, CPU)
     text = "".join(generate(run, "é", length=40))
@@ -428,7 +442,7 @@ def test_resuming_refuses_what_would_change_the_run(corpus, text, tmp_path, caps
     checkpoint.save(out, dataclasses.replace(settings, compare_dense=False), corpus, [run])
     resume = ["--out", str(out), "--resume"]
     assert train_lm.main([*resume, "--lr", "1"]) == 2
-    assert "the checkpoint was made with --lr 0.003, not 1.0" in capsys.readouterr().err
+    assert "the checkpoint was made with --lr 0.005, not 1.0" in capsys.readouterr().err
     assert train_lm.main(["--out", str(out)]) == 2
     assert "holds a run that is at step 0 of 6" in capsys.readouterr().err
     text.write_text(text.read_text() + " more")

@@ -33,7 +33,7 @@ class Settings:
     """Sequences in a step."""
     seq_len: int = 192
     """Bytes in a sequence."""
-    lr: float = 3e-3
+    lr: float = 5e-3
     """Peak learning rate: reached after ``warmup`` steps, then a cosine down to a tenth of it."""
     warmup: int = 100
     weight_decay: float = 0.1

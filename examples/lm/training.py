@@ -158,7 +158,7 @@ class Run:
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), s.clip)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["scale"]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return task_loss.detach()
@@ -279,11 +279,24 @@ class StopOnSignal:
 
 
 def _optimizer(model: ByteLM, settings: Settings) -> torch.optim.AdamW:
-    """AdamW; norms and the embedding are not decayed."""
-    decayed = [p for p in model.parameters() if p.ndim >= 2 and p is not model.embedding.weight]
-    others = [p for p in model.parameters() if p.ndim < 2 or p is model.embedding.weight]
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=True)
+    """AdamW; norms and the embedding are not decayed, and experts learn at ``sqrt(top_k / experts)`` times the rate.
+
+    An expert sees that share, ``top_k / experts``, of a batch. Adam's rate goes with the square root of the batch
+    (Malladi et al. 2022, "On the SDEs and Scaling Rules for Adaptive Gradient Algorithms"): at the rate which suits
+    weights that see every byte, experts would follow the noise of the few bytes that came to them.
+    """
+    whole: dict[str, Any] = {"params": [], "scale": 1.0}
+    plain: dict[str, Any] = {"params": [], "scale": 1.0, "weight_decay": 0.0}
+    experts: dict[str, Any] = {"params": [], "scale": math.sqrt(settings.top_k / settings.experts)}
+    for parameter in model.parameters():
+        if dmoe.is_expert_param(parameter):
+            experts["params"].append(parameter)
+        elif parameter.ndim < 2 or parameter is model.embedding.weight:
+            plain["params"].append(parameter)
+        else:
+            whole["params"].append(parameter)
+    groups = [group for group in (whole, plain, experts) if group["params"]]
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), weight_decay=settings.weight_decay, fused=True)
 
 
 def _seed(seed: int, purpose: str) -> None:
