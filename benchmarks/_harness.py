@@ -1,0 +1,314 @@
+"""What the benchmarks share: interleaved timing, a check before every figure, and reports as JSON, Markdown and a plot."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dmoe
+
+RESULTS = Path(__file__).parent / "results"
+
+# Okabe and Ito's palette, told apart under every common colour blindness; yellow is left out, too pale on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
+
+
+class CheckError(Exception):
+    """Two contestants do not compute the same thing, so there is nothing to report."""
+
+
+# ------------------------------------------------------------------------------------------------------------ timing
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one contestant over its rounds."""
+
+    median: float
+    p10: float
+    p90: float
+    best: float
+    rounds: int
+
+    @staticmethod
+    def of(samples: Sequence[float]) -> Timing:
+        """Summarise at least one sample."""
+        ordered = torch.tensor(sorted(samples), dtype=torch.float64)
+        p10, median, p90 = torch.quantile(ordered, torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)).tolist()
+        return Timing(median, p10, p90, float(ordered[0]), len(samples))
+
+
+def stopwatch(run: Callable[[], Any]) -> float:
+    """Seconds of one call, with Python's garbage collector held still."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def interleave(
+    contestants: Mapping[str, Callable[[int], float]],
+    *,
+    rounds: int,
+    warmup: int,
+    seconds_each: float,
+    seed: int,
+    tick: Callable[[], None] = lambda: None,
+) -> dict[str, Timing]:
+    """Time contestants in turns, so that a slow minute of the machine falls on all of them.
+
+    Args:
+        contestants: name to a function that runs round i once and returns its seconds.
+        rounds: turns of each contestant; the order is shuffled anew in every round.
+        warmup: turns that are not counted; their rounds are numbered from ``-warmup``.
+        seconds_each: a contestant that would take longer than this in all gets fewer turns, at least three, spread over
+            the run.
+        seed: of the shuffling.
+        tick: called after every round, for a progress bar.
+
+    Returns:
+        A summary for each contestant.
+    """
+    order = random.Random(seed)
+    names = list(contestants)
+    cost = {name: min(contestants[name](i) for i in range(-warmup, 0)) for name in names}
+    turns = {name: max(min(rounds, 3), min(rounds, int(seconds_each / max(cost[name], 1e-9)))) for name in names}
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(rounds):
+        order.shuffle(names)
+        for name in names:
+            # Turn j of n falls on round floor(j * rounds / n).
+            if len(samples[name]) < turns[name] and len(samples[name]) * rounds // turns[name] <= i:
+                samples[name].append(contestants[name](i))
+        tick()
+    return {name: Timing.of(samples[name]) for name in contestants}
+
+
+# ------------------------------------------------------------------------------------------------------------- check
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """``||got - expected|| / ||expected||`` in float64; infinite where shapes differ, NaN where ``got`` has one."""
+    if got.shape != expected.shape:
+        return float("inf")
+    expected = expected.double()
+    scale = expected.norm().clamp(min=torch.finfo(torch.float64).tiny)
+    return float((got.detach().double() - expected).norm() / scale)
+
+
+def require_close(where: str, errors: Mapping[str, float], tolerance: float) -> None:
+    """Refuse to go on unless every error is within the tolerance (a NaN is not).
+
+    Raises:
+        CheckError: names the contestant and the tensors that are off.
+    """
+    off = {name: error for name, error in errors.items() if not error <= tolerance}
+    if off:
+        listed = ", ".join(f"{name} by {error:.2e}" for name, error in off.items())
+        raise CheckError(f"{where}: expected agreement within {tolerance:.0e} (relative norm), but off: {listed}")
+
+
+# ------------------------------------------------------------------------------------------------------- environment
+
+
+def environment(threads: int) -> dict[str, Any]:
+    """What a reader needs to know about the machine and the software behind the figures."""
+    flags, model, family = _processor()
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "dmoe": dmoe.__version__}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        versions["transformers"] = importlib.metadata.version("transformers")
+    wanted = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_tile", "bf16", "sve")
+    return {
+        "date": datetime.date.today().isoformat(),
+        "hardware": model,
+        "family": family,
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "instructions": [flag for flag in wanted if flag in flags],
+        "memory_gib": round(_memory("MemTotal") / 2**30, 1),
+        "system": f"{platform.system()} {platform.machine()}",
+        "compiled": any(Path(dmoe.__file__).parent.glob("_C*.so")),
+        "versions": versions,
+    }
+
+
+def _processor() -> tuple[set[str], str, str]:
+    """Instruction flags, model name, and family and model numbers (a cloud's model name alone says little)."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return set(), platform.processor() or platform.machine(), ""
+
+    def field(name: str) -> str:
+        found = re.search(rf"^{name}\s*:\s*(.+)$", text, re.MULTILINE)
+        return found.group(1).strip() if found else ""
+
+    model = field("model name") or platform.machine()
+    return set((field("flags") or field("Features")).split()), model, f"family {field('cpu family')} model {field('model')}"
+
+
+def _memory(field: str) -> int:
+    """A line of /proc/meminfo in bytes; 0 where there is none."""
+    try:
+        found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:
+        return 0
+    return int(found.group(1)) * 1024 if found else 0
+
+
+def available_memory() -> int:
+    """Bytes that can be had without swapping; 0 when unknown."""
+    return _memory("MemAvailable")
+
+
+# ------------------------------------------------------------------------------------------------------------ report
+
+
+def arguments(description: str, *, rounds: int) -> argparse.ArgumentParser:
+    """The command line that every benchmark has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a few rounds of a few cases: does it run at all?")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON, the table and the plot")
+    parser.add_argument("--rounds", type=int, default=rounds, help="counted turns of each contestant")
+    parser.add_argument("--warmup", type=int, default=3, help="turns before the counted ones")
+    parser.add_argument("--seconds", type=float, default=20.0, help="budget of one contestant in one case; fewer turns beyond it")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="PyTorch's threads")
+    parser.add_argument("--cases", default="", help="only cases whose label contains this")
+    parser.add_argument("--contestants", default="", help="only these, separated by commas (the first named always runs)")
+    parser.add_argument("--seed", type=int, default=0, help="of the data and of the order of turns")
+    return parser
+
+
+def checked(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse, refuse what makes no sense, and set the threads."""
+    args = parser.parse_args()
+    for name in ("rounds", "warmup", "threads"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name}: expected at least 1, got {getattr(args, name)}")
+    torch.set_num_threads(args.threads)
+    return args
+
+
+def stem(name: str, env: Mapping[str, Any]) -> str:
+    """``<name>_<hardware>_<date>``."""
+    hardware = re.sub(r"[^a-z0-9]+", "-", f"{env['hardware']} {env['cores']} cores".lower()).strip("-")
+    return f"{name}_{hardware}_{env['date']}"
+
+
+def describe(env: Mapping[str, Any]) -> str:
+    """One line on where the figures come from."""
+    versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
+    return (
+        f"{env['hardware']} ({env['family']}; {', '.join(env['instructions'])}), {env['cores']} cores, "
+        f"{env['threads']} threads; {versions}; {env['date']}."
+    )
+
+
+def write_json(path: Path, env: Mapping[str, Any], settings: Mapping[str, Any], cases: Sequence[Mapping[str, Any]]) -> None:
+    """All figures, with what they depend on."""
+
+    def plain(value: Any) -> Any:
+        return asdict(value) if isinstance(value, Timing) else str(value)
+
+    document = {"environment": env, "settings": settings, "cases": cases}
+    path.write_text(json.dumps(document, indent=1, default=plain) + "\n")
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table, the first column to the left and the others to the right."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def milliseconds(seconds: float) -> str:
+    """Three significant digits, without an exponent."""
+    value = seconds * 1e3
+    digits = 3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0
+    return f"{value:.{digits}f}"
+
+
+# -------------------------------------------------------------------------------------------------------------- plot
+
+
+def new_figure(columns: int, *, width: float, height: float) -> tuple[Any, list[Any]]:
+    """A light figure with ``columns`` panels beside each other."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(
+        {
+            "font.size": 10,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.edgecolor": "#666666",
+            "axes.titlesize": 11,
+            "axes.titlelocation": "left",
+            "axes.grid": True,
+            "grid.color": "#e6e6e6",
+            "figure.facecolor": "white",
+            "axes.facecolor": "white",
+        }
+    )
+    figure, axes = plt.subplots(1, columns, figsize=(width, height), squeeze=False, sharey=True)
+    return figure, list(axes[0])
+
+
+def label_lines(axis: Any, ends: Sequence[tuple[float, float, str, str]], *, gap: float = 0.045) -> None:
+    """Write each line's name beside its end, moved apart where they would overlap.
+
+    Args:
+        axis: with a logarithmic y axis and its limits set.
+        ends: x, y, text and colour of each.
+        gap: smallest distance between two labels, as a share of the axis' height.
+    """
+    place = axis.transAxes.inverted()
+    heights = [float(place.transform(axis.transData.transform((x, y)))[1]) for x, y, _, _ in ends]
+    order = sorted(range(len(ends)), key=lambda i: heights[i])
+    placed: list[float] = []
+    for i in order:
+        placed.append(max(heights[i], placed[-1] + gap) if placed else heights[i])
+    shift = max(0.0, placed[-1] - 1.0) if placed else 0.0
+    for i, height in zip(order, placed, strict=True):
+        x, y, text, colour = ends[i]
+        axis.annotate(
+            text,
+            xy=(x, y),
+            xytext=(1.03, height - shift),
+            textcoords="axes fraction",
+            color=colour,
+            fontsize=9,
+            va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6, "alpha": 0.6, "shrinkA": 0, "shrinkB": 3},
+        )
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write the PNG and forget the figure."""
+    import matplotlib.pyplot as plt
+
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    plt.close(figure)
