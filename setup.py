@@ -57,10 +57,12 @@ class BuildLibrary(build_ext):
     def build_extension(self, ext: Extension) -> None:
         """Build, or explain in one warning why the package will run on its reference operations."""
         wanted = mode("DMOE_BUILD")
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.unlink(missing_ok=True)  # an earlier build's library would be packed beside sources that it does not fit
         if wanted == "off":
             return
         try:
-            self._build(Path(self.get_ext_fullpath(ext.name)))
+            self._build(target)
         except (OSError, ImportError, subprocess.CalledProcessError) as error:
             if wanted == "required":
                 raise SystemExit(f"dmoe: building csrc/ failed: {error}") from error
@@ -76,9 +78,12 @@ class BuildLibrary(build_ext):
         return [path for path in super().get_outputs() if Path(path).exists()]
 
     def copy_extensions_to_source(self) -> None:
-        """An editable install has nothing to copy when nothing was built."""
-        if (Path(self.build_lib) / self.get_ext_filename(self.extensions[0].name)).exists():
+        """For an editable install; when nothing was built, what an earlier one left goes too."""
+        library = self.get_ext_filename(self.extensions[0].name)
+        if (Path(self.build_lib) / library).exists():
             super().copy_extensions_to_source()
+        else:
+            (ROOT / library).unlink(missing_ok=True)
 
     def _build(self, target: Path) -> None:
         import torch
@@ -93,8 +98,8 @@ class BuildLibrary(build_ext):
 
         package = Path(torch.__file__).parent
         include = package / "include"
-        common = [f"-I{include}", f"-I{CSRC}", f"-DTORCH_TARGET_VERSION={TORCH_FLOOR}", "-O3", "-std=c++17"]
-        common.append(f'-DDMOE_CUDA_ARCHS="{" ".join("sm_" + arch for arch in archs)}"')
+        common = [f"-I{include}", f"-I{CSRC.name}", f"-DTORCH_TARGET_VERSION={TORCH_FLOOR}", "-O3", "-std=c++17"]
+        told = f'-DDMOE_CUDA_ARCHS="{" ".join("sm_" + arch for arch in archs)}"'
         host = [compiler, *common, "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
         device = [str(nvcc), *common, "-Xcompiler", "-fPIC,-fvisibility=hidden", "--expt-relaxed-constexpr"]
         for arch in archs:
@@ -102,7 +107,10 @@ class BuildLibrary(build_ext):
         if archs:  # PTX of the newest one, so that a GPU newer than the list runs too
             device += ["-gencode", f"arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
 
-        jobs = [(host, source) for source in sorted(CSRC.glob("*.cpp"))]
+        # Only one source hears of the architectures: the other objects serve builds with and without CUDA.
+        jobs: list[tuple[list[str], Path]] = []
+        for source in sorted(CSRC.glob("*.cpp")):
+            jobs.append(([*host, told] if source.stem == "build_info" else host, source))
         if nvcc:
             jobs += [(device, source) for source in sorted(CSRC.glob("*.cu"))]
         jobs.sort(key=lambda job: job[1].suffix != ".cu")  # the slow ones first
@@ -110,13 +118,13 @@ class BuildLibrary(build_ext):
         objects.mkdir(parents=True, exist_ok=True)
         workers = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
         with ThreadPoolExecutor(workers) as pool:
-            built = list(pool.map(lambda job: self._compile(*job, objects), jobs))
+            built = list(pool.map(lambda job: self._compile(job[0], job[1], objects), jobs))
 
         target.parent.mkdir(parents=True, exist_ok=True)
         # nvcc links when it compiled: it knows where its own runtime lies, and puts it in statically.
         link = [nvcc, "-ccbin", compiler, "-cudart", "static", "-Xlinker", "-s"] if nvcc else [compiler, "-s"]
         libraries = [f"-L{package / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
-        self._run([*link, "-shared", "-o", str(target), *map(str, built), *libraries])
+        self._run([*link, "-shared", "-o", str(target.resolve()), *map(str, built), *libraries])
 
     def _compile(self, command: list[str], source: Path, objects: Path) -> Path:
         """One object file; kept from an earlier build when neither the command nor any text it includes changed."""
@@ -125,15 +133,16 @@ class BuildLibrary(build_ext):
             digest.update(text.read_bytes())
         target = objects / f"{source.stem}{source.suffix.replace('.', '_')}-{digest.hexdigest()[:16]}.o"
         if not target.exists():
-            partial = target.with_suffix(".partial.o")
-            self._run([*command, "-c", str(source), "-o", str(partial)])
+            partial = target.with_suffix(f".{os.getpid()}.o")
+            # Relative to the root, so that objects and the paths inside them are the same wherever the sources lie.
+            self._run([*command, "-c", str(source.relative_to(ROOT)), "-o", str(partial)])
             partial.replace(target)  # an interrupted compile leaves no object that looks finished
         return target
 
     @staticmethod
     def _run(command: list[str]) -> None:
         print(" ".join(command), flush=True)
-        subprocess.run(command, check=True)
+        subprocess.run(command, check=True, cwd=ROOT)
 
 
 class PlatformWheel(bdist_wheel):

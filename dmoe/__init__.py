@@ -5,6 +5,7 @@ from __future__ import annotations
 from dmoe import functional, losses, metrics, ops
 from dmoe.config import MoEConfig
 from dmoe.experts import ExpertWeights
+from dmoe.info import info
 from dmoe.layer import MoE
 from dmoe.model_tools import aux_loss, is_expert_param, moe_layers, set_aux_loss_scale, update_selection_bias
 from dmoe.plan import RoutingPlan, plan_expert_choice, plan_token_choice
@@ -19,6 +20,7 @@ __all__ = [
     "RoutingPlan",
     "aux_loss",
     "functional",
+    "info",
     "is_expert_param",
     "losses",
     "metrics",

@@ -78,11 +78,11 @@ def replace_ffn(
     """
     _check_options(ffn_hidden_size, upcycle, perturb, config_fields)
     names = _select(model, select)
-    modules = {id(module): (names_of, module) for module, names_of in _by_module(model, names)}
-    count = config_fields.pop("num_moe_layers", len(modules))
+    chosen = _by_module(model, names)
+    count = config_fields.pop("num_moe_layers", len(chosen))
     jobs = []
-    for names_of, module in modules.values():
-        ffn = _read(model, names_of[0], module, ignore_functional_dropout="activation_dropout" in config_fields)
+    for module, aliases in chosen:
+        ffn = _read(model, aliases[0], module, ignore_functional_dropout="activation_dropout" in config_fields)
         options = {
             "ffn_hidden_size": ffn.ffn_hidden_size if ffn_hidden_size is None else ffn_hidden_size,
             "activation": ffn.activation,
@@ -92,17 +92,17 @@ def replace_ffn(
             **({"gate_normalization": 1.0} if upcycle and config_fields.get("softmax_order") != "after_topk" else {}),
             **config_fields,
         }
-        if options["activation"] is None:
+        if options["activation"] is None or (upcycle and ffn.activation is None):
             raise ValueError(
-                f"replace_ffn: {names_of[0]!r} ({type(module).__name__}): expected the activation silu, gelu, "
-                "gelu_tanh or relu, got another one; without upcycle=True, activation=... chooses one of these for the experts"
+                f"replace_ffn: {aliases[0]!r} ({type(module).__name__}): expected the activation silu, gelu, gelu_tanh "
+                "or relu, got another one; without upcycle=True, activation=... chooses one for the experts"
             )
         config = MoEConfig(
             hidden_size=ffn.hidden_size, num_experts=num_experts, top_k=top_k, num_moe_layers=count, **options
         )
         if upcycle:
-            _check_upcycle(names_of[0], ffn, config)
-        jobs.append(_Job(names_of, module, ffn, config))
+            _check_upcycle(aliases[0], ffn, config)
+        jobs.append(_Job(aliases, module, ffn, config))
 
     built = [(job, _build(job, upcycle, perturb)) for job in jobs]
     for job, moe in built:  # nothing below can fail

@@ -33,6 +33,13 @@ def _load_compiled() -> str | None:
 
 missing_reason: str | None = _load_compiled()
 compiled: bool = missing_reason is None
+backends: dict[str, dict[str, str]] = {}  # by operation and device: "C++", "CUDA C++", "Triton" or "reference"
+_library.define("cuda_archs() -> str")  # what csrc/build_info.cpp was built for
+
+
+def cuda_archs() -> tuple[str, ...]:
+    """GPU architectures that the compiled library holds kernels for, as ``("sm_80", "sm_90")``; empty without any."""
+    return tuple(torch.ops.dmoe.cuda_archs().split()) if compiled else ()
 
 
 @functools.cache
@@ -69,12 +76,17 @@ def define(
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
 
+    served = {"CPU": "C++", "CUDA": "CUDA C++"}
     if not has_kernel(name, "CPU"):
         _library.impl(name, reference if compiled else _warning_first(reference), "CPU")
+        served["CPU"] = "reference"
     if cuda is not None:
         _library.impl(name, cuda, "CUDA")
+        served["CUDA"] = "Triton"
     elif not has_kernel(name, "CUDA"):
         _library.impl(name, reference, "CUDA")
+        served["CUDA"] = "reference"
+    backends[name] = served
 
     for device_type in ("cpu", "cuda"):
         _library.impl(name, _autocast_kernel(op, device_type, autocast), "Autocast" + device_type.upper())

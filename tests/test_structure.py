@@ -1,0 +1,204 @@
+"""Who may import whom, read from the sources; and what `import dmoe` does to the process: nothing."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import dmoe
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Room -> rooms it may import from, besides itself. One line for each row of the design.
+MAY_IMPORT: dict[str, set[str]] = {
+    "kernels": set(),
+    "config": set(),
+    "losses": set(),
+    "metrics": set(),
+    "ops": {"kernels"},
+    "plan": {"ops", "config"},
+    "routing": {"ops", "plan", "config"},
+    "experts": {"ops", "plan", "config"},
+    "functional": {"ops", "plan", "config", "experts", "routing"},
+    "parallel": {"ops", "plan", "config"},
+    "layer": {"ops", "plan", "config", "losses", "metrics", "routing", "experts", "functional", "parallel"},
+    "model_tools": {"layer", "config", "parallel"},
+    "checkpoint": {"layer", "config", "parallel"},
+    "dense_ffn": {"config"},
+    "replace": {"layer", "config", "parallel", "dense_ffn"},
+    "info": {"ops"},
+}
+# Packages from outside, besides the standard library.
+OUTSIDE: dict[str, set[str]] = {room: {"torch"} for room in MAY_IMPORT} | {"kernels": {"torch", "triton"}}
+
+
+class Import(NamedTuple):
+    """One imported module, names taken from it (empty for ``import x``), where."""
+
+    module: str
+    names: tuple[str, ...]
+    line: int
+
+
+def imports_of(source: str, package: str = "") -> list[Import]:
+    """Every import in a source, wherever it stands, with relative ones made absolute."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [Import(alias.name, (), node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if node.level:
+                base = package.split(".")[: len(package.split(".")) - node.level + 1]
+                module = ".".join([*base, *([module] if module else [])])
+            found.append(Import(module, tuple(alias.name for alias in node.names), node.lineno))
+    return found
+
+
+def offences(room: str, source: str, package: str) -> list[str]:
+    """What a file of a room imports and may not."""
+    wrong = []
+    for module, names, line in imports_of(source, package):
+        top, _, rest = module.partition(".")
+        if top == "dmoe":
+            rooms = {rest.partition(".")[0]} if rest else set(names) or {"the package itself"}
+            wrong += [f"line {line}: {room} imports {target}" for target in rooms - MAY_IMPORT[room] - {room}]
+        elif top not in sys.stdlib_module_names and top not in OUTSIDE[room]:
+            wrong.append(f"line {line}: {room} imports {module}")
+    return wrong
+
+
+def public_offences(source: str, package: str = "") -> list[str]:
+    """Uses of dmoe that are not in its public names."""
+    wrong = []
+    for module, names, line in imports_of(source, package):
+        top, _, rest = module.partition(".")
+        if top != "dmoe" or rest.startswith("integrations"):
+            continue
+        if rest:  # a public submodule, or one name of it
+            head, private = (
+                rest.partition(".")[0],
+                [name for name in (*rest.split("."), *names) if name.startswith("_")],
+            )
+            if head not in dmoe.__all__ or private:
+                wrong.append(f"line {line}: imports {module} {' '.join(names)}")
+        else:
+            wrong += [f"line {line}: imports {name}" for name in names if name not in (*dmoe.__all__, "integrations")]
+    for node in ast.walk(ast.parse(source)):
+        of_dmoe = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "dmoe"
+        if of_dmoe and node.attr not in (*dmoe.__all__, "integrations") and not node.attr.startswith("__"):
+            wrong.append(f"line {node.lineno}: uses dmoe.{node.attr}")
+    return wrong
+
+
+PACKAGE = sorted(path for path in (ROOT / "dmoe").rglob("*.py") if path != ROOT / "dmoe" / "__init__.py")
+USERS = sorted(path for folder in ("integrations", "examples", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
+
+
+def _id(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=_id)
+def test_who_imports_whom(path):
+    room = path.relative_to(ROOT / "dmoe").parts[0].removesuffix(".py")
+    assert room in MAY_IMPORT, f"{_id(path)}: a room that the table does not name"
+    package = ".".join(path.relative_to(ROOT).parent.parts)
+    assert not offences(room, path.read_text(), package)
+
+
+@pytest.mark.parametrize("path", USERS, ids=_id)
+def test_who_uses_dmoe_from_outside_uses_public_names(path):
+    assert not public_offences(path.read_text())
+
+
+def test_the_package_holds_its_public_names_and_nothing_else():
+    source = (ROOT / "dmoe" / "__init__.py").read_text()
+    assert {module.partition(".")[0] for module, _, _ in imports_of(source, "dmoe")} <= {"__future__", "dmoe"}
+    assert dmoe.__all__ == sorted(dmoe.__all__)
+    assert all(hasattr(dmoe, name) for name in dmoe.__all__)
+    kinds = {type(node) for node in ast.parse(source).body}
+    assert kinds <= {ast.Expr, ast.ImportFrom, ast.Assign}
+
+
+@pytest.mark.parametrize(
+    ("room", "source", "wrong"),
+    [
+        ("plan", "from dmoe.ops.sort import sort", 0),
+        ("ops", "def f():\n    from dmoe.kernels.sort import kernel", 0),
+        ("ops", "from ._library import define", 0),
+        ("kernels", "import triton.language as tl", 0),
+        ("ops", "def f():\n    from dmoe.plan import RoutingPlan", 1),
+        ("ops", "import triton", 1),
+        ("ops", "from ..plan import RoutingPlan", 1),
+        ("ops", "from dmoe import plan", 1),
+        ("config", "import dmoe", 1),
+        ("losses", "import numpy", 1),
+        ("experts", "from dmoe.routing import Router", 1),
+    ],
+)
+def test_the_table_is_enforced(room, source, wrong):
+    assert len(offences(room, source, f"dmoe.{room}")) == wrong
+
+
+@pytest.mark.parametrize(
+    ("source", "wrong"),
+    [
+        ("import dmoe\ndmoe.MoE\ndmoe.ops.sort\nfrom dmoe import MoE\nfrom dmoe.functional import moe_mlp", 0),
+        ("from dmoe.ops._library import define", 1),
+        ("from dmoe.experts import Experts", 1),
+        ("from dmoe import layer", 1),
+        ("import dmoe\ndmoe.layer.MoE", 1),
+    ],
+)
+def test_public_names_are_enforced(source, wrong):
+    assert len(public_offences(source)) == wrong
+
+
+_PATCHES_NOTHING = """
+import os, random, sys, warnings
+import torch, torch.nn.functional, torch.library, torch.utils.checkpoint, torch.distributed
+from types import ModuleType
+
+def state():
+    places = [torch, torch.nn, torch.nn.functional, torch.autograd, torch.library, torch.utils.checkpoint, torch.ops]
+    places += [torch.distributed, torch.cuda, torch.Tensor, torch.nn.Module, torch.nn.Parameter, torch.nn.Linear]
+    places += [torch.autograd.Function, torch.optim.Optimizer, warnings, random, sys]
+    held = {}
+    for place in places:
+        for name, value in vars(place).items():
+            if not isinstance(value, ModuleType) and name not in ("last_type", "last_value", "last_traceback"):
+                held[f"{place!r}.{name}"] = value
+    held |= {"env": dict(os.environ), "path": list(sys.path), "filters": list(warnings.filters)}
+    held |= {"threads": torch.get_num_threads(), "dtype": torch.get_default_dtype(), "hook": sys.excepthook}
+    held |= {"seed": torch.get_rng_state().tolist(), "precision": torch.get_float32_matmul_precision()}
+    return held
+
+before = state()
+import dmoe
+after = state()
+same = {name for name in before.keys() & after if before[name] is after[name] or before[name] == after[name]}
+changed = [name for name in after if name not in same]
+changed += [name for name in before if name not in after]
+assert not [name for name in changed if "torch.ops" not in name and "_Ops" not in name], changed
+assert "triton" not in sys.modules, "importing dmoe imported triton"
+assert not torch.cuda.is_initialized()
+print("clean")
+"""
+
+
+def test_importing_dmoe_patches_nothing_and_loads_no_triton():
+    done = subprocess.run(
+        [sys.executable, "-c", _PATCHES_NOTHING],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == "clean", done.stderr
