@@ -217,4 +217,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except CheckError as error:
+        raise SystemExit(f"nothing is reported: {error}") from error
