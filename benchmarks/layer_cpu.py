@@ -50,8 +50,8 @@ SHAPES = (  # T, H, F, E, K
 )
 QUICK_SHAPES = (SHAPES[0], SHAPES[5])
 REGIMES = ("changing", "fixed")
-# Relative norms against float64. Half of bfloat16's last place is 2e-3 of a value, and a gradient passes four roundings;
-# Hugging Face's router also rounds its logits and gate weights. A swapped weight or a lost row is off by 0.1 and more.
+# Relative norms against float64. Half of bfloat16's last place is 2e-3 of a value, and a gradient passes four
+# roundings; Hugging Face's router also rounds logits and gate weights. A swapped weight or a lost row is off by more.
 TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2}
 AIM = 1.15  # times the floor
 
@@ -60,13 +60,16 @@ def main() -> None:
     """Run, check, time, write."""
     parser = arguments(__doc__.split("\n")[0] if __doc__ else "", rounds=25)
     parser.add_argument("--dtypes", default="fp32,bf16", help="separated by commas")
-    parser.add_argument("--memory-gib", type=float, default=0.6 * available_memory() / 2**30, help="most that one may use")
+    parser.add_argument(
+        "--memory-gib", type=float, default=0.6 * available_memory() / 2**30, help="most that one may use"
+    )
     args = checked(parser)
     shapes = QUICK_SHAPES if args.quick else SHAPES
     cases = [Case(*shape, dtype) for dtype in args.dtypes.split(",") for shape in shapes]
     cases = [case for case in cases if args.cases in case.label]
     if not cases or not set(args.dtypes.split(",")) <= set(TOLERANCE):
-        parser.error(f"--cases {args.cases!r}, --dtypes {args.dtypes!r}: no case; labels are like {Case(*SHAPES[0], 'fp32').label!r}")
+        like = Case(*SHAPES[0], "fp32").label
+        parser.error(f"--cases {args.cases!r}, --dtypes {args.dtypes!r}: no such case; labels are like {like!r}")
     wanted = ["dmoe", *args.contestants.split(",")] if args.contestants else list(CONTESTANTS)
     unknown = set(wanted) - set(CONTESTANTS)
     if unknown:
@@ -158,11 +161,13 @@ def run_case(case: Case, workers: dict[str, Worker], args: Any, tick: Callable[[
 
 
 def load(case: Case, steps: int) -> dict[str, float]:
-    """How uneven the changing regime's routing is: rows of an expert over the mean, smallest and largest of all steps."""
+    """How uneven the changing regime's routing is: an expert's rows over the mean; least, most, standard deviation."""
     router = make_weights(case)["router"]
     ratios = []
     for seed in range(100, 100 + min(steps, 8)):
-        counts = torch.bincount(route(make_step(case, router, seed)[0], router, case.top_k)[1].flatten(), minlength=case.experts)
+        counts = torch.bincount(
+            route(make_step(case, router, seed)[0], router, case.top_k)[1].flatten(), minlength=case.experts
+        )
         ratios.append(counts * case.experts / case.rows)
     every = torch.stack(ratios)
     return {"least": float(every.min()), "most": float(every.max()), "spread": float(every.std())}
@@ -185,14 +190,16 @@ def over_floor(entry: dict[str, Any], regime: str) -> float | None:
 
 def report(results: list[dict[str, Any]], env: dict[str, Any], name: str) -> str:
     """All tables as Markdown."""
-    names = [n for n in CONTESTANTS if any(n in entry["timings"]["fixed"] or n in entry["not_run"] for entry in results)]
+    names = [
+        n for n in CONTESTANTS if any(n in entry["timings"]["fixed"] or n in entry["not_run"] for entry in results)
+    ]
     parts = [
         "# One training step of a MoE layer on the CPU",
         describe(env),
         f"![times of all contestants over the floor]({name}.png)",
-        "Forward + backward, median milliseconds; in brackets, how many times dmoe's. Bold: the fastest that computes the "
-        "layer. The dense FFN (width K * F: equal FLOPs, another function) and the floor (the experts' bare matrix products) "
-        "are marks to measure by. Before it was timed, each contestant's output and gradients of input, router and experts "
+        "Forward + backward, median milliseconds; in brackets, how many times dmoe's. Bold: the fastest that computes "
+        "the layer. The dense FFN (width K * F: equal FLOPs, another function) and the floor (the experts' bare matrix "
+        "products) are marks to measure by. Before timing, output and gradients of input, router and experts of each "
         "agreed with a float64 loop over experts, within a relative norm of "
         + " and ".join(f"{tolerance:.0e} ({dtype})" for dtype, tolerance in TOLERANCE.items())
         + ". Percentiles, errors, loads and page faults are in the JSON.",
@@ -235,7 +242,11 @@ def _remarks(entries: list[dict[str, Any]], regime: str) -> list[str]:
     beaten = {_shape(entry): lost(entry, regime) for entry in entries}
     above = {_shape(entry): over_floor(entry, regime) for entry in entries}
     lines = [f"- {shape}: behind {', '.join(names)}" for shape, names in beaten.items() if names]
-    lines += [f"- {shape}: {ratio:.2f} times the floor; the aim is {AIM}" for shape, ratio in above.items() if ratio and ratio > AIM]
+    lines += [
+        f"- {shape}: {ratio:.2f} times the floor; the aim is {AIM}"
+        for shape, ratio in above.items()
+        if ratio and ratio > AIM
+    ]
     return ["Aims missed:\n\n" + "\n".join(lines)] if lines else ["Every aim is met."]
 
 
@@ -263,7 +274,9 @@ def plot(results: list[dict[str, Any]], env: dict[str, Any], path: Path, regime:
     figure, axes = new_figure(len(dtypes), width=6.2 * len(dtypes), height=4.8)
     ends_of: list[list[tuple[float, float, str, str]]] = []
     for axis, dtype in zip(axes, dtypes, strict=True):
-        entries = [entry for entry in results if entry["case"]["dtype"] == dtype and "floor" in entry["timings"][regime]]
+        entries = [
+            entry for entry in results if entry["case"]["dtype"] == dtype and "floor" in entry["timings"][regime]
+        ]
         axis.axhspan(1, AIM, color="#f0e6c8", lw=0, zorder=0)
         ends: list[tuple[float, float, str, str]] = []
         for i, name in enumerate(shown):
@@ -280,11 +293,21 @@ def plot(results: list[dict[str, Any]], env: dict[str, Any], path: Path, regime:
             bold = name == "dmoe"
             style = {"color": COLOURS[i], "marker": "o", "ms": 7 if bold else 5, "zorder": 4 if bold else 3}
             # Lines only lead the eye from one shape to the next.
-            axis.plot(xs, ys, lw=2.4 if bold else 0.9, alpha=1 if bold else 0.55, ls="--" if name == "floor" else "-", color=COLOURS[i])
+            axis.plot(
+                xs,
+                ys,
+                lw=2.4 if bold else 0.9,
+                alpha=1 if bold else 0.55,
+                ls="--" if name == "floor" else "-",
+                color=COLOURS[i],
+            )
             axis.errorbar(xs, ys, yerr=bars, ls="none", elinewidth=1, **style)
             ends.append((xs[-1], ys[-1], name, COLOURS[i]))
         axis.set_yscale("log")
-        axis.set_yticks([0.5, 1, 2, 5, 10, 20, 50], ["0.5x", "1x", "2x", "5x", "10x", "20x", "50x"])
+        ticks = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200)
+        low, high = axis.get_ylim()
+        axis.set_yticks(ticks, [f"{tick:g}x" for tick in ticks])
+        axis.set_ylim(low, high)
         axis.minorticks_off()
         labels = ["\n".join(_shape(entry).replace(" ", "").split(",")) for entry in entries]
         axis.set_xticks(range(len(entries)), labels, fontsize=9)
@@ -293,10 +316,10 @@ def plot(results: list[dict[str, Any]], env: dict[str, Any], path: Path, regime:
         axis.set_title(dtype)
         ends_of.append(ends)
     axes[0].set_ylabel("training step, times the bare products")
-    figure.suptitle(
-        f"MoE layer, forward + backward, {env['hardware']}, {env['threads']} threads (lower is better; band: the aim)", x=0.07, ha="left"
-    )
-    figure.subplots_adjust(wspace=0.42, top=0.87)
+    where = f"{env['hardware']}, {env['threads']} threads"
+    title = f"MoE layer, forward + backward, {where} (lower is better; band: the aim)"
+    figure.suptitle(title, x=0.07, ha="left")
+    figure.subplots_adjust(wspace=0.42, top=0.86)
     figure.canvas.draw()
     for axis, ends in zip(axes, ends_of, strict=True):
         label_lines(axis, ends, gap=0.052)
