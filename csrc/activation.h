@@ -11,7 +11,8 @@
 
 namespace dmoe {
 
-DMOE_INLINE double exponential(double x) { return std::exp(x); }
+// Large arguments stay finite in both precisions, so that exponential(x) / (1 + exponential(x)) never is inf / inf.
+DMOE_INLINE double exponential(double x) { return std::exp(x > 700.0 ? 700.0 : x); }
 
 // exp(x) = 2^n exp(r) with |r| <= ln(2)/2. NaN stays NaN: a comparison with it is false.
 DMOE_INLINE float exponential(float x) {
@@ -35,9 +36,10 @@ DMOE_INLINE float exponential(float x) {
 // erfc(u) for u >= 0.
 DMOE_INLINE double erfc_positive(double u) { return std::erfc(u); }
 
-// erfc(u) = exp(-u P(u)), P fitted at Chebyshev nodes of [0, 4.2]: within 3.4e-8, and relatively within 4e-6.
-DMOE_INLINE float erfc_positive(float u) {
-  u = u > 4.2f ? 4.2f : u;
+// erfc(u) = exp(-u P(u)), P fitted at Chebyshev nodes of [0, 4.2]: within 3.4e-8, and relatively within 4e-6 there.
+// Beyond, P stays as it is: erfc is below 3e-9 and falls on.
+DMOE_INLINE float erfc_positive(float distance) {
+  const float u = distance > 4.2f ? 4.2f : distance;
   float p = -8.80009691e-08f;
   p = p * u + 2.29549176e-06f;
   p = p * u - 2.6546974e-05f;
@@ -49,7 +51,7 @@ DMOE_INLINE float erfc_positive(float u) {
   p = p * u + 1.02782823e-01f;
   p = p * u + 6.36618433e-01f;
   p = p * u + 1.12837919e+00f;
-  return exponential(-u * p);
+  return exponential(-distance * p);
 }
 
 // Each activation: value(x), and both(x, value, slope).
@@ -72,9 +74,9 @@ struct Silu {
   }
   template <typename A>
   DMOE_INLINE static void both(A x, A& value, A& slope) {
-    const A s = A(1) / (A(1) + exponential(-x));
+    const A e = exponential(-x), s = A(1) / (A(1) + e);
     value = x * s;
-    slope = s * (A(1) + x * (A(1) - s));
+    slope = s + x * s * (e * s);  // 1 - s = e s, without the cancellation
   }
 };
 
@@ -98,23 +100,25 @@ struct Gelu {
 
 struct GeluTanh {
   template <typename A>
-  DMOE_INLINE static A half_plus_half_tanh(A x, A& inner_slope) {
+  DMOE_INLINE static A half_plus_half_tanh(A x, A& complement, A& inner_slope) {
     const A beta = A(0.79788456080286535588), kappa = A(0.044715);
     inner_slope = beta * (A(1) + A(3) * kappa * x * x);
     const A inner = beta * (x + kappa * x * x * x);
-    return A(1) / (A(1) + exponential(A(-2) * inner));  // (1 + tanh(inner)) / 2
+    const A e = exponential(A(-2) * inner), s = A(1) / (A(1) + e);  // s = (1 + tanh(inner)) / 2
+    complement = e * s;
+    return s;
   }
   template <typename A>
   DMOE_INLINE static A value(A x) {
-    A unused;
-    return x * half_plus_half_tanh(x, unused);
+    A complement, inner_slope;
+    return x * half_plus_half_tanh(x, complement, inner_slope);
   }
   template <typename A>
   DMOE_INLINE static void both(A x, A& value, A& slope) {
-    A inner_slope;
-    const A s = half_plus_half_tanh(x, inner_slope);
+    A complement, inner_slope;
+    const A s = half_plus_half_tanh(x, complement, inner_slope);
     value = x * s;
-    slope = s + x * A(2) * s * (A(1) - s) * inner_slope;
+    slope = s + x * A(2) * s * complement * inner_slope;
   }
 };
 

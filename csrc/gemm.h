@@ -13,7 +13,7 @@
 // generates code for each (m, n, k, strides) it meets: 1.8 to 2.4 ms each on a Zen 5 core at 2.6 GHz, twenty times the
 // product itself at m = 128, n = k = 512, kept in a cache of 1024 entries. The rows per expert change at every step,
 // so products of exactly those rows would pay it again and again. Use row blocks of one fixed size, and round the last
-// block of an expert up with round_up_rows(): a product then has at most (block / 16) different shapes in its life.
+// block of an expert up with round_up_rows(): a product then has a handful of different shapes in its life.
 // float32 and float64 go to the BLAS library, which has no such cost, and round_up_rows() leaves them alone.
 #pragma once
 
@@ -127,13 +127,19 @@ inline void mm_out(const Matrix& out, const Matrix& a, const Matrix& b, ScalarTy
   }
 }
 
-// How many rows to give a product that needs `rows`: up to 15 more, whose results nobody reads, where every new shape
-// costs a code generation. (oneDNN takes float16 only on some CPUs; the others multiply it so slowly that nothing is
-// lost.) The added rows of `a` may hold anything, NaN included: a row of a product depends on that row alone. Where the
-// rows are summed over (a weight gradient), the added rows must be zero in both factors.
+// How many rows to give a product that needs `rows`, where every new shape costs a code generation: the next multiple of
+// 16 up to 256 rows, and 8 sizes for each doubling beyond, so at most an eighth more (below 128 rows: at most 15 rows).
+// float32 and float64 need no rounding. (oneDNN takes float16 only on some CPUs; the others multiply it so slowly that
+// nothing is lost.)
+//
+// The added rows of `a` may hold anything, NaN included, as a row of a product depends on that row alone, and their
+// results are not to be read. Where rows are summed over (a weight gradient) they must be zero in both factors.
 inline int64_t round_up_rows(int64_t rows, ScalarType dtype) {
   const bool generates_code = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
-  return generates_code ? (rows + 15) / 16 * 16 : rows;
+  if (!generates_code) return rows;
+  int64_t granule = 16;
+  while (granule * 16 < rows) granule *= 2;
+  return (rows + granule - 1) / granule * granule;
 }
 
 // Memory of one task, 64-byte aligned, kept and reused by the tasks of a thread. The contents are arbitrary.

@@ -20,6 +20,7 @@
 
 #include "check.h"
 #include "routing_plan.h"
+#include "runs.h"
 
 namespace dmoe {
 namespace {
@@ -102,24 +103,20 @@ void prefer_huge_pages(int32_t* data, int64_t size) {
 template <typename Id, bool kChoiceMajor, typename Order>
 bool plan_runs(const Id* ids, const PlanShape& shape, const Order& order, const PlanOutputs& out) {
   const int64_t E = shape.num_experts, T = shape.num_tokens, K = shape.top_k, visits = T * K;
-  const int64_t runs =
-      std::clamp<int64_t>(std::min<int64_t>(torch::stable::get_num_threads(), visits / kMinRun), 1, 256);
-  const auto run_begin = [&](int64_t run) { return visits / runs * run + std::min(run, visits % runs); };
+  const Runs cut(visits, kMinRun);
+  const int64_t runs = cut.count();
 
   const int64_t stride = (E + 1 + 15) / 16 * 16;  // runs do not share cache lines
   std::vector<int32_t> counts(static_cast<size_t>(runs * 4 * stride), 0);
   std::vector<int64_t> cursors(static_cast<size_t>(runs * stride));
   std::vector<uint8_t> run_is_bad(static_cast<size_t>(runs), 0);
 
-  torch::stable::parallel_for(0, runs, 1, [&](int64_t from, int64_t to) {
-    for (int64_t run = from; run < to; ++run) {
-      int32_t* count = counts.data() + run * 4 * stride;
-      run_is_bad[static_cast<size_t>(run)] = !count_run<Id, kChoiceMajor>(ids, run_begin(run), run_begin(run + 1), shape,
-                                                                         order, stride, count);
-      int64_t* total = cursors.data() + run * stride;
-      for (int64_t e = 0; e <= E; ++e) {
-        total[e] = int64_t{count[e]} + count[stride + e] + count[2 * stride + e] + count[3 * stride + e];
-      }
+  cut.for_each([&](int64_t run, int64_t begin, int64_t end) {
+    int32_t* count = counts.data() + run * 4 * stride;
+    run_is_bad[static_cast<size_t>(run)] = !count_run<Id, kChoiceMajor>(ids, begin, end, shape, order, stride, count);
+    int64_t* total = cursors.data() + run * stride;
+    for (int64_t e = 0; e <= E; ++e) {
+      total[e] = int64_t{count[e]} + count[stride + e] + count[2 * stride + e] + count[3 * stride + e];
     }
   });
   if (std::any_of(run_is_bad.begin(), run_is_bad.end(), [](uint8_t bad) { return bad != 0; })) return false;
@@ -129,7 +126,7 @@ bool plan_runs(const Id* ids, const PlanShape& shape, const Order& order, const 
   prefer_huge_pages(out.token_rows, visits);
 
   // Where every expert's rows begin, and where each run's share of them begins.
-  std::vector<int64_t> ends(static_cast<size_t>(E + 1), 0);  // end of the kept rows; of id E nothing is kept
+  std::vector<int64_t> limits(static_cast<size_t>(E + 1), 0);  // end of the kept rows; of id E nothing is kept
   int64_t offset = 0;
   for (int64_t e = 0; e < E; ++e) {
     int64_t total = 0;
@@ -142,37 +139,35 @@ bool plan_runs(const Id* ids, const PlanShape& shape, const Order& order, const 
     const int64_t kept = std::min(total, shape.capacity);
     out.tokens_per_expert[e] = static_cast<int32_t>(total);
     out.expert_offsets[e] = static_cast<int32_t>(offset);
-    ends[static_cast<size_t>(e)] = offset + kept;
+    limits[static_cast<size_t>(e)] = offset + kept;
     offset += shape.binned ? shape.capacity : (kept + shape.block_size - 1) / shape.block_size * shape.block_size;
   }
   out.expert_offsets[E] = static_cast<int32_t>(offset);
 
-  torch::stable::parallel_for(0, runs, 1, [&](int64_t from, int64_t to) {
-    for (int64_t run = from; run < to; ++run) {
-      int64_t* const cursor = cursors.data() + run * stride;
-      cursor[E] = 0;
-      const int64_t* const end = ends.data();
-      // By value: were these read through references, every store below might change them, and each would be reloaded.
-      const PlanOutputs to_write = out;
-      for_each_visit<kChoiceMajor>(run_begin(run), run_begin(run + 1), T, K, order,
-                                   [cursor, end, ids, to_write](int64_t i, int64_t token, int64_t slot) {
-                                     const int64_t e = static_cast<int64_t>(ids[i]);
-                                     const int64_t row = cursor[e]++;
-                                     if (row < end[e]) {
-                                       to_write.row_to_token[row] = static_cast<int32_t>(token);
-                                       to_write.row_to_slot[row] = static_cast<int32_t>(slot);
-                                       to_write.token_rows[i] = static_cast<int32_t>(row);
-                                     } else {
-                                       to_write.token_rows[i] = -1;
-                                     }
-                                   });
-    }
+  cut.for_each([&](int64_t run, int64_t begin, int64_t end) {
+    int64_t* const cursor = cursors.data() + run * stride;
+    cursor[E] = 0;
+    const int64_t* const limit = limits.data();
+    // By value: were these read through references, every store below might change them, and each would be reloaded.
+    const PlanOutputs to_write = out;
+    for_each_visit<kChoiceMajor>(begin, end, T, K, order,
+                                 [cursor, limit, ids, to_write](int64_t i, int64_t token, int64_t slot) {
+                                   const int64_t e = static_cast<int64_t>(ids[i]);
+                                   const int64_t row = cursor[e]++;
+                                   if (row < limit[e]) {
+                                     to_write.row_to_token[row] = static_cast<int32_t>(token);
+                                     to_write.row_to_slot[row] = static_cast<int32_t>(slot);
+                                     to_write.token_rows[i] = static_cast<int32_t>(row);
+                                   } else {
+                                     to_write.token_rows[i] = -1;
+                                   }
+                                 });
   });
 
   // Holes behind each expert's rows; as "expert E", the tail behind all of them.
   torch::stable::parallel_for(0, E + 1, 64, [&](int64_t from, int64_t to) {
     for (int64_t e = from; e < to; ++e) {
-      const int64_t begin = e < E ? ends[static_cast<size_t>(e)] : offset;
+      const int64_t begin = e < E ? limits[static_cast<size_t>(e)] : offset;
       const int64_t end = e < E ? out.expert_offsets[e + 1] : shape.num_rows;
       std::fill(out.row_to_token + begin, out.row_to_token + end, -1);
       std::fill(out.row_to_slot + begin, out.row_to_slot + end, -1);

@@ -8,6 +8,7 @@ from dmoe.experts import ExpertWeights
 from dmoe.layer import MoE
 from dmoe.model_tools import aux_loss, is_expert_param, moe_layers, set_aux_loss_scale, update_selection_bias
 from dmoe.plan import RoutingPlan, plan_expert_choice, plan_token_choice
+from dmoe.replace import replace_ffn
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ __all__ = [
     "ops",
     "plan_expert_choice",
     "plan_token_choice",
+    "replace_ffn",
     "set_aux_loss_scale",
     "update_selection_bias",
 ]

@@ -85,7 +85,7 @@ class MoE(nn.Module):
             ValueError, TypeError: x, mask, ids or indices of another shape, type or device than the layer expects.
         """
         self._check(x, token_mask, token_ids, expert_indices)
-        tokens = x.reshape(-1, x.shape[-1])
+        tokens = x.reshape(-1, x.shape[-1]).contiguous()  # once: router and experts save the same memory
         routing = self.router(
             tokens,
             token_mask=None if token_mask is None else token_mask.reshape(-1),

@@ -62,14 +62,13 @@ class _AttachLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(scale)
-        ctx.loss_dtype = loss.dtype
+        # Not save_for_backward: a training loop may set the scale between forward and backward, and means the new value.
+        ctx.scale, ctx.loss_dtype = scale, loss.dtype
         return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
-        (scale,) = ctx.saved_tensors
-        return grad_output, scale.to(ctx.loss_dtype), None
+        return grad_output, ctx.scale.to(ctx.loss_dtype), None
 
 
 def attach_loss(output: Tensor, loss: Tensor, scale: Tensor) -> Tensor:

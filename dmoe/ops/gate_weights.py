@@ -102,6 +102,7 @@ def gate_weights(
     normalization: float | None = None,
     after_drop: bool = False,
     scale: float = 1.0,
+    backend: str | None = None,
 ) -> Tensor:
     """Weights of each token's chosen experts; 0 where a choice was masked or dropped.
 
@@ -114,6 +115,7 @@ def gate_weights(
         normalization: p >= 1 of the p-norm the weights are divided by; None for none.
         after_drop: let the norm count the kept choices only.
         scale: factor applied last.
+        backend: ``reference`` for plain PyTorch under its own autograd.
 
     Returns:
         ``(T, K)`` in the scores' dtype.
@@ -130,4 +132,5 @@ def gate_weights(
         )
     if normalization is not None and not 1 <= normalization < math.inf:
         raise ValueError(f"gate_weights: normalization: expected a finite p >= 1 or None, got {normalization}")
-    return _forward(scores, expert_indices, token_to_rows, float(normalization or 0), after_drop, scale)
+    run = gate_weights_ref if backend == "reference" else _forward
+    return run(scores, expert_indices, token_to_rows, float(normalization or 0), after_drop, scale)

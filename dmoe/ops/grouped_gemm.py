@@ -1,9 +1,204 @@
-"""Plain PyTorch for now; the compiled operation follows."""
+"""One product per expert, over the rows that the plan gave it, and the weight gradient that goes with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
 import torch
-def grouped_gemm(a,b,off,trans_b=True):
-    o=off.tolist(); outs=[]
-    out=a.new_zeros(a.shape[0], b.shape[1] if trans_b else b.shape[2])
-    parts=[a[o[e]:o[e+1]] @ (b[e].t() if trans_b else b[e]) for e in range(len(o)-1)]
-    parts.append(out[o[-1]:]); return torch.cat(parts)
-def grouped_gemm_weight(a,b,off,E):
-    o=off.tolist(); return torch.stack([a[o[e]:o[e+1]].t()@b[o[e]:o[e+1]] for e in range(E)])
+from torch import Tensor
+
+from dmoe.ops._checks import check_index_tensors
+from dmoe.ops._library import define, register_autograd
+
+
+def _rows_of_experts(expert_offsets: Tensor, num_experts: int, rows: int) -> Iterator[tuple[slice, Tensor | None]]:
+    """For each expert a slice that holds its rows, and a mask ``(R, 1)`` of the others in it, None without others.
+
+    On the CPU the slice is exact. On CUDA its ends would have to come to the host, so it is all rows, and a mask.
+    """
+    if expert_offsets.device.type == "cpu":
+        bounds = expert_offsets.tolist()
+        yield from ((slice(bounds[e], bounds[e + 1]), None) for e in range(num_experts))
+    else:
+        row = torch.arange(rows, device=expert_offsets.device).unsqueeze(1)
+        for e in range(num_experts):
+            yield slice(0, rows), (row < expert_offsets[e]) | (row >= expert_offsets[e + 1])
+
+
+def grouped_gemm_ref(a: Tensor, b: Tensor, expert_offsets: Tensor, trans_b: bool) -> Tensor:
+    """Plain-PyTorch meaning of :func:`grouped_gemm`; on CUDA it multiplies every row by every expert."""
+    out = a.new_zeros(a.shape[0], b.shape[1 if trans_b else 2])
+    for e, (rows, others) in enumerate(_rows_of_experts(expert_offsets, b.shape[0], a.shape[0])):
+        product = a[rows] @ (b[e].t() if trans_b else b[e])
+        out[rows] = product if others is None else torch.where(others, out, product)
+    return out
+
+
+def grouped_gemm_weight_ref(a: Tensor, b: Tensor, expert_offsets: Tensor, num_experts: int) -> Tensor:
+    """Plain-PyTorch meaning of :func:`grouped_gemm_weight`; on CUDA it sums over every row for every expert."""
+    out = a.new_zeros(num_experts, a.shape[1], b.shape[1])
+    for e, (rows, others) in enumerate(_rows_of_experts(expert_offsets, num_experts, a.shape[0])):
+        left, right = a[rows], b[rows]
+        if others is not None:  # filled, not multiplied by 0: they may hold NaN
+            left, right = left.masked_fill(others, 0), right.masked_fill(others, 0)
+        out[e] = left.t() @ right
+    return out
+
+
+def _autocast(op: Any, dtype: torch.dtype, a: Tensor, b: Tensor, *rest: Any) -> Tensor:
+    """Like ``torch.mm``: products run in the autocast dtype, float64 stays."""
+    a, b = (t if t.dtype == torch.float64 else t.to(dtype) for t in (a, b))
+    return op(a, b, *rest)
+
+
+_grouped_gemm = define(
+    "grouped_gemm(Tensor a, Tensor b, Tensor expert_offsets, bool trans_b) -> Tensor",
+    grouped_gemm_ref,
+    fake=lambda a, b, expert_offsets, trans_b: a.new_empty(a.shape[0], b.shape[1 if trans_b else 2]),
+    autocast=_autocast,
+)
+
+_grouped_gemm_weight = define(
+    "grouped_gemm_weight(Tensor a, Tensor b, Tensor expert_offsets, SymInt num_experts) -> Tensor",
+    grouped_gemm_weight_ref,
+    fake=lambda a, b, expert_offsets, num_experts: a.new_empty(num_experts, a.shape[1], b.shape[1]),
+    autocast=_autocast,
+)
+
+
+def _save_factors(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    a, b, expert_offsets, ctx.last = inputs
+    # Either factor is needed only for the other's gradient.
+    needs_a, needs_b = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(a if needs_b else None, b if needs_a else None, expert_offsets)
+
+
+# The gradient of each is made of both, through the public operations, so derivatives of any order exist.
+
+
+def _grouped_gemm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    # y_r = a_r @ B_e gives da_r = dy_r @ B_e^T and dB_e = a_e^T @ dy_e; with trans_b, B_e = b_e^T.
+    a, b, expert_offsets = ctx.saved_tensors
+    trans_b = ctx.last
+    grad_a = grad_b = None
+    if ctx.needs_input_grad[0]:
+        grad_a = _grouped_gemm(grad, b, expert_offsets, not trans_b)
+    if ctx.needs_input_grad[1]:
+        left, right = (grad, a) if trans_b else (a, grad)
+        grad_b = _grouped_gemm_weight(left, right, expert_offsets, expert_offsets.shape[0] - 1)
+    return grad_a, grad_b, None, None
+
+
+def _grouped_gemm_weight_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    # G_e = sum_r a_r^T b_r gives da_r = b_r @ dG_e^T and db_r = a_r @ dG_e.
+    a, b, expert_offsets = ctx.saved_tensors
+    grad_a = _grouped_gemm(b, grad, expert_offsets, True) if ctx.needs_input_grad[0] else None
+    grad_b = _grouped_gemm(a, grad, expert_offsets, False) if ctx.needs_input_grad[1] else None
+    return grad_a, grad_b, None, None
+
+
+register_autograd(_grouped_gemm, _grouped_gemm_backward, _save_factors)
+register_autograd(_grouped_gemm_weight, _grouped_gemm_weight_backward, _save_factors)
+
+
+def _check_factors(op: str, a: Tensor, b: Tensor, expert_offsets: Tensor | None) -> None:
+    for name, tensor in (("a", a), ("b", b)):
+        if tensor.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            raise TypeError(f"{op}: {name}: expected float32, float64, bfloat16 or float16, got {tensor.dtype}")
+    if a.dtype != b.dtype and not torch.is_autocast_enabled(a.device.type):
+        raise TypeError(f"{op}: b: expected {a.dtype} like a, got {b.dtype}")
+    if a.device != b.device:
+        raise ValueError(f"{op}: b: expected on {a.device} like a, got {b.device}")
+    if a.ndim == 3:
+        if expert_offsets is not None:
+            raise ValueError(f"{op}: expert_offsets: expected None for a of shape {tuple(a.shape)}, which implies them")
+        return
+    if a.ndim != 2:
+        raise ValueError(f"{op}: a: expected two dimensions, or three in the capacity form, got {tuple(a.shape)}")
+    if expert_offsets is None:
+        raise ValueError(f"{op}: expert_offsets: expected shape (E + 1,) for a of shape {tuple(a.shape)}, got None")
+    check_index_tensors(op, a.device, expert_offsets=expert_offsets)
+
+
+def grouped_gemm(a: Tensor, b: Tensor, expert_offsets: Tensor | None = None, *, trans_b: bool = True) -> Tensor:
+    """Multiply each row by the matrix of its expert: ``out[r] = a[r] @ b[e].T`` for expert_offsets[e] <= r < [e + 1].
+
+    Rows from ``expert_offsets[-1]`` on belong to no expert: they are not read, and their results are 0. Products are
+    accumulated in float32 (float64 for float64), and rounded once. Differentiable any number of times. Under autocast
+    it runs in the autocast dtype, like ``torch.mm``.
+
+    Args:
+        a: rows sorted by expert, packed or padded, ``(R, Kd)`` float32, float64, bfloat16 or float16; or the capacity
+            form ``(E, capacity, Kd)``, which is a batched product.
+        b: one matrix per expert, of the dtype of ``a``: ``(E, N, Kd)``, the order of ``nn.Linear``, or with
+            ``trans_b=False`` ``(E, Kd, N)``. Transposed views are taken without a copy on the CPU and on CUDA.
+        expert_offsets: ``(E + 1,)`` int32, the first row of each expert, a leading 0, ascending; None with three
+            dimensions.
+        trans_b: see ``b``.
+
+    Returns:
+        ``(R, N)``, or ``(E, capacity, N)``.
+
+    Raises:
+        TypeError: dtypes that are not supported, or disagree.
+        ValueError: shapes or devices disagree.
+        RuntimeError: offsets that do not ascend from 0 to at most R, on the CPU. On CUDA, where looking would need a
+            transfer to the host, they are cut to that range.
+    """
+    _check_factors("grouped_gemm", a, b, expert_offsets)
+    order = "(E, N, Kd)" if trans_b else "(E, Kd, N)"
+    if b.ndim != 3 or b.shape[2 if trans_b else 1] != a.shape[-1]:
+        raise ValueError(
+            f"grouped_gemm: b: expected {order} with Kd = {a.shape[-1]} for a of shape {tuple(a.shape)}, "
+            f"got {tuple(b.shape)}"
+        )
+    experts = a.shape[0] if expert_offsets is None else expert_offsets.shape[0] - 1
+    if b.shape[0] != experts:
+        raise ValueError(
+            f"grouped_gemm: b: expected {experts} experts, as many as "
+            f"{'a' if expert_offsets is None else 'expert_offsets'} has, got shape {tuple(b.shape)}"
+        )
+    if expert_offsets is None:
+        return torch.bmm(a, b.transpose(1, 2) if trans_b else b)
+    return _grouped_gemm(a, b, expert_offsets, trans_b)
+
+
+def grouped_gemm_weight(
+    a: Tensor, b: Tensor, expert_offsets: Tensor | None = None, num_experts: int | None = None
+) -> Tensor:
+    """Sum the outer products of each expert's rows: ``out[e] = a_e.T @ b_e``, 0 for an expert without rows.
+
+    The weight gradient of :func:`grouped_gemm`: ``grouped_gemm_weight(dy, x, ...)`` for weights in ``nn.Linear`` order.
+    Rows from ``expert_offsets[-1]`` on are not read. Precision, autocast and derivatives as for :func:`grouped_gemm`.
+
+    Args:
+        a: rows sorted by expert, ``(R, M)`` float32, float64, bfloat16 or float16; or the capacity form
+            ``(E, capacity, M)``.
+        b: the same rows, ``(R, N)`` or ``(E, capacity, N)``, of the dtype of ``a``.
+        expert_offsets: ``(E + 1,)`` int32, the first row of each expert, a leading 0, ascending; None with three
+            dimensions.
+        num_experts: E, to be checked; None takes it from the shapes.
+
+    Returns:
+        ``(E, M, N)``.
+
+    Raises:
+        TypeError: dtypes that are not supported, or disagree.
+        ValueError: shapes or devices disagree.
+        RuntimeError: offsets that do not ascend from 0 to at most R, on the CPU; on CUDA they are cut to that range.
+    """
+    _check_factors("grouped_gemm_weight", a, b, expert_offsets)
+    if b.shape[:-1] != a.shape[:-1]:
+        raise ValueError(
+            f"grouped_gemm_weight: b: expected the rows of a, of shape {tuple(a.shape)}, got shape {tuple(b.shape)}"
+        )
+    experts = a.shape[0] if expert_offsets is None else expert_offsets.shape[0] - 1
+    if num_experts is not None and num_experts != experts:
+        raise ValueError(
+            f"grouped_gemm_weight: num_experts: expected {experts}, as many as "
+            f"{'a' if expert_offsets is None else 'expert_offsets'} has, got {num_experts}"
+        )
+    if expert_offsets is None:
+        return torch.bmm(a.transpose(1, 2), b)
+    return _grouped_gemm_weight(a, b, expert_offsets, experts)

@@ -120,8 +120,26 @@ def _bias_rows(bias: Tensor, expert: Tensor, real: Tensor) -> Tensor:
 def moe_mlp_ref(*arguments: Any) -> tuple[Tensor, Tensor]:
     """The meaning of :func:`moe_mlp` in terms of permute, grouped_gemm and unpermute: y and the pre-activation.
 
-    It serves CUDA, and the CPU where ``csrc/`` is not built. Differentiable by plain autograd, twice.
+    It serves CUDA, and the CPU where ``csrc/`` is not built.
     """
+    out, gate, pre = _expert_rows(*arguments)
+    call = _Call(*arguments)
+    combine = call.gate_weights if call.gate_weight_on == "output" else None
+    return unpermute(out, combine, call.row_to_token, call.row_to_slot, call.token_offsets, call.token_rows), pre
+
+
+def moe_mlp_twice_differentiable(*arguments: Any) -> Tensor:
+    """y, through operations that autograd may differentiate again: the weights are multiplied in before the sum."""
+    out, gate, _ = _expert_rows(*arguments)
+    call = _Call(*arguments)
+    if call.gate_weight_on == "output":
+        out = out * gate
+    y = unpermute(out, None, call.row_to_token, call.row_to_slot, call.token_offsets, call.token_rows)
+    return y.to(call.x.dtype)
+
+
+def _expert_rows(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Every row through its expert ``(R, H)``, the rows' gate weights ``(R, 1)``, and the pre-activation."""
     call = _Call(*arguments)
     weights = _stacked(call)
     dtype = call.x.dtype
@@ -146,10 +164,7 @@ def moe_mlp_ref(*arguments: Any) -> tuple[Tensor, Tensor]:
     mask = _dropout(call, EXPERT_DROPOUT, call.expert_dropout, assignment, call.x.shape[1], accumulate_dtype(dtype))
     if mask is not None:
         out = (out * mask).to(dtype)
-
-    combine = call.gate_weights if call.gate_weight_on == "output" else None
-    y = unpermute(out, combine, call.row_to_token, call.row_to_slot, call.token_offsets, call.token_rows)
-    return y, pre
+    return out, gate, pre
 
 
 def moe_mlp_backward_ref(grad_y: Tensor, pre: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -289,10 +304,10 @@ def moe_mlp(*arguments: Any, backend: str | None = None) -> Tensor:
 
     Args:
         *arguments: in the schema's order.
-        backend: ``reference`` runs :func:`moe_mlp_ref` under plain autograd; otherwise the tensors' device decides.
+        backend: ``reference`` runs the composition under autograd; otherwise the tensors' device decides.
     """
     if backend == "reference":
-        return moe_mlp_ref(*arguments)[0]
+        return moe_mlp_twice_differentiable(*arguments)
     differentiable = any(isinstance(value, Tensor) and value.requires_grad for value in arguments[:6])
     if torch.is_grad_enabled() and differentiable:
         return _forward(*arguments)[0]

@@ -76,6 +76,7 @@ def router_logits(
     dtype: torch.dtype | None = None,
     jitter: float = 0.0,
     seed: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Router logits ``x @ weight.T + bias`` in ``dtype``; saves x as it is.
 
@@ -86,6 +87,7 @@ def router_logits(
         dtype: of the arithmetic and the result; None takes x's.
         jitter: half width j of the multiplicative noise U(1 - j, 1 + j) on x; needs ``seed``.
         seed: scalar int64; None for no jitter.
+        backend: ``reference`` for plain PyTorch under its own autograd.
 
     Returns:
         ``(T, E)`` in ``dtype``.
@@ -97,4 +99,5 @@ def router_logits(
         raise ValueError(
             f"router_logits: expected x (T, H) and weight (E, H), got {tuple(x.shape)} and {tuple(weight.shape)}"
         )
-    return _forward(x, weight, bias, dtype or x.dtype, jitter, seed)
+    run = router_logits_ref if backend == "reference" else _forward
+    return run(x, weight, bias, dtype or x.dtype, jitter, seed)

@@ -68,7 +68,11 @@ register_autograd(_forward, _autograd, _setup_context)
 
 
 def router_scores(
-    router_logits: Tensor, score_function: str = "softmax", *, with_log_z: bool = False
+    router_logits: Tensor,
+    score_function: str = "softmax",
+    *,
+    with_log_z: bool = False,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Scores of every expert for every token.
 
@@ -78,6 +82,7 @@ def router_scores(
         router_logits: ``(T, E)`` floating point.
         score_function: ``softmax`` or ``sigmoid``.
         with_log_z: also return ``logsumexp`` of each row.
+        backend: ``reference`` for plain PyTorch under its own autograd.
 
     Returns:
         scores ``(T, E)`` and log_z ``(T,)`` or None, in the logits' dtype.
@@ -92,5 +97,6 @@ def router_scores(
             f"router_scores: router_logits: expected (T, E) floating point, got {tuple(router_logits.shape)} "
             f"{router_logits.dtype}"
         )
-    scores, log_z = _forward(router_logits, score_function, with_log_z)
+    run = router_scores_ref if backend == "reference" else _forward
+    scores, log_z = run(router_logits, score_function, with_log_z)
     return scores, log_z if with_log_z else None

@@ -100,7 +100,17 @@ class LinearRouter(nn.Module):
         jitter = self.config.input_jitter if self.training else 0.0
         seed = draw_seed(x.device) if jitter else None
         dtype = accumulate_dtype(x.dtype) if self.config.router_dtype == "float32" else x.dtype
-        return router_logits(x, self.weight, self.bias, dtype=dtype, jitter=jitter, seed=seed)
+        return router_logits(
+            x, self.weight, self.bias, dtype=dtype, jitter=jitter, seed=seed, backend=self.config.backend
+        )
+
+    def _probabilities(self, scores: Tensor) -> Tensor:
+        """Scores as a distribution over experts: what the balance loss compares with the load (DeepSeek-V3, eq. 18)."""
+        if self.config.score_function == "softmax":
+            return scores
+        if not self.config.load_balancing_coefficient:  # only metrics read them: nothing to save
+            scores = scores.detach()
+        return scores / (scores.sum(-1, keepdim=True) + torch.finfo(scores.dtype).tiny)
 
     def update_selection_bias(self) -> None:
         """No bias to move, unless a family has one."""

@@ -47,7 +47,10 @@ class ExpertChoiceRouter(LinearRouter):
         config = self.config
         num_tokens = router_logits.shape[0]
         scores, log_z = router_scores(
-            router_logits, config.score_function, with_log_z=config.router_z_loss_coefficient > 0
+            router_logits,
+            config.score_function,
+            with_log_z=config.router_z_loss_coefficient > 0,
+            backend=config.backend,
         )
         factor = config.top_k if config.capacity_factor is None else config.capacity_factor
         per_expert = min(max(math.ceil(factor * num_tokens / config.num_experts), config.min_capacity), num_tokens)
@@ -64,11 +67,10 @@ class ExpertChoiceRouter(LinearRouter):
         token = token_indices.flatten()[row].clamp(min=0)
         expert = row // max(per_expert, 1)
         weights = scores.flatten()[token * config.num_experts + expert].masked_fill(plan.token_rows < 0, 0)
-        total = scores.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
         return Routing(
             plan=plan,
             gate_weights=weights * config.gate_scale,
-            router_probs=scores if config.score_function == "softmax" else scores / total,
+            router_probs=self._probabilities(scores),
             log_z=log_z,
             token_mask=token_mask,
         )

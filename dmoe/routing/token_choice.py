@@ -80,7 +80,9 @@ class TopKRouter(LinearRouter):
                 f"{tuple(router_logits.shape)}"
             )
         with_log_z = config.router_z_loss_coefficient > 0
-        scores, log_z = router_scores(router_logits, config.score_function, with_log_z=with_log_z)
+        scores, log_z = router_scores(
+            router_logits, config.score_function, with_log_z=with_log_z, backend=config.backend
+        )
         if expert_indices is None:
             expert_indices = self.select(scores)
         elif expert_indices.shape != (scores.shape[0], config.top_k) or expert_indices.is_floating_point():
@@ -108,13 +110,14 @@ class TopKRouter(LinearRouter):
             normalization=config.gate_normalization or over_chosen,
             after_drop=config.normalize_when == "after_drop" and config.gate_normalization is not None,
             scale=config.gate_scale,
+            backend=config.backend,
         )
         if self.load_since_update is not None and self.training and torch.is_grad_enabled():
             weights = _CountInBackward.apply(weights, plan.tokens_per_expert, self.load_since_update)
         return Routing(
             plan=plan,
             gate_weights=weights,
-            router_probs=scores if config.score_function == "softmax" else _shares(scores),
+            router_probs=self._probabilities(scores),
             log_z=log_z,
             expert_indices=expert_indices,
             token_mask=token_mask,
@@ -143,11 +146,6 @@ class TopKRouter(LinearRouter):
         load = self.load_since_update
         self.selection_bias += self.config.selection_bias_update_rate * torch.sign(load.mean() - load)
         load.zero_()
-
-
-def _shares(scores: Tensor) -> Tensor:
-    """Sigmoid scores as a distribution over experts, which is what the balance loss compares with the load."""
-    return scores / scores.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
 
 
 def _only_best_groups(scores: Tensor, num_groups: int, kept: int, group_score: str) -> Tensor:

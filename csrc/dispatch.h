@@ -1,0 +1,25 @@
+// From a tensor's dtype to a C++ type.
+#pragma once
+
+#include <cstdint>
+
+#include "check.h"
+
+namespace dmoe {
+
+// Calls body(value) with a zero of the C++ type of an int16, int32 or int64 tensor.
+template <typename Body>
+inline void dispatch_integer(const char* op, const char* name, const Tensor& tensor, const Body& body) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Short:
+      return body(int16_t{0});
+    case ScalarType::Int:
+      return body(int32_t{0});
+    case ScalarType::Long:
+      return body(int64_t{0});
+    default:
+      fail(op, ": ", name, ": expected dtype int16, int32 or int64, got ", toString(tensor.scalar_type()));
+  }
+}
+
+}  // namespace dmoe

@@ -1,0 +1,291 @@
+"""Training: one model's run, the schedule, held-out evaluation, and the turns that two models take."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import signal
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import dmoe
+
+from .data import Corpus, held_out_batches, training_batch
+from .model import ByteLM
+from .settings import Settings, UsageError
+
+LOG_EVERY = 10  # steps between two looks at the loss; each makes the host wait for the device
+ROUTING_POINTS = 100  # columns of the report's expert-load picture, about
+FLOOR = 0.1  # the learning rate at the end, as a share of its peak
+
+
+class Run:
+    """One model in training: its weights, its optimizer, the steps it has made, and what was measured on the way."""
+
+    def __init__(self, name: str, settings: Settings, corpus: Corpus, device: torch.device) -> None:
+        self.name = name
+        self.settings = settings
+        self.corpus = corpus
+        self.device = device
+        _seed(settings.seed, "initialisation")
+        self.model = ByteLM(settings, dense=name == "dense").to(device)
+        if settings.compile:
+            self.model.compile()
+        self.optimizer = _optimizer(self.model, settings)
+        self.step = 0
+        self.seconds = 0.0
+        """Time spent in training steps; evaluation, checkpoints and warm-up are not in it."""
+        self.curve: list[dict[str, float]] = []
+        """One entry for each evaluation: step, seconds, held_out_bpb, train_bpb (of the steps since the last one)."""
+        self.routing: list[dict[str, Any]] = []
+        """One entry for each stretch of steps: step, load (layers, experts) relative to the mean, entropy (layers,)."""
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self._loss_steps = 0
+        shape = (len(self.model.moe_layers), settings.experts)
+        self._load = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._entropy = torch.zeros(shape[0], dtype=torch.float64, device=device)
+        self._routed_steps = 0
+
+    @property
+    def routing_every(self) -> int:
+        """Steps in one entry of ``routing``."""
+        return max(1, self.settings.steps // ROUTING_POINTS)
+
+    def warm_up(self, steps: int = 1) -> float:
+        """Seconds that a training step takes, the median of ``steps``. They learn nothing and leave no trace.
+
+        Kernels are chosen, memory is found and ``torch.compile`` compiles in the first step: that is no training time.
+        """
+        times = []
+        for _ in range(steps):
+            start = self._clock()
+            self._update(0, rate=0.0)
+            times.append(self._clock() - start)
+        self.optimizer = _optimizer(self.model, self.settings)  # without the moments of those steps
+        return statistics.median(times)
+
+    def advance(self, target: int, bar: tqdm, should_stop: Callable[[], bool]) -> None:
+        """Trains up to step ``target`` and measures there, or returns early, between two steps, when asked to stop."""
+        while self.step < target and not should_stop():
+            start = self._clock()
+            first = self.step
+            stretch = min(target, first - first % LOG_EVERY + LOG_EVERY)
+            while self.step < stretch and not should_stop():
+                self._train_step()
+            loss = float(self._loss_sum) / max(1, self._loss_steps)  # waits for the device
+            self.seconds += self._clock() - start
+            if not math.isfinite(loss):
+                raise UsageError(f"{self.name}: the loss is {loss} at step {self.step}. Lower --lr or --clip")
+            self._show(bar, loss, self.step - first)
+        if self.step == target and (not self.curve or self.curve[-1]["step"] < target):
+            bits = float(self._loss_sum) / self._loss_steps / math.log(2)
+            self._loss_sum.zero_()
+            self._loss_steps = 0
+            point = {"step": self.step, "seconds": self.seconds, "held_out_bpb": self.evaluate(), "train_bpb": bits}
+            self.curve.append(point)
+            bar.write(
+                f"{self.name:>5}  step {self.step:5d}  {self.seconds:6.1f} s  "
+                f"held-out {point['held_out_bpb']:.4f}  train {bits:.4f} bits per byte"
+            )
+
+    def evaluate(self) -> float:
+        """Bits per byte on the held-out text: the mean over its windows of -log2 p(next byte)."""
+        self.model.eval()
+        nats = torch.zeros((), dtype=torch.float64, device=self.device)
+        count = 0
+        s = self.settings
+        batches = held_out_batches(self.corpus, max_bytes=s.eval_bytes, batch=s.batch, seq_len=s.seq_len)
+        with torch.inference_mode():
+            for inputs, targets in batches:
+                nats += self._cross_entropy(inputs, targets) * targets.numel()
+                count += targets.numel()
+        self.model.train()
+        return float(nats) / count / math.log(2)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the rest of the run depends on. Batches and random numbers come from the seed and the step."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "curve": self.curve,
+            "routing": self.routing,
+            "sums": {
+                "loss": self._loss_sum,
+                "loss_steps": self._loss_steps,
+                "load": self._load,
+                "entropy": self._entropy,
+                "routed_steps": self._routed_steps,
+            },
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from what `state_dict` gave."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.curve, self.routing = list(state["curve"]), list(state["routing"])
+        sums = state["sums"]
+        self._loss_sum.copy_(sums["loss"])
+        self._load.copy_(sums["load"])
+        self._entropy.copy_(sums["entropy"])
+        self._loss_steps, self._routed_steps = sums["loss_steps"], sums["routed_steps"]
+
+    def _train_step(self) -> None:
+        self._loss_sum += self._update(self.step, learning_rate(self.step, self.settings))
+        self._loss_steps += 1
+        self.step += 1
+        self._record_routing()
+
+    def _update(self, step: int, rate: float) -> Tensor:
+        """Moves the weights by the batch of ``step``; returns its cross-entropy in nats, detached."""
+        s = self.settings
+        # Whatever a layer draws in this step depends on the step alone: not on a resume, nor on the other model.
+        _seed(s.seed, f"step {step}")
+        inputs, targets = training_batch(self.corpus, seed=s.seed, step=step, batch=s.batch, seq_len=s.seq_len)
+        task_loss = self._cross_entropy(inputs, targets)
+        loss = task_loss + dmoe.aux_loss(self.model) if self.model.moe_layers else task_loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), s.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return task_loss.detach()
+
+    def _cross_entropy(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        with self._autocast():
+            logits = self.model(inputs.to(self.device))
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.to(self.device).flatten())
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.settings.dtype == "bfloat16":
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return nullcontext()
+
+    def _record_routing(self) -> None:
+        layers = self.model.moe_layers
+        if not layers:
+            return
+        for index, layer in enumerate(layers):
+            metrics = layer.last_metrics
+            if metrics is None:
+                raise RuntimeError(f"layer {index} kept no metrics of a training step")
+            self._load[index] += metrics.tokens_per_expert
+            self._entropy[index] += metrics.entropy
+        self._routed_steps += 1
+        if self._routed_steps == self.routing_every:
+            load = self._load / self._load.sum(dim=1, keepdim=True) * self.settings.experts
+            entropy = self._entropy / self._routed_steps
+            self.routing.append({"step": self.step, "load": load.tolist(), "entropy": entropy.tolist()})
+            self._load.zero_()
+            self._entropy.zero_()
+            self._routed_steps = 0
+
+    def _show(self, bar: tqdm, loss: float, steps: int) -> None:
+        shown = {
+            "loss": f"{loss:.3f}",
+            "bits/byte": f"{loss / math.log(2):.3f}",
+            "bytes/s": f"{self.step * self.settings.batch * self.settings.seq_len / self.seconds:,.0f}",
+        }
+        layers = self.model.moe_layers
+        if layers and layers[0].last_metrics is not None:
+            loads = torch.stack([layer.last_metrics.tokens_per_expert for layer in layers if layer.last_metrics])
+            shown["busiest expert"] = f"{float((loads.amax(dim=1) / loads.float().mean(dim=1)).max()):.1f}x mean"
+        bar.set_description(f"{self.name:>5}", refresh=False)
+        bar.set_postfix(shown, refresh=False)
+        bar.update(steps)
+
+    def _clock(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def train(runs: Sequence[Run], on_turn: Callable[[], None], should_stop: Callable[[], bool]) -> None:
+    """Trains all runs to the end, in turns from one evaluation to the next.
+
+    Turns, not one model after the other: what slows the machine down for a while then slows both.
+
+    Args:
+        runs: at equal or neighbouring turns, as a checkpoint may have left them.
+        on_turn: called after each turn of all runs, when they stand at the same step.
+        should_stop: asked between steps; true ends the training early.
+    """
+    s = runs[0].settings
+    done = sum(run.step for run in runs)
+    with tqdm(total=s.steps * len(runs), initial=done, unit="step", dynamic_ncols=True, mininterval=0.5) as bar:
+        target = min(run.step for run in runs)
+        while target < s.steps or any(not run.curve or run.curve[-1]["step"] < s.steps for run in runs):
+            target = min(s.steps, target - target % s.eval_every + s.eval_every)
+            for run in runs:
+                run.advance(target, bar, should_stop)
+                if should_stop():
+                    return
+            on_turn()
+
+
+def learning_rate(step: int, settings: Settings) -> float:
+    """The rate of step ``step``, counted from 0: linear warm-up, then a cosine down to a tenth of the peak."""
+    s = settings
+    warmup = min(s.warmup, s.steps)
+    if step < warmup:
+        return s.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, s.steps - warmup)
+    return s.lr * (FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * progress)) / 2)
+
+
+class StopOnSignal:
+    """Turns Ctrl-C and SIGTERM into a wish to stop, which the training loop grants between two steps.
+
+    A second signal ends the process at once, as it would have without this.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopOnSignal:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def __call__(self) -> bool:
+        """Whether a signal came."""
+        return self.signal is not None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.signal = signal.Signals(number)
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)
+
+
+def _optimizer(model: ByteLM, settings: Settings) -> torch.optim.AdamW:
+    """AdamW; norms and the embedding are not decayed."""
+    decayed = [p for p in model.parameters() if p.ndim >= 2 and p is not model.embedding.weight]
+    others = [p for p in model.parameters() if p.ndim < 2 or p is model.embedding.weight]
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=True)
+
+
+def _seed(seed: int, purpose: str) -> None:
+    digest = hashlib.sha256(f"{purpose} {seed}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:4], "little"))

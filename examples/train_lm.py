@@ -1,0 +1,235 @@
+#!/usr/bin/env python3
+"""Trains a byte-level language model whose FFNs are `dmoe.MoE`, on real text, and reports how it went.
+
+    python examples/train_lm.py                                  # on the Python standard library's own sources
+    python examples/train_lm.py --data ~/notes --compare-dense   # on your text, next to a dense twin of equal FLOPs
+    python examples/train_lm.py --resume                         # on from where Ctrl-C ended it, to the same bits
+
+Read `lm/model.py` for the model, `lm/training.py` for the loop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm import checkpoint, report
+from lm.data import load_corpus
+from lm.generate import generate
+from lm.model import count_parameters
+from lm.settings import Settings, UsageError
+from lm.training import Run, StopOnSignal, train
+
+CHECKPOINT_SECONDS = 60.0  # a crash costs at most about this much work
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the program; returns its exit status: 0, 2 for what the user can put right, 128 + n after signal n."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    try:
+        return _run(options)
+    except UsageError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line. What decides a run's numbers has no default here but in `Settings`: see `_settings`."""
+    parser = argparse.ArgumentParser(
+        prog="train_lm.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default = Settings()
+
+    def setting(name: str, help: str, **extra: Any) -> None:
+        value = getattr(default, name)
+        if not extra:
+            extra = {"type": type(value), "metavar": "N" if isinstance(value, int) else "X"}
+        group.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=f"{help} [{value}]", **extra)
+
+    group = parser.add_argument_group("text")
+    group.add_argument(
+        "--data",
+        action="append",
+        default=argparse.SUPPRESS,
+        metavar="PATH",
+        help="a file, or a folder with all below it; may be repeated [the Python standard library's sources]",
+    )
+    setting("data_bytes", "the most text to use, in bytes")
+    group = parser.add_argument_group("model")
+    setting("layers", "blocks of attention and FFN")
+    setting("hidden", "width of the residual stream")
+    setting("heads", "attention heads")
+    setting("experts", "experts in each FFN")
+    setting("top_k", "experts that each byte visits")
+    setting("ffn", "width of one expert; the dense twin's FFN is --top-k times as wide")
+    setting("balance", "coefficient of the load-balancing loss")
+    group = parser.add_argument_group("training")
+    setting("steps", "optimizer steps")
+    setting("batch", "sequences in a step")
+    setting("seq_len", "bytes in a sequence")
+    setting("lr", "peak learning rate")
+    setting("warmup", "steps to the peak; then a cosine down to a tenth")
+    setting("weight_decay", "AdamW's")
+    setting("clip", "largest norm of the gradient")
+    setting("seed", "of weights and batches")
+    setting("dtype", "arithmetic; bfloat16 means autocast", choices=["auto", "float32", "bfloat16"])
+    setting("compile", "torch.compile the model", action="store_true")
+    setting("compare_dense", "also train the dense twin of equal active FLOPs", action="store_true")
+    setting("eval_every", "steps between two measurements on held-out text")
+    setting("eval_bytes", "held-out bytes in a measurement")
+    group = parser.add_argument_group("running")
+    group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="[auto]")
+    group.add_argument(
+        "--minutes", type=float, metavar="X", help="lower --steps so that training, all models together, takes at most "
+        "about this long on this machine",
+    )  # fmt: skip
+    group.add_argument("--out", type=Path, default=Path("runs/lm"), metavar="DIR", help="[runs/lm]")
+    group.add_argument("--resume", action="store_true", help="go on with the run in --out, with the settings it has")
+    group.add_argument("--overwrite", action="store_true", help="begin anew even where --out has an unfinished run")
+    group.add_argument(
+        "--generate", nargs="?", const="def ", metavar="PROMPT", help="print text that the trained mixture continues"
+    )
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    device = _device(options.device)
+    given = {
+        field.name: getattr(options, field.name) for field in dataclasses.fields(Settings) if field.name in options
+    }
+    given["data"] = tuple(given.get("data", ()))
+    if options.resume:
+        saved = checkpoint.load(options.out)
+        settings = _agreed(Settings.from_dict(saved["settings"]), given)
+    else:
+        saved = None
+        settings = Settings(**given)
+        settings = dataclasses.replace(settings, dtype=_dtype(settings.dtype, device))
+        _refuse_to_lose_work(options)
+    corpus = load_corpus(settings.data, settings.data_bytes, settings.seq_len)
+    print(f"text: {corpus.name}, {corpus.files} files, {len(corpus.train):,} bytes to train on, "
+          f"{len(corpus.held_out):,} held out")  # fmt: skip
+    names = ["moe", "dense"] if settings.compare_dense else ["moe"]
+    runs = [Run(name, settings, corpus, device) for name in names]
+    seconds = sum(run.warm_up(5 if options.minutes else 1) for run in runs)
+    if saved is not None:
+        checkpoint.restore(saved, corpus, runs)
+    elif options.minutes is not None:
+        settings = _fit_steps(settings, options.minutes, seconds)
+        for run in runs:
+            run.settings = settings
+    for run in runs:
+        sizes = count_parameters(run.model, settings)
+        print(f"{run.name:>5}: {sizes['total']:,} parameters, {sizes['active']:,} active for a byte")
+    options.out.mkdir(parents=True, exist_ok=True)
+    with StopOnSignal() as stop:
+        last_saved = time.monotonic()
+
+        def on_turn() -> None:
+            nonlocal last_saved
+            if time.monotonic() - last_saved >= CHECKPOINT_SECONDS:
+                checkpoint.save(options.out, settings, corpus, runs)
+                last_saved = time.monotonic()
+
+        train(runs, on_turn, stop)
+        path = checkpoint.save(options.out, settings, corpus, runs)
+    if stop.signal is not None and any(run.step < settings.steps for run in runs):
+        steps = ", ".join(f"{run.name} at step {run.step} of {settings.steps}" for run in runs)
+        again = shlex.join([sys.executable, sys.argv[0], "--out", str(options.out), "--resume"])
+        print(f"\n{stop.signal.name}: saved {path} ({steps}).\nGo on, to the same bits, with:\n  {again}")
+        return 128 + stop.signal
+    _finish(options, report.summarise(settings, corpus, runs), runs[0])
+    return 0
+
+
+def _finish(options: argparse.Namespace, summary: dict[str, Any], run: Run) -> None:
+    json_path, png_path = report.write(options.out, summary)
+    print()
+    for name, model in summary["models"].items():
+        final = model["final"]
+        print(f"{name:>5}: {final['held_out_bpb']:.4f} held-out bits per byte after {final['step']} steps, "
+              f"{final['seconds']:.1f} s, {final['bytes_per_second']:,.0f} bytes/s")  # fmt: skip
+    if "comparison" in summary:
+        print(f"moe - dense: {summary['comparison']['held_out_bpb_moe_minus_dense']:+.4f} bits per byte")
+    print(f"report: {png_path}  {json_path}")
+    if options.generate is not None:
+        print(f"\n{options.generate}", end="")
+        for piece in generate(run, options.generate):
+            print(piece, end="", flush=True)
+        print()
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device cuda: PyTorch {torch.__version__} finds no CUDA device. Use --device cpu")
+    return torch.device(name)
+
+
+def _dtype(name: str, device: torch.device) -> str:
+    """Settles ``auto``: on a CPU by a stopwatch, since which instructions are fast differs more than their names."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(512, 512, dtype=dtype)
+        times = []
+        for _ in range(8):
+            start = time.perf_counter()
+            a @ a
+            times.append(time.perf_counter() - start)
+        seconds[dtype] = min(times)
+    return "bfloat16" if seconds[torch.bfloat16] * 1.3 < seconds[torch.float32] else "float32"
+
+
+def _agreed(saved: Settings, given: dict[str, Any]) -> Settings:
+    """The checkpoint's settings; a flag that says otherwise is an error, not a silent change of the run."""
+    for name, value in given.items():
+        was = getattr(saved, name)
+        if value != was and not (name == "data" and not value) and not (name == "dtype" and value == "auto"):
+            raise UsageError(
+                f"--resume: the checkpoint was made with --{name.replace('_', '-')} {was}, not {value}. "
+                "Leave the flag out to go on, or start a new run in another --out"
+            )
+    return saved
+
+
+def _refuse_to_lose_work(options: argparse.Namespace) -> None:
+    progress = None if options.overwrite else checkpoint.progress(options.out)
+    if progress is not None and progress[0] < progress[1]:
+        raise UsageError(
+            f"--out {options.out} holds a run that is at step {progress[0]} of {progress[1]}. "
+            "Go on with it (--resume), replace it (--overwrite), or choose another --out"
+        )
+
+
+def _fit_steps(settings: Settings, minutes: float, seconds_per_step: float) -> Settings:
+    """Fewer steps if the wanted ones would take longer than ``minutes``."""
+    if not minutes > 0:
+        raise UsageError(f"--minutes must be positive, got {minutes}")
+    fitting = max(1, int(60 * minutes / seconds_per_step))
+    if fitting >= settings.steps:
+        return settings
+    print(f"--minutes {minutes:g}: {fitting} steps instead of {settings.steps}, at {seconds_per_step:.2f} s for a step")
+    shrink = fitting / settings.steps
+    return dataclasses.replace(
+        settings,
+        steps=fitting,
+        warmup=int(settings.warmup * shrink),
+        eval_every=max(1, int(settings.eval_every * shrink)),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,33 @@
+"""Settings for all tests: hypothesis without deadlines, `gpu` tests only where a GPU is, poisoned empty memory."""
+
+from __future__ import annotations
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("dmoe", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("dmoe")
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and this machine has none"))
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_empty(monkeypatch):
+    """Memory that nobody wrote reads as NaN: `torch.utils.deterministic.fill_uninitialized_memory` at work."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def _no_generated_products():
+    """oneDNN writes code for every new shape, 2 ms each: too long for hundreds of tiny products of all sizes."""
+    with torch.backends.mkldnn.flags(enabled=False):
+        yield

@@ -1,0 +1,68 @@
+"""What several test files share: tolerances that come from measured errors, and small builders."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+
+from dmoe.config import MoEConfig
+
+
+def assert_as_accurate(name, actual, exact, own, *, factor=2.0, slack_ulp=2.0):
+    """|actual - exact| <= 2 * (plain PyTorch's own error) + 2 ulp, in the max norm.
+
+    ``own`` are pairs (plain, exact) of the same arithmetic in plain PyTorch in the same dtype: for this input, and for
+    copies of it that are slightly moved, because one result alone may be exact by luck.
+    """
+    assert actual.shape == exact.shape, f"{name}: {tuple(actual.shape)} != {tuple(exact.shape)}"
+    if not exact.numel():
+        return
+    assert torch.isfinite(actual).all(), f"{name}: not finite"
+    error = (actual.double() - exact).abs().max().item()
+    yardstick = max((plain.double() - truth).abs().max().item() for plain, truth in own)
+    # A handful of numbers has no statistics: their own error may be 0 by luck in every copy.
+    if exact.numel() < 16:
+        factor, slack_ulp = 2 * factor, 4 * slack_ulp
+    bound = factor * yardstick + slack_ulp * torch.finfo(actual.dtype).eps * exact.abs().max().item()
+    assert error <= bound, f"{name}: error {error:.3e} > {bound:.3e} (plain PyTorch's own: {yardstick:.3e})"
+
+
+without_generated_products = pytest.mark.usefixtures("_no_generated_products")
+
+
+def nudged(tensor):
+    """The same values, moved by up to 1%: other roundings."""
+    return None if tensor is None else (tensor.double() * (1 + 0.01 * (torch.rand(tensor.shape) - 0.5))).to(tensor.dtype)
+
+
+@contextlib.contextmanager
+def saved_bytes(exclude=()):
+    """Collects what autograd saves inside: ``.total`` bytes of distinct storages, those of ``exclude`` not counted."""
+
+    class Count:
+        def __init__(self):
+            self.storages = {}
+
+        @property
+        def total(self):
+            return sum(self.storages.values())
+
+    count, skip = Count(), {t.untyped_storage().data_ptr() for t in exclude}
+    keep = []
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in skip:
+            count.storages[storage.data_ptr()] = storage.nbytes()
+            keep.append(tensor)  # alive, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield count
+
+
+def small_config(**fields):
+    base = {"hidden_size": 8, "ffn_hidden_size": 12, "num_experts": 4, "top_k": 2}
+    return MoEConfig(**{**base, **fields})

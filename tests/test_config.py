@@ -1,0 +1,97 @@
+"""The config: every bad value is named, with what was expected."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from helpers import small_config
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dmoe import MoE, MoEConfig
+
+BAD = [
+    ({"hidden_size": 0}, "hidden_size: expected at least 1, got 0"),
+    ({"hidden_size": 8.0}, "hidden_size: expected an integer, got 8.0"),
+    ({"num_experts": True}, "num_experts: expected an integer, got True"),
+    ({"num_experts": 0}, "num_experts: expected at least 1, got 0"),
+    ({"ffn_hidden_size": 0}, "ffn_hidden_size: expected an integer of at least 1, or a list, got 0"),
+    ({"ffn_hidden_size": [4, 4]}, "ffn_hidden_size: expected num_experts = 4 widths of at least 1"),
+    ({"ffn_hidden_size": [4, 4, 0, 4]}, "ffn_hidden_size: expected num_experts = 4 widths of at least 1"),
+    ({"top_k": 5}, "top_k: expected at most num_experts = 4, got 5"),
+    ({"top_k": 0}, "top_k: expected at least 1, got 0"),
+    ({"activation": "swish"}, "activation: expected one of 'gelu', 'gelu_tanh', 'relu', 'silu', got 'swish'"),
+    ({"gated": 1}, "gated: expected True or False, got 1"),
+    ({"expert_dropout": 1.0}, "expert_dropout: expected 0 <= p < 1, got 1.0"),
+    ({"activation_dropout": "x"}, "activation_dropout: expected a number, got 'x'"),
+    ({"return_bias": True}, "return_bias: expected False unless bias='output', got True"),
+    ({"shared_expert_gate": True}, "shared_expert_gate: expected False without shared_ffn_hidden_size, got True"),
+    ({"gate_normalization": 0.5}, "gate_normalization: expected a finite p >= 1, or None, got 0.5"),
+    ({"score_function": "sigmoid", "softmax_order": "after_topk"}, "softmax_order: expected 'before_topk' with sigmoid"),
+    ({"num_groups": 3}, "num_groups: expected a divisor of num_experts = 4, got 3"),
+    ({"num_groups": 2, "top_k_groups": 3}, "top_k_groups: expected 1 to num_groups = 2, or None, got 3"),
+    ({"num_groups": 4, "top_k_groups": 1}, "top_k: expected at most 1, the experts in top_k_groups groups, got 2"),
+    ({"capacity": -1}, "capacity: expected at least 0 rows, or None, got -1"),
+    ({"capacity": 2, "capacity_factor": 1.0}, "capacity_factor: expected None when capacity = 2 is given, got 1.0"),
+    ({"capacity_factor": 0}, "capacity_factor: expected a positive number, or None, got 0"),
+    ({"drop_order": None}, "drop_order: expected one of 'token_major'"),
+    ({"load_balancing_coefficient": -1.0}, "load_balancing_coefficient: expected at least 0, got -1.0"),
+    ({"num_moe_layers": 0}, "num_moe_layers: expected at least 1, got 0"),
+    ({"backend": "cuda"}, "backend: expected one of 'grouped', 'reference', None, got 'cuda'"),
+    ({"router": "expert_choice"}, "router: expected 'top_k' in a causal model.*causal=False.*allow_future_leak=True"),
+    ({"router": "expert_choice", "causal": False, "capacity": 3}, "capacity: expected no value with router='expert_choice'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "message"), BAD, ids=lambda value: str(value)[:40])
+def test_bad_values_are_named(fields, message):
+    with pytest.raises(ValueError, match=f"MoEConfig: {message}".replace("(", r"\(")):
+        small_config(**fields)
+
+
+def test_expert_choice_in_a_causal_model_only_by_name():
+    small_config(router="expert_choice", causal=False)
+    small_config(router="expert_choice", allow_future_leak=True)
+
+
+def test_config_is_frozen_hashable_and_lists_become_tuples():
+    config = small_config(ffn_hidden_size=[1, 2, 3, 4])
+    assert config.ffn_sizes == (1, 2, 3, 4)
+    assert hash(config) == hash(dataclasses.replace(config))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.top_k = 3
+
+
+def test_every_field_is_documented():
+    for field in dataclasses.fields(MoEConfig):
+        assert field.name in MoEConfig.__doc__
+
+
+@given(st.integers(0, 300), st.integers(1, 9), st.integers(1, 3), st.sampled_from([0.3, 1.0, 1.25, 2.0]))
+def test_capacity_formulas(tokens, experts, top_k, factor):
+    top_k = min(top_k, experts)
+
+    def capacity(formula, minimum=0):
+        config = small_config(
+            num_experts=experts, top_k=top_k, capacity_factor=factor, capacity_formula=formula, min_capacity=minimum
+        )
+        return config.capacity_for(tokens)
+
+    share = factor * tokens / experts
+    most = tokens * top_k
+    assert capacity("ceil") == min(-int(-(share * top_k) // 1), most)
+    assert capacity("floor") == min(int(share * top_k // 1), most)
+    assert capacity("ceil_per_choice") == min(top_k * -int(-share // 1), most)
+    assert capacity("floor", 7) == min(max(int(share * top_k // 1), 7), most)
+    assert small_config(capacity=5).capacity_for(tokens) == 5
+    assert small_config().capacity_for(tokens) is None
+
+
+def test_fields_or_config_but_not_both():
+    config = small_config()
+    assert MoE(config).config is config
+    with pytest.raises(TypeError, match=r"MoE: expected a config or its fields.*top_k"):
+        MoE(config, top_k=1)
+    with pytest.raises(TypeError, match="hidden_sizes"):
+        MoE(hidden_sizes=8)

@@ -1,0 +1,252 @@
+"""The expert MLP as an operation: compiled kernels and reference, every layout of a plan, against the oracle."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import assert_as_accurate, nudged, without_generated_products
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import oracle
+from dmoe import ExpertWeights, plan_expert_choice, plan_token_choice
+from dmoe.experts import run_experts
+from dmoe.ops import moe_mlp as module
+from dmoe.ops.activation import ACTIVATIONS, activate, activate_backward
+
+IMPLEMENTATIONS = {
+    "operation": (torch.ops.dmoe.moe_mlp, torch.ops.dmoe.moe_mlp_backward),
+    "reference": (module.moe_mlp_ref, module.moe_mlp_backward_ref),
+}
+
+
+@st.composite
+def cases(draw):
+    experts = draw(st.integers(1, 5))
+    top_k = draw(st.integers(1, experts))
+    uniform = draw(st.booleans())
+    return {
+        "tokens": draw(st.integers(0, 12)),
+        "experts": experts,
+        "top_k": top_k,
+        "hidden": draw(st.integers(1, 17)),
+        "sizes": draw(st.integers(1, 19) if uniform else st.lists(st.integers(1, 9), min_size=experts, max_size=experts)),
+        "activation": draw(st.sampled_from(ACTIVATIONS)),
+        "gated": draw(st.booleans()),
+        "bias": draw(st.booleans()),
+        "gate_on": draw(st.sampled_from(["output", "activation", "input"])),
+        "layout": draw(st.sampled_from(["packed", "capacity", "padded", "binned"])),
+        "hot": draw(st.booleans()),
+        "seed": draw(st.integers(0, 2**20)),
+    }
+
+
+def build(case, dtype):
+    """Arguments of the operation in the schema's order, a gradient of y, and which choices were kept."""
+    torch.manual_seed(case["seed"])
+    T, E, K, H, gated = case["tokens"], case["experts"], case["top_k"], case["hidden"], case["gated"]
+    sizes = case["sizes"]
+    halves = (2,) if gated else ()
+    if isinstance(sizes, int):
+        up, down, packed = (E, *halves, sizes, H), (E, H, sizes), []
+    else:
+        up, down, packed = (*halves, sum(sizes), H), (H, sum(sizes)), sizes
+    indices = torch.rand(T, E).argsort(-1)[:, :K]
+    if case["hot"] and T:
+        indices[:, 0] = indices[0, 0]  # repeats are allowed: such a token visits the expert twice
+    indices = indices.masked_fill(torch.rand(T, K) < 0.1, E)
+    options = {
+        "packed": {},
+        "capacity": {"capacity": 2, "drop_order": "choice_major"},
+        "padded": {"block_size": 4},
+        "binned": {"capacity": 3, "binned": True},
+    }[case["layout"]]
+    plan = plan_token_choice(indices, E, **options)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    tensors = [
+        torch.randn(T, H).to(dtype),
+        torch.rand(T, K).to(wide),
+        torch.randn(*up).to(dtype),
+        torch.randn(*down).to(dtype),
+        torch.randn(*up[:-1]).to(dtype) if case["bias"] else None,
+        torch.randn(E, H).to(dtype) if case["bias"] else None,
+    ]
+    index = [plan.expert_offsets, plan.row_to_token, plan.row_to_slot, plan.token_offsets, plan.token_rows]
+    arguments = [*tensors, *index, None, packed, case["activation"], gated, case["gate_on"], 0.0, 0.0]
+    return arguments, torch.randn(T, H).to(dtype), indices.tolist(), (plan.token_to_rows >= 0).tolist()
+
+
+def truth(case, arguments, grad, indices, kept, dtype, wide):
+    """y and all gradients from the oracle, in ``dtype`` with gate arithmetic in ``wide``."""
+    kinds = [dtype, wide, dtype, dtype, dtype, dtype]
+    leaves = [
+        None if t is None else t.detach().to(k).requires_grad_() for t, k in zip(arguments[:6], kinds, strict=True)
+    ]
+    x, gates, *weights = leaves
+    y = oracle.moe(
+        x, indices, gates, kept, weights, activation=case["activation"], gated=case["gated"], gate_on=case["gate_on"],
+        ffn_sizes=arguments[12],
+    )  # fmt: skip
+    unused = sum(0 * t.sum() for t in leaves if t is not None)  # every choice may have been masked
+    ((y * grad.to(dtype)).sum() + unused).backward()
+    grads = [None if t is None else t.grad for t in leaves]
+    return [y.detach(), *grads]
+
+
+@without_generated_products
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@settings(max_examples=25)
+@given(case=cases())
+def test_moe_mlp_equals_the_oracle(implementation, dtype, case):
+    arguments, grad, indices, kept = build(case, dtype)
+    forward, backward = IMPLEMENTATIONS[implementation]
+    y, pre = forward(*arguments)
+    results = [y, *backward(grad, pre, *arguments)]
+    exact = truth(case, arguments, grad, indices, kept, torch.float64, torch.float64)
+    names = ["y", "x", "gate_weights", "up_proj", "down_proj", "up_bias", "down_bias"]
+    if dtype == torch.float64:
+        for name, ours, theirs in zip(names, results, exact, strict=True):
+            if theirs is not None:
+                torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+        return
+    pairs = [(truth(case, arguments, grad, indices, kept, dtype, torch.float32), exact)]
+    for _ in range(3 if exact[1].numel() >= 16 else 9):
+        moved, other = [nudged(t) for t in arguments[:6]] + arguments[6:], nudged(grad)
+        pairs.append(
+            (
+                truth(case, moved, other, indices, kept, dtype, torch.float32),
+                truth(case, moved, other, indices, kept, torch.float64, torch.float64),
+            )
+        )
+    for i, name in enumerate(names):
+        if exact[i] is not None:
+            # <a, W^T dy> sums F rounded terms where plain PyTorch's <o, dy> sums H: with F well below H and half precision
+            # that is noisier, the price of not keeping o.
+            factor = 6 if name == "gate_weights" and dtype.itemsize == 2 else 2
+            own = [(plain[i], true[i]) for plain, true in pairs]
+            assert_as_accurate(name, results[i], exact[i], own, factor=factor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("counts", [[700, 1, 0, 130, 129], [0, 0, 0, 5000, 3]], ids=str)
+def test_blocks_waves_and_rounded_rows(dtype, counts):
+    """Experts larger than a block, a wave, or of a size that products round up: against one product per expert."""
+    torch.manual_seed(0)
+    E, H, F = len(counts), 40, 24
+    experts = torch.cat([torch.full((n,), e) for e, n in enumerate(counts)])
+    experts = experts[torch.randperm(len(experts))]
+    x = torch.randn(len(experts), H).to(dtype).requires_grad_()
+    gates = torch.rand(len(experts), 1).requires_grad_()
+    up = torch.randn(E, 2, F, H).div(6).to(dtype).requires_grad_()
+    down = torch.randn(E, H, F).div(5).to(dtype).requires_grad_()
+    leaves = x, gates, up, down
+    grad = torch.randn(len(experts), H).to(dtype)
+    y = run_experts(x, plan_token_choice(experts.unsqueeze(1), E), gates, ExpertWeights(up, down))
+    ours = [y, *torch.autograd.grad(y, leaves, grad)]
+
+    def plain(kind):
+        x, gates, up, down = (leaf.detach().to(kind).requires_grad_() for leaf in leaves)
+        rows = torch.zeros(len(experts), H, dtype=kind)
+        for e in range(E):
+            t = (experts == e).nonzero().squeeze(1)
+            hidden = torch.nn.functional.silu(x[t] @ up[e, 0].t()) * (x[t] @ up[e, 1].t())
+            rows = rows.index_copy(0, t, (hidden @ down[e].t()) * gates[t])
+        return [rows, *torch.autograd.grad(rows, (x, gates, up, down), grad.to(kind))]
+
+    for name, a, exact, own in zip(["y", "x", "gates", "up", "down"], ours, plain(torch.float64), plain(dtype), strict=True):
+        assert_as_accurate(name, a, exact, [(own, exact)])
+
+
+def test_expert_choice_plan_feeds_the_operation():
+    torch.manual_seed(0)
+    chosen = torch.tensor([[3, 0, 1], [3, -1, 2], [3, 1, 0]])
+    plan = plan_expert_choice(chosen, 5)
+    assert plan.token_offsets.tolist() == [0, 2, 4, 5, 8, 8]
+    gates = torch.rand(9, dtype=torch.float64)
+    up, down = torch.randn(3, 2, 4, 6, dtype=torch.float64), torch.randn(3, 6, 4, dtype=torch.float64)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    y = run_experts(x, plan, gates, ExpertWeights(up, down))
+    expected = torch.zeros_like(x)
+    position = 0
+    for t in range(5):
+        for e in range(3):
+            if t in chosen[e].tolist():
+                expected[t] += gates[position] * oracle.expert_forward(
+                    x[t], up[e], down[e], None, None, activation="silu", gated=True
+                )
+                position += 1
+    torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_compiled_activations_over_their_whole_range(activation, dtype):
+    """Through one expert that is the identity: value and slope over [-100, 100], and NaN stays NaN."""
+    x = torch.cat([torch.linspace(-100, 100, 4001), torch.linspace(-6, 6, 4001), torch.tensor([0.0, -0.0, 1e-30, -1e-30])])
+    x = x.to(dtype).unsqueeze(1)
+    one = torch.ones(1, 1, 1, dtype=dtype)
+    plan = plan_token_choice(torch.zeros(len(x), 1, dtype=torch.int32), 1)
+    gates = torch.ones(len(x), 1, dtype=dtype)
+
+    def run(x):
+        return run_experts(x, plan, gates, ExpertWeights(one, one, gated=False), activation=activation)
+
+    leaf = x.clone().requires_grad_()
+    y = run(leaf)
+    y.sum().backward()
+    exact = oracle.ACT[activation](x.double())
+    slope = activate_backward(torch.ones_like(x).double(), x.double(), activation, False)
+    eps = torch.finfo(dtype).eps
+    assert ((y - exact).abs() <= (5 if dtype == torch.float32 else 10) * eps * exact.abs().clamp(min=0.25)).all()
+    assert ((leaf.grad - slope).abs() <= (10 if dtype == torch.float32 else 40) * eps).all()  # PyTorch's own: 9 and 23
+    torch.testing.assert_close(activate(x.double(), activation, False), exact)
+    assert torch.isnan(run(torch.tensor([[float("nan")]], dtype=dtype).expand(len(x), 1).contiguous())).all()
+
+
+def opcheck_cases():
+    base = {"tokens": 6, "experts": 3, "top_k": 2, "hidden": 5, "sizes": 4, "activation": "silu", "gated": True,
+            "bias": False, "gate_on": "output", "layout": "packed", "hot": False, "seed": 1}  # fmt: skip
+    for change in ({}, {"bias": True, "gated": False}, {"sizes": [3, 1, 4]}, {"layout": "capacity"}, {"tokens": 0}):
+        yield {**base, **change}
+
+
+@pytest.mark.parametrize("case", list(opcheck_cases()), ids=str)
+def test_opcheck(case):
+    arguments, grad, _, _ = build(case, torch.float32)
+    for tensor in arguments[:6]:
+        if tensor is not None:
+            tensor.requires_grad_()
+    torch.library.opcheck(torch.ops.dmoe.moe_mlp.default, arguments)
+    detached = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
+    torch.library.opcheck(torch.ops.dmoe.moe_mlp_inference.default, detached)
+    _, pre = torch.ops.dmoe.moe_mlp(*detached)
+    torch.library.opcheck(torch.ops.dmoe.moe_mlp_backward.default, [grad, pre, *detached])
+
+
+def test_inference_operation_equals_the_training_one():
+    for case in opcheck_cases():
+        arguments, _, _, _ = build(case, torch.bfloat16)
+        assert torch.equal(torch.ops.dmoe.moe_mlp_inference(*arguments), torch.ops.dmoe.moe_mlp(*arguments)[0])
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "message"),
+    [
+        (13, "tanh", "moe_mlp: activation: expected gelu, gelu_tanh, relu or silu, got tanh"),
+        (15, "nowhere", "moe_mlp: gate_weight_on: expected output, activation or input, got nowhere"),
+        (1, torch.ones(6, 2, dtype=torch.float64), "moe_mlp: gate_weights: expected dtype Float, got Double"),
+        (6, torch.zeros(4, dtype=torch.int64), "moe_mlp: expert_offsets: expected dtype Int, got Long"),
+        (16, 0.5, "moe_mlp: seed: expected a scalar int64 tensor with dropout, got None"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_the_compiled_operation_names_what_is_wrong(position, value, message):
+    from dmoe.ops._library import compiled
+
+    if not compiled:
+        pytest.skip("checks of the compiled kernels, which are not built here")
+    arguments, _, _, _ = build(next(iter(opcheck_cases())), torch.float32)
+    arguments[position] = value
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.dmoe.moe_mlp(*arguments)
