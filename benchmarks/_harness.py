@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, a check before every figure, and reports as JSON, Markdown and a plot."""
+"""What the benchmarks share: interleaved timing, a check before every figure, reports as JSON, Markdown and a plot."""
 
 from __future__ import annotations
 
@@ -165,7 +165,11 @@ def _processor() -> tuple[set[str], str, str]:
         return found.group(1).strip() if found else ""
 
     model = field("model name") or platform.machine()
-    return set((field("flags") or field("Features")).split()), model, f"family {field('cpu family')} model {field('model')}"
+    return (
+        set((field("flags") or field("Features")).split()),
+        model,
+        f"family {field('cpu family')} model {field('model')}",
+    )
 
 
 def _memory(field: str) -> int:
@@ -192,10 +196,12 @@ def arguments(description: str, *, rounds: int) -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON, the table and the plot")
     parser.add_argument("--rounds", type=int, default=rounds, help="counted turns of each contestant")
     parser.add_argument("--warmup", type=int, default=3, help="turns before the counted ones")
-    parser.add_argument("--seconds", type=float, default=20.0, help="budget of one contestant in one case; fewer turns beyond it")
+    parser.add_argument(
+        "--seconds", type=float, default=20.0, help="budget of one contestant in one case; fewer turns beyond it"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="PyTorch's threads")
     parser.add_argument("--cases", default="", help="only cases whose label contains this")
-    parser.add_argument("--contestants", default="", help="only these, separated by commas (the first named always runs)")
+    parser.add_argument("--contestants", default="", help="only these beside dmoe, separated by commas")
     parser.add_argument("--seed", type=int, default=0, help="of the data and of the order of turns")
     return parser
 
@@ -225,7 +231,9 @@ def describe(env: Mapping[str, Any]) -> str:
     )
 
 
-def write_json(path: Path, env: Mapping[str, Any], settings: Mapping[str, Any], cases: Sequence[Mapping[str, Any]]) -> None:
+def write_json(
+    path: Path, env: Mapping[str, Any], settings: Mapping[str, Any], cases: Sequence[Mapping[str, Any]]
+) -> None:
     """All figures, with what they depend on."""
 
     def plain(value: Any) -> Any:
@@ -287,16 +295,19 @@ def label_lines(axis: Any, ends: Sequence[tuple[float, float, str, str]], *, gap
     place = axis.transAxes.inverted()
     heights = [float(place.transform(axis.transData.transform((x, y)))[1]) for x, y, _, _ in ends]
     order = sorted(range(len(ends)), key=lambda i: heights[i])
-    placed: list[float] = []
-    for i in order:
-        placed.append(max(heights[i], placed[-1] + gap) if placed else heights[i])
-    shift = max(0.0, placed[-1] - 1.0) if placed else 0.0
+    placed = [heights[i] for i in order]
+    for _ in range(500):  # neighbours that are too close push each other apart
+        for low in range(len(placed) - 1):
+            overlap = gap - (placed[low + 1] - placed[low])
+            if overlap > 0:
+                placed[low] -= overlap / 2
+                placed[low + 1] += overlap / 2
     for i, height in zip(order, placed, strict=True):
         x, y, text, colour = ends[i]
         axis.annotate(
             text,
             xy=(x, y),
-            xytext=(1.03, height - shift),
+            xytext=(1.03, height),
             textcoords="axes fraction",
             color=colour,
             fontsize=9,

@@ -1,11 +1,13 @@
-"""The contestants of ``layer_cpu.py``: one gated MoE layer, written seven ways, beside a dense FFN and the bare products.
+"""The contestants of ``layer_cpu.py``: one gated MoE layer in several hands, a dense FFN, and the bare products.
 
-The layer is Qwen3-MoE's: linear router, softmax over all experts, the K best renormalised to sum to 1, SiLU-gated experts.
+The layer is Qwen3-MoE's: linear router, softmax over all experts, the K best renormalised to sum to 1, SiLU-gated
+experts.
 Every contestant gets the same weights and inputs, which depend on seeds alone.
 """
 
 from __future__ import annotations
 
+import itertools
 import resource
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -13,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from _harness import available_memory, relative_error, stopwatch
 from torch import Tensor, nn
+from torch.nn.functional import grouped_mm, linear, silu
 
 import dmoe
 
@@ -100,7 +102,7 @@ def make_step(case: Case, router: Tensor, seed: int) -> tuple[Tensor, Tensor]:
 def route(x: Tensor, router: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Gate weights (T, K) and expert ids (T, K) in plain PyTorch, in float32 (float64 for float64)."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    probs = F.linear(x.to(wide), router.to(wide)).softmax(-1)
+    probs = linear(x.to(wide), router.to(wide)).softmax(-1)
     weights, indices = probs.topk(top_k)
     return weights / weights.sum(-1, keepdim=True), indices
 
@@ -115,8 +117,8 @@ def reference(case: Case, seed: int) -> dict[str, Tensor]:
     for expert in range(case.experts):
         gate_of_expert = (gates * (indices == expert)).sum(1)
         tokens = (indices == expert).any(1).nonzero().squeeze(1)
-        gate, up = F.linear(x[tokens], weights["gate_up"][expert]).chunk(2, -1)
-        out = F.linear(F.silu(gate) * up, weights["down"][expert])
+        gate, up = linear(x[tokens], weights["gate_up"][expert]).chunk(2, -1)
+        out = linear(silu(gate) * up, weights["down"][expert])
         y = y.index_add(0, tokens, out * gate_of_expert[tokens, None])
     y.backward(grad.double())
     grads = {name: w.grad for name, w in weights.items() if w.grad is not None}
@@ -192,18 +194,18 @@ class Dmoe(_Module):
             load_balancing_coefficient=self.coefficient,
             dtype=case.torch_dtype,
         )
-        experts = self.layer.experts
+        self.parameter = dict(self.layer.named_parameters())
         with torch.no_grad():
-            self.layer.router.weight.copy_(weights["router"])
-            experts.gate_up_proj.copy_(weights["gate_up"].view_as(experts.gate_up_proj))
-            experts.down_proj.copy_(weights["down"])
+            self.parameter["router.weight"].copy_(weights["router"])
+            gate_up = self.parameter["experts.gate_up_proj"]  # (E, 2, F, H)
+            gate_up.copy_(weights["gate_up"].view_as(gate_up))
+            self.parameter["experts.down_proj"].copy_(weights["down"])
 
     def weight_grads(self) -> dict[str, Tensor]:
-        experts = self.layer.experts
         return {
-            "router": _grad(self.layer.router.weight),
-            "gate_up": _grad(experts.gate_up_proj).flatten(1, 2),
-            "down": _grad(experts.down_proj),
+            "router": _grad(self.parameter["router.weight"]),
+            "gate_up": _grad(self.parameter["experts.gate_up_proj"]).flatten(1, 2),
+            "down": _grad(self.parameter["experts.down_proj"]),
         }
 
 
@@ -239,8 +241,8 @@ class _PlainExperts(nn.Module):
         y = torch.zeros_like(x)
         for expert, (gate_up, down) in enumerate(zip(self.gate_up, self.down, strict=True)):
             token, choice = torch.where(indices == expert)
-            gate, up = F.linear(x[token], gate_up).chunk(2, -1)
-            out = F.linear(F.silu(gate) * up, down)
+            gate, up = linear(x[token], gate_up).chunk(2, -1)
+            out = linear(silu(gate) * up, down)
             y.index_add_(0, token, (out * gates[token, choice, None]).to(y.dtype))
         return y
 
@@ -248,8 +250,8 @@ class _PlainExperts(nn.Module):
 class Loop(_Module):
     """The textbook: for each expert ``where``, two linears, ``index_add``. One parameter for each expert's matrix.
 
-    (On slices of a stacked parameter, as Hugging Face's eager experts have it, each slice's backward also fills a gradient
-    of the full size.)
+    (On slices of a stacked parameter, as Hugging Face's eager experts have it, each slice's backward also fills a
+    gradient of the full size.)
     """
 
     def __init__(self, case: Case, weights: dict[str, Tensor]) -> None:
@@ -280,8 +282,8 @@ class _SortedExperts(nn.Module):
         order = torch.argsort(ids, stable=True)
         ends = torch.bincount(ids, minlength=E).cumsum(0).int()
         token = order // K
-        gate, up = F.grouped_mm(x[token], self.gate_up.transpose(1, 2), offs=ends).chunk(2, -1)
-        out = F.grouped_mm(F.silu(gate) * up, self.down.transpose(1, 2), offs=ends)
+        gate, up = grouped_mm(x[token], self.gate_up.transpose(1, 2), offs=ends).chunk(2, -1)
+        out = grouped_mm(silu(gate) * up, self.down.transpose(1, 2), offs=ends)
         weighted = (out * gates.flatten()[order, None]).to(x.dtype)
         return torch.zeros_like(x).index_add_(0, token, weighted)
 
@@ -298,21 +300,22 @@ class GroupedMM(_Module):
 
 
 class HuggingFace(_Module):
-    """Transformers' Qwen3-MoE block with one of its experts implementations; its router computes in the model's dtype."""
+    """Transformers' Qwen3-MoE block with one of its experts implementations; its router's product is in x's dtype."""
 
     def __init__(self, case: Case, weights: dict[str, Tensor], implementation: str) -> None:
         from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
         from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
-        config = Qwen3MoeConfig(
-            hidden_size=case.hidden,
-            moe_intermediate_size=case.ffn,
-            num_experts=case.experts,
-            num_experts_per_tok=case.top_k,
-            norm_topk_prob=True,
-            hidden_act="silu",
-            experts_implementation=implementation,
-        )
+        options: dict[str, Any] = {
+            "hidden_size": case.hidden,
+            "moe_intermediate_size": case.ffn,
+            "num_experts": case.experts,
+            "num_experts_per_tok": case.top_k,
+            "norm_topk_prob": True,
+            "hidden_act": "silu",
+            "experts_implementation": implementation,
+        }
+        config = Qwen3MoeConfig(**options)
         if config._experts_implementation != implementation:
             raise RuntimeError(f"transformers took {config._experts_implementation!r} for {implementation!r}")
         self.block = Qwen3MoeSparseMoeBlock(config).to(case.torch_dtype)
@@ -347,19 +350,17 @@ class Dense(_Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.up(x).chunk(2, -1)
-        return self.down(F.silu(gate) * up)
+        return self.down(silu(gate) * up)
 
     def weight_grads(self) -> dict[str, Tensor]:
         return {}
 
 
 class Floor(Contestant):
-    """The experts' matrix products and nothing else: ``torch.mm`` of each expert's rows into outputs that exist already.
+    """The experts' matrix products and nothing else: ``torch.mm`` of each expert's rows into outputs that exist."""
 
-    Six products an expert: up and down; then the gradients of hidden, of the rows and of both weights. No router, no
-    gather, no activation, no sum over a token's rows, no allocation.
-    """
-
+    # Six products an expert: up and down; then the gradients of hidden, of the rows and of both weights. No router, no
+    # gather, no activation, no sum over a token's rows, no allocation.
     compared = ("gate_up", "down")
 
     def __init__(self, case: Case, weights: dict[str, Tensor]) -> None:
@@ -379,7 +380,7 @@ class Floor(Contestant):
         order = torch.argsort(indices.flatten(), stable=True)
         bounds = [0, *torch.bincount(indices.flatten(), minlength=case.experts).cumsum(0).tolist()]
         token, gate_of_row = order // case.top_k, gates.flatten()[order, None]
-        spans = [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+        spans = [slice(a, b) for a, b in itertools.pairwise(bounds)]
         rows, grad_out = x[token], grad[token]
         wide = torch.float32
         pre = torch.cat([rows[s] @ w.t() for s, w in zip(spans, weights["gate_up"], strict=True)]).to(wide)
@@ -454,13 +455,16 @@ class Bench:
             case: the case.
             memory: bytes that it may use.
         """
-        self.contestant, self.steps = None, {}
+        self.contestant = None
         if self.name == "HF batched_mm":
             # It gathers both weights for every row, and backward makes the gradient of the same size.
             needed = 2 * case.rows * 3 * case.ffn * case.hidden * case.torch_dtype.itemsize
             memory = min(memory, available_memory() or memory)
             if needed > memory:
-                return f"needs {needed / 2**30:.0f} GiB for one copy of the weights per row; {memory / 2**30:.0f} GiB allowed"
+                have, want = memory / 2**30, needed / 2**30
+                return (
+                    f"needs {want:.1f} GiB for a copy of the weights per row and its gradient; {have:.1f} GiB allowed"
+                )
         self.case, self.weights = case, make_weights(case)
         self.contestant = CONTESTANTS[self.name](case, self.weights)
         return ""
@@ -500,8 +504,8 @@ class Bench:
     def time(self, seeds: list[int]) -> tuple[float, int]:
         """Run the steps of these seeds one after another; seconds and page faults of the last.
 
-        The steps before the last wake the threads and bring the weights back into the caches, as the step before does in
-        a training loop.
+        The steps before the last wake the threads and bring the weights back into the caches, as the step before does
+        in a training loop.
         """
         seconds, faults = 0.0, 0
         for seed in seeds:

@@ -1,8 +1,8 @@
 """One process for each contestant, so that none sees what another left behind.
 
-oneDNN keeps the code that it generates for each shape of a bfloat16 product in one cache per process (1024 entries): in a
-shared process a contestant would find shapes that a rival paid for, or lose its own to one. The same holds for the
-allocator's free blocks. The processes take turns: only one computes at a time.
+oneDNN keeps the code that it generates for each shape of a bfloat16 product in one cache per process (1024 entries):
+in a shared process a contestant would find shapes that a rival paid for, or lose its own to one. The same holds for
+the allocator's free blocks. The processes take turns: only one computes at a time.
 """
 
 from __future__ import annotations
