@@ -36,10 +36,9 @@ DMOE_INLINE float exponential(float x) {
 // erfc(u) for u >= 0.
 DMOE_INLINE double erfc_positive(double u) { return std::erfc(u); }
 
-// erfc(u) = exp(-u P(u)), P fitted at Chebyshev nodes of [0, 4.2]: within 3.4e-8, and relatively within 4e-6 there.
-// Beyond, P stays as it is: erfc is below 3e-9 and falls on.
-DMOE_INLINE float erfc_positive(float distance) {
-  const float u = distance > 4.2f ? 4.2f : distance;
+// erfc(u) = exp(-u P(u)). Up to 4.2, P is fitted at Chebyshev nodes: erfc within 3.4e-8, relatively within 4e-6. Above,
+// P(u) - u varies slowly and is fitted instead, so that the tail is relatively right (2e-5) down to where it vanishes.
+DMOE_INLINE float erfc_positive(float u) {
   float p = -8.80009691e-08f;
   p = p * u + 2.29549176e-06f;
   p = p * u - 2.6546974e-05f;
@@ -51,7 +50,15 @@ DMOE_INLINE float erfc_positive(float distance) {
   p = p * u + 1.02782823e-01f;
   p = p * u + 6.36618433e-01f;
   p = p * u + 1.12837919e+00f;
-  return exponential(-distance * p);
+  const float v = u > 9.4f ? 9.4f : u;
+  float q = 5.05880552e-07f;
+  q = q * v - 2.53047184e-05f;
+  q = q * v + 5.47031515e-04f;
+  q = q * v - 6.7106828e-03f;
+  q = q * v + 5.18113294e-02f;
+  q = q * v - 2.68232818e-01f;
+  q = q * v + 1.05417164e+00f;
+  return exponential(-u * (u > 4.2f ? u + q : p));
 }
 
 // Each activation: value(x), and both(x, value, slope).
