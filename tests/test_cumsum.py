@@ -38,8 +38,8 @@ def assert_sums(sums, exclusive, x, dim):
     elif dim % 2 == 1:
         expected = [expected_row(row, bits, exclusive) for row in x.tolist()]
     else:
-        columns = [expected_row([row[j] for row in x.tolist()], bits, exclusive) for j in range(x.shape[1])]
-        expected = [[column[i] for column in columns] for i in range(x.shape[0])]
+        columns = [expected_row(column, bits, exclusive) for column in zip(*x.tolist(), strict=True)]
+        expected = [list(row) for row in zip(*columns, strict=True)] if x.shape[1] else x.tolist()
     got = sums(x, dim)
     assert got.dtype == x.dtype
     assert got.shape == x.shape
@@ -64,7 +64,7 @@ def test_equals_a_loop(sums, exclusive, shape, dtype, small, seed, transposed, d
 
 
 @implementations
-@pytest.mark.parametrize(("shape", "dim"), [((200_003,), 0), ((3, 70_001), 1), ((70_001, 3), 0), ((7, 20_001), 0)])
+@pytest.mark.parametrize(("shape", "dim"), [((100_003,), 0), ((3, 35_001), 1), ((20_001, 3), 0), ((3, 35_001), 0)])
 def test_runs_of_several_threads(sums, exclusive, shape, dim):
     x = torch.randint(-999, 999, shape, generator=torch.Generator().manual_seed(0))
     threads = torch.get_num_threads()
