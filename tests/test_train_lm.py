@@ -312,7 +312,9 @@ def test_experts_learn_slower_by_the_root_of_the_share_they_see(corpus):
     before = {name: parameter.detach().clone() for name, parameter in run.model.named_parameters()}
     train([run], lambda: None, never)
     # Adam's first step moves every weight that has a gradient by the rate.
-    moved = {name: float((parameter - before[name]).abs().max()) for name, parameter in run.model.named_parameters()}
+    moved = {
+        name: float((parameter.detach() - before[name]).abs().max()) for name, parameter in run.model.named_parameters()
+    }
     assert moved["head.weight"] == pytest.approx(0.1, rel=1e-3)
     assert moved["embedding.weight"] == pytest.approx(0.1, rel=1e-3)
     experts = {name: size for name, size in moved.items() if ".experts." in name}
