@@ -136,6 +136,7 @@ def test_an_upcycled_model_computes_what_the_dense_one_did(name, dtype):
     names = dmoe.replace_ffn(net, "layers.*.ffn", num_experts=5, top_k=3, upcycle=True)
     assert names == ["layers.0.ffn", "layers.1.ffn"]
     assert len(dmoe.moe_layers(net)) == 2
+    assert not any(module.training for module in net.modules())
     after = net(x)
     _close(after, before)
     again = torch.autograd.grad(after.float().square().sum(), net.layers[0]["norm"].weight)[0]
