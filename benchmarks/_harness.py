@@ -81,7 +81,7 @@ def interleave(
     Args:
         contestants: name to a function that runs round i once and returns its seconds.
         rounds: turns of each contestant; the order is shuffled anew in every round.
-        warmup: turns that are not counted; their rounds are numbered from ``-warmup``.
+        warmup: turns that are not counted, fewer for a slow contestant; their rounds are numbered from ``-warmup``.
         seconds_each: a contestant that would take longer than this in all gets fewer turns, at least three, spread over
             the run.
         seed: of the shuffling.
@@ -92,7 +92,12 @@ def interleave(
     """
     order = random.Random(seed)
     names = list(contestants)
-    cost = {name: min(contestants[name](i) for i in range(-warmup, 0)) for name in names}
+    cost: dict[str, float] = {}
+    for name in names:
+        spent: list[float] = []
+        while len(spent) < warmup and sum(spent) < seconds_each / 5:
+            spent.append(contestants[name](len(spent) - warmup))
+        cost[name] = min(spent)
     turns = {name: max(min(rounds, 3), min(rounds, int(seconds_each / max(cost[name], 1e-9)))) for name in names}
     samples: dict[str, list[float]] = {name: [] for name in names}
     for i in range(rounds):

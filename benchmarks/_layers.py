@@ -23,7 +23,7 @@ import dmoe
 
 # Tokens of one step share a random direction, as those of one text do, of this size beside their own unit variance. It
 # makes the load differ between experts and from step to step, which decides the shapes of the products.
-COMMON_DIRECTION = 0.6
+COMMON_DIRECTION = 0.25
 
 
 @dataclass(frozen=True)
