@@ -183,7 +183,9 @@ class MoEConfig:
         for name in ("hidden_size", "num_experts", "top_k", "num_moe_layers", "num_groups"):
             self._require(getattr(self, name) >= 1, name, "at least 1")
         if isinstance(self.ffn_hidden_size, tuple):
-            whole = all(isinstance(size, int) and not isinstance(size, bool) and size >= 1 for size in self.ffn_hidden_size)
+            whole = all(
+                isinstance(size, int) and not isinstance(size, bool) and size >= 1 for size in self.ffn_hidden_size
+            )
             self._require(
                 whole and len(self.ffn_hidden_size) == self.num_experts,
                 "ffn_hidden_size",
@@ -197,7 +199,11 @@ class MoEConfig:
             self._require(0 <= getattr(self, name) < 1, name, "0 <= p < 1")
         shared = self.shared_ffn_hidden_size
         self._require(shared is None or shared >= 1, "shared_ffn_hidden_size", "at least 1, or None")
-        self._require(not self.shared_expert_gate or shared is not None, "shared_expert_gate", "False without shared_ffn_hidden_size")
+        self._require(
+            not self.shared_expert_gate or shared is not None,
+            "shared_expert_gate",
+            "False without shared_ffn_hidden_size",
+        )
         self._require(not self.return_bias or self.bias == "output", "return_bias", "False unless bias='output'")
         self._require(self.init_std is None or self.init_std >= 0, "init_std", "at least 0, or None")
 
@@ -211,23 +217,37 @@ class MoEConfig:
         )
         if self.router == "expert_choice":
             for name in ("selection_bias", "capacity"):
-                self._require(not getattr(self, name), name, f"no value with router='expert_choice' ({name} has no meaning there)")
+                self._require(
+                    not getattr(self, name), name, f"no value with router='expert_choice' ({name} has no meaning there)"
+                )
             self._require(self.num_groups == 1, "num_groups", "1 with router='expert_choice'")
             self._require(self.gate_normalization is None, "gate_normalization", "None with router='expert_choice'")
         norm = self.gate_normalization
         self._require(norm is None or 1 <= norm < math.inf, "gate_normalization", "a finite p >= 1, or None")
         sorted_after = self.softmax_order == "after_topk"
-        self._require(not (sorted_after and self.score_function == "sigmoid"), "softmax_order", "'before_topk' with sigmoid scores")
-        self._require(self.num_experts % self.num_groups == 0, "num_groups", f"a divisor of num_experts = {self.num_experts}")
+        self._require(
+            not (sorted_after and self.score_function == "sigmoid"),
+            "softmax_order",
+            "'before_topk' with sigmoid scores",
+        )
+        self._require(
+            self.num_experts % self.num_groups == 0, "num_groups", f"a divisor of num_experts = {self.num_experts}"
+        )
         groups = self.top_k_groups
-        self._require(groups is None or 1 <= groups <= self.num_groups, "top_k_groups", f"1 to num_groups = {self.num_groups}, or None")
+        self._require(
+            groups is None or 1 <= groups <= self.num_groups,
+            "top_k_groups",
+            f"1 to num_groups = {self.num_groups}, or None",
+        )
         reachable = (self.num_experts // self.num_groups) * (self.num_groups if groups is None else groups)
         self._require(self.top_k <= reachable, "top_k", f"at most {reachable}, the experts in top_k_groups groups")
         self._require(self.gate_scale > 0, "gate_scale", "a positive number")
 
     def _check_capacity(self) -> None:
         self._require(self.capacity is None or self.capacity >= 0, "capacity", "at least 0 rows, or None")
-        self._require(self.capacity_factor is None or self.capacity_factor > 0, "capacity_factor", "a positive number, or None")
+        self._require(
+            self.capacity_factor is None or self.capacity_factor > 0, "capacity_factor", "a positive number, or None"
+        )
         both = self.capacity is not None and self.capacity_factor is not None
         self._require(not both, "capacity_factor", f"None when capacity = {self.capacity} is given")
         self._require(self.min_capacity >= 0, "min_capacity", "at least 0")

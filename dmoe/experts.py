@@ -302,7 +302,11 @@ class SharedExpert(nn.Module):
             backend=config.backend,
         )
         self.mlp = Experts(one, routed=False, device=device, dtype=dtype)
-        self.gate = nn.Linear(config.hidden_size, 1, bias=False, device=device, dtype=dtype) if config.shared_expert_gate else None
+        self.gate = (
+            nn.Linear(config.hidden_size, 1, bias=False, device=device, dtype=dtype)
+            if config.shared_expert_gate
+            else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """``(T, H)`` to ``(T, H)``."""

@@ -49,7 +49,9 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         if config is not None and fields:
-            raise TypeError(f"MoE: expected a config or its fields, got a config and {sorted(fields)}; use dataclasses.replace")
+            raise TypeError(
+                f"MoE: expected a config or its fields, got a config and {sorted(fields)}; use dataclasses.replace"
+            )
         self.config = config = config or MoEConfig(**fields)
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.router = build_router(config, **where)
@@ -170,7 +172,9 @@ class MoE(nn.Module):
             got = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"MoE: x: expected a floating-point tensor, got {got}")
         if x.dim() < 1 or x.shape[-1] != self.config.hidden_size:
-            raise ValueError(f"MoE: x: expected shape (..., hidden_size = {self.config.hidden_size}), got {tuple(x.shape)}")
+            raise ValueError(
+                f"MoE: x: expected shape (..., hidden_size = {self.config.hidden_size}), got {tuple(x.shape)}"
+            )
         home = self.experts.down_proj.device
         if x.device != home:
             raise ValueError(f"MoE: expected x on the weights' device {home}, got {x.device}")

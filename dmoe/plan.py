@@ -64,7 +64,9 @@ class RoutingPlan:
             ValueError: tokens have different numbers of assignments (Expert Choice).
         """
         if self.top_k is None:
-            raise ValueError("RoutingPlan: token_to_rows: tokens have no common K here; use token_offsets and token_rows")
+            raise ValueError(
+                "RoutingPlan: token_to_rows: tokens have no common K here; use token_offsets and token_rows"
+            )
         return self.token_rows.view(self.num_tokens, self.top_k)
 
     @property

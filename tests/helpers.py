@@ -34,7 +34,9 @@ without_generated_products = pytest.mark.usefixtures("_no_generated_products")
 
 def nudged(tensor):
     """The same values, moved by up to 1%: other roundings."""
-    return None if tensor is None else (tensor.double() * (1 + 0.01 * (torch.rand(tensor.shape) - 0.5))).to(tensor.dtype)
+    return (
+        None if tensor is None else (tensor.double() * (1 + 0.01 * (torch.rand(tensor.shape) - 0.5))).to(tensor.dtype)
+    )
 
 
 @contextlib.contextmanager

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
+import oracle
 import pytest
 import torch
 from helpers import assert_as_accurate, nudged, without_generated_products
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import oracle
 from dmoe import MoE, MoEConfig, aux_loss
 
 
@@ -180,7 +180,9 @@ def test_layer_equals_the_oracle(dtype, case):
     actual = run_layer(layer, x, grad, mask)
     assert actual.keys() == exact.keys()
     for name, value in actual.items():
-        assert_as_accurate(f"{name} [{config}]", value, exact[name], [(plain[name], true[name]) for plain, true in pairs])
+        assert_as_accurate(
+            f"{name} [{config}]", value, exact[name], [(plain[name], true[name]) for plain, true in pairs]
+        )
 
 
 @settings(max_examples=60)
@@ -215,16 +217,25 @@ def test_selection_and_drops_equal_plain_sorting(case):
     if mask is not None:
         expected = [row if m else [config.num_experts] * config.top_k for row, m in zip(expected, mask, strict=True)]
     assert routing.expert_indices.tolist() == expected
-    priority = [[0.0 if e == config.num_experts else s[e] for e in row] for row, s in zip(expected, scores, strict=True)]
+    priority = [
+        [0.0 if e == config.num_experts else s[e] for e in row] for row, s in zip(expected, scores, strict=True)
+    ]
     kept = oracle.keep_by_capacity(expected, config.num_experts, config.capacity, config.drop_order, priority)
     assert (routing.plan.token_to_rows >= 0).tolist() == [[bool(flag) for flag in row] for row in kept]
 
 
 @pytest.mark.parametrize("router", ["top_k", "expert_choice", "uniform"])
-@pytest.mark.parametrize("options", [{}, {"bias": "expert", "gated": False, "activation": "gelu"}], ids=["gated", "mlp"])
+@pytest.mark.parametrize(
+    "options", [{}, {"bias": "expert", "gated": False, "activation": "gelu"}], ids=["gated", "mlp"]
+)
 def test_gradcheck_on_the_whole_layer(router, options):
     torch.manual_seed(3)
-    fields = {"shared_ffn_hidden_size": 3, "router_z_loss_coefficient": 0.1, "load_balancing_coefficient": 0.5, **options}
+    fields = {
+        "shared_ffn_hidden_size": 3,
+        "router_z_loss_coefficient": 0.1,
+        "load_balancing_coefficient": 0.5,
+        **options,
+    }
     config = MoEConfig(hidden_size=5, ffn_hidden_size=4, num_experts=3, router=router, causal=False, **fields)
     layer = MoE(config, dtype=torch.float64)
     x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import warnings
 
+import oracle
 import pytest
 import torch
 from hypothesis import given
@@ -13,14 +14,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import dmoe
-import oracle
 from dmoe import MoE
 from dmoe.losses import attach_loss, load_balancing_loss, router_z_loss
 
 
-@given(
-    st.integers(0, 9), st.integers(1, 6), st.integers(1, 3), st.booleans(), st.booleans(), st.integers(0, 2**20)
-)
+@given(st.integers(0, 9), st.integers(1, 6), st.integers(1, 3), st.booleans(), st.booleans(), st.integers(0, 2**20))
 def test_losses_equal_the_oracle(tokens, experts, top_k, first_only, masked, seed):
     torch.manual_seed(seed)
     logits = torch.randn(tokens, experts, dtype=torch.float64, requires_grad=True)

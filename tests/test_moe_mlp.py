@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import oracle
 import pytest
 import torch
 from helpers import assert_as_accurate, nudged, without_generated_products
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import oracle
 from dmoe import ExpertWeights, plan_expert_choice, plan_token_choice
 from dmoe.experts import run_experts
 from dmoe.ops import moe_mlp as module
@@ -30,7 +30,9 @@ def cases(draw):
         "experts": experts,
         "top_k": top_k,
         "hidden": draw(st.integers(1, 17)),
-        "sizes": draw(st.integers(1, 19) if uniform else st.lists(st.integers(1, 9), min_size=experts, max_size=experts)),
+        "sizes": draw(
+            st.integers(1, 19) if uniform else st.lists(st.integers(1, 9), min_size=experts, max_size=experts)
+        ),
         "activation": draw(st.sampled_from(ACTIVATIONS)),
         "gated": draw(st.booleans()),
         "bias": draw(st.booleans()),
@@ -154,7 +156,9 @@ def test_blocks_waves_and_rounded_rows(dtype, counts):
             rows = rows.index_copy(0, t, (hidden @ down[e].t()) * gates[t])
         return [rows, *torch.autograd.grad(rows, (x, gates, up, down), grad.to(kind))]
 
-    for name, a, exact, own in zip(["y", "x", "gates", "up", "down"], ours, plain(torch.float64), plain(dtype), strict=True):
+    for name, a, exact, own in zip(
+        ["y", "x", "gates", "up", "down"], ours, plain(torch.float64), plain(dtype), strict=True
+    ):
         assert_as_accurate(name, a, exact, [(own, exact)])
 
 
@@ -183,7 +187,9 @@ def test_expert_choice_plan_feeds_the_operation():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_compiled_activations_over_their_whole_range(activation, dtype):
     """Through one expert that is the identity: value and slope over [-100, 100], and NaN stays NaN."""
-    x = torch.cat([torch.linspace(-100, 100, 4001), torch.linspace(-6, 6, 4001), torch.tensor([0.0, -0.0, 1e-30, -1e-30])])
+    x = torch.cat(
+        [torch.linspace(-100, 100, 4001), torch.linspace(-6, 6, 4001), torch.tensor([0.0, -0.0, 1e-30, -1e-30])]
+    )
     x = x.to(dtype).unsqueeze(1)
     one = torch.ones(1, 1, 1, dtype=dtype)
     plan = plan_token_choice(torch.zeros(len(x), 1, dtype=torch.int32), 1)

@@ -427,27 +427,92 @@ def bad_calls():
     x, layer = torch.randn(5, 16), MoE(**SIZES)
     good = torch.zeros(5, 2, dtype=torch.int64)
     meta = torch.empty(5, 16, device="meta")
-    yield "last dimension", lambda: layer(torch.randn(5, 15)), ValueError, r"MoE: x: expected shape \(\.\.\., hidden_size = 16\), got \(5, 15\)"
+    yield (
+        "last dimension",
+        lambda: layer(torch.randn(5, 15)),
+        ValueError,
+        r"MoE: x: expected shape \(\.\.\., hidden_size = 16\), got \(5, 15\)",
+    )
     yield "no dimension", lambda: layer(torch.tensor(1.0)), ValueError, r"MoE: x: expected shape .* got \(\)"
     yield "integers", lambda: layer(x.long()), TypeError, "MoE: x: expected a floating-point tensor, got torch.int64"
     yield "no tensor", lambda: layer([1.0]), TypeError, "MoE: x: expected a floating-point tensor, got list"
     yield "device", lambda: layer(meta), ValueError, "MoE: expected x on the weights' device cpu, got meta"
-    yield "dtype", lambda: layer(x.double()), ValueError, "expected x and weights of one dtype, got torch.float64 and torch.float32"
-    yield "mask shape", lambda: layer(x, token_mask=torch.ones(4, dtype=torch.bool)), ValueError, r"MoE: token_mask: expected shape \(5,\)"
-    yield "mask dtype", lambda: layer(x, token_mask=torch.ones(5)), TypeError, "MoE: token_mask: expected bool, got torch.float32"
-    yield "index shape", lambda: layer(x, expert_indices=good[:, :1]), ValueError, r"MoE: expert_indices: expected shape \(5, 2\)"
-    yield "index dtype", lambda: layer(x, expert_indices=good.float()), TypeError, "MoE: expert_indices: expected integers, got torch.float32"
+    yield (
+        "dtype",
+        lambda: layer(x.double()),
+        ValueError,
+        "expected x and weights of one dtype, got torch.float64 and torch.float32",
+    )
+    yield (
+        "mask shape",
+        lambda: layer(x, token_mask=torch.ones(4, dtype=torch.bool)),
+        ValueError,
+        r"MoE: token_mask: expected shape \(5,\)",
+    )
+    yield (
+        "mask dtype",
+        lambda: layer(x, token_mask=torch.ones(5)),
+        TypeError,
+        "MoE: token_mask: expected bool, got torch.float32",
+    )
+    yield (
+        "index shape",
+        lambda: layer(x, expert_indices=good[:, :1]),
+        ValueError,
+        r"MoE: expert_indices: expected shape \(5, 2\)",
+    )
+    yield (
+        "index dtype",
+        lambda: layer(x, expert_indices=good.float()),
+        TypeError,
+        "MoE: expert_indices: expected integers, got torch.float32",
+    )
     yield "index too large", lambda: layer(x, expert_indices=good + 9), RuntimeError, "routing_plan: .*9"
     yield "index negative", lambda: layer(x, expert_indices=good - 1), RuntimeError, "routing_plan: .*-1"
-    yield "logits", lambda: layer.router.route(torch.randn(5, 3)), ValueError, r"route: router_logits: expected shape \(T, num_experts = 4\), got \(5, 3\)"
+    yield (
+        "logits",
+        lambda: layer.router.route(torch.randn(5, 3)),
+        ValueError,
+        r"route: router_logits: expected shape \(T, num_experts = 4\), got \(5, 3\)",
+    )
     w = layer.experts.weights()
     gates = torch.ones(5, 2)
-    yield "weights", lambda: ExpertWeights(w.up_proj, w.down_proj[:3]), ValueError, r"ExpertWeights: up_proj: expected shape \(3, 2, 12, 16\)"
-    yield "weights dtype", lambda: ExpertWeights(w.up_proj, w.down_proj.double()), ValueError, "ExpertWeights: down_proj: expected torch.float32"
-    yield "gates", lambda: moe_mlp(x, good, gates[:, :1], w), ValueError, r"moe_mlp: expected x \(\.\.\., H\), expert_indices"
-    yield "activation", lambda: moe_mlp(x, good, gates, w, activation="tanh"), ValueError, "moe_mlp: activation: expected gelu.*'tanh'"
-    yield "gate on", lambda: moe_mlp(x, good, gates, w, gate_weight_on="y"), ValueError, "moe_mlp: gate_weight_on: expected output"
-    yield "dropout", lambda: moe_mlp(x, good, gates, w, expert_dropout=1.0), ValueError, "moe_mlp: expert_dropout: expected 0 <= p < 1, got 1.0"
+    yield (
+        "weights",
+        lambda: ExpertWeights(w.up_proj, w.down_proj[:3]),
+        ValueError,
+        r"ExpertWeights: up_proj: expected shape \(3, 2, 12, 16\)",
+    )
+    yield (
+        "weights dtype",
+        lambda: ExpertWeights(w.up_proj, w.down_proj.double()),
+        ValueError,
+        "ExpertWeights: down_proj: expected torch.float32",
+    )
+    yield (
+        "gates",
+        lambda: moe_mlp(x, good, gates[:, :1], w),
+        ValueError,
+        r"moe_mlp: expected x \(\.\.\., H\), expert_indices",
+    )
+    yield (
+        "activation",
+        lambda: moe_mlp(x, good, gates, w, activation="tanh"),
+        ValueError,
+        "moe_mlp: activation: expected gelu.*'tanh'",
+    )
+    yield (
+        "gate on",
+        lambda: moe_mlp(x, good, gates, w, gate_weight_on="y"),
+        ValueError,
+        "moe_mlp: gate_weight_on: expected output",
+    )
+    yield (
+        "dropout",
+        lambda: moe_mlp(x, good, gates, w, expert_dropout=1.0),
+        ValueError,
+        "moe_mlp: expert_dropout: expected 0 <= p < 1, got 1.0",
+    )
     yield "hidden", lambda: moe_mlp(x[:, :8], good, gates, w), ValueError, r"moe_mlp: x: expected shape \(5, 16\)"
 
 

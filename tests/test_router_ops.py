@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import oracle
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import oracle
 from dmoe.ops import gate_weights, router_logits, router_scores
 from dmoe.ops.gate_weights import gate_weights_ref
 from dmoe.ops.router_logits import router_logits_ref

@@ -98,7 +98,9 @@ def _row_values(call: _Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_experts = call.expert_offsets.shape[0] - 1
     rows = torch.arange(call.row_to_token.shape[0], device=call.row_to_token.device, dtype=torch.int32)
     real = call.row_to_token >= 0
-    expert = torch.searchsorted(call.expert_offsets[1:].contiguous(), rows, right=True).clamp(max=max(num_experts - 1, 0))
+    expert = torch.searchsorted(call.expert_offsets[1:].contiguous(), rows, right=True).clamp(
+        max=max(num_experts - 1, 0)
+    )
     assignment = call.token_offsets[call.row_to_token.clamp(min=0).long()] + call.row_to_slot
     assignment = assignment.masked_fill(~real, 0).long()
     weights = call.gate_weights.flatten()

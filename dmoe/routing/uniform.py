@@ -37,7 +37,9 @@ class UniformRouter(nn.Module):
         config = self.config
         num_tokens, top_k = x.shape[0], config.top_k
         if expert_indices is None:
-            expert_indices = torch.arange(num_tokens * top_k, device=x.device).view(num_tokens, top_k) % config.num_experts
+            expert_indices = (
+                torch.arange(num_tokens * top_k, device=x.device).view(num_tokens, top_k) % config.num_experts
+            )
         if token_mask is not None:
             expert_indices = expert_indices.masked_fill(~token_mask.unsqueeze(1), config.num_experts)
         weights = x.new_full((num_tokens, top_k), 1 / top_k, dtype=accumulate_dtype(x.dtype))
