@@ -44,7 +44,8 @@ class MoEConfig:
             or over the chosen ones only.
         gate_normalization: p of the p-norm that gate weights are divided by; None leaves the scores as they are. With
             K = 1 a normalised weight is always 1 and gives the router no gradient but the losses'.
-        normalize_when: ``before_drop`` (a dropped choice keeps its share) or ``after_drop`` (fairseq: survivors share 1).
+        normalize_when: ``before_drop`` (a dropped choice keeps its share) or ``after_drop`` (fairseq: survivors share
+        1).
         gate_scale: factor on the gate weights after normalisation (DeepSeek's routed scaling factor).
         router_bias: learn a bias in the router's linear.
         router_dtype: ``float32``: the router computes in float32 whatever the model's dtype (float64 for float64
@@ -54,7 +55,8 @@ class MoEConfig:
             without a loss (DeepSeek-V3), by :meth:`dmoe.MoE.update_selection_bias` after the optimizer step.
         selection_bias_update_rate: how far one update moves it.
         num_groups, top_k_groups: choose only inside the best ``top_k_groups`` of ``num_groups`` groups of experts.
-        group_score: a group's rank: the sum of its two best scores (``top2_sum``, DeepSeek-V3) or its best (``max``, V2).
+        group_score: a group's rank: the sum of its two best scores (``top2_sum``, DeepSeek-V3) or its best (``max``,
+        V2).
 
     Capacity (None: dropless, the default)
         capacity: the most rows one expert takes.
@@ -62,7 +64,8 @@ class MoEConfig:
         min_capacity: never fewer than this.
         capacity_formula: ``ceil``: ceil(factor * T * K / E) (DeepSpeed); ``floor``: the same, floored (MegaBlocks);
             ``ceil_per_choice``: K * ceil(factor * T / E) (fairseq, GShard).
-        drop_order: who is dropped. ``token_major`` (MegaBlocks): later tokens; ``choice_major`` (GShard, fairseq): second
+        drop_order: who is dropped. ``token_major`` (MegaBlocks): later tokens; ``choice_major`` (GShard, fairseq):
+        second
             choices before first ones; ``batch_prioritized`` (V-MoE): tokens with a small largest score;
             ``gate_weight`` (DeepSpeed's ``probs``): the assignments with the smallest scores.
 
@@ -192,8 +195,9 @@ class MoEConfig:
                 f"num_experts = {self.num_experts} widths of at least 1",
             )
         else:
-            whole = isinstance(self.ffn_hidden_size, int) and not isinstance(self.ffn_hidden_size, bool)
-            self._require(whole and self.ffn_hidden_size >= 1, "ffn_hidden_size", "an integer of at least 1, or a list")
+            size = self.ffn_hidden_size
+            whole = isinstance(size, int) and not isinstance(size, bool) and size >= 1
+            self._require(whole, "ffn_hidden_size", "an integer of at least 1, or a list")
         self._require(self.top_k <= self.num_experts, "top_k", f"at most num_experts = {self.num_experts}")
         for name in ("activation_dropout", "expert_dropout", "input_jitter"):
             self._require(0 <= getattr(self, name) < 1, name, "0 <= p < 1")

@@ -37,13 +37,15 @@ class ExpertWeights:
     ffn_sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        *halves, hidden = self.up_proj.shape
+        hidden, halves = self.up_proj.shape[-1], (2,) if self.gated else ()
+        up: tuple[int, ...]
+        down: tuple[int, ...]
         if self.ffn_sizes:
-            total = sum(self.ffn_sizes)
-            up, down, experts = ((2, total) if self.gated else (total,)), (hidden, total), len(self.ffn_sizes)
+            experts, total = len(self.ffn_sizes), sum(self.ffn_sizes)
+            up, down = (*halves, total), (hidden, total)
         else:
             experts, width = self.down_proj.shape[0], self.down_proj.shape[-1]
-            up, down = ((experts, 2, width) if self.gated else (experts, width)), (experts, hidden, width)
+            up, down = (experts, *halves, width), (experts, hidden, width)
         expected = {
             "up_proj": (self.up_proj, (*up, hidden)),
             "down_proj": (self.down_proj, down),
@@ -132,8 +134,8 @@ def run_experts(
 def _check(x: Tensor, plan: RoutingPlan, gate_weights: Tensor, weights: ExpertWeights) -> None:
     if x.shape != (plan.num_tokens, weights.hidden_size):
         raise ValueError(
-            f"moe_mlp: x: expected shape {(plan.num_tokens, weights.hidden_size)} (tokens of the routing, hidden size of "
-            f"the weights), got {tuple(x.shape)}"
+            f"moe_mlp: x: expected shape {(plan.num_tokens, weights.hidden_size)} (tokens of the routing, "
+            f"hidden size of the weights), got {tuple(x.shape)}"
         )
     if plan.num_experts != weights.num_experts:
         raise ValueError(f"moe_mlp: the routing has {plan.num_experts} experts, the weights {weights.num_experts}")
@@ -160,13 +162,15 @@ class Experts(nn.Module):
 
     Args:
         config: sizes, activation, bias and dropout.
-        routed: whether tokens are routed to these experts, so that their parameters differ between expert-parallel ranks
+        routed: whether tokens are routed to these experts, so that their parameters differ between expert-parallel
+        ranks
             (``param.expert``, see :func:`dmoe.is_expert_param`); False for a shared expert.
         device, dtype: of the parameters, as in ``nn.Linear``.
     """
 
     gate_up_proj: nn.Parameter | None
     up_proj: nn.Parameter | None
+    down_bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -181,6 +185,8 @@ class Experts(nn.Module):
         uniform = isinstance(config.ffn_hidden_size, int)
         hidden, experts = config.hidden_size, config.num_experts
         halves = (2,) if config.gated else ()
+        up: tuple[int, ...]
+        down: tuple[int, ...]
         if uniform:
             width = config.ffn_sizes[0]
             up, down = (experts, *halves, width), (experts, hidden, width)

@@ -143,7 +143,7 @@ def _missing(archs: list[str], gpus: list[dict[str, Any]], versions: dict[str, s
     if "triton" not in versions:
         found.append(Missing("triton", "GPU kernels that are written in it are not used.", f"{_pip()} install triton"))
     if not gpus and torch.version.cuda is None and torch.version.hip is None and Path("/dev/nvidia0").exists():
-        command = f"{_pip()} install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130"
+        command = f"{_pip()} install --force-reinstall torch"
         found.append(
             Missing("a CUDA build of torch", "This machine has an NVIDIA GPU, and its torch is for CPUs.", command)
         )

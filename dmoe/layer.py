@@ -39,6 +39,8 @@ class MoE(nn.Module):
         last_metrics: :class:`dmoe.metrics.RoutingMetrics` of the last forward, or None.
     """
 
+    aux_loss_scale: Tensor
+
     def __init__(
         self,
         config: MoEConfig | None = None,
@@ -75,7 +77,8 @@ class MoE(nn.Module):
 
         Args:
             x: ``(..., H)`` floating point; any leading dimensions, any strides.
-            token_mask: bool with x's leading dimensions; tokens that are False take no expert (their output is 0, or the
+            token_mask: bool with x's leading dimensions; tokens that are False take no expert (their output is 0, or
+            the
                 shared expert's) and count in no loss.
             token_ids: integers with x's leading dimensions, for routers that look at them.
             expert_indices: ``(..., K)`` integers: replay this routing; gate weights come from the live scores.
@@ -129,15 +132,15 @@ class MoE(nn.Module):
         loss, self._aux_loss = self._aux_loss, None
         if loss is not None and torch.is_grad_enabled() and not loss.requires_grad and self._is_trained():
             raise RuntimeError(
-                "aux_loss: the loss of this MoE layer has no graph, because its forward ran without gradients, as under "
-                "reentrant activation checkpointing. Either use checkpoint(..., use_reentrant=False), or build the layer "
-                "with aux_loss='attached'."
+                "aux_loss: the loss of this MoE layer has no graph, because its forward ran without gradients, as "
+                "under reentrant activation checkpointing. Either use checkpoint(..., use_reentrant=False), or build "
+                "the layer with aux_loss='attached'."
             )
         return loss
 
     def update_selection_bias(self) -> None:
-        """Move the router's selection bias; call it after the optimizer step. Does nothing without ``selection_bias``."""
-        self.router.update_selection_bias()
+        """Move the router's selection bias, if it has one; call it after the optimizer step."""
+        self.router.update_selection_bias()  # type: ignore[operator]  # every router has one: routing.Router
 
     def _with_aux_loss(self, y: Tensor, routing: Routing) -> Tensor:
         """Record the losses for the caller, or hang them on the output."""
@@ -154,9 +157,9 @@ class MoE(nn.Module):
             if self._aux_loss is not None and not self._warned_unread:
                 self._warned_unread = True
                 warnings.warn(
-                    "dmoe: a MoE layer ran a second training forward before the auxiliary loss of the first was read, and "
-                    "that loss is lost. Add dmoe.aux_loss(model) to the task's loss, set aux_loss='attached', or set the "
-                    "coefficients to 0.",
+                    "dmoe: a MoE layer ran a second training forward before the auxiliary loss of the first was read, "
+                    "and that loss is lost. Add dmoe.aux_loss(model) to the task's loss, set aux_loss='attached', or "
+                    "set the coefficients to 0.",
                     stacklevel=3,
                 )
             self._aux_loss = loss

@@ -15,7 +15,8 @@ def load_balancing_loss(router_probs: Tensor, tokens_per_expert: Tensor, token_m
 
     Args:
         router_probs: probabilities over experts, ``(T, E)`` floating point. Carries the gradient.
-        tokens_per_expert: assignments per expert before any drop, ``(E,)`` integer. A constant: counts have no gradient.
+        tokens_per_expert: assignments per expert before any drop, ``(E,)`` integer. A constant: counts have no
+        gradient.
         token_mask: ``(T,)`` bool, True for tokens that count; None counts all.
 
     Returns:
@@ -62,7 +63,8 @@ class _AttachLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
-        # Not save_for_backward: a training loop may set the scale between forward and backward, and means the new value.
+        # Not save_for_backward: a training loop may set the scale between forward and backward, and means the new
+        # value.
         ctx.scale, ctx.loss_dtype = scale, loss.dtype
         return output.view_as(output)
 

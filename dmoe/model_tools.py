@@ -1,4 +1,4 @@
-"""What walks over a user's model: the sum of its auxiliary losses, its expert parameters, and the exchange of its FFNs."""
+"""What walks over a user's model: the sum of its auxiliary losses, and which parameters are experts'."""
 
 from __future__ import annotations
 

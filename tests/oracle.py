@@ -1,7 +1,7 @@
 """An independent meaning of the layer: one token after the other, one expert after the other. Imports nothing of dmoe.
 
-Given float64 tensors it is the truth the layer is held to; given narrower ones it is "plain PyTorch", whose own rounding
-error is the yardstick. Gradients come from autograd over these loops.
+Given float64 tensors it is the truth the layer is held to; given narrower ones it is "plain PyTorch", whose own
+rounding error is the yardstick. Gradients come from autograd over these loops.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def route(name, **extra):
 def kept_tokens(plan):
     """Tokens that each expert computes, sorted, off the rows of the plan."""
     starts, tokens = plan.expert_offsets.tolist(), plan.row_to_token.tolist()
-    return [sorted(t for t in tokens[a:b] if t >= 0) for a, b in zip(starts, starts[1:], strict=False)]
+    return [sorted(t for t in tokens[a:b] if t >= 0) for a, b in itertools.pairwise(starts)]
 
 
 @pytest.mark.parametrize("name", CASES)

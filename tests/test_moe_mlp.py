@@ -123,8 +123,8 @@ def test_moe_mlp_equals_the_oracle(implementation, dtype, case):
         )
     for i, name in enumerate(names):
         if exact[i] is not None:
-            # <a, W^T dy> sums F rounded terms where plain PyTorch's <o, dy> sums H: with F well below H and half precision
-            # that is noisier, the price of not keeping o.
+            # <a, W^T dy> sums F rounded terms where plain PyTorch's <o, dy> sums H: with F well below H and half
+            # precision that is noisier, the price of not keeping o.
             factor = 6 if name == "gate_weights" and dtype.itemsize == 2 else 2
             own = [(plain[i], true[i]) for plain, true in pairs]
             assert_as_accurate(name, results[i], exact[i], own, factor=factor)

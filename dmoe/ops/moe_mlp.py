@@ -124,7 +124,7 @@ def moe_mlp_ref(*arguments: Any) -> tuple[Tensor, Tensor]:
 
     It serves CUDA, and the CPU where ``csrc/`` is not built.
     """
-    out, gate, pre = _expert_rows(*arguments)
+    out, _, pre = _expert_rows(*arguments)
     call = _Call(*arguments)
     combine = call.gate_weights if call.gate_weight_on == "output" else None
     return unpermute(out, combine, call.row_to_token, call.row_to_slot, call.token_offsets, call.token_rows), pre

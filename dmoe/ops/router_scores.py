@@ -1,7 +1,7 @@
 """``router_scores``: logits to scores and, when a loss wants it, the log-partition.
 
-One operation, so that what is saved is one ``(T, E)`` tensor: softmax and sigmoid are differentiated from their results.
-Only the z-loss of a sigmoid router needs the logits as well.
+One operation, so that what is saved is one ``(T, E)`` tensor: softmax and sigmoid are differentiated from their
+results. Only the z-loss of a sigmoid router needs the logits as well.
 """
 
 from __future__ import annotations

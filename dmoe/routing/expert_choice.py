@@ -16,7 +16,8 @@ from dmoe.routing.base import LinearRouter, Routing
 class ExpertChoiceRouter(LinearRouter):
     """Every expert takes the tokens that score highest for it: ``ceil(capacity_factor * T / E)`` of them.
 
-    ``capacity_factor`` (default: ``top_k``) is the mean number of experts per token. A token sees the whole batch through
+    ``capacity_factor`` (default: ``top_k``) is the mean number of experts per token. A token sees the whole batch
+    through
     this choice, later tokens included: see ``MoEConfig.causal``.
     """
 

@@ -1,4 +1,4 @@
-"""Tokens choose experts: softmax or sigmoid scores, top-k, optionally inside the best groups and under a load-driven bias."""
+"""Tokens choose experts: softmax or sigmoid scores, top-k, maybe in the best groups and under a load-driven bias."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class TopKRouter(LinearRouter):
         super()._apply(fn, recurse)
         for name, old in zip(("selection_bias", "load_since_update"), before, strict=True):
             new = getattr(self, name)
-            if new is not None and new.dtype != torch.float32:
+            if old is not None and new.dtype != torch.float32:
                 setattr(self, name, torch.empty_like(new, dtype=torch.float32) if old.is_meta else old.to(new.device))
         return self
 

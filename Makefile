@@ -1,0 +1,33 @@
+# `make demo` and `make test` each start from nothing: they make .venv, install, compile csrc/ and run.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
+SOURCES := $(wildcard csrc/*) setup.py
+
+.PHONY: demo test check bench clean
+
+demo: $(VENV)/ready
+	$(BIN)/python examples/train_lm.py --compare-dense --minutes 7.5 --overwrite --generate --out runs/demo
+
+test: check
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+
+check: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/ready
+	$(BIN)/python benchmarks/routing_ops.py
+	$(BIN)/python benchmarks/layer_cpu.py
+
+clean:
+	rm -rf $(VENV) build dmoe/_C.so *.egg-info
+
+# torch first, then without build isolation: pip would otherwise fetch another torch to build against.
+$(VENV)/ready: pyproject.toml constraints.txt $(SOURCES)
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch numpy setuptools wheel
+	DMOE_BUILD=required $(PIP) --no-build-isolation --editable '.[test,dev,examples]'
+	touch $@
