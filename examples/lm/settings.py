@@ -19,21 +19,21 @@ class Settings:
     """Files and folders to train on; empty: the Python standard library's own sources."""
     data_bytes: int = 8_000_000
     """The most text to use, in bytes."""
-    layers: int = 4
-    hidden: int = 192
-    heads: int = 3
-    ffn: int = 384
+    layers: int = 3
+    hidden: int = 128
+    heads: int = 2
+    ffn: int = 256
     """Width of one expert. The dense twin's FFN is ``top_k`` times as wide."""
     experts: int = 16
     top_k: int = 2
     balance: float = 0.01
     """Coefficient of the load-balancing loss, which is averaged over the layers."""
-    steps: int = 1000
-    batch: int = 16
+    steps: int = 1600
+    batch: int = 12
     """Sequences in a step."""
     seq_len: int = 192
     """Bytes in a sequence."""
-    lr: float = 5e-3
+    lr: float = 6e-3
     """Peak learning rate: reached after ``warmup`` steps, then a cosine down to a tenth of it."""
     warmup: int = 100
     weight_decay: float = 0.1
