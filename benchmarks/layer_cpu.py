@@ -135,7 +135,8 @@ def run_case(case: Case, workers: dict[str, Worker], args: Any, tick: Callable[[
 
         def turn(name: str, regime: str = regime) -> Callable[[int], float]:
             def seconds(i: int) -> float:
-                # Two steps, the second counts; one where that is slow enough to need no warm-up. Seeds of the changing regime are never used twice.
+                # Two steps, the second counts; only that one where steps are slow. Seeds are never used twice in the
+                # changing regime.
                 first = 100 + 2 * (args.warmup + i)
                 seeds = [first, first + 1] if regime == "changing" else [0, 0]
                 elapsed, faults[name] = workers[name].call("time", seeds[: 1 if slow[name] else 2])
