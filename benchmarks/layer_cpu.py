@@ -135,8 +135,8 @@ def run_case(case: Case, workers: dict[str, Worker], args: Any, tick: Callable[[
 
         def turn(name: str, regime: str = regime) -> Callable[[int], float]:
             def seconds(i: int) -> float:
-                # Two steps, the second counts; one where that is slow enough to need no warm-up. Seeds of the changing
-                # regime are never used twice.
+                # Two steps, the second counts; only that one where steps are slow. Seeds are never used twice in the
+                # changing regime.
                 first = 100 + 2 * (args.warmup + i)
                 seeds = [first, first + 1] if regime == "changing" else [0, 0]
                 elapsed, faults[name] = workers[name].call("time", seeds[: 1 if slow[name] else 2])
@@ -277,6 +277,7 @@ def plot(results: list[dict[str, Any]], env: dict[str, Any], path: Path, regime:
     shown = [n for n in CONTESTANTS if n != "dmoe + balance loss"]
     figure, axes = new_figure(len(dtypes), width=6.2 * len(dtypes), height=4.8)
     ends_of: list[list[tuple[float, float, str, str]]] = []
+    drawn: list[float] = []
     for axis, dtype in zip(axes, dtypes, strict=True):
         entries = [
             entry for entry in results if entry["case"]["dtype"] == dtype and "floor" in entry["timings"][regime]
@@ -307,11 +308,10 @@ def plot(results: list[dict[str, Any]], env: dict[str, Any], path: Path, regime:
             )
             axis.errorbar(xs, ys, yerr=bars, ls="none", elinewidth=1, **style)
             ends.append((xs[-1], ys[-1], name, COLOURS[i]))
+            drawn += ys
         axis.set_yscale("log")
         ticks = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200)
-        low, high = axis.get_ylim()
         axis.set_yticks(ticks, [f"{tick:g}x" for tick in ticks])
-        axis.set_ylim(low, high)
         axis.minorticks_off()
         labels = ["\n".join(_shape(entry).replace(" ", "").split(",")) for entry in entries]
         axis.set_xticks(range(len(entries)), labels, fontsize=9)
@@ -324,6 +324,8 @@ def plot(results: list[dict[str, Any]], env: dict[str, Any], path: Path, regime:
     title = f"MoE layer, forward + backward, {where} (lower is better; band: the aim)"
     figure.suptitle(title, x=0.07, ha="left")
     figure.subplots_adjust(wspace=0.42, top=0.86)
+    if drawn:  # the panels share their axis; ticks must not widen it
+        axes[0].set_ylim(min(drawn) / 1.3, max(drawn) * 1.3)
     figure.canvas.draw()
     for axis, ends in zip(axes, ends_of, strict=True):
         label_lines(axis, ends, gap=0.052)
