@@ -21,6 +21,7 @@
 #include "check.h"
 #include "gemm.h"
 #include "moe_rows.h"
+#include "pages.h"
 #include "philox.h"
 
 namespace dmoe {
@@ -30,9 +31,12 @@ using std::optional;
 using std::string;
 using std::vector;
 
-constexpr int64_t kBlockRows = 128;      // rows of one task: a block's operands fit a core's L2
-constexpr int64_t kBlockGradRows = 256;  // rows of a weight gradient in one task
-constexpr int64_t kWaveRows = 4096;      // rows whose backward buffers exist at once (one expert may need more)
+// How work is cut depends on shapes and routing, never on the number of threads: the same bits on any machine of a kind.
+constexpr int64_t kBlockRows = 128, kLargeBlockRows = 256;  // rows of one task; the larger ones from kManyRows on
+constexpr int64_t kManyRows = 4096;
+constexpr int64_t kWaveRows = 8192;      // rows whose backward buffers exist at once (one expert may need more)
+constexpr int64_t kGradientShare = 16;   // a weight gradient's task is at most this part of its wave's work,
+constexpr int64_t kGradientRows = 128;   // but has at least so many rows
 
 enum class GateOn { kOutput, kActivation, kInput };
 
@@ -121,12 +125,15 @@ struct Problem {
   int64_t assignment(int64_t row) const { return token_offsets[row_to_token[row]] + row_to_slot[row]; }
   A gate(int64_t row) const { return gates[assignment(row)]; }
 
-  // Rows of the plan cut into tasks, the experts with many rows first.
+  // Rows of the plan cut into tasks: blocks of equal height, so that none is left with a handful of rows.
   vector<Block> blocks(int64_t first, int64_t last) const {
+    const int64_t most = rows_bound < kManyRows ? kBlockRows : kLargeBlockRows;
     vector<Block> out;
     for (int64_t e = first; e < last; ++e) {
-      for (int64_t row = 0; row < experts[e].rows; row += kBlockRows) {
-        out.push_back({e, experts[e].begin + row, std::min(kBlockRows, experts[e].rows - row)});
+      const int64_t rows = experts[e].rows, count = (rows + most - 1) / most;
+      const int64_t height = count == 0 ? 0 : ((rows + count - 1) / count + 15) / 16 * 16;
+      for (int64_t row = 0; row < rows; row += height) {
+        out.push_back({e, experts[e].begin + row, std::min(height, rows - row)});
       }
     }
     return out;
@@ -153,22 +160,31 @@ struct Problem {
       vector<A> sum(hidden);
       for (int64_t t = begin; t < end; ++t) {
         T* out = y + t * hidden;
-        const int64_t first = token_offsets[t], last = token_offsets[t + 1];
-        if (last - first == 2 && token_rows[first] >= 0 && token_rows[first + 1] >= 0) {
-          combine_two<T>(rows + token_rows[first] * hidden, weighted ? gates[first] : A(1),
-                         rows + token_rows[first + 1] * hidden, weighted ? gates[first + 1] : A(1), out, hidden);
-          continue;
-        }
         std::fill(sum.begin(), sum.end(), A(0));
-        for (int64_t j = first; j < last; ++j) {
+        const T* row[4];
+        A weight[4];
+        int count = 0;
+        for (int64_t j = token_offsets[t]; j < token_offsets[t + 1]; ++j) {
           if (token_rows[j] < 0) continue;
-          accumulate_row<T>(sum.data(), weighted ? gates[j] : A(1), rows + token_rows[j] * hidden, hidden);
+          row[count] = rows + token_rows[j] * hidden;
+          weight[count] = weighted ? gates[j] : A(1);
+          if (++count < 4) continue;
+          accumulate_four<T>(sum.data(), weight, row, hidden);
+          count = 0;
         }
+        for (int i = 0; i < count; ++i) accumulate_row<T>(sum.data(), weight[i], row[i], hidden);
         store_row<T>(sum.data(), out, hidden);
       }
     });
   }
 };
+
+// An uninitialised tensor that is about to be written as a whole.
+Tensor large_empty(const Tensor& like, const vector<int64_t>& sizes) {
+  Tensor out = torch::stable::new_empty(like, sizes);
+  prefer_huge_pages(out.mutable_data_ptr(), out.numel() * static_cast<int64_t>(out.element_size()));
+  return out;
+}
 
 thread_local Scratch scratch_a, scratch_b, scratch_c, scratch_d;
 
@@ -248,7 +264,7 @@ void forward_block(const Problem<T>& p, const Block& block, T* pre, T* rows_out)
 template <typename T>
 void forward(const Arguments& args, T* y, T* pre) {
   const Problem<T> p(args);
-  Tensor rows_out = torch::stable::new_empty(args.x, {p.rows_bound, p.hidden});
+  Tensor rows_out = large_empty(args.x, {p.rows_bound, p.hidden});
   T* rows = static_cast<T*>(rows_out.mutable_data_ptr());
   const vector<Block> blocks = p.blocks(0, p.experts_count);
   with_activation(args.activation, [&](auto activation) {
@@ -305,6 +321,7 @@ void backward_block(const Problem<T>& p, const Block& block, const T* grad_y, co
   p.gather(p.x, block, on_input, x_rows);
   p.gather(grad_y, block, false, grad_out);
   vector<A> out_mask(p.args.expert_dropout > 0 ? p.hidden : 0), mask(p.args.activation_dropout > 0 ? f : 0);
+  vector<A> room(std::max(f, p.hidden));
   for (int64_t r = 0; r < block.rows && !out_mask.empty(); ++r) {
     if (p.row_to_token[block.begin + r] < 0) continue;
     const int64_t counter = p.assignment(block.begin + r);
@@ -332,9 +349,9 @@ void backward_block(const Problem<T>& p, const Block& block, const T* grad_y, co
     const T* up_part = p.args.gated ? gate_part + p.width : nullptr;
     A grad = activate_row_backward<T, Activation>(
         gate_part, up_part, hidden_row, on_input ? A(1) : p.gate(row), mask.empty() ? nullptr : mask.data(),
-        grad_gate_part, grad_gate_part + f, hidden_row, f);
+        grad_gate_part, grad_gate_part + f, hidden_row, room.data(), f);
     if (on_output && p.down_bias != nullptr) {
-      grad += dot<T>(p.down_bias + block.expert * p.hidden, grad_out + r * p.hidden, p.hidden);
+      grad += dot<T>(p.down_bias + block.expert * p.hidden, grad_out + r * p.hidden, room.data(), p.hidden);
     }
     row_gate[row] = grad;
   }
@@ -357,7 +374,8 @@ void backward_block(const Problem<T>& p, const Block& block, const T* grad_y, co
   for (int64_t r = 0; r < block.rows && on_input; ++r) {
     const int64_t token = p.row_to_token[block.begin + r];
     if (token < 0) continue;
-    row_gate[block.begin + r] = dot<T>(p.x + token * p.hidden, grad_rows + (block.begin + r) * p.hidden, p.hidden);
+    const T* grad_row = grad_rows + (block.begin + r) * p.hidden;
+    row_gate[block.begin + r] = dot<T>(p.x + token * p.hidden, grad_row, room.data(), p.hidden);
   }
 }
 
@@ -407,15 +425,22 @@ void weight_gradient(const Problem<T>& p, const GradTask& task, const Wave<T>& w
 
 template <typename T>
 vector<GradTask> gradient_tasks(const Problem<T>& p, int64_t first, int64_t last) {
+  const int64_t parts = p.args.gated ? 2 : 1;
+  double total = 0;  // products of both gradients, relative to hidden size
+  for (int64_t e = first; e < last; ++e) total += static_cast<double>(p.experts[e].padded) * p.experts[e].width * (parts + 1);
   vector<GradTask> tasks;
-  const auto cut = [&](int64_t e, int64_t part, int64_t rows) {
-    for (int64_t begin = 0; begin < rows; begin += kBlockGradRows) {
-      tasks.push_back({e, part, begin, std::min(rows, begin + kBlockGradRows)});
+  const auto cut = [&](int64_t e, int64_t part, int64_t rows, double work) {
+    int64_t pieces = 1;
+    while (work / pieces > total / kGradientShare && rows / (2 * pieces) >= kGradientRows) pieces *= 2;
+    const int64_t height = std::max<int64_t>(((rows + pieces - 1) / pieces + 15) / 16 * 16, 1);
+    for (int64_t begin = 0; begin < rows; begin += height) {
+      tasks.push_back({e, part, begin, std::min(rows, begin + height)});
     }
   };
   for (int64_t e = first; e < last; ++e) {
-    for (int64_t part = 0; part < p.up_parts(); ++part) cut(e, part, p.up_rows(e));
-    cut(e, kDownPart, p.hidden);
+    const double rows = static_cast<double>(p.experts[e].padded) * p.experts[e].width;
+    for (int64_t part = 0; part < p.up_parts(); ++part) cut(e, part, p.up_rows(e), rows * parts / p.up_parts());
+    cut(e, kDownPart, p.hidden, rows);
     if (p.up_bias != nullptr || p.down_bias != nullptr) tasks.push_back({e, kBiasPart, 0, 0});
   }
   return tasks;
@@ -425,17 +450,16 @@ template <typename T>
 void backward(const Arguments& args, const T* grad_y, const T* pre, const Gradients<T>& grads) {
   using A = Accumulate<T>;
   Problem<T> p(args);
-  Tensor grad_rows_buffer = torch::stable::new_empty(args.x, {p.rows_bound, p.hidden});
+  Tensor grad_rows_buffer = large_empty(args.x, {p.rows_bound, p.hidden});
   T* grad_rows = static_cast<T*>(grad_rows_buffer.mutable_data_ptr());
   vector<A> row_gate(p.rows_bound);
 
   // Waves of experts share one set of buffers: their size follows kWaveRows, not the batch.
   vector<std::pair<int64_t, int64_t>> waves;
-  const int64_t wanted = std::max<int64_t>(kWaveRows, 4 * kBlockRows * torch::stable::get_num_threads());
   int64_t buffer_rows = 0;
   for (int64_t e = 0, first = 0, rows = 0; e < p.experts_count; ++e) {
     const int64_t padded = padded_rows(p.experts[e].rows, p.kType);
-    if (rows > 0 && rows + padded > wanted) {
+    if (rows > 0 && rows + padded > kWaveRows) {
       waves.push_back({first, e});
       first = e, rows = 0;
     }
@@ -444,7 +468,7 @@ void backward(const Arguments& args, const T* grad_y, const T* pre, const Gradie
     buffer_rows = std::max(buffer_rows, rows);
     if (e + 1 == p.experts_count) waves.push_back({first, e + 1});
   }
-  const auto buffer = [&](int64_t columns) { return torch::stable::new_empty(args.x, {buffer_rows, columns}); };
+  const auto buffer = [&](int64_t columns) { return large_empty(args.x, {buffer_rows, columns}); };
   Tensor x_rows = buffer(p.hidden), grad_out = buffer(p.hidden), hidden = buffer(p.width), grad_pre = buffer(p.pre_width);
   const Wave<T> wave{static_cast<T*>(x_rows.mutable_data_ptr()), static_cast<T*>(grad_out.mutable_data_ptr()),
                      static_cast<T*>(hidden.mutable_data_ptr()), static_cast<T*>(grad_pre.mutable_data_ptr())};
@@ -544,7 +568,7 @@ std::tuple<Tensor, Tensor> moe_mlp(DMOE_MOE_MLP_PARAMETERS) {
   Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1)}), pre;
   dispatch(args, [&](auto zero) {
     using T = decltype(zero);
-    pre = torch::stable::new_empty(x, {row_to_token.size(0), Problem<T>(args).pre_width});
+    pre = large_empty(x, {row_to_token.size(0), Problem<T>(args).pre_width});
     forward<T>(args, out<T>(y), out<T>(pre));
   });
   return {y, pre};
@@ -566,7 +590,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(Tens
   const auto like = [](const Tensor& tensor) {
     vector<int64_t> sizes;
     for (int64_t i = 0; i < tensor.dim(); ++i) sizes.push_back(tensor.size(i));
-    return torch::stable::new_empty(tensor, sizes);
+    return large_empty(tensor, sizes);
   };
   const auto like_optional = [&](const optional<Tensor>& tensor) {
     return tensor ? like(*tensor) : torch::stable::new_empty(x, {0});

@@ -32,11 +32,15 @@ DMOE_SIMD void accumulate_row(Accumulate<T>* sum, Accumulate<T> weight, const T*
   for (int64_t c = 0; c < width; ++c) sum[c] += weight * load(row + c);
 }
 
-// out[c] = first[c] * first_weight + second[c] * second_weight
+// The same for four rows, in order, with one read and one write of the sum.
 template <typename T>
-DMOE_SIMD void combine_two(const T* first, Accumulate<T> first_weight, const T* second, Accumulate<T> second_weight,
-                           T* out, int64_t width) {
-  for (int64_t c = 0; c < width; ++c) store(out + c, load(first + c) * first_weight + load(second + c) * second_weight);
+DMOE_SIMD void accumulate_four(Accumulate<T>* sum, const Accumulate<T> weight[4], const T* const row[4], int64_t width) {
+  const T *r0 = row[0], *r1 = row[1], *r2 = row[2], *r3 = row[3];
+  const Accumulate<T> w0 = weight[0], w1 = weight[1], w2 = weight[2], w3 = weight[3];
+#pragma GCC ivdep
+  for (int64_t c = 0; c < width; ++c) {
+    sum[c] = sum[c] + w0 * load(r0 + c) + w1 * load(r1 + c) + w2 * load(r2 + c) + w3 * load(r3 + c);
+  }
 }
 
 template <typename T>
@@ -44,20 +48,32 @@ DMOE_SIMD void store_row(const Accumulate<T>* sum, T* out, int64_t width) {
   for (int64_t c = 0; c < width; ++c) store(out + c, sum[c]);
 }
 
-// In 16 running sums, always the same ones: vectorised, and the same bits on every instruction set.
-template <typename T>
-DMOE_SIMD Accumulate<T> dot(const T* a, const T* b, int64_t width) {
-  constexpr int64_t kLanes = 16;
-  using A = Accumulate<T>;
-  A sums[kLanes] = {};
-  int64_t c = 0;
-  for (; c + kLanes <= width; c += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] += load(a + c + lane) * load(b + c + lane);
+// Sum of values[0 .. width), halved again and again: vectorised, accurate, and the same bits on every instruction set.
+// Overwrites them.
+template <typename A>
+DMOE_SIMD A fold(A* values, int64_t width) {
+  if (width == 0) return A(0);
+  while (width > 1) {
+    const int64_t half = (width + 1) / 2;
+#pragma GCC ivdep
+    for (int64_t c = 0; c < width - half; ++c) values[c] += values[c + half];
+    width = half;
   }
-  A total = 0;
-  for (; c < width; ++c) total += load(a + c) * load(b + c);
-  for (int64_t lane = 0; lane < kLanes; ++lane) total += sums[lane];
-  return total;
+  return values[0];
+}
+
+// products[c] = a[c] * b[c]
+template <typename T>
+DMOE_SIMD void multiply_rows(const T* a, const T* b, Accumulate<T>* products, int64_t width) {
+#pragma GCC ivdep
+  for (int64_t c = 0; c < width; ++c) products[c] = load(a + c) * load(b + c);
+}
+
+// <a, b>, with `room` for width numbers.
+template <typename T>
+Accumulate<T> dot(const T* a, const T* b, Accumulate<T>* room, int64_t width) {
+  multiply_rows<T>(a, b, room, width);
+  return fold(room, width);
 }
 
 // hidden = act(gate) * up * scale * mask; `up` and `mask` may be null.
@@ -75,39 +91,42 @@ DMOE_SIMD void activate_row(const T* gate, const T* up, Accumulate<T> scale, con
 }
 
 // Given the gradient g of the (masked, unscaled) hidden row: writes the gradient of gate and up for scale * g, the hidden
-// row times scale, and returns <hidden, g>, the gradient of scale. `hidden` may be `g`'s own memory.
-template <typename T, typename Activation>
-DMOE_SIMD Accumulate<T> activate_row_backward(const T* gate, const T* up, const T* g, Accumulate<T> scale,
-                                              const Accumulate<T>* mask, T* grad_gate, T* grad_up, T* hidden,
-                                              int64_t width) {
+// row times scale, and the terms of <hidden, g>, the gradient of scale. `hidden` may be `g`'s own memory: an element is
+// read before it is written. One plain loop with everything known at compile time, or GCC does not vectorise it.
+template <typename T, typename Activation, bool kGated, bool kMasked>
+DMOE_SIMD void backward_terms(const T* gate, const T* up, const T* g, Accumulate<T> scale, const Accumulate<T>* mask,
+                              T* grad_gate, T* grad_up, T* hidden, Accumulate<T>* terms, int64_t width) {
   using A = Accumulate<T>;
-  constexpr int64_t kLanes = 16;
-  A sums[kLanes] = {};
-  const auto element = [&](int64_t c) DMOE_INLINE_LAMBDA {
-    const A keep = mask == nullptr ? A(1) : mask[c];
-    const A grad = load(g + c) * keep;
-    A value, slope;
+#pragma GCC ivdep
+  for (int64_t c = 0; c < width; ++c) {
+    A grad = load(g + c), value, slope, keep = scale;
+    if constexpr (kMasked) grad *= mask[c], keep *= mask[c];
     Activation::both(load(gate + c), value, slope);
-    A product = value * grad;
-    if (up != nullptr) {
+    const A scaled = scale * grad;
+    if constexpr (kGated) {
       const A u = load(up + c);
-      store(grad_up + c, scale * grad * value);
+      store(grad_up + c, scaled * value);
       slope *= u;
-      product *= u;
       value *= u;
     }
-    store(grad_gate + c, scale * grad * slope);
-    store(hidden + c, scale * keep * value);
-    return product;
-  };
-  int64_t c = 0;
-  for (; c + kLanes <= width; c += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] += element(c + lane);
+    terms[c] = value * grad;
+    store(grad_gate + c, scaled * slope);
+    store(hidden + c, keep * value);
   }
-  A total = 0;
-  for (; c < width; ++c) total += element(c);
-  for (int64_t lane = 0; lane < kLanes; ++lane) total += sums[lane];
-  return total;
+}
+
+// The same for a row whose options are known at run time only; returns <hidden, g>. `room` holds width numbers.
+template <typename T, typename Activation>
+Accumulate<T> activate_row_backward(const T* gate, const T* up, const T* g, Accumulate<T> scale,
+                                    const Accumulate<T>* mask, T* grad_gate, T* grad_up, T* hidden,
+                                    Accumulate<T>* room, int64_t width) {
+  const auto run = [&](auto kernel) { kernel(gate, up, g, scale, mask, grad_gate, grad_up, hidden, room, width); };
+  if (up != nullptr) {
+    mask != nullptr ? run(backward_terms<T, Activation, true, true>) : run(backward_terms<T, Activation, true, false>);
+  } else {
+    mask != nullptr ? run(backward_terms<T, Activation, false, true>) : run(backward_terms<T, Activation, false, false>);
+  }
+  return fold(room, width);
 }
 
 }  // namespace dmoe

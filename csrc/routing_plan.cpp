@@ -14,14 +14,12 @@
 #ifdef __SSE2__
 #include <emmintrin.h>
 #endif
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include "check.h"
+#include "pages.h"
 #include "routing_plan.h"
 #include "runs.h"
 
@@ -172,17 +170,6 @@ void scatter_run_through_lines(const Id* ids, int64_t begin, int64_t end, const 
 #endif
 }
 
-// Large results are fresh pages, and touching them 4 KiB at a time would cost as much as the sort itself.
-void prefer_huge_pages(int32_t* data, int64_t size) {
-#ifdef MADV_HUGEPAGE
-  const uintptr_t page = 4096, bytes = static_cast<uintptr_t>(size) * sizeof(int32_t);
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
-  // Only a hint: where it is refused, everything works as before.
-  if (bytes >= (uintptr_t{1} << 20)) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
 template <typename Id, bool kChoiceMajor, typename Order>
 bool plan_runs(const Id* ids, const PlanShape& shape, const Order& order, const PlanOutputs& out) {
   const int64_t E = shape.num_experts, T = shape.num_tokens, K = shape.top_k, visits = T * K;
@@ -204,9 +191,9 @@ bool plan_runs(const Id* ids, const PlanShape& shape, const Order& order, const 
   });
   if (std::any_of(run_is_bad.begin(), run_is_bad.end(), [](uint8_t bad) { return bad != 0; })) return false;
 
-  prefer_huge_pages(out.row_to_token, shape.num_rows);
-  prefer_huge_pages(out.row_to_slot, shape.num_rows);
-  prefer_huge_pages(out.token_rows, visits);
+  prefer_huge_pages(out.row_to_token, shape.num_rows * static_cast<int64_t>(sizeof(int32_t)));
+  prefer_huge_pages(out.row_to_slot, shape.num_rows * static_cast<int64_t>(sizeof(int32_t)));
+  prefer_huge_pages(out.token_rows, visits * static_cast<int64_t>(sizeof(int32_t)));
 
   // Where every expert's rows begin, and where each run's share of them begins.
   std::vector<int64_t> limits(static_cast<size_t>(E + 1), 0);  // end of the kept rows; of id E nothing is kept

@@ -14,7 +14,6 @@
 #define DMOE_SIMD
 #endif
 #define DMOE_INLINE inline __attribute__((always_inline))
-#define DMOE_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace dmoe {
 
