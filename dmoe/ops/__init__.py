@@ -5,11 +5,13 @@ from dmoe.ops.gate_weights import gate_weights
 from dmoe.ops.grouped_gemm import grouped_gemm, grouped_gemm_weight
 from dmoe.ops.histogram import histogram
 from dmoe.ops.permute import permute
+from dmoe.ops.replicate import replicate
 from dmoe.ops.router_logits import router_logits
 from dmoe.ops.router_scores import router_scores
 from dmoe.ops.routing_plan import routing_plan
 from dmoe.ops.sort import sort
 from dmoe.ops.topk_indices import topk_indices
+from dmoe.ops.topology import topology
 from dmoe.ops.unpermute import unpermute
 
 __all__ = [
@@ -20,10 +22,12 @@ __all__ = [
     "histogram",
     "inclusive_cumsum",
     "permute",
+    "replicate",
     "router_logits",
     "router_scores",
     "routing_plan",
     "sort",
     "topk_indices",
+    "topology",
     "unpermute",
 ]
