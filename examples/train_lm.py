@@ -119,7 +119,7 @@ def _run(options: argparse.Namespace) -> int:
           f"{len(corpus.held_out):,} held out")  # fmt: skip
     names = ["moe", "dense"] if settings.compare_dense else ["moe"]
     runs = [Run(name, settings, corpus, device) for name in names]
-    seconds = sum(run.warm_up(5 if options.minutes else 1) for run in runs)
+    seconds = sum(run.warm_up(8 if options.minutes else 1) for run in runs)
     if saved is not None:
         checkpoint.restore(saved, corpus, runs)
     elif options.minutes is not None:

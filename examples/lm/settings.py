@@ -28,7 +28,7 @@ class Settings:
     top_k: int = 2
     balance: float = 0.01
     """Coefficient of the load-balancing loss, which is averaged over the layers."""
-    steps: int = 1600
+    steps: int = 2000
     batch: int = 12
     """Sequences in a step."""
     seq_len: int = 192

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import signal
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -61,7 +60,7 @@ class Run:
         return max(1, self.settings.steps // ROUTING_POINTS)
 
     def warm_up(self, steps: int = 1) -> float:
-        """Seconds that a training step takes, the median of ``steps``. They learn nothing and leave no trace.
+        """Seconds that a training step takes, the fastest of ``steps``. They learn nothing and leave no trace.
 
         Kernels are chosen, memory is found and ``torch.compile`` compiles in the first step: that is no training time.
         """
@@ -71,7 +70,7 @@ class Run:
             self._update(0, rate=0.0)
             times.append(self._clock() - start)
         self.optimizer = _optimizer(self.model, self.settings)  # without the moments of those steps
-        return statistics.median(times)
+        return min(times)
 
     def advance(self, target: int, bar: tqdm, should_stop: Callable[[], bool]) -> None:
         """Trains up to step ``target`` and measures there, or returns early, between two steps, when asked to stop."""
