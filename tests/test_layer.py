@@ -179,10 +179,11 @@ def test_layer_equals_the_oracle(dtype, case):
 
     actual = run_layer(layer, x, grad, mask)
     assert actual.keys() == exact.keys()
+    # A normalised gate of one choice is 1 whatever the score: its gradient is 0, and what is left of it float32 noise.
+    noise = 16 * torch.finfo(torch.float32).eps * max(t.abs().max().item() for t in exact.values() if t.numel())
     for name, value in actual.items():
-        assert_as_accurate(
-            f"{name} [{config}]", value, exact[name], [(plain[name], true[name]) for plain, true in pairs]
-        )
+        own = [(plain[name], true[name]) for plain, true in pairs]
+        assert_as_accurate(f"{name} [{config}]", value, exact[name], own, noise=noise)
 
 
 @settings(max_examples=60)
