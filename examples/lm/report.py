@@ -169,7 +169,7 @@ def _curves(axes: Any, curves: dict[str, list[dict[str, float]]], key: str, labe
     # The first steep descent would press the rest flat: the axis begins where a sixth of the steps are made.
     highest = max(curve[min(len(curve) - 1, max(0, len(curve) // 6))]["held_out_bpb"] for curve in curves.values())
     room = max(highest - lowest, 1e-3)
-    axes.set_ylim(lowest - 0.12 * room, highest + 0.05 * room)
+    axes.set_ylim(lowest - 0.25 * room, highest + 0.05 * room)
     _end_axis(axes, max(curve[-1][key] for curve in curves.values()))
     axes.set_xlabel(label_x)
     axes.set_ylabel("bits per byte (lower is better)")
@@ -180,7 +180,7 @@ def _curves(axes: Any, curves: dict[str, list[dict[str, float]]], key: str, labe
     for rank, name in enumerate(ends):
         end = curves[name][-1]
         # Two ends close together would print on one another: the upper label moves up, no nearer than a line of text.
-        height = max(end["held_out_bpb"], height + 0.075 * 1.17 * room) if rank else height
+        height = max(end["held_out_bpb"], height + 0.075 * 1.3 * room) if rank else height
         axes.annotate(
             f"{'MoE' if name == 'moe' else 'dense'} {end['held_out_bpb']:.3f}",
             (end[key], height),
