@@ -24,9 +24,9 @@ class Settings:
     heads: int = 2
     ffn: int = 256
     """Width of one expert. The dense twin's FFN is ``top_k`` times as wide."""
-    experts: int = 16
+    experts: int = 32
     top_k: int = 2
-    balance: float = 0.01
+    balance: float = 0.05
     """Coefficient of the load-balancing loss, which is averaged over the layers."""
     steps: int = 2000
     batch: int = 12
