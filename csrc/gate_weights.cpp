@@ -45,19 +45,23 @@ struct Choices {
   explicit Choices(int64_t top_k) : picked(top_k), kept(top_k), counted(top_k) {}
 
   void read(const T* scores, const Id* ids, const int32_t* rows, const Shape& shape) {
-    A sum = 0;
+    constexpr A kTiny = std::is_same_v<T, Half> ? A(6.103515625e-05) : std::numeric_limits<A>::min();
+    A largest = kTiny;
     for (int64_t k = 0; k < shape.top_k; ++k) {
       const bool chosen = ids[k] >= 0 && ids[k] < shape.experts;
       picked[k] = chosen ? load(scores + ids[k]) : A(0);
       kept[k] = chosen && (rows == nullptr || rows[k] >= 0);
       counted[k] = shape.after_drop ? kept[k] : chosen;
-      if (shape.p > 0 && counted[k]) sum += power(std::abs(picked[k]), shape.p);
+      if (counted[k] && !(picked[k] <= largest)) largest = picked[k];  // takes NaN over
     }
     norm = A(1);
-    if (shape.p > 0) {
-      norm = shape.p == 1 ? sum : shape.p == 2 ? std::sqrt(sum) : std::pow(sum, static_cast<A>(1 / shape.p));
-      const A tiny = std::is_same_v<T, Half> ? A(6.103515625e-05) : std::numeric_limits<A>::min();
-      norm = norm < tiny ? tiny : norm;  // keeps NaN
+    if (shape.p > 0) {  // relative to the largest: powers of small scores would underflow
+      A sum = 0;
+      for (int64_t k = 0; k < shape.top_k; ++k) {
+        if (counted[k]) sum += power(picked[k] / largest, shape.p);
+      }
+      sum = shape.p == 1 ? sum : shape.p == 2 ? std::sqrt(sum) : std::pow(sum, static_cast<A>(1 / shape.p));
+      norm = largest * (sum < A(1) ? A(1) : sum);
     }
   }
 };

@@ -52,6 +52,12 @@ struct Arguments {
   double activation_dropout, expert_dropout;
 };
 
+// F of the widest expert.
+int64_t widest(const Arguments& args) {
+  if (args.ffn_sizes.empty()) return args.down_proj.size(args.down_proj.dim() - 1);
+  return *std::max_element(args.ffn_sizes.begin(), args.ffn_sizes.end());
+}
+
 // One expert's rows of the plan and the place of its weights.
 struct Expert {
   int64_t begin, rows;       // rows of the plan
@@ -81,8 +87,7 @@ struct Problem {
     experts_count = a.expert_offsets.size(0) - 1;
     rows_bound = a.row_to_token.size(0), assignments = a.token_rows.size(0);
     total_width = a.down_proj.size(a.down_proj.dim() - 1);
-    width = total_width;
-    if (!a.ffn_sizes.empty()) width = *std::max_element(a.ffn_sizes.begin(), a.ffn_sizes.end());
+    width = widest(a);
     pre_width = a.gated ? 2 * width : width;
     x = data(a.x), up = data(a.up_proj), down = data(a.down_proj);
     up_bias = a.up_bias ? data(*a.up_bias) : nullptr;
@@ -447,7 +452,7 @@ vector<GradTask> gradient_tasks(const Problem<T>& p, int64_t first, int64_t last
 }
 
 template <typename T>
-void backward(const Arguments& args, const T* grad_y, const T* pre, const Gradients<T>& grads) {
+void backward(const Arguments& args, const T* grad_y, const T* pre, bool of_weights, const Gradients<T>& grads) {
   using A = Accumulate<T>;
   Problem<T> p(args);
   Tensor grad_rows_buffer = large_empty(args.x, {p.rows_bound, p.hidden});
@@ -490,6 +495,7 @@ void backward(const Arguments& args, const T* grad_y, const T* pre, const Gradie
       parallel_tasks(static_cast<int64_t>(blocks.size()), [&](int64_t task) {
         backward_block<T, decltype(activation)>(p, blocks[task], grad_y, pre, wave, grad_rows, row_gate.data());
       });
+      if (!of_weights) continue;
       const vector<GradTask> tasks = gradient_tasks(p, first, last);
       parallel_tasks(static_cast<int64_t>(tasks.size()), [&](int64_t task) {
         weight_gradient<T>(p, tasks[task], wave, grads);
@@ -497,7 +503,9 @@ void backward(const Arguments& args, const T* grad_y, const T* pre, const Gradie
     }
   });
 
-  for (int64_t j = 0; j < p.assignments; ++j) grads.gate[j] = p.token_rows[j] < 0 ? A(0) : row_gate[p.token_rows[j]];
+  torch::stable::parallel_for(0, p.assignments, 8192, [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) grads.gate[j] = p.token_rows[j] < 0 ? A(0) : row_gate[p.token_rows[j]];
+  });
   p.combine(grad_rows, args.gate_on == GateOn::kInput, grads.x);
 }
 
@@ -529,6 +537,28 @@ void check(const Arguments& a) {
     contiguous(name, tensor);
     check_dtype("moe_mlp", name, tensor, ScalarType::Int);
   }
+  const int64_t experts = a.expert_offsets.numel() - 1, hidden = a.x.size(1), given = a.ffn_sizes.size();
+  const auto sized = [](const char* name, const Tensor& t, int64_t expected) {
+    DMOE_CHECK(t.numel() == expected, "moe_mlp: ", name, ": expected ", expected, " elements, got shape ", shape_of(t));
+  };
+  DMOE_CHECK(experts >= 1, "moe_mlp: expert_offsets: expected E + 1 elements, got ", experts + 1);
+  DMOE_CHECK(given == 0 || given == experts, "moe_mlp: ffn_sizes: expected one for each of ", experts, " experts, got ",
+             given);
+  int64_t columns = 0;  // of all experts together
+  for (const int64_t size : a.ffn_sizes) columns += size;
+  if (given == 0) columns = experts * widest(a);
+  const int64_t parts = a.gated ? 2 : 1;
+  sized("down_proj", a.down_proj, columns * hidden);
+  sized("up_proj", a.up_proj, parts * columns * hidden);
+  if (a.up_bias) sized("up_bias", *a.up_bias, parts * columns);
+  if (a.down_bias) sized("down_bias", *a.down_bias, experts * hidden);
+  sized("row_to_slot", a.row_to_slot, a.row_to_token.numel());
+  sized("token_offsets", a.token_offsets, a.x.size(0) + 1);
+  sized("gate_weights", a.gate_weights, a.token_rows.numel());
+  const auto* offsets = static_cast<const int32_t*>(a.expert_offsets.const_data_ptr());
+  DMOE_CHECK(offsets[0] == 0 && offsets[experts] <= a.row_to_token.numel(),
+             "moe_mlp: expert_offsets: expected 0 to at most ", a.row_to_token.numel(), " rows, got ", offsets[0], " to ",
+             offsets[experts]);
   if (a.seed) check_dtype("moe_mlp", "seed", *a.seed, ScalarType::Long);
   const bool random = a.activation_dropout > 0 || a.expert_dropout > 0;
   DMOE_CHECK(!random || a.seed, "moe_mlp: seed: expected a scalar int64 tensor with dropout, got None");
@@ -568,7 +598,7 @@ std::tuple<Tensor, Tensor> moe_mlp(DMOE_MOE_MLP_PARAMETERS) {
   Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1)}), pre;
   dispatch(args, [&](auto zero) {
     using T = decltype(zero);
-    pre = large_empty(x, {row_to_token.size(0), Problem<T>(args).pre_width});
+    pre = large_empty(x, {row_to_token.size(0), (gated ? 2 : 1) * widest(args)});
     forward<T>(args, out<T>(y), out<T>(pre));
   });
   return {y, pre};
@@ -582,27 +612,30 @@ Tensor moe_mlp_inference(DMOE_MOE_MLP_PARAMETERS) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(Tensor grad_y, Tensor pre_activation,
+                                                                            bool of_weights,
                                                                             DMOE_MOE_MLP_PARAMETERS) {
   const Arguments args = DMOE_MOE_MLP_ARGUMENTS;
   check_contiguous("moe_mlp_backward", "grad_y", grad_y);
   check_contiguous("moe_mlp_backward", "pre_activation", pre_activation);
   check_dtype("moe_mlp_backward", "grad_y", grad_y, x.scalar_type());
+  DMOE_CHECK(grad_y.numel() == x.numel(), "moe_mlp_backward: grad_y: expected the shape of x, ", shape_of(x), ", got ",
+             shape_of(grad_y));
   const auto like = [](const Tensor& tensor) {
     vector<int64_t> sizes;
     for (int64_t i = 0; i < tensor.dim(); ++i) sizes.push_back(tensor.size(i));
     return large_empty(tensor, sizes);
   };
-  const auto like_optional = [&](const optional<Tensor>& tensor) {
-    return tensor ? like(*tensor) : torch::stable::new_empty(x, {0});
+  const auto wanted = [&](const optional<Tensor>& tensor) {
+    return tensor && of_weights ? like(*tensor) : torch::stable::new_empty(x, {0});
   };
-  Tensor grad_x = like(x), grad_gate = like(gate_weights), grad_up = like(up_proj), grad_down = like(down_proj);
-  Tensor grad_up_bias = like_optional(up_bias), grad_down_bias = like_optional(down_bias);
+  Tensor grad_x = like(x), grad_gate = like(gate_weights), grad_up = wanted(up_proj), grad_down = wanted(down_proj);
+  Tensor grad_up_bias = wanted(up_bias), grad_down_bias = wanted(down_bias);
   dispatch(args, [&](auto zero) {
     using T = decltype(zero);
     const Gradients<T> grads{out<T>(grad_x),       out<T>(grad_up),        out<T>(grad_down),
                              out<T>(grad_up_bias), out<T>(grad_down_bias), out<Accumulate<T>>(grad_gate)};
     backward<T>(args, static_cast<const T*>(grad_y.const_data_ptr()),
-                static_cast<const T*>(pre_activation.const_data_ptr()), grads);
+                static_cast<const T*>(pre_activation.const_data_ptr()), of_weights, grads);
   });
   return {grad_x, grad_gate, grad_up, grad_down, grad_up_bias, grad_down_bias};
 }

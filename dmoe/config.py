@@ -44,8 +44,8 @@ class MoEConfig:
             or over the chosen ones only.
         gate_normalization: p of the p-norm that gate weights are divided by; None leaves the scores as they are. With
             K = 1 a normalised weight is always 1 and gives the router no gradient but the losses'.
-        normalize_when: ``before_drop`` (a dropped choice keeps its share) or ``after_drop`` (fairseq: survivors share
-        1).
+        normalize_when: ``before_drop`` (a dropped choice keeps its share) or ``after_drop`` (fairseq: the
+            survivors share 1).
         gate_scale: factor on the gate weights after normalisation (DeepSeek's routed scaling factor).
         router_bias: learn a bias in the router's linear.
         router_dtype: ``float32``: the router computes in float32 whatever the model's dtype (float64 for float64
@@ -65,8 +65,7 @@ class MoEConfig:
         capacity_formula: ``ceil``: ceil(factor * T * K / E) (DeepSpeed); ``floor``: the same, floored (MegaBlocks);
             ``ceil_per_choice``: K * ceil(factor * T / E) (fairseq, GShard).
         drop_order: who is dropped. ``token_major`` (MegaBlocks): later tokens; ``choice_major`` (GShard, fairseq):
-        second
-            choices before first ones; ``batch_prioritized`` (V-MoE): tokens with a small largest score;
+            second choices before first ones; ``batch_prioritized`` (V-MoE): tokens with a small largest score;
             ``gate_weight`` (DeepSpeed's ``probs``): the assignments with the smallest scores.
 
     Losses
@@ -129,7 +128,7 @@ class MoEConfig:
     backend: Literal["grouped", "reference"] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.ffn_hidden_size, int) and isinstance(self.ffn_hidden_size, Sequence):
+        if isinstance(self.ffn_hidden_size, Sequence) and not isinstance(self.ffn_hidden_size, str):
             object.__setattr__(self, "ffn_hidden_size", tuple(self.ffn_hidden_size))
         self._check_types()
         self._check_experts()
@@ -155,11 +154,11 @@ class MoEConfig:
         if self.capacity is not None:
             return self.capacity
         assert self.capacity_factor is not None
-        share = self.capacity_factor * num_tokens / self.num_experts
         if self.capacity_formula == "ceil_per_choice":
-            rows = self.top_k * math.ceil(share)
+            rows = self.top_k * math.ceil(self.capacity_factor * num_tokens / self.num_experts)
         else:
-            rows = (math.ceil if self.capacity_formula == "ceil" else math.floor)(share * self.top_k)
+            share = self.capacity_factor * num_tokens * self.top_k / self.num_experts
+            rows = (math.ceil if self.capacity_formula == "ceil" else math.floor)(share)
         return min(max(rows, self.min_capacity), num_tokens * self.top_k)
 
     def _require(self, condition: bool, field: str, allowed: str) -> None:
@@ -250,13 +249,15 @@ class MoEConfig:
     def _check_capacity(self) -> None:
         self._require(self.capacity is None or self.capacity >= 0, "capacity", "at least 0 rows, or None")
         self._require(
-            self.capacity_factor is None or self.capacity_factor > 0, "capacity_factor", "a positive number, or None"
+            self.capacity_factor is None or 0 < self.capacity_factor < math.inf,
+            "capacity_factor",
+            "a positive number, or None",
         )
         both = self.capacity is not None and self.capacity_factor is not None
         self._require(not both, "capacity_factor", f"None when capacity = {self.capacity} is given")
         self._require(self.min_capacity >= 0, "min_capacity", "at least 0")
         for name in ("load_balancing_coefficient", "router_z_loss_coefficient", "selection_bias_update_rate"):
-            self._require(getattr(self, name) >= 0, name, "at least 0")
+            self._require(0 <= getattr(self, name) < math.inf, name, "at least 0")
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:

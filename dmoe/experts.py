@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dmoe.config import Activation, GateWeightOn, MoEConfig
 from dmoe.ops.activation import accumulate_dtype
-from dmoe.ops.moe_mlp import moe_mlp
+from dmoe.ops.moe_mlp import has_tangent, moe_mlp
 from dmoe.ops.philox import draw_seed
 from dmoe.plan import RoutingPlan, plan_token_choice
 
@@ -107,14 +107,15 @@ def run_experts(
         ValueError: sizes, dtypes or devices that do not fit together.
     """
     _check(x, plan, gate_weights, weights)
+    gate_weights = gate_weights.to(accumulate_dtype(x.dtype))
     seed = draw_seed(x.device) if activation_dropout or expert_dropout else None
     return moe_mlp(
         x.contiguous(),
         gate_weights.contiguous(),
-        weights.up_proj,
-        weights.down_proj,
-        weights.up_bias,
-        weights.down_bias,
+        weights.up_proj.contiguous(),
+        weights.down_proj.contiguous(),
+        None if weights.up_bias is None else weights.up_bias.contiguous(),
+        None if weights.down_bias is None else weights.down_bias.contiguous(),
         plan.expert_offsets,
         plan.row_to_token,
         plan.row_to_slot,
@@ -144,6 +145,10 @@ def _check(x: Tensor, plan: RoutingPlan, gate_weights: Tensor, weights: ExpertWe
             f"moe_mlp: gate_weights: expected one for each of {plan.token_rows.numel()} assignments, got shape "
             f"{tuple(gate_weights.shape)}"
         )
+    if not gate_weights.is_floating_point():
+        raise TypeError(f"moe_mlp: gate_weights: expected a floating-point tensor, got {gate_weights.dtype}")
+    if has_tangent(x):
+        raise NotImplementedError("moe_mlp: forward-mode differentiation (jvp) is not supported; use reverse mode")
     devices = {x.device, weights.up_proj.device, gate_weights.device, plan.token_rows.device}
     if len(devices) > 1:
         raise ValueError(
@@ -243,11 +248,11 @@ class Experts(nn.Module):
         """
         if self.down_proj.is_meta:
             return
-        seed = int(torch.randint(2**62, ()).item())
+        seed = int(torch.randint(2**62, (), device="cpu").item())  # whatever the default device is
         for expert in range(self.config.num_experts):
-            generator = torch.Generator().manual_seed((seed + expert * 0x9E3779B97F4A7C15) % 2**63)
+            generator = torch.Generator(device="cpu").manual_seed((seed + expert * 0x9E3779B97F4A7C15) % 2**63)
             for name, tensor, fan_in in self.expert_slices(expert):
-                fresh = torch.empty(tensor.shape, dtype=torch.float32)
+                fresh = torch.empty(tensor.shape, dtype=torch.float32, device="cpu")
                 if self.config.init_std is None:
                     bound = 1 / math.sqrt(fan_in)
                     fresh.uniform_(-bound, bound, generator=generator)

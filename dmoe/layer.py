@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dmoe.buffers import Float32Buffers
 from dmoe.config import MoEConfig
 from dmoe.experts import Experts, SharedExpert
 from dmoe.losses import attach_loss, load_balancing_loss, router_z_loss
@@ -24,7 +25,7 @@ from dmoe.ops.histogram import histogram
 from dmoe.routing import Routing, build_router
 
 
-class MoE(nn.Module):
+class MoE(Float32Buffers):
     """A Mixture-of-Experts feed-forward layer, dropless unless a capacity is given.
 
     ``MoE(hidden_size=512, ffn_hidden_size=1024, num_experts=16, top_k=2)``, or ``MoE(config)``. In training add
@@ -33,7 +34,7 @@ class MoE(nn.Module):
     Args:
         config: a :class:`dmoe.MoEConfig`; or leave it out and give its fields as keywords.
         device, dtype: of the parameters, as in ``nn.Linear``.
-        **fields: fields of :class:`dmoe.MoEConfig`, instead of ``config`` or on top of it.
+        **fields: fields of :class:`dmoe.MoEConfig`, instead of ``config``.
 
     Attributes:
         last_metrics: :class:`dmoe.metrics.RoutingMetrics` of the last forward, or None.
@@ -50,6 +51,8 @@ class MoE(nn.Module):
         **fields: Any,
     ) -> None:
         super().__init__()
+        if config is not None and not isinstance(config, MoEConfig):
+            raise TypeError(f"MoE: config: expected a MoEConfig, got {type(config).__name__}; give fields as keywords")
         if config is not None and fields:
             raise TypeError(
                 f"MoE: expected a config or its fields, got a config and {sorted(fields)}; use dataclasses.replace"
@@ -60,10 +63,17 @@ class MoE(nn.Module):
         self.experts = Experts(config, **where)
         self.shared_expert = SharedExpert(config, **where) if config.shared_ffn_hidden_size else None
         self.output_bias = nn.Parameter(torch.zeros(config.hidden_size, **where)) if config.bias == "output" else None
-        self.register_buffer("aux_loss_scale", torch.ones((), device=device), persistent=False)
+        self.register_float32("aux_loss_scale", 1.0, device=device, persistent=False)
         self.last_metrics: RoutingMetrics | None = None
         self._aux_loss: Tensor | None = None
         self._warned_unread = False
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Fresh values of what this module itself owns (its children reset their own), as after ``to_empty``."""
+        self.aux_loss_scale.fill_(1.0)
+        if self.output_bias is not None:
+            self.output_bias.zero_()
 
     def forward(
         self,
@@ -77,9 +87,8 @@ class MoE(nn.Module):
 
         Args:
             x: ``(..., H)`` floating point; any leading dimensions, any strides.
-            token_mask: bool with x's leading dimensions; tokens that are False take no expert (their output is 0, or
-            the
-                shared expert's) and count in no loss.
+            token_mask: bool with x's leading dimensions; tokens that are False take no expert, count in no loss and
+                may hold anything: they are read as zeros, and so is what comes out (but for biases).
             token_ids: integers with x's leading dimensions, for routers that look at them.
             expert_indices: ``(..., K)`` integers: replay this routing; gate weights come from the live scores.
 
@@ -91,9 +100,12 @@ class MoE(nn.Module):
         """
         self._check(x, token_mask, token_ids, expert_indices)
         tokens = x.reshape(-1, x.shape[-1]).contiguous()  # once: router and experts save the same memory
+        if token_mask is not None:
+            token_mask = token_mask.reshape(-1)
+            tokens = tokens.masked_fill(~token_mask.unsqueeze(1), 0)  # 0 * NaN would reach the router's gradient
         routing = self.router(
             tokens,
-            token_mask=None if token_mask is None else token_mask.reshape(-1),
+            token_mask=token_mask,
             token_ids=None if token_ids is None else token_ids.reshape(-1),
             expert_indices=None if expert_indices is None else expert_indices.reshape(-1, self.config.top_k),
         )
@@ -132,7 +144,7 @@ class MoE(nn.Module):
         loss, self._aux_loss = self._aux_loss, None
         if loss is not None and torch.is_grad_enabled() and not loss.requires_grad and self._is_trained():
             raise RuntimeError(
-                "aux_loss: the loss of this MoE layer has no graph, because its forward ran without gradients, as "
+                "aux_loss: the loss of this MoE layer has no graph, because its forward ran under no_grad, as "
                 "under reentrant activation checkpointing. Either use checkpoint(..., use_reentrant=False), or build "
                 "the layer with aux_loss='attached'."
             )
@@ -145,6 +157,7 @@ class MoE(nn.Module):
     def _with_aux_loss(self, y: Tensor, routing: Routing) -> Tensor:
         """Record the losses for the caller, or hang them on the output."""
         if not self.training:
+            self._aux_loss = None
             return y
         loss = self.router_losses(routing)
         if loss is None:
@@ -154,7 +167,8 @@ class MoE(nn.Module):
         if torch.compiler.is_compiling():
             self._aux_loss = loss
         elif not _inside_backward():  # a checkpoint's second forward: the first one's loss is in use already
-            if self._aux_loss is not None and not self._warned_unread:
+            lost = self._aux_loss is not None and self._aux_loss.requires_grad
+            if lost and not self._warned_unread:
                 self._warned_unread = True
                 warnings.warn(
                     "dmoe: a MoE layer ran a second training forward before the auxiliary loss of the first was read, "
@@ -164,6 +178,10 @@ class MoE(nn.Module):
                 )
             self._aux_loss = loss
         return y
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the last forward's loss and metrics: a copy or a file must not carry a graph along."""
+        return {**self.__dict__, "_aux_loss": None, "last_metrics": None}
 
     def _is_trained(self) -> bool:
         return any(parameter.requires_grad for parameter in self.router.parameters())
@@ -190,13 +208,16 @@ class MoE(nn.Module):
         for name, (tensor, shape) in expected.items():
             if tensor is None:
                 continue
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"MoE: {name}: expected a tensor, got {type(tensor).__name__}")
             if tuple(tensor.shape) != shape or tensor.device != x.device:
                 raise ValueError(
                     f"MoE: {name}: expected shape {shape} on {x.device}, got {tuple(tensor.shape)} on {tensor.device}"
                 )
-            if (tensor.dtype == torch.bool) != (name == "token_mask") or tensor.is_floating_point():
-                kind = "bool" if name == "token_mask" else "integers"
-                raise TypeError(f"MoE: {name}: expected {kind}, got {tensor.dtype}")
+            allowed = (torch.bool,) if name == "token_mask" else (torch.int32, torch.int64)
+            if tensor.dtype not in allowed:
+                kinds = " or ".join(map(str, allowed))
+                raise TypeError(f"MoE: {name}: expected {kinds}, got {tensor.dtype}")
 
 
 def _inside_backward() -> bool:

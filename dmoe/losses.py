@@ -20,7 +20,7 @@ def load_balancing_loss(router_probs: Tensor, tokens_per_expert: Tensor, token_m
         token_mask: ``(T,)`` bool, True for tokens that count; None counts all.
 
     Returns:
-        A scalar in ``router_probs.dtype``, dimensionless: 1 under even routing, E at most, 0 for an empty batch. The
+        A scalar in float32 (float64 for float64), dimensionless: 1 under even routing, E at most, 0 for no token. The
         caller applies the coefficient.
 
     Raises:
@@ -32,14 +32,14 @@ def load_balancing_loss(router_probs: Tensor, tokens_per_expert: Tensor, token_m
             f"load_balancing_loss: tokens_per_expert: expected shape ({num_experts},) as router_probs "
             f"{tuple(router_probs.shape)} has it, got {tuple(tokens_per_expert.shape)}"
         )
-    counts = tokens_per_expert.to(router_probs.dtype)
+    wide = torch.promote_types(router_probs.dtype, torch.float32)  # half precision cannot count past 65504
+    counts = tokens_per_expert.to(wide)
     share = counts / counts.sum().clamp(min=1)
     if token_mask is None:
-        return (router_probs.sum(0) * (share * (num_experts / max(num_tokens, 1)))).sum()
-    weight = token_mask.to(router_probs.dtype)
+        return (router_probs.sum(0, dtype=wide) * (share * (num_experts / max(num_tokens, 1)))).sum()
     # One masked row may hold NaN; 0 * NaN would spread it to every expert.
-    total = router_probs.masked_fill(~token_mask.unsqueeze(1), 0).sum(0)
-    return (total * (share * (num_experts / weight.sum().clamp(min=1)))).sum()
+    total = router_probs.masked_fill(~token_mask.unsqueeze(1), 0).sum(0, dtype=wide)
+    return (total * (share * (num_experts / token_mask.sum().to(wide).clamp(min=1)))).sum()
 
 
 def router_z_loss(log_z: Tensor, token_mask: Tensor | None = None) -> Tensor:
@@ -50,12 +50,12 @@ def router_z_loss(log_z: Tensor, token_mask: Tensor | None = None) -> Tensor:
         token_mask: ``(T,)`` bool, True for tokens that count; None counts all.
 
     Returns:
-        A scalar in ``log_z.dtype``; 0 for an empty batch.
+        A scalar in float32 (float64 for float64); 0 for an empty batch.
     """
+    wide = torch.promote_types(log_z.dtype, torch.float32)
     if token_mask is None:
-        return log_z.square().sum() / max(log_z.shape[0], 1)
-    kept = log_z.masked_fill(~token_mask, 0)
-    return kept.square().sum() / token_mask.to(log_z.dtype).sum().clamp(min=1)
+        return log_z.to(wide).square().sum() / max(log_z.shape[0], 1)
+    return log_z.masked_fill(~token_mask, 0).to(wide).square().sum() / token_mask.sum().clamp(min=1)
 
 
 class _AttachLoss(torch.autograd.Function):

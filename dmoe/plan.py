@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -105,6 +106,8 @@ def plan_token_choice(
     """
     if expert_indices.dim() != 2:
         raise ValueError(f"plan_token_choice: expert_indices: expected shape (T, K), got {tuple(expert_indices.shape)}")
+    if drop_order not in get_args(DropOrder):
+        raise ValueError(f"plan_token_choice: drop_order: expected one of {get_args(DropOrder)}, got {drop_order!r}")
     num_tokens, top_k = expert_indices.shape
     token_order, choices = None, expert_indices
     if capacity is not None and drop_order in ("batch_prioritized", "gate_weight"):

@@ -62,7 +62,8 @@ class Reference:
     def run(self, indices, kept):
         c, p = self.config, self.leaves
         wide = self.router_dtype
-        logits = self.x.to(wide) @ p["router.weight"].to(wide).t()
+        x = self.x.masked_fill(~self.mask.bool().unsqueeze(1), 0)  # what a masked token holds does not matter
+        logits = x.to(wide) @ p["router.weight"].to(wide).t()
         if "router.bias" in p:
             logits = logits + p["router.bias"].to(wide)
         gates = oracle.gate_weights(
@@ -75,11 +76,11 @@ class Reference:
             over_chosen=c.softmax_order == "after_topk",
             scale=c.gate_scale,
         )
-        y = self.experts("experts", indices, gates, kept, c)
+        y = self.experts("experts", x, indices, gates, kept, c)
         if c.shared_ffn_hidden_size:
             ones = torch.ones(len(indices), 1, dtype=wide)
             if c.shared_expert_gate:
-                ones = torch.sigmoid((self.x @ p["shared_expert.gate.weight"].t()).to(wide))
+                ones = torch.sigmoid((x @ p["shared_expert.gate.weight"].t()).to(wide))
             one = MoEConfig(
                 hidden_size=c.hidden_size,
                 ffn_hidden_size=c.shared_ffn_hidden_size,
@@ -88,8 +89,8 @@ class Reference:
                 activation=c.activation,
                 gated=c.gated,
             )
-            every = [[0]] * len(indices), ones, [[True]] * len(indices)
-            y = y + self.experts("shared_expert.mlp", every[0], every[1], every[2], one)
+            everyone = [[0]] * len(indices), ones, [[True]] * len(indices)
+            y = y + self.experts("shared_expert.mlp", x, *everyone, one)
         if "output_bias" in p:
             y = y + p["output_bias"]
         counts = [bool(m) for m in self.mask]
@@ -108,14 +109,14 @@ class Reference:
             results[f"grad {name}"] = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
         return results
 
-    def experts(self, prefix, indices, gates, kept, config):
+    def experts(self, prefix, x, indices, gates, kept, config):
         p = self.leaves
         up = p.get(f"{prefix}.gate_up_proj", p.get(f"{prefix}.up_proj"))
         up_bias = p.get(f"{prefix}.gate_up_bias", p.get(f"{prefix}.up_bias"))
         weights = up, p[f"{prefix}.down_proj"], up_bias, p.get(f"{prefix}.down_bias")
         sizes = () if isinstance(config.ffn_hidden_size, int) else config.ffn_hidden_size
         return oracle.moe(
-            self.x,
+            x,
             indices,
             gates,
             kept,

@@ -104,7 +104,7 @@ def test_moe_mlp_equals_the_oracle(implementation, dtype, case):
     arguments, grad, indices, kept = build(case, dtype)
     forward, backward = IMPLEMENTATIONS[implementation]
     y, pre = forward(*arguments)
-    results = [y, *backward(grad, pre, *arguments)]
+    results = [y, *backward(grad, pre, True, *arguments)]
     exact = truth(case, arguments, grad, indices, kept, torch.float64, torch.float64)
     names = ["y", "x", "gate_weights", "up_proj", "down_proj", "up_bias", "down_bias"]
     if dtype == torch.float64:
@@ -227,7 +227,8 @@ def test_opcheck(case):
     detached = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
     torch.library.opcheck(torch.ops.dmoe.moe_mlp_inference.default, detached)
     _, pre = torch.ops.dmoe.moe_mlp(*detached)
-    torch.library.opcheck(torch.ops.dmoe.moe_mlp_backward.default, [grad, pre, *detached])
+    torch.library.opcheck(torch.ops.dmoe.moe_mlp_backward.default, [grad, pre, True, *detached])
+    torch.library.opcheck(torch.ops.dmoe.moe_mlp_backward.default, [grad, pre, False, *detached])
 
 
 def test_inference_operation_equals_the_training_one():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -322,7 +323,10 @@ def test_masked_tokens_take_no_expert_and_give_zero():
     assert layer.last_metrics.tokens_per_expert.sum() == 4 * 2
     x[~mask] = float("nan")
     torch.testing.assert_close(layer(x, token_mask=mask)[mask], y[mask])
-    torch.testing.assert_close(dmoe.aux_loss(layer), loss)
+    with_nan = dmoe.aux_loss(layer)
+    torch.testing.assert_close(with_nan, loss)
+    (layer(x, token_mask=mask).sum() + with_nan).backward()
+    assert all(torch.isfinite(p.grad).all() for p in layer.parameters())
     nobody = layer(x, token_mask=torch.zeros_like(mask))
     assert (nobody == 0).all()
     assert dmoe.aux_loss(layer).item() == 0
@@ -453,7 +457,7 @@ def bad_calls():
         "mask dtype",
         lambda: layer(x, token_mask=torch.ones(5)),
         TypeError,
-        "MoE: token_mask: expected bool, got torch.float32",
+        "MoE: token_mask: expected torch.bool, got torch.float32",
     )
     yield (
         "index shape",
@@ -465,7 +469,7 @@ def bad_calls():
         "index dtype",
         lambda: layer(x, expert_indices=good.float()),
         TypeError,
-        "MoE: expert_indices: expected integers, got torch.float32",
+        "MoE: expert_indices: expected torch.int32 or torch.int64, got torch.float32",
     )
     yield "index too large", lambda: layer(x, expert_indices=good + 9), RuntimeError, "routing_plan: .*9"
     yield "index negative", lambda: layer(x, expert_indices=good - 1), RuntimeError, "routing_plan: .*-1"
@@ -521,6 +525,115 @@ def test_bad_input_gets_one_clear_sentence(case):
     _, call, error, message = case
     with pytest.raises(error, match=message):
         call()
+
+
+def test_half_precision_router_and_any_floating_gates():
+    torch.manual_seed(0)
+    for dtype in (torch.bfloat16, torch.float16):
+        layer = MoE(**SIZES, router_dtype="input", gate_normalization=2.0, dtype=dtype)
+        assert all(torch.isfinite(t).all() for t in step(layer, torch.randn(9, 16, dtype=dtype)))
+    layer = MoE(**SIZES)
+    x, ids = torch.randn(3, 16), torch.tensor([[0, 1], [2, 3], [1, 2]])
+    expected = moe_mlp(x, ids, torch.full((3, 2), 0.5), layer.experts.weights())
+    for dtype in (torch.float64, torch.bfloat16):
+        assert torch.equal(moe_mlp(x, ids, torch.full((3, 2), 0.5, dtype=dtype), layer.experts.weights()), expected)
+
+
+def test_expert_choice_of_an_empty_batch():
+    layer = MoE(**SIZES, router="expert_choice", causal=False)
+    x = torch.randn(0, 16, requires_grad=True)
+    (layer(x).sum() + dmoe.aux_loss(layer)).backward()
+    assert x.grad.shape == (0, 16)
+
+
+def test_meta_then_to_empty_then_reset_is_a_fresh_layer():
+    fields = {"selection_bias": True, "aux_loss": "attached", "bias": "output"}
+    layer = MoE(**SIZES, **fields, device="meta").to_empty(device="cpu")
+    for module in layer.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert layer.aux_loss_scale == 1
+    assert layer.router.selection_bias.abs().max() == layer.router.load_since_update.abs().max() == 0
+    assert layer.output_bias.abs().max() == 0
+    with torch.device("meta"):
+        assert MoE(**SIZES, device="cpu").experts.down_proj.abs().max() > 0
+
+
+def test_scale_and_bias_stay_float32():
+    layer = MoE(**SIZES, aux_loss="attached", selection_bias=True).half()
+    dmoe.set_aux_loss_scale(layer, torch.tensor(65536.0))
+    assert layer.aux_loss_scale == 65536
+    state = {name: value.bfloat16() for name, value in layer.state_dict().items()}
+    layer.load_state_dict(state, assign=True)
+    assert layer.router.selection_bias.dtype == torch.float32
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert MoE(**SIZES, selection_bias=True).router.selection_bias.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_copies_carry_no_graph():
+    layer = MoE(**SIZES)
+    layer(torch.randn(3, 16))
+    twin = copy.deepcopy(layer)
+    assert twin.take_aux_loss() is None
+    assert twin.last_metrics is None
+    assert layer.take_aux_loss() is not None
+
+
+def test_frozen_experts_get_no_gradient_and_pass_it_on():
+    torch.manual_seed(0)
+    layer, x = MoE(**SIZES, bias="expert"), torch.randn(9, 16)
+    whole = step(layer, x)
+    layer.experts.requires_grad_(False)
+    layer.zero_grad(set_to_none=True)
+    frozen = step(layer, x)
+    for a, b in zip(frozen[:3], whole[:3], strict=True):  # y, x, router weight
+        assert torch.equal(a, b)
+    assert all(p.grad is None for p in layer.experts.parameters())
+
+
+def test_forward_mode_is_refused():
+    layer = MoE(**SIZES).eval()
+    x = torch.randn(3, 16)
+    with pytest.raises(NotImplementedError, match="forward-mode differentiation"):
+        torch.func.jvp(layer, (x,), (x,))
+
+
+def test_weights_in_any_memory_format():
+    torch.manual_seed(0)
+    layer, x = MoE(**SIZES), torch.randn(3, 16)
+    expected = layer(x)
+    assert torch.equal(layer.to(memory_format=torch.channels_last)(x), expected)
+
+
+def test_small_scores_are_normalised_without_underflow():
+    from dmoe.ops import gate_weights
+
+    ids = torch.tensor([[0, 1]])
+    for backend in (None, "reference"):
+        weights = gate_weights(torch.tensor([[1e-25, 2e-25]]), ids, normalization=2.0, backend=backend)
+        torch.testing.assert_close(weights, torch.tensor([[0.2**0.5, 0.8**0.5]]))
+        assert gate_weights(torch.rand(1, 2), ids - 5, backend=backend).tolist() == [[0, 0]]
+
+
+def test_balance_loss_counts_past_float16():
+    loss = dmoe.losses.load_balancing_loss(torch.full((70000, 2), 0.5).half(), torch.tensor([35000, 35000]))
+    assert loss.item() == pytest.approx(1)
+
+
+def test_reference_backend_under_autocast_returns_autocasts_dtype():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert MoE(**SIZES, backend="reference")(torch.randn(3, 16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("name", "value"), [("drop_order", "choice-major"), ("backend", "refrence")])
+def test_functional_names_a_typo(name, value):
+    layer = MoE(**SIZES)
+    x, ids = torch.randn(3, 16), torch.zeros(3, 2, dtype=torch.int64)
+    with pytest.raises(ValueError, match=f"{name}: expected .* got '{value}'"):
+        moe_mlp(x, ids, torch.ones(3, 2), layer.experts.weights(), capacity=2, **{name: value})
 
 
 def test_ids_equal_to_the_number_of_experts_take_no_row():

@@ -25,15 +25,21 @@ def _gather(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Safe indices, chosen scores, kept mask and, when p > 0, the norm (never 0)."""
     num_experts = scores.shape[1]
-    chosen = expert_indices < num_experts
-    index = expert_indices.clamp(max=max(num_experts - 1, 0)).long()
+    chosen = (expert_indices >= 0) & (expert_indices < num_experts)
+    index = expert_indices.clamp(0, max(num_experts - 1, 0)).long()
     picked = scores.gather(1, index).masked_fill(~chosen, 0)
     kept = chosen if token_to_rows is None else chosen & (token_to_rows >= 0)
     if p == 0:
         return index, picked, kept, None
     counted = picked.masked_fill(~kept, 0) if after_drop else picked
-    norm = torch.linalg.vector_norm(counted, p, dim=1, keepdim=True)
-    return index, picked, kept, norm.clamp(min=torch.finfo(scores.dtype).tiny)
+    tiny = torch.finfo(scores.dtype).tiny
+    largest = counted.amax(1, keepdim=True).clamp(min=tiny)  # powers of small scores would underflow
+    return (
+        index,
+        picked,
+        kept,
+        largest * torch.linalg.vector_norm(counted / largest, p, dim=1, keepdim=True).clamp(min=1),
+    )
 
 
 def gate_weights_ref(
@@ -58,11 +64,11 @@ def gate_weights_backward_ref(
     index, picked, kept, norm = _gather(scores, expert_indices, token_to_rows, p, after_drop)
     grad_picked = grad.masked_fill(~kept, 0) * scale
     if norm is not None:
-        counted = kept if after_drop else expert_indices < scores.shape[1]
+        counted = kept if after_drop else (expert_indices >= 0) & (expert_indices < scores.shape[1])
         share = (grad_picked * picked).sum(1, keepdim=True) / norm
         slope = (picked / norm).pow(p - 1).masked_fill(~counted, 0)
         grad_picked = (grad_picked - share * slope) / norm
-    grad_picked = grad_picked.masked_fill(expert_indices >= scores.shape[1], 0)
+    grad_picked = grad_picked.masked_fill((expert_indices < 0) | (expert_indices >= scores.shape[1]), 0)
     # A token's choices are distinct, except masked ones, which add zeros: no order can change the bits.
     return torch.zeros_like(scores).scatter_add_(1, index, grad_picked)
 

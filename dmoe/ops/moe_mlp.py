@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from dmoe.ops._library import define, refuse_double_backward, register_autograd
 from dmoe.ops.activation import accumulate_dtype, activate, activate_backward
@@ -169,12 +170,15 @@ def _expert_rows(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return out, gate, pre
 
 
-def moe_mlp_backward_ref(grad_y: Tensor, pre: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """Gradients of x, gate weights, both projections and both biases (empty tensors where there is no bias)."""
+def moe_mlp_backward_ref(grad_y: Tensor, pre: Tensor, of_weights: bool, *arguments: Any) -> tuple[Tensor, ...]:
+    """Gradients of x, gate weights, both projections and both biases.
+
+    Empty tensors stand for biases that do not exist, and for all four without ``of_weights`` (frozen experts).
+    """
     call = _Call(*arguments)
     weights = _stacked(call)
     dtype, wide = call.x.dtype, accumulate_dtype(call.x.dtype)
-    real, _, assignment, gate = _row_values(call)
+    real, expert, assignment, gate = _row_values(call)
     offsets, num_experts = call.expert_offsets, call.expert_offsets.shape[0] - 1
 
     def per_expert_sum(rows: Tensor) -> Tensor:
@@ -189,20 +193,13 @@ def moe_mlp_backward_ref(grad_y: Tensor, pre: Tensor, *arguments: Any) -> tuple[
     grad_hidden = grouped_gemm(grad_out, weights.down, offsets, trans_b=False).to(wide)
     hidden = activate(pre, call.activation, call.gated)
     mask = _dropout(call, ACTIVATION_DROPOUT, call.activation_dropout, assignment, call.width, wide)
-    if mask is not None:
-        hidden, grad_hidden = hidden * mask, grad_hidden * mask
-
-    grad_gate = (activate(pre, call.activation, call.gated) * grad_hidden).sum(1)
+    grad_hidden = grad_hidden if mask is None else grad_hidden * mask
+    grad_gate = (hidden * grad_hidden).sum(1)
+    hidden = hidden if mask is None else hidden * mask
     if call.gate_weight_on != "input":
         hidden, grad_hidden = hidden * gate, grad_hidden * gate
-    weighted_out = (grad_out * gate).to(dtype) if call.gate_weight_on == "output" else grad_out
-    grad_down = grouped_gemm_weight(grad_out, hidden.to(dtype), offsets, num_experts)
-    grad_down_bias = call.x.new_empty(0)
-    if call.down_bias is not None:
-        grad_down_bias = per_expert_sum(weighted_out)
-        if call.gate_weight_on == "output":
-            expert = _row_values(call)[1]
-            grad_gate = grad_gate + (_bias_rows(call.down_bias, expert, real).to(wide) * grad_out).sum(1)
+    if call.down_bias is not None and call.gate_weight_on == "output":
+        grad_gate = grad_gate + (_bias_rows(call.down_bias, expert, real).to(wide) * grad_out).sum(1)
 
     # Through the activation and the up projection.
     grad_pre = activate_backward(grad_hidden, pre, call.activation, call.gated).to(dtype)
@@ -211,8 +208,6 @@ def moe_mlp_backward_ref(grad_y: Tensor, pre: Tensor, *arguments: Any) -> tuple[
     if call.gate_weight_on == "input":
         grad_gate = (rows.to(wide) * grad_rows).sum(1)
         rows = (rows * gate).to(dtype)
-    grad_up = grouped_gemm_weight(grad_pre, rows, offsets, num_experts)
-    grad_up_bias = call.x.new_empty(0) if call.up_bias is None else per_expert_sum(grad_pre)
     to_tokens = call.gate_weights if call.gate_weight_on == "input" else None
     grad_x = unpermute(grad_rows, to_tokens, call.row_to_token, call.row_to_slot, call.token_offsets, call.token_rows)
 
@@ -222,6 +217,16 @@ def moe_mlp_backward_ref(grad_y: Tensor, pre: Tensor, *arguments: Any) -> tuple[
     else:
         grad_gate = grad_gate.new_zeros(call.token_rows.shape)
     grad_gate = grad_gate.masked_fill(~kept, 0).to(call.gate_weights.dtype).view(call.gate_weights.shape)
+    if not of_weights:
+        return grad_x, grad_gate, *(call.x.new_empty(0) for _ in range(4))
+
+    grad_up = grouped_gemm_weight(grad_pre, rows, offsets, num_experts)
+    grad_down = grouped_gemm_weight(grad_out, hidden.to(dtype), offsets, num_experts)
+    grad_up_bias = grad_down_bias = call.x.new_empty(0)
+    if call.up_bias is not None:
+        grad_up_bias = per_expert_sum(grad_pre)
+    if call.down_bias is not None:
+        grad_down_bias = per_expert_sum((grad_out * gate).to(dtype) if call.gate_weight_on == "output" else grad_out)
     return grad_x, grad_gate, *_as_given(call, grad_up, grad_down, grad_up_bias), grad_down_bias
 
 
@@ -241,9 +246,10 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     return call.x.new_empty(call.x.shape), call.x.new_empty((call.row_to_token.shape[0], call.pre_width))
 
 
-def _fake_backward(grad_y: Tensor, pre: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _fake_backward(grad_y: Tensor, pre: Tensor, of_weights: bool, *arguments: Any) -> tuple[Tensor, ...]:
     call = _Call(*arguments)
-    given = (call.x, call.gate_weights, call.up_proj, call.down_proj, call.up_bias, call.down_bias)
+    weights = (call.up_proj, call.down_proj, call.up_bias, call.down_bias) if of_weights else (None,) * 4
+    given = (call.x, call.gate_weights, *weights)
     return tuple(call.x.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape) for tensor in given)
 
 
@@ -273,7 +279,7 @@ _inference = define(
     autocast=_autocast,
 )
 _backward = define(
-    f"moe_mlp_backward(Tensor grad_y, Tensor pre_activation, {_ARGUMENTS})"
+    f"moe_mlp_backward(Tensor grad_y, Tensor pre_activation, bool of_weights, {_ARGUMENTS})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     moe_mlp_backward_ref,
     fake=_fake_backward,
@@ -292,13 +298,20 @@ def _autograd(ctx: Any, grad_y: Tensor | None, grad_pre: Tensor | None) -> tuple
     if grad_y is None:
         return (None,) * (12 + len(ctx.options))
     pre, *tensors = ctx.saved_tensors
-    grads = _backward(grad_y.contiguous(), pre, *tensors, *ctx.options)
-    up_bias, down_bias = tensors[4], tensors[5]
-    has_biases = (grads[4] if up_bias is not None else None, grads[5] if down_bias is not None else None)
-    return (*grads[:4], *has_biases, *(None,) * (6 + len(ctx.options)))
+    wanted = ctx.needs_input_grad[:6]
+    grads = _backward(grad_y.contiguous(), pre, any(wanted[2:]), *tensors, *ctx.options)
+    given = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
+    return (*given, *(None,) * (6 + len(ctx.options)))
 
 
 register_autograd(_forward, _autograd, _setup_context)
+
+
+def has_tangent(x: Tensor) -> bool:
+    """Whether x is being differentiated in forward mode, which these operations would silently answer with zero."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return forward_ad.unpack_dual(x).tangent is not None
 
 
 def moe_mlp(*arguments: Any, backend: str | None = None) -> Tensor:
@@ -308,8 +321,15 @@ def moe_mlp(*arguments: Any, backend: str | None = None) -> Tensor:
         *arguments: in the schema's order.
         backend: ``reference`` runs the composition under autograd; otherwise the tensors' device decides.
     """
+    if backend not in (None, "grouped", "reference"):
+        raise ValueError(f"moe_mlp: backend: expected None, 'grouped' or 'reference', got {backend!r}")
     if backend == "reference":
-        return moe_mlp_twice_differentiable(*arguments)
+        device_type = arguments[0].device.type
+        if not torch.is_autocast_enabled(device_type):
+            return moe_mlp_twice_differentiable(*arguments)
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch.autocast(device_type, enabled=False):
+            return _autocast(moe_mlp_twice_differentiable, dtype, *arguments)
     differentiable = any(isinstance(value, Tensor) and value.requires_grad for value in arguments[:6])
     if torch.is_grad_enabled() and differentiable:
         return _forward(*arguments)[0]

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from dmoe.buffers import Float32Buffers
 from dmoe.config import MoEConfig
 from dmoe.ops.activation import accumulate_dtype
 from dmoe.ops.philox import draw_seed
@@ -65,7 +66,7 @@ class Router(Protocol):
         ...
 
 
-class LinearRouter(nn.Module):
+class LinearRouter(Float32Buffers):
     """A learned linear from hidden to router logits; the families below decide what to do with them.
 
     Args:

@@ -17,8 +17,7 @@ class ExpertChoiceRouter(LinearRouter):
     """Every expert takes the tokens that score highest for it: ``ceil(capacity_factor * T / E)`` of them.
 
     ``capacity_factor`` (default: ``top_k``) is the mean number of experts per token. A token sees the whole batch
-    through
-    this choice, later tokens included: see ``MoEConfig.causal``.
+    through this choice, later tokens included: see ``MoEConfig.causal``.
     """
 
     def forward(
@@ -58,7 +57,10 @@ class ExpertChoiceRouter(LinearRouter):
         wanted = scores.detach()
         if token_mask is not None:
             wanted = wanted.masked_fill(~token_mask.unsqueeze(1), -torch.inf)
-        token_indices = topk_indices(wanted.t().contiguous(), per_expert)
+        if per_expert == 0:  # an empty batch
+            token_indices = torch.empty(config.num_experts, 0, dtype=torch.int64, device=scores.device)
+        else:
+            token_indices = topk_indices(wanted.t().contiguous(), per_expert)
         if token_mask is not None:
             token_indices = torch.where(token_mask[token_indices], token_indices, -1)
 

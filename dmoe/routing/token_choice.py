@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,20 +33,19 @@ class TopKRouter(LinearRouter):
         self, config: MoEConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__(config, device=device, dtype=dtype)
-        wanted = config.selection_bias
-        fresh = torch.zeros(config.num_experts, device=device) if wanted else None
-        self.register_buffer("selection_bias", fresh)
-        self.register_buffer("load_since_update", None if fresh is None else fresh.clone(), persistent=False)
+        if config.selection_bias:
+            self.register_float32("selection_bias", 0.0, config.num_experts, device=device)
+            self.register_float32("load_since_update", 0.0, config.num_experts, device=device, persistent=False)
+        else:
+            self.register_buffer("selection_bias", None)
+            self.register_buffer("load_since_update", None, persistent=False)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TopKRouter:
-        """Move with the model, but stay float32: updates of 1e-3 vanish in bfloat16."""
-        before = self.selection_bias, self.load_since_update
-        super()._apply(fn, recurse)
-        for name, old in zip(("selection_bias", "load_since_update"), before, strict=True):
-            new = getattr(self, name)
-            if old is not None and new.dtype != torch.float32:
-                setattr(self, name, torch.empty_like(new, dtype=torch.float32) if old.is_meta else old.to(new.device))
-        return self
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Fresh values: the linear's, and a selection bias of 0."""
+        super().reset_parameters()
+        for name in self.float32_buffers:
+            getattr(self, name).zero_()
 
     def forward(
         self,
@@ -101,7 +99,8 @@ class TopKRouter(LinearRouter):
             drop_order=config.drop_order,
             priority=None if capacity is None else gate_weights(scores.detach(), expert_indices),
         )
-        # A softmax over the chosen logits alone is the softmax over all, renormalised over the chosen ones.
+        # A softmax over the chosen logits alone is the softmax over all, renormalised over the chosen ones (as long as
+        # these do not all underflow beside an expert that was not chosen, as a replayed routing may have it).
         over_chosen = 1.0 if config.softmax_order == "after_topk" else None
         weights = gate_weights(
             scores,
