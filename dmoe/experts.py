@@ -148,7 +148,7 @@ def _check(x: Tensor, plan: RoutingPlan, gate_weights: Tensor, weights: ExpertWe
     if not gate_weights.is_floating_point():
         raise TypeError(f"moe_mlp: gate_weights: expected a floating-point tensor, got {gate_weights.dtype}")
     if has_tangent(x):
-        raise NotImplementedError("moe_mlp: forward-mode differentiation (jvp) is not supported; use reverse mode")
+        raise RuntimeError("moe_mlp: forward-mode differentiation (jvp) is not supported; use reverse mode")
     devices = {x.device, weights.up_proj.device, gate_weights.device, plan.token_rows.device}
     if len(devices) > 1:
         raise ValueError(
