@@ -184,7 +184,9 @@ def test_layer_equals_the_oracle(dtype, case):
     noise = 16 * torch.finfo(torch.float32).eps * max(t.abs().max().item() for t in exact.values() if t.numel())
     for name, value in actual.items():
         own = [(plain[name], true[name]) for plain, true in pairs]
-        assert_as_accurate(f"{name} [{config}]", value, exact[name], own, noise=noise)
+        assert_as_accurate(
+            f"{name} [{config}]", value, exact[name], own, noise=noise if name.startswith("grad router") else 0.0
+        )
 
 
 @settings(max_examples=60)
