@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmoe.ops import gate_weights, router_logits, router_scores
-from dmoe.ops.gate_weights import gate_weights_ref
+from dmoe.ops.gate_weights import gate_weights_backward_ref, gate_weights_ref
 from dmoe.ops.router_logits import router_logits_ref
 from dmoe.ops.router_scores import router_scores_ref
 
@@ -93,6 +93,9 @@ def test_gate_weights(case):
         grad = torch.randn_like(ours)
         (a,), (b,) = torch.autograd.grad(ours, logits, grad), torch.autograd.grad(expected, logits, grad)
         torch.testing.assert_close(a, b)
+        scores = logits.softmax(-1)
+        by_reference = gate_weights_backward_ref(grad, scores.detach(), indices, rows, float(p or 0), after_drop, scale)
+        torch.testing.assert_close(torch.autograd.grad(scores, logits, by_reference)[0], b)
 
 
 def test_gate_weights_of_zero_scores_are_zero():
