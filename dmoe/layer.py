@@ -38,6 +38,10 @@ class MoE(Float32Buffers):
 
     Attributes:
         last_metrics: :class:`dmoe.metrics.RoutingMetrics` of the last forward, or None.
+
+    Limits: one layer object called twice before its loss is read keeps the second loss only (not so with
+    ``aux_loss="attached"``); ``torch.func`` transforms and forward-mode differentiation are not supported; second
+    derivatives need ``backend="reference"``.
     """
 
     aux_loss_scale: Tensor
