@@ -131,11 +131,16 @@ def test_moe_mlp_equals_the_oracle(implementation, dtype, case):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("counts", [[700, 1, 0, 130, 129], [0, 0, 0, 5000, 3]], ids=str)
-def test_blocks_waves_and_rounded_rows(dtype, counts):
-    """Experts larger than a block, a wave, or of a size that products round up: against one product per expert."""
+@pytest.mark.parametrize(
+    ("counts", "H", "F"),
+    [([700, 1, 0, 130, 129], 40, 24), ([0, 0, 0, 9000, 3], 40, 24), ([300, 20], 530, 272)],
+    ids=str,
+)
+def test_blocks_waves_and_cut_weight_gradients(dtype, counts, H, F):
+    """Experts larger than a block or a wave, of a size that products round up, and wide enough for their weight
+    gradients to be cut: against one product per expert."""
     torch.manual_seed(0)
-    E, H, F = len(counts), 40, 24
+    E = len(counts)
     experts = torch.cat([torch.full((n,), e) for e, n in enumerate(counts)])
     experts = experts[torch.randperm(len(experts))]
     x = torch.randn(len(experts), H).to(dtype).requires_grad_()
