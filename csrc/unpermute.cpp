@@ -15,6 +15,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include "check.h"
+#include "unpermute.h"
 
 namespace dmoe {
 namespace {
@@ -40,20 +41,6 @@ void for_dtype(const char* op, const char* name, const Tensor& rows, const Funct
     case ScalarType::Half: return fn(Half());
     default: fail(op, ": ", name, ": expected a floating-point tensor, got ", toString(rows.scalar_type()));
   }
-}
-
-Tensor int32_vector(const char* op, const char* name, const Tensor& tensor) {
-  check_dim(op, name, tensor, 1);
-  check_dtype(op, name, tensor, ScalarType::Int);
-  return torch::stable::contiguous(tensor);
-}
-
-// Contiguous, in the type of the sums, of shape (assignments,).
-Tensor prepare_weights(const char* op, const Tensor& weights, int64_t assignments, ScalarType type) {
-  check_dim(op, "gate_weights", weights, 1);
-  DMOE_CHECK(weights.size(0) == assignments, op, ": gate_weights: expected one for each of the ", assignments,
-             " assignments of token_rows, got ", weights.size(0));
-  return torch::stable::contiguous(torch::stable::to(weights, type));
 }
 
 Tensor unpermute(const Tensor& rows, const std::optional<Tensor>& gate_weights, const Tensor& row_to_token,

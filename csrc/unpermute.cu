@@ -10,6 +10,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cuda_common.cuh"
+#include "unpermute.h"
 
 namespace dmoe {
 namespace {
@@ -142,19 +143,6 @@ T* data(const Tensor& tensor) {
 }
 
 uintptr_t address(const Tensor& tensor) { return reinterpret_cast<uintptr_t>(tensor.data_ptr()); }
-
-Tensor int32_vector(const char* op, const char* name, const Tensor& tensor) {
-  check_dim(op, name, tensor, 1);
-  check_dtype(op, name, tensor, ScalarType::Int);
-  return torch::stable::contiguous(tensor);
-}
-
-Tensor prepare_weights(const char* op, const Tensor& weights, int64_t assignments, ScalarType type) {
-  check_dim(op, "gate_weights", weights, 1);
-  DMOE_CHECK(weights.size(0) == assignments, op, ": gate_weights: expected one for each of the ", assignments,
-             " assignments of token_rows, got ", weights.size(0));
-  return torch::stable::contiguous(torch::stable::to(weights, type));
-}
 
 Tensor unpermute(const Tensor& rows, const std::optional<Tensor>& gate_weights, const Tensor& row_to_token,
                  const std::optional<Tensor>& row_to_slot, const Tensor& token_offsets, const Tensor& token_rows) {

@@ -9,10 +9,7 @@ from torch import Tensor
 
 from dmoe.ops._checks import check_index_tensors
 from dmoe.ops._library import define, refuse_double_backward, register_autograd
-
-
-def _sum_dtype(rows: Tensor) -> torch.dtype:
-    return torch.float64 if rows.dtype == torch.float64 else torch.float32
+from dmoe.ops.activation import accumulate_dtype
 
 
 def unpermute_ref(
@@ -24,7 +21,7 @@ def unpermute_ref(
     token_rows: Tensor,
 ) -> Tensor:
     """Plain-PyTorch meaning of :func:`unpermute`, with ``gate_weights`` flat."""
-    tokens, dtype = token_offsets.shape[0] - 1, _sum_dtype(rows)
+    tokens, dtype = token_offsets.shape[0] - 1, accumulate_dtype(rows.dtype)
     if rows.shape[0] == 0 or tokens == 0 or token_rows.shape[0] == 0:
         return rows.new_zeros(tokens, rows.shape[1])
     terms = rows.index_select(0, token_rows.clamp_min(0)).to(dtype)
@@ -50,7 +47,7 @@ def unpermute_backward_ref(
     For the row r of assignment j of token t: ``drows[r] = w[j] * dy[t]`` and ``dw[j] = <dy[t], rows[r]>``; 0 where a
     row holds no token, and where an assignment was dropped.
     """
-    dtype = _sum_dtype(rows)
+    dtype = accumulate_dtype(rows.dtype)
     if grad.shape[0] == 0 or rows.shape[0] == 0 or token_rows.shape[0] == 0:
         return torch.zeros_like(rows, memory_format=torch.contiguous_format), torch.zeros_like(gate_weights)
     hole = row_to_token < 0
