@@ -31,6 +31,10 @@ class RoutingPlan:
         tokens_per_expert: assignments per expert before any drop, ``(E,)``.
         capacity: the most rows an expert keeps; None when nothing is dropped.
         top_k: K, when every token has the same number of assignments.
+        tiles: the work of a grouped product, ``(M, 2)``: expert and first row of each tile of ``tile_rows`` rows, the
+            experts with most rows first; expert -1 behind the last tile. None when nobody has asked for it.
+        experts_by_load: experts from most to fewest rows, equal ones by id, ``(E,)``; None likewise.
+        tile_rows: rows of one tile.
     """
 
     row_to_token: Tensor
@@ -41,6 +45,9 @@ class RoutingPlan:
     tokens_per_expert: Tensor
     capacity: int | None = None
     top_k: int | None = None
+    tiles: Tensor | None = None
+    experts_by_load: Tensor | None = None
+    tile_rows: int = 0
 
     @property
     def num_tokens(self) -> int:

@@ -8,6 +8,9 @@ import hypothesis
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # Triton reads this once, when it is imported: kernels run under its interpreter
+    os.environ["TRITON_INTERPRET"] = "1"
+
 hypothesis.settings.register_profile("dmoe", deadline=None, print_blob=True)
 # In CI the same cases every time: a new one is found by people, who can look at it.
 hypothesis.settings.register_profile("ci", parent=hypothesis.settings.get_profile("dmoe"), derandomize=True)

@@ -34,9 +34,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "dense_ffn": {"config"},
     "replace": {"layer", "config", "parallel", "dense_ffn"},
     "info": {"ops"},
+    "compat": {"layer", "config", "ops", "plan", "losses", "experts", "functional", "routing", "model_tools"},
 }
 # Packages from outside, besides the standard library.
-OUTSIDE: dict[str, set[str]] = {room: {"torch"} for room in MAY_IMPORT} | {"kernels": {"torch", "triton"}}
+OUTSIDE: dict[str, set[str]] = {room: {"torch"} for room in MAY_IMPORT} | {
+    "kernels": {"torch", "triton"},
+    "ops": {"torch", "stk"},
+    "compat": {"torch", "stk"},
+}
 
 
 class Import(NamedTuple):

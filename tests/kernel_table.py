@@ -1,0 +1,172 @@
+"""Compiles what the host code launches, for a GPU that need not be there, and reads what the compiler made of it.
+
+The operations' own CUDA functions run on ``meta`` tensors; instead of starting a kernel, :func:`compiling` compiles it
+with the very arguments it would have been started with. So whatever can be dispatched in a case is compiled, with the
+specialisation the launch would get, and nothing else.
+
+``python tests/kernel_table.py --arch 90`` prints the table of one architecture as JSON; ``--write`` renews the
+committed one, ``tests/kernel_table.json``, for all. One process compiles for one architecture only: a kernel that uses
+Hopper's instructions can take the whole process down when compiled for another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLE = Path(__file__).with_suffix(".json")
+ARCHITECTURES = (80, 90, 100)
+# What tells in the PTX how a kernel moves and multiplies.
+FEATURES = {
+    "wgmma": "wgmma.mma_async",
+    "tcgen05": "tcgen05.mma",
+    "mma": "mma.sync",
+    "tma": "cp.async.bulk.tensor",
+    "cp.async": "cp.async.cg",
+}
+
+
+class NoGPU:
+    """As much of Triton's driver as compiling asks for."""
+
+    def __init__(self, arch: int):
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+    def get_device_interface(self):
+        return torch.cuda
+
+
+@contextlib.contextmanager
+def compiling(arch: int):
+    """Inside, launches compile for ``arch``; yields the list of (kernel name, compiled kernel) in launch order."""
+    from triton.runtime import driver
+
+    import dmoe.kernels._launch as module
+
+    driver.set_active(NoGPU(arch))
+    launched, original, capability = [], module.launch, module.capability
+
+    def compile_instead(kernel, grid, *arguments, **options):
+        if all(grid):
+            launched.append((kernel.__name__, kernel.warmup(*arguments, grid=grid, **options)))
+
+    swap(original, compile_instead)
+    swap(capability, here := lambda device: arch)
+    try:
+        yield launched
+    finally:
+        swap(compile_instead, original)
+        swap(here, capability)
+
+
+def swap(old, new):
+    """Replace a function under every name that a module of dmoe.kernels or dmoe.ops knows it by."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith(("dmoe.kernels", "dmoe.ops")):
+            for key, value in list(vars(module).items()):
+                if value is old:
+                    setattr(module, key, new)
+
+
+@contextlib.contextmanager
+def counting():
+    """Inside, launches are only counted: yields the list of kernel names. Needs no compiler and no GPU."""
+    import dmoe.kernels._launch as module
+
+    names, original = [], module.launch
+
+    def count_instead(kernel, grid, *arguments, **options):
+        if all(grid):
+            names.append(kernel.__name__)
+
+    swap(original, count_instead)
+    try:
+        yield names
+    finally:
+        swap(count_instead, original)
+
+
+def resources(compiled) -> dict:
+    """Registers and bytes of local memory (spills) per thread, dynamic shared memory per program, features."""
+    from triton.backends import nvidia
+
+    cuobjdump = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        told = subprocess.run(
+            [cuobjdump, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
+        ).stdout
+    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", told)}
+    ptx = compiled.asm["ptx"]
+    return {
+        "registers": usage["REG"],
+        "spilled": usage["STACK"] + usage["LOCAL"],
+        "shared": compiled.metadata.shared,
+        "warps": compiled.metadata.num_warps,
+        "uses": sorted(name for name, mark in FEATURES.items() if mark in ptx),
+    }
+
+
+def table_of(arch: int, only: str = "") -> dict:
+    """Every case of :mod:`kernel_cases`: {case: [{"kernel": name, ...resources}]}."""
+    import kernel_cases
+
+    table, seen = {}, {}
+    for name, run in kernel_cases.CASES.items():
+        if only not in name:
+            continue
+        with compiling(arch) as launched:
+            run()
+        rows = []
+        for kernel, compiled in launched:
+            digest = hashlib.sha256(compiled.asm["cubin"]).hexdigest()
+            if digest not in seen:
+                seen[digest] = resources(compiled)
+            rows.append({"kernel": kernel, **seen[digest]})
+        table[name] = rows
+    return table
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arch", type=int, choices=ARCHITECTURES)
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--write", action="store_true", help=f"renew {TABLE.name}")
+    options = parser.parse_args()
+    if not options.write:
+        print(json.dumps(table_of(options.arch or 90, options.only), indent=1))
+        return
+    import triton
+
+    def one(arch):
+        command = [sys.executable, __file__, "--arch", str(arch)]
+        return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT).stdout)
+
+    table = {f"sm_{arch}": one(arch) for arch in ARCHITECTURES}
+    TABLE.write_text(json.dumps({"triton": triton.__version__, **table}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
