@@ -87,7 +87,7 @@ def contestants(case: Case, seed: int) -> dict[str, Callable[[], Any]]:
         "dmoe": lambda: routing_plan(ids, E),
         "torch": lambda: torch_plan(ids, E),
         "torch, int32 ids": lambda: torch_plan(narrow, E),
-        "reference": lambda: routing_plan_ref(ids, E, 1, None, False, None, False),
+        "reference": lambda: routing_plan_ref(ids, E, 1, None, False, None, False, 0),
     }
 
 

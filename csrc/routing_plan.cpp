@@ -6,8 +6,8 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <numeric>
 #include <optional>
-#include <tuple>
 #include <type_traits>
 #include <vector>
 
@@ -170,6 +170,23 @@ void scatter_run_through_lines(const Id* ids, int64_t begin, int64_t end, const 
 #endif
 }
 
+// Tiles of `tile_rows` rows, the experts with most rows first; -1 behind the last one.
+void cut_tiles(const PlanShape& shape, const PlanOutputs& out) {
+  const int64_t E = shape.num_experts;
+  const auto rows = [&out](int32_t e) { return int64_t{out.expert_offsets[e + 1]} - out.expert_offsets[e]; };
+  std::iota(out.experts_by_load, out.experts_by_load + E, 0);
+  std::stable_sort(out.experts_by_load, out.experts_by_load + E, [&](int32_t a, int32_t b) { return rows(a) > rows(b); });
+  int32_t* next = out.tiles;
+  for (int64_t i = 0; i < E; ++i) {
+    const int32_t e = out.experts_by_load[i];
+    for (int64_t row = out.expert_offsets[e]; row < out.expert_offsets[e + 1]; row += shape.tile_rows) {
+      *next++ = e;
+      *next++ = static_cast<int32_t>(row);
+    }
+  }
+  std::fill(next, out.tiles + 2 * shape.num_tiles, -1);
+}
+
 template <typename Id, bool kChoiceMajor, typename Order>
 bool plan_runs(const Id* ids, const PlanShape& shape, const Order& order, const PlanOutputs& out) {
   const int64_t E = shape.num_experts, T = shape.num_tokens, K = shape.top_k, visits = T * K;
@@ -214,6 +231,7 @@ bool plan_runs(const Id* ids, const PlanShape& shape, const Order& order, const 
     offset += shape.binned ? shape.capacity : (kept + shape.block_size - 1) / shape.block_size * shape.block_size;
   }
   out.expert_offsets[E] = static_cast<int32_t>(offset);
+  if (shape.tile_rows > 0) cut_tiles(shape, out);
 
   const bool through_lines = visits >= kMinVisitsForLines && E >= kMinExpertsForLines && E <= kMaxExpertsForLines;
   cut.for_each([&](int64_t run, int64_t begin, int64_t end) {
@@ -282,11 +300,9 @@ void plan_ids(const Tensor& expert_indices, const std::optional<Tensor>& token_o
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> routing_plan(Tensor expert_indices, int64_t num_experts,
-                                                                int64_t block_size, std::optional<int64_t> capacity,
-                                                                bool choice_major, std::optional<Tensor> token_order,
-                                                                bool binned) {
-  RoutingPlanCall call(expert_indices, num_experts, block_size, capacity, choice_major, token_order, binned);
+PlanResults routing_plan(Tensor expert_indices, int64_t num_experts, int64_t block_size, std::optional<int64_t> capacity,
+                         bool choice_major, std::optional<Tensor> token_order, bool binned, int64_t tile_rows) {
+  RoutingPlanCall call(expert_indices, num_experts, block_size, capacity, choice_major, token_order, binned, tile_rows);
   if (expert_indices.scalar_type() == ScalarType::Int) {
     plan_ids<int32_t>(call.expert_indices, call.token_order, call.shape, call.outputs());
   } else {

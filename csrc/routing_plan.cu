@@ -5,6 +5,8 @@
 //   2. After a grid barrier, one warp an expert scans that expert's numbers over the blocks.
 //   3. After a second barrier every block knows the totals, hence where every expert's rows begin, and what the blocks
 //      before it contribute; each warp walks its run again and hands out rows in order.
+//   4. Tiles need the experts by load. Nothing is sorted: one warp an expert counts the experts that rank before it and
+//      their tiles, which is where its own go.
 //
 // Why not a decoupled look-back: it saves a barrier where a tile's output place depends on the tiles before it only. Here it
 // depends on all of them: expert 1 begins where the last assignment of expert 0, in whichever tile, ends. So nothing can
@@ -19,7 +21,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <optional>
-#include <tuple>
 
 #include <cooperative_groups.h>
 
@@ -34,6 +35,7 @@ namespace {
 constexpr int kMaxWarps = 8;        // in a block
 constexpr int kMinVisits = 128;     // of a warp: fewer do not repay its share of the scan
 constexpr int kUnroll = 4;          // ids in flight in every lane
+constexpr int kMaxSteps = 64;       // of a warp through the experts, when it ranks them: more repay another block
 constexpr int kBlocksPerSM = 2;     // more would not shorten the counting, and lengthen the scan over blocks
 constexpr unsigned kWarp = 0xffffffffu;
 
@@ -45,6 +47,7 @@ struct PlanArguments {
   int32_t* totals;          // (E,)
   int32_t num_tokens, top_k, num_experts, num_rows, block_size, capacity;
   int32_t visits_per_warp;
+  int32_t tile_rows, num_tiles;  // tile_rows 0: nobody asked for tiles
   bool order_is_int64, choice_major, binned;
 };
 
@@ -73,6 +76,35 @@ __device__ Visit visit_at(const Id* ids, const PlanArguments& a, int64_t positio
   const int64_t id = static_cast<int64_t>(ids[visit.assignment]);
   if (id >= 0 && id < a.num_experts) visit.expert = static_cast<int32_t>(id);
   return visit;
+}
+
+// The experts' rank by load and their tiles, one warp an expert; the last in rank clears what is behind its tiles.
+__device__ void cut_tiles(const PlanArguments& a, const int32_t* first_row, int64_t global_warp, int64_t warps,
+                          int32_t lane) {
+  int2* const tiles = reinterpret_cast<int2*>(a.out.tiles);
+  const int32_t E = a.num_experts;
+  const auto tiles_of = [&a](int32_t rows) { return rows / a.tile_rows + (rows % a.tile_rows != 0); };
+  for (int64_t e = global_warp; e < E; e += warps) {
+    const int32_t begin = first_row[e], rows = first_row[e + 1] - begin;
+    int32_t rank = 0, place = 0;
+    for (int32_t other = lane; other < E; other += 32) {
+      const int32_t theirs = first_row[other + 1] - first_row[other];
+      if (theirs > rows || (theirs == rows && other < e)) {
+        ++rank;
+        place += tiles_of(theirs);
+      }
+    }
+    for (int step = 16; step > 0; step /= 2) {
+      rank += __shfl_xor_sync(kWarp, rank, step);
+      place += __shfl_xor_sync(kWarp, place, step);
+    }
+    const int32_t expert = static_cast<int32_t>(e), count = tiles_of(rows);
+    if (lane == 0) a.out.experts_by_load[rank] = expert;
+    for (int32_t i = lane; i < count; i += 32) tiles[place + i] = make_int2(expert, begin + i * a.tile_rows);
+    if (rank == E - 1) {
+      for (int64_t i = int64_t{place} + count + lane; i < a.num_tiles; i += 32) tiles[i] = make_int2(-1, -1);
+    }
+  }
 }
 
 template <typename Id>
@@ -217,6 +249,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32) plan_kernel(const Id* ids, con
     a.out.row_to_token[row] = -1;
     a.out.row_to_slot[row] = -1;
   }
+  if (a.tile_rows > 0) cut_tiles(a, first_row, global_warp, int64_t{blocks} * warps, lane);
 }
 
 template <typename Id>
@@ -242,7 +275,8 @@ void launch(const RoutingPlanCall& call) {
                                                                static_cast<size_t>(shared_bytes)));
   const int64_t per_sm = std::clamp<int64_t>(resident / 2, 1, kBlocksPerSM);
   const int64_t most = per_sm * device_attribute(cudaDevAttrMultiProcessorCount, indices);
-  const int64_t wanted = (visits + warps * kMinVisits - 1) / (warps * kMinVisits);
+  int64_t wanted = (visits + warps * kMinVisits - 1) / (warps * kMinVisits);
+  if (call.shape.tile_rows > 0) wanted = std::max(wanted, E * E / (32 * kMaxSteps * warps));
   const int64_t blocks = std::clamp<int64_t>(wanted, 1, most);
   // Whole groups of 32 consecutive visits, so that loads of one group share cache lines.
   const int64_t share = (visits + blocks * warps - 1) / (blocks * warps);
@@ -262,6 +296,8 @@ void launch(const RoutingPlanCall& call) {
   arguments.block_size = static_cast<int32_t>(call.shape.block_size);
   arguments.capacity = static_cast<int32_t>(call.shape.capacity);
   arguments.visits_per_warp = static_cast<int32_t>((share + 31) / 32 * 32);
+  arguments.tile_rows = static_cast<int32_t>(call.shape.tile_rows);
+  arguments.num_tiles = static_cast<int32_t>(call.shape.num_tiles);
   arguments.choice_major = call.shape.choice_major;
   arguments.binned = call.shape.binned;
 
@@ -272,12 +308,11 @@ void launch(const RoutingPlanCall& call) {
                                              static_cast<size_t>(shared_bytes), current_stream(indices)));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> routing_plan(Tensor expert_indices, int64_t num_experts,
-                                                                int64_t block_size, std::optional<int64_t> capacity,
-                                                                bool choice_major, std::optional<Tensor> token_order,
-                                                                bool binned) {
+PlanResults routing_plan(Tensor expert_indices, int64_t num_experts, int64_t block_size, std::optional<int64_t> capacity,
+                         bool choice_major, std::optional<Tensor> token_order, bool binned, int64_t tile_rows) {
   const DeviceGuard guard(expert_indices);
-  const RoutingPlanCall call(expert_indices, num_experts, block_size, capacity, choice_major, token_order, binned);
+  const RoutingPlanCall call(expert_indices, num_experts, block_size, capacity, choice_major, token_order, binned,
+                             tile_rows);
   if (expert_indices.scalar_type() == ScalarType::Int) {
     launch<int32_t>(call);
   } else {

@@ -18,20 +18,24 @@ struct PlanShape {
   int64_t block_size;
   int64_t capacity;  // int32 maximum when there is none: more than any expert can receive
   bool choice_major, binned;
+  int64_t tile_rows, num_tiles;  // 0: nobody asked for tiles
 };
 
 struct PlanOutputs {
   int32_t *row_to_token, *row_to_slot, *expert_offsets, *token_rows, *tokens_per_expert;
+  int32_t *tiles, *experts_by_load;  // tiles: pairs (expert, first row)
 };
+
+using PlanResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 struct RoutingPlanCall {
   Tensor expert_indices;
   std::optional<Tensor> token_order;
   PlanShape shape;
-  Tensor row_to_token, row_to_slot, expert_offsets, token_rows, tokens_per_expert;
+  Tensor row_to_token, row_to_slot, expert_offsets, token_rows, tokens_per_expert, tiles, experts_by_load;
 
   RoutingPlanCall(const Tensor& indices, int64_t num_experts, int64_t block_size, std::optional<int64_t> capacity,
-                  bool choice_major, const std::optional<Tensor>& order, bool binned)
+                  bool choice_major, const std::optional<Tensor>& order, bool binned, int64_t tile_rows)
       : expert_indices(contiguous_integers("expert_indices", indices)) {
     check_dim("routing_plan", "expert_indices", indices, 2);
     if (order.has_value()) token_order = contiguous_integers("token_order", *order);
@@ -48,27 +52,33 @@ struct RoutingPlanCall {
                "routing_plan: token_order: expected shape (", T, "), got ", shape_of(*order));
     DMOE_CHECK(T <= kMax / K, "routing_plan: expected fewer than 2**31 assignments, got expert_indices of shape ",
                shape_of(indices));
+    DMOE_CHECK(tile_rows >= 0 && tile_rows <= kMax, "routing_plan: tile_rows: expected at least 0, got ", tile_rows);
     const int64_t limit = std::min(capacity.value_or(kMax), kMax);
     // Products of two numbers below 2**31 fit in int64.
     int64_t rows = binned ? E * limit : std::min(T * K, E * limit);
     if (block_size > 1) rows = (rows + std::min(E, rows) * (block_size - 1)) / block_size * block_size;
     DMOE_CHECK(rows <= kMax, "routing_plan: expected fewer than 2**31 rows (they are counted in int32), got ", rows);
+    const int64_t num_tiles = tile_rows == 0 ? 0 : rows / tile_rows + std::min(E, rows);
+    DMOE_CHECK(num_tiles <= kMax, "routing_plan: tile_rows: expected fewer than 2**31 tiles, got ", num_tiles);
 
-    shape = PlanShape{T, K, E, rows, block_size, limit, choice_major, binned};
+    shape = PlanShape{T, K, E, rows, block_size, limit, choice_major, binned, tile_rows, num_tiles};
     row_to_token = int32_result(rows);
     row_to_slot = int32_result(rows);
     expert_offsets = int32_result(E + 1);
     token_rows = int32_result(T * K);
     tokens_per_expert = int32_result(E);
+    tiles = torch::stable::new_empty(expert_indices, {num_tiles, 2}, ScalarType::Int);
+    experts_by_load = int32_result(tile_rows == 0 ? 0 : E);
   }
 
   PlanOutputs outputs() const {
     const auto data = [](const Tensor& tensor) { return static_cast<int32_t*>(tensor.data_ptr()); };
-    return {data(row_to_token), data(row_to_slot), data(expert_offsets), data(token_rows), data(tokens_per_expert)};
+    return {data(row_to_token),      data(row_to_slot), data(expert_offsets), data(token_rows),
+            data(tokens_per_expert), data(tiles),       data(experts_by_load)};
   }
 
-  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> results() const {
-    return {row_to_token, row_to_slot, expert_offsets, token_rows, tokens_per_expert};
+  PlanResults results() const {
+    return {row_to_token, row_to_slot, expert_offsets, token_rows, tokens_per_expert, tiles, experts_by_load};
   }
 
  private:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dmoe.config import Activation, DropOrder, GateWeightOn
 from dmoe.experts import ExpertWeights, run_experts
-from dmoe.plan import plan_token_choice
+from dmoe.plan import device_tile_rows, plan_token_choice
 
 __all__ = ["ExpertWeights", "moe_mlp"]
 
@@ -66,6 +66,7 @@ def moe_mlp(
         capacity=capacity,
         drop_order=drop_order,
         priority=gates,
+        tile_rows=device_tile_rows(x.device, gates.numel(), weights.num_experts),
     )
     y = run_experts(
         x.reshape(-1, x.shape[-1]),

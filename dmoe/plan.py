@@ -13,6 +13,7 @@ from dmoe.ops.cumsum import exclusive_cumsum
 from dmoe.ops.histogram import histogram
 from dmoe.ops.routing_plan import routing_plan
 from dmoe.ops.sort import sort
+from dmoe.ops.tile_table import preferred_tile_rows, tile_table
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ def plan_token_choice(
     priority: Tensor | None = None,
     block_size: int = 1,
     binned: bool = False,
+    tile_rows: int = 0,
 ) -> RoutingPlan:
     """Plan for tokens that chose their experts.
 
@@ -103,6 +105,7 @@ def plan_token_choice(
         priority: scores of the choices, ``(T, K)``; needed by ``batch_prioritized`` and ``gate_weight``.
         block_size: round each expert's rows up to a multiple of this.
         binned: give every expert exactly ``capacity`` rows, so that they form an ``(E, capacity, H)`` batch.
+        tile_rows: also cut the rows into tiles of so many, see :func:`device_tile_rows`; 0 does not.
 
     Returns:
         A plan whose rows stand in visiting order inside each expert; ties in priority keep token order.
@@ -126,7 +129,7 @@ def plan_token_choice(
         else:  # every assignment is ranked on its own: T * K tokens with one choice each
             token_order, choices = _descending(priority.flatten()), expert_indices.reshape(-1, 1)
 
-    row_to_token, row_to_slot, expert_offsets, token_rows, tokens_per_expert = routing_plan(
+    row_to_token, row_to_slot, expert_offsets, token_rows, tokens_per_expert, tiles, by_load = routing_plan(
         choices,
         num_experts,
         block_size=block_size,
@@ -134,6 +137,7 @@ def plan_token_choice(
         choice_major=drop_order in ("choice_major", "batch_prioritized"),
         token_order=token_order,
         binned=binned,
+        tile_rows=tile_rows,
     )
     if choices is not expert_indices:
         real = row_to_token >= 0
@@ -141,16 +145,27 @@ def plan_token_choice(
         row_to_token = torch.where(real, row_to_token // top_k, row_to_token)
     token_offsets = torch.arange(0, num_tokens * top_k + 1, top_k, dtype=torch.int32, device=expert_indices.device)
     return RoutingPlan(
-        row_to_token, row_to_slot, expert_offsets, token_offsets, token_rows, tokens_per_expert, capacity, top_k
+        row_to_token,
+        row_to_slot,
+        expert_offsets,
+        token_offsets,
+        token_rows,
+        tokens_per_expert,
+        capacity,
+        top_k,
+        tiles=tiles if tile_rows else None,
+        experts_by_load=by_load if tile_rows else None,
+        tile_rows=tile_rows,
     )
 
 
-def plan_expert_choice(token_indices: Tensor, num_tokens: int) -> RoutingPlan:
+def plan_expert_choice(token_indices: Tensor, num_tokens: int, *, tile_rows: int = 0) -> RoutingPlan:
     """Plan for experts that chose their tokens (Zhou et al. 2022).
 
     Args:
         token_indices: ``(E, C)`` integer in [0, T): the tokens of each expert; -1 marks an unused place.
         num_tokens: T.
+        tile_rows: also cut the rows into tiles of so many, see :func:`device_tile_rows`; 0 does not.
 
     Returns:
         A plan of E * C rows, C for every expert; a token's assignments stand in the order of its experts.
@@ -171,7 +186,23 @@ def plan_expert_choice(token_indices: Tensor, num_tokens: int) -> RoutingPlan:
     offsets = torch.arange(0, num_experts * per_expert + 1, max(per_expert, 1), dtype=torch.int32, device=device)
     offsets = offsets if per_expert else torch.zeros(num_experts + 1, dtype=torch.int32, device=device)
     kept = real.view(num_experts, per_expert).sum(1, dtype=torch.int32)
-    return RoutingPlan(row_to_token, row_to_slot, offsets, starts, token_rows, kept)
+    tiles, by_load = tile_table(offsets, num_experts * per_expert, tile_rows) if tile_rows else (None, None)
+    return RoutingPlan(
+        row_to_token,
+        row_to_slot,
+        offsets,
+        starts,
+        token_rows,
+        kept,
+        tiles=tiles,
+        experts_by_load=by_load,
+        tile_rows=tile_rows,
+    )
+
+
+def device_tile_rows(device: torch.device, num_assignments: int, num_experts: int) -> int:
+    """The ``tile_rows`` that the products on a device want of a plan: 0 on the CPU, where nothing reads tiles."""
+    return preferred_tile_rows(num_assignments, num_experts) if device.type == "cuda" else 0
 
 
 def _descending(values: Tensor) -> Tensor:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
+from dmoe.ops.tile_table import tile_table_cuda
+
 CASES: dict[str, Callable[[], None]] = {}
 
 
@@ -16,3 +20,9 @@ def case(name: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
         return run
 
     return register
+
+
+@case("tile_table")
+def _() -> None:
+    tile_table_cuda(torch.empty(129, dtype=torch.int32, device="meta"), 65536, 128)
+    tile_table_cuda(torch.empty(1501, dtype=torch.int32, device="meta"), 65536, 16)

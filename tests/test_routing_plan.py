@@ -7,23 +7,42 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import routings
+from test_tile_table import expected_tiles
 
 from dmoe.ops.routing_plan import routing_plan, routing_plan_ref, row_bound
 
-NAMES = ("row_to_token", "row_to_slot", "expert_offsets", "token_rows", "tokens_per_expert")
+NAMES = ("row_to_token", "row_to_slot", "expert_offsets", "token_rows", "tokens_per_expert", "tiles", "experts_by_load")
 
 
-def reference(indices, num_experts, *, block_size=1, capacity=None, choice_major=False, token_order=None, binned=False):
-    return routing_plan_ref(indices, num_experts, block_size, capacity, choice_major, token_order, binned)
+def reference(
+    indices,
+    num_experts,
+    *,
+    block_size=1,
+    capacity=None,
+    choice_major=False,
+    token_order=None,
+    binned=False,
+    tile_rows=0,
+):
+    return routing_plan_ref(indices, num_experts, block_size, capacity, choice_major, token_order, binned, tile_rows)
 
 
 implementations = pytest.mark.parametrize("plan", [routing_plan, reference], ids=["op", "ref"])
 
 
 def expected_plan(
-    indices, num_experts, *, block_size=1, capacity=None, choice_major=False, token_order=None, binned=False
+    indices,
+    num_experts,
+    *,
+    block_size=1,
+    capacity=None,
+    choice_major=False,
+    token_order=None,
+    binned=False,
+    tile_rows=0,
 ):
-    """The five results as lists: every expert keeps a list of visitors, and the rows are these lists in a row."""
+    """The seven results as lists: every expert keeps a list of visitors, and the rows are these lists in a row."""
     ids = indices.tolist()
     num_tokens, top_k = indices.shape
     order = range(num_tokens) if token_order is None else token_order.tolist()
@@ -58,7 +77,9 @@ def expected_plan(
     for row, (token, slot) in enumerate(rows):
         if token >= 0:
             token_rows[token * top_k + slot] = row
-    return [r[0] for r in rows], [r[1] for r in rows], offsets, token_rows, [len(seen) for seen in visitors]
+    tiles, by_load = expected_tiles(offsets, bound, tile_rows) if tile_rows else ([], [])
+    counts = [len(seen) for seen in visitors]
+    return [r[0] for r in rows], [r[1] for r in rows], offsets, token_rows, counts, tiles, by_load
 
 
 def assert_plan(plan, indices, num_experts, **options):
@@ -77,6 +98,7 @@ def layouts(draw):
         "block_size": draw(st.integers(2, 9)) if kind == "padded" else 1,
         "capacity": capacity,
         "binned": kind == "binned",
+        "tile_rows": draw(st.sampled_from([0, 1, 2, 3, 16])),
     }
 
 
@@ -101,6 +123,7 @@ def test_runs_of_several_threads_join_exactly(plan, choice_major, ordered):
     indices = torch.randint(0, E + 1, (T, K), generator=generator)
     order = torch.randperm(T, generator=generator) if ordered else None
     options = {"block_size": 16, "capacity": 1800, "choice_major": choice_major, "token_order": order}
+    options["tile_rows"] = 128
     expected = expected_plan(indices, E, **options)
     threads = torch.get_num_threads()
     try:
@@ -112,14 +135,16 @@ def test_runs_of_several_threads_join_exactly(plan, choice_major, ordered):
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("options", [{}, {"capacity": 9000, "block_size": 7}, {"capacity": 8200, "binned": True}])
+@pytest.mark.parametrize(
+    "options", [{"tile_rows": 64}, {"capacity": 9000, "block_size": 7}, {"capacity": 8200, "binned": True}]
+)
 def test_large_plan_equals_the_reference(options, threads):
     """Large enough to be written a cache line at a time; the loop over visits would take too long here."""
     T, K, E = 70_001, 8, 64
     generator = torch.Generator().manual_seed(0)
     indices = torch.randint(0, E + 1, (T, K), generator=generator)
     indices[: T // 4] = 63  # runs in which most experts get no row
-    order = torch.randperm(T, generator=generator) if options else None
+    order = torch.randperm(T, generator=generator) if "capacity" in options else None
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
@@ -136,6 +161,7 @@ def test_many_experts_few_tokens(plan, num_experts):
     indices = torch.randint(0, num_experts + 1, (11, min(3, num_experts)), dtype=torch.int32)
     assert_plan(plan, indices, num_experts)
     assert_plan(plan, indices, num_experts, block_size=128)
+    assert_plan(plan, indices, num_experts, tile_rows=2)
     assert_plan(plan, indices, num_experts, capacity=2, binned=True)
 
 
@@ -146,7 +172,8 @@ def test_no_tokens(plan):
         for choice_major in (False, True):
             assert_plan(plan, empty, 3, choice_major=choice_major)
             assert_plan(plan, empty, 3, choice_major=choice_major, block_size=4)
-            assert_plan(plan, empty, 3, choice_major=choice_major, capacity=5, binned=True)
+            assert_plan(plan, empty, 3, choice_major=choice_major, capacity=5, binned=True, tile_rows=4)
+            assert_plan(plan, empty, 3, choice_major=choice_major, tile_rows=16)
             assert_plan(plan, empty, 3, choice_major=choice_major, token_order=torch.empty(0, dtype=torch.int64))
 
 
@@ -154,7 +181,7 @@ def test_no_tokens(plan):
 def test_dropped_before_and_by_capacity(plan):
     """Written out by hand: three tokens of two choices, expert 1 hot, one assignment dropped by its id."""
     indices = torch.tensor([[1, 0], [1, 2], [2, 1]])  # E = 2: id 2 is dropped
-    row_to_token, row_to_slot, offsets, token_rows, counts = plan(indices, 2, capacity=2)
+    row_to_token, row_to_slot, offsets, token_rows, counts, *_ = plan(indices, 2, capacity=2)
     assert row_to_token.tolist() == [0, 0, 1, -1]
     assert row_to_slot.tolist() == [1, 0, 0, -1]
     assert offsets.tolist() == [0, 1, 3]
@@ -239,6 +266,12 @@ def test_order_that_is_no_permutation(plan, order):
         ),
         (
             torch.zeros(3, 1, dtype=torch.int32),
+            {"tile_rows": -1},
+            ValueError,
+            "tile_rows: expected at least 0, got -1",
+        ),
+        (
+            torch.zeros(3, 1, dtype=torch.int32),
             {"binned": True},
             ValueError,
             "binned: expected a capacity and block_size 1",
@@ -286,20 +319,31 @@ def test_more_assignments_than_int32_counts_are_refused():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"block_size": 4}, {"capacity": 2, "binned": True}, {"capacity": 3, "choice_major": True}]
+    "options",
+    [
+        {},
+        {"block_size": 4, "tile_rows": 8},
+        {"capacity": 2, "binned": True},
+        {"capacity": 3, "choice_major": True, "tile_rows": 1},
+    ],
 )
 def test_registration(options):
     indices = torch.randint(0, 5, (7, 2), dtype=torch.int32)
     arguments = {"block_size": 1, "capacity": None, "choice_major": False, "token_order": None, "binned": False}
+    arguments["tile_rows"] = 0
     torch.library.opcheck(torch.ops.dmoe.routing_plan.default, (indices, 4), {**arguments, **options})
 
 
 def test_one_trace_serves_every_number_of_tokens():
     @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
     def traced(indices):
-        return routing_plan(indices, 4, block_size=4, capacity=100)[0] + 1
+        row_to_token, *_, tiles, _ = routing_plan(indices, 4, block_size=4, capacity=100, tile_rows=16)
+        return row_to_token + 1, tiles
 
     with torch._dynamo.config.patch(error_on_recompile=True):
         for tokens in (8, 13, 900):  # below and above what the capacity bounds
             indices = torch.randint(0, 5, (tokens, 2))
-            assert torch.equal(traced(indices), routing_plan(indices, 4, block_size=4, capacity=100)[0] + 1)
+            row_to_token, *_, tiles, _ = routing_plan(indices, 4, block_size=4, capacity=100, tile_rows=16)
+            rows, cut = traced(indices)
+            assert torch.equal(rows, row_to_token + 1)
+            assert torch.equal(cut, tiles)

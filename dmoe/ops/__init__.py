@@ -10,6 +10,7 @@ from dmoe.ops.router_logits import router_logits
 from dmoe.ops.router_scores import router_scores
 from dmoe.ops.routing_plan import routing_plan
 from dmoe.ops.sort import sort
+from dmoe.ops.tile_table import tile_table
 from dmoe.ops.topk_indices import topk_indices
 from dmoe.ops.topology import topology
 from dmoe.ops.unpermute import unpermute
@@ -27,6 +28,7 @@ __all__ = [
     "router_scores",
     "routing_plan",
     "sort",
+    "tile_table",
     "topk_indices",
     "topology",
     "unpermute",

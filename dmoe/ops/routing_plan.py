@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from dmoe.ops._library import define
+from dmoe.ops.tile_table import tile_bound, tile_table_ref
 
 INT32_MAX = 2**31 - 1
+_Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def row_bound(
@@ -51,7 +53,8 @@ def routing_plan_ref(
     choice_major: bool,
     token_order: Tensor | None,
     binned: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tile_rows: int,
+) -> _Results:
     """What :func:`routing_plan` computes, in plain PyTorch: a stable argsort and some index arithmetic."""
     T, K = expert_indices.shape
     E = num_experts
@@ -88,7 +91,10 @@ def routing_plan_ref(
     row_to_slot[target] = (assignment % K).int()
     token_rows = torch.full((T * K,), -1, dtype=torch.int32, device=device)
     token_rows[assignment] = torch.where(valid, row, -1).int()
-    return row_to_token[:bound].clone(), row_to_slot[:bound].clone(), offsets.int(), token_rows, tokens_per_expert.int()
+    offsets = offsets.int()
+    tiles = tile_table_ref(offsets, bound, tile_rows) if tile_rows else (offsets.new_empty(0, 2), offsets.new_empty(0))
+    rows = row_to_token[:bound].clone(), row_to_slot[:bound].clone()
+    return *rows, offsets, token_rows, tokens_per_expert.int(), *tiles
 
 
 def _check_values(expert_indices: Tensor, num_experts: int, token_order: Tensor | None) -> None:
@@ -114,18 +120,21 @@ def _fake(
     choice_major: bool,
     token_order: Tensor | None,
     binned: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tile_rows: int,
+) -> _Results:
     assignments = expert_indices.shape[0] * expert_indices.shape[1]
     bound = row_bound(assignments, num_experts, block_size=block_size, capacity=capacity, binned=binned)
-    sizes = (bound, bound, num_experts + 1, assignments, num_experts)
-    a, b, c, d, e = (expert_indices.new_empty((size,), dtype=torch.int32) for size in sizes)
-    return a, b, c, d, e
+    num_tiles = tile_bound(bound, num_experts, tile_rows) if tile_rows else 0
+    by_load = num_experts if tile_rows else 0
+    shapes = ((bound,), (bound,), (num_experts + 1,), (assignments,), (num_experts,), (num_tiles, 2), (by_load,))
+    a, b, c, d, e, f, g = (expert_indices.new_empty(shape, dtype=torch.int32) for shape in shapes)
+    return a, b, c, d, e, f, g
 
 
 _routing_plan = define(
     "routing_plan(Tensor expert_indices, int num_experts, int block_size, int? capacity, bool choice_major, "
-    "Tensor? token_order, bool binned) -> (Tensor row_to_token, Tensor row_to_slot, Tensor expert_offsets, "
-    "Tensor token_rows, Tensor tokens_per_expert)",
+    "Tensor? token_order, bool binned, int tile_rows) -> (Tensor row_to_token, Tensor row_to_slot, "
+    "Tensor expert_offsets, Tensor token_rows, Tensor tokens_per_expert, Tensor tiles, Tensor experts_by_load)",
     routing_plan_ref,
     fake=_fake,
 )
@@ -140,7 +149,8 @@ def routing_plan(
     choice_major: bool = False,
     token_order: Tensor | None = None,
     binned: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tile_rows: int = 0,
+) -> _Results:
     """Sort assignments by expert: which token each row holds, and where each assignment went.
 
     Args:
@@ -153,15 +163,20 @@ def routing_plan(
         token_order: ``(T,)`` int32 or int64, a permutation of range(T): the order in which tokens are visited
             (V-MoE's batch-prioritised drop sorts them by gate). None is 0, 1, 2, ...
         binned: expert e owns rows ``e*capacity .. (e+1)*capacity``; needs a capacity and ``block_size`` 1.
+        tile_rows: also cut the rows, padding included, into tiles of so many, as :func:`dmoe.ops.tile_table.tile_table`
+            does; 0 does not.
 
     Returns:
-        five int32 tensors on the device of ``expert_indices``; -1 means "nothing here":
+        seven int32 tensors on the device of ``expert_indices``; -1 means "nothing here":
 
         - row_to_token ``(R,)``, R = :func:`row_bound`: the token of each row; -1 in padding and in the unused tail.
         - row_to_slot ``(R,)``: which of its token's K choices the row is; -1 likewise.
         - expert_offsets ``(E+1,)``: the first row of each expert; the last is the number of rows in use.
         - token_rows ``(T*K,)``: the row of each assignment, token by token, choice by choice; -1 where dropped.
         - tokens_per_expert ``(E,)``: assignments of each expert before any drop.
+        - tiles ``(M, 2)``, M = ``tile_bound(R, E, tile_rows)``: expert and first row of each tile, experts with most
+          rows first, equal ones by id; -1 behind the last. ``(0, 2)`` when not asked for.
+        - experts_by_load ``(E,)``: the experts in that order. ``(0,)`` when not asked for.
 
     Raises:
         TypeError: ``expert_indices`` or ``token_order`` is not int32 or int64.
@@ -181,6 +196,8 @@ def routing_plan(
         raise ValueError(f"{name}: num_experts: expected at least 1, got {num_experts}")
     if block_size < 1:
         raise ValueError(f"{name}: block_size: expected at least 1, got {block_size}")
+    if tile_rows < 0:
+        raise ValueError(f"{name}: tile_rows: expected at least 0, got {tile_rows}")
     if capacity is not None and capacity < 0:
         raise ValueError(f"{name}: capacity: expected at least 0 or None, got {capacity}")
     if binned and (capacity is None or block_size != 1):
@@ -204,4 +221,6 @@ def routing_plan(
             f"{name}: expected fewer than 2**31 rows and assignments (they are counted in int32), "
             f"got {bound} rows for {T * K} assignments"
         )
-    return _routing_plan(expert_indices, num_experts, block_size, capacity, choice_major, token_order, binned)
+    return _routing_plan(
+        expert_indices, num_experts, block_size, capacity, choice_major, token_order, binned, tile_rows
+    )

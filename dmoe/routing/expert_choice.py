@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dmoe.ops.router_scores import router_scores
 from dmoe.ops.topk_indices import topk_indices
-from dmoe.plan import plan_expert_choice
+from dmoe.plan import device_tile_rows, plan_expert_choice
 from dmoe.routing.base import LinearRouter, Routing
 
 
@@ -64,7 +64,8 @@ class ExpertChoiceRouter(LinearRouter):
         if token_mask is not None:
             token_indices = torch.where(token_mask[token_indices], token_indices, -1)
 
-        plan = plan_expert_choice(token_indices, num_tokens)
+        tile_rows = device_tile_rows(scores.device, token_indices.numel(), config.num_experts)
+        plan = plan_expert_choice(token_indices, num_tokens, tile_rows=tile_rows)
         # The weight of each assignment, token by token: the score at (token, expert) of its row.
         row = plan.token_rows.clamp(min=0).long()
         token = token_indices.flatten()[row].clamp(min=0)

@@ -11,7 +11,7 @@ from dmoe.config import MoEConfig
 from dmoe.ops.gate_weights import gate_weights
 from dmoe.ops.router_scores import router_scores
 from dmoe.ops.topk_indices import topk_indices
-from dmoe.plan import plan_token_choice
+from dmoe.plan import device_tile_rows, plan_token_choice
 from dmoe.routing.base import LinearRouter, Routing
 
 
@@ -98,6 +98,7 @@ class TopKRouter(LinearRouter):
             capacity=capacity,
             drop_order=config.drop_order,
             priority=None if capacity is None else gate_weights(scores.detach(), expert_indices),
+            tile_rows=device_tile_rows(scores.device, expert_indices.numel(), config.num_experts),
         )
         # A softmax over the chosen logits alone is the softmax over all, renormalised over the chosen ones (as long as
         # these do not all underflow beside an expert that was not chosen, as a replayed routing may have it).

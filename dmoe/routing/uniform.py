@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dmoe.config import MoEConfig
 from dmoe.ops.activation import accumulate_dtype
-from dmoe.plan import plan_token_choice
+from dmoe.plan import device_tile_rows, plan_token_choice
 from dmoe.routing.base import Routing
 
 
@@ -49,6 +49,7 @@ class UniformRouter(nn.Module):
             capacity=config.capacity_for(num_tokens),
             drop_order=config.drop_order,
             priority=weights,
+            tile_rows=device_tile_rows(x.device, num_tokens * top_k, config.num_experts),
         )
         return Routing(plan=plan, gate_weights=weights, expert_indices=expert_indices, token_mask=token_mask)
 
