@@ -101,7 +101,7 @@ def check(case: Case, found: dict[str, Callable[[], Any]]) -> None:
         if contestant.startswith("torch"):
             permutation, inverse, offsets, counts = got
             got = (permutation // case.top_k, permutation % case.top_k, offsets, inverse, counts)
-        for name, mine, theirs in zip(names, got, expected, strict=True):
+        for name, mine, theirs in zip(names, got[: len(names)], expected, strict=True):  # no tiles were asked for
             if not torch.equal(mine.long(), theirs):
                 raise CheckError(f"routing_ops, {case.label}: {contestant} and torch differ in {name}")
 

@@ -59,8 +59,8 @@ def test_tiles_of_one_expert_fill_several_blocks(table):
 
 @pytest.mark.parametrize("num_experts", [1023, 1024, 1025])
 def test_experts_beyond_one_chunk(num_experts):
-    """The kernel reads 1024 experts at a time; only some of its programs are compared to keep this short."""
-    loads = torch.randint(0, 3, (num_experts,), generator=torch.Generator().manual_seed(0)).tolist()
+    """The kernel reads 1024 experts at a time; the last one ranks first."""
+    loads = [*torch.randint(0, 3, (num_experts - 1,), generator=torch.Generator().manual_seed(0)).tolist(), 5]
     assert_table(tile_table_ref, loads, 0, 1)
     assert_table(tile_table_cuda, loads, 0, 1)
 
