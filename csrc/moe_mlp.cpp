@@ -50,6 +50,7 @@ struct Arguments {
   bool gated;
   GateOn gate_on;
   double activation_dropout, expert_dropout;
+  optional<Tensor> residual;  // added to y
 };
 
 // F of the widest expert.
@@ -159,8 +160,8 @@ struct Problem {
     }
   }
 
-  // y[t] = sum of the token's rows, in slot order, weighted or not.
-  void combine(const T* rows, bool weighted, T* y) const {
+  // y[t] = sum of the token's rows, in slot order, weighted or not; and of its residual, when there is one.
+  void combine(const T* rows, bool weighted, const T* residual, T* y) const {
     torch::stable::parallel_for(0, tokens, 64, [&](int64_t begin, int64_t end) {
       vector<A> sum(hidden);
       for (int64_t t = begin; t < end; ++t) {
@@ -178,6 +179,7 @@ struct Problem {
           count = 0;
         }
         for (int i = 0; i < count; ++i) accumulate_row<T>(sum.data(), weight[i], row[i], hidden);
+        if (residual != nullptr) accumulate_row<T>(sum.data(), A(1), residual + t * hidden, hidden);
         store_row<T>(sum.data(), out, hidden);
       }
     });
@@ -281,7 +283,7 @@ void forward(const Arguments& args, T* y, T* pre) {
     const int64_t used = p.offsets[p.experts_count];
     std::fill(pre + used * p.pre_width, pre + p.rows_bound * p.pre_width, T(0.0f));
   }
-  p.combine(rows, args.gate_on == GateOn::kOutput, y);
+  p.combine(rows, args.gate_on == GateOn::kOutput, args.residual ? p.data(*args.residual) : nullptr, y);
 }
 
 // --------------------------------------------------------------------------------------------------------- backward
@@ -506,7 +508,7 @@ void backward(const Arguments& args, const T* grad_y, const T* pre, bool of_weig
   torch::stable::parallel_for(0, p.assignments, 8192, [&](int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; ++j) grads.gate[j] = p.token_rows[j] < 0 ? A(0) : row_gate[p.token_rows[j]];
   });
-  p.combine(grad_rows, args.gate_on == GateOn::kInput, grads.x);
+  p.combine(grad_rows, args.gate_on == GateOn::kInput, nullptr, grads.x);
 }
 
 // ------------------------------------------------------------------------------------------------------ entry points
@@ -527,6 +529,7 @@ void check(const Arguments& a) {
   same_dtype("up_proj", a.up_proj), same_dtype("down_proj", a.down_proj);
   if (a.up_bias) contiguous("up_bias", *a.up_bias), same_dtype("up_bias", *a.up_bias);
   if (a.down_bias) contiguous("down_bias", *a.down_bias), same_dtype("down_bias", *a.down_bias);
+  if (a.residual) contiguous("residual", *a.residual), same_dtype("residual", *a.residual);
   check_dtype("moe_mlp", "gate_weights", a.gate_weights,
               a.x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
   for (const auto& [name, tensor] : {std::pair<const char*, const Tensor&>{"expert_offsets", a.expert_offsets},
@@ -552,6 +555,7 @@ void check(const Arguments& a) {
   sized("up_proj", a.up_proj, parts * columns * hidden);
   if (a.up_bias) sized("up_bias", *a.up_bias, parts * columns);
   if (a.down_bias) sized("down_bias", *a.down_bias, experts * hidden);
+  if (a.residual) sized("residual", *a.residual, a.x.numel());
   sized("row_to_slot", a.row_to_slot, a.row_to_token.numel());
   sized("token_offsets", a.token_offsets, a.x.size(0) + 1);
   sized("gate_weights", a.gate_weights, a.token_rows.numel());
@@ -581,16 +585,19 @@ T* out(Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
+// The tile table serves the GPU; the main gradients are for the operation that is made of this one's backward.
 #define DMOE_MOE_MLP_PARAMETERS                                                                                     \
   Tensor x, Tensor gate_weights, Tensor up_proj, Tensor down_proj, optional<Tensor> up_bias,                        \
       optional<Tensor> down_bias, Tensor expert_offsets, Tensor row_to_token, Tensor row_to_slot,                   \
       Tensor token_offsets, Tensor token_rows, optional<Tensor> seed, vector<int64_t> ffn_sizes, string activation, \
-      bool gated, string gate_weight_on, double activation_dropout, double expert_dropout
+      bool gated, string gate_weight_on, double activation_dropout, double expert_dropout,                          \
+      optional<Tensor> residual, optional<Tensor> /*tiles*/, optional<Tensor> /*experts_by_load*/,                  \
+      int64_t /*tile_rows*/, optional<Tensor> /*up_main_grad*/, optional<Tensor> /*down_main_grad*/
 #define DMOE_MOE_MLP_ARGUMENTS                                                                                     \
   Arguments {                                                                                                      \
     x, gate_weights, up_proj, down_proj, up_bias, down_bias, expert_offsets, row_to_token, row_to_slot,            \
         token_offsets, token_rows, seed, ffn_sizes, activation, gated, parse_gate_on(gate_weight_on),              \
-        activation_dropout, expert_dropout                                                                         \
+        activation_dropout, expert_dropout, residual                                                               \
   }
 
 std::tuple<Tensor, Tensor> moe_mlp(DMOE_MOE_MLP_PARAMETERS) {

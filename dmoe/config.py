@@ -78,6 +78,10 @@ class MoEConfig:
     Execution
         backend: None lets the tensors' device decide; ``grouped`` says so by name; ``reference`` is plain PyTorch under
             its own autograd: slow, and differentiable twice.
+        recompute_pre_activation: save only x for backward, and compute the up projection again there: a third of
+            forward's products more, ``T * K * F`` numbers (gated: twice that) less memory.
+        accumulate_main_grad: backward adds the gradients of the two projections to their ``main_grad``, a float32
+            buffer in the parameter's shape (Megatron's ``gradient_accumulation_fusion``), and leaves ``grad`` alone.
     """
 
     hidden_size: int
@@ -126,6 +130,8 @@ class MoEConfig:
     num_moe_layers: int = 1
 
     backend: Literal["grouped", "reference"] | None = None
+    recompute_pre_activation: bool = False
+    accumulate_main_grad: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.ffn_hidden_size, Sequence) and not isinstance(self.ffn_hidden_size, str):
@@ -206,6 +212,11 @@ class MoEConfig:
             not self.shared_expert_gate or shared is not None,
             "shared_expert_gate",
             "False without shared_ffn_hidden_size",
+        )
+        self._require(
+            not self.accumulate_main_grad or self.backend != "reference",
+            "accumulate_main_grad",
+            "False with backend='reference', whose backward is autograd's own",
         )
         self._require(not self.return_bias or self.bias == "output", "return_bias", "False unless bias='output'")
         self._require(self.init_std is None or self.init_std >= 0, "init_std", "at least 0, or None")

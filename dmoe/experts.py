@@ -88,6 +88,9 @@ def run_experts(
     activation_dropout: float = 0.0,
     expert_dropout: float = 0.0,
     backend: str | None = None,
+    residual: Tensor | None = None,
+    main_grads: tuple[Tensor, Tensor] | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """Every token through its experts, weighted and summed.
 
@@ -99,6 +102,11 @@ def run_experts(
         activation, gate_weight_on: see :class:`dmoe.MoEConfig`.
         activation_dropout, expert_dropout: probabilities; 0 outside training.
         backend: None, ``grouped`` or ``reference``.
+        residual: ``(T, H)``, added to the sum before it is rounded: a shared expert's output, say.
+        main_grads: float32 buffers in the shapes of ``up_proj`` and ``down_proj``. Backward adds these gradients to
+            them, and the weights get none (Megatron's ``main_grad``). Not with ``backend="reference"``.
+        recompute: save x only, not the pre-activation, and compute that again in backward: a third of forward's
+            products more, ``R * F`` numbers (gated: ``R * 2 F``) less memory.
 
     Returns:
         ``(T, H)`` in x's dtype (autocast's under autocast).
@@ -107,6 +115,7 @@ def run_experts(
         ValueError: sizes, dtypes or devices that do not fit together.
     """
     _check(x, plan, gate_weights, weights)
+    _check_extras(x, weights, residual, main_grads, backend)
     gate_weights = gate_weights.to(accumulate_dtype(x.dtype))
     seed = draw_seed(x.device) if activation_dropout or expert_dropout else None
     return moe_mlp(
@@ -128,8 +137,43 @@ def run_experts(
         gate_weight_on,
         activation_dropout,
         expert_dropout,
+        None if residual is None else residual.contiguous(),
+        plan.tiles,
+        plan.experts_by_load,
+        plan.tile_rows,
+        *(main_grads or (None, None)),
         backend=backend,
+        recompute=recompute,
     )
+
+
+def _check_extras(
+    x: Tensor,
+    weights: ExpertWeights,
+    residual: Tensor | None,
+    main_grads: tuple[Tensor, Tensor] | None,
+    backend: str | None,
+) -> None:
+    if residual is not None and (residual.shape != x.shape or residual.device != x.device):
+        raise ValueError(
+            f"moe_mlp: residual: expected x's shape {tuple(x.shape)} on {x.device}, got {tuple(residual.shape)} on "
+            f"{residual.device}"
+        )
+    if main_grads is None:
+        return
+    if backend == "reference":
+        raise ValueError(
+            "moe_mlp: main_grads: expected None with backend='reference', whose backward is autograd's own"
+        )
+    for name, buffer, weight in zip(
+        ("up_proj", "down_proj"), main_grads, (weights.up_proj, weights.down_proj), strict=True
+    ):
+        fits = buffer.shape == weight.shape and buffer.device == weight.device and buffer.is_contiguous()
+        if not fits or buffer.dtype != torch.float32:
+            raise ValueError(
+                f"moe_mlp: main_grads: {name}: expected contiguous float32 {tuple(weight.shape)} on {weight.device}, "
+                f"got {buffer.dtype} {tuple(buffer.shape)} on {buffer.device}"
+            )
 
 
 def _check(x: Tensor, plan: RoutingPlan, gate_weights: Tensor, weights: ExpertWeights) -> None:
@@ -262,7 +306,22 @@ class Experts(nn.Module):
                     fresh.zero_()
                 tensor.copy_(fresh)
 
-    def forward(self, x: Tensor, plan: RoutingPlan, gate_weights: Tensor) -> Tensor:
+    def _main_grads(self) -> tuple[Tensor, Tensor] | None:
+        """The buffers that backward adds to, when the config asks for it and autograd is on."""
+        if not self.config.accumulate_main_grad or not torch.is_grad_enabled():
+            return None
+        buffers = []
+        for name in (self.up_name, "down_proj"):
+            buffer = getattr(getattr(self, name), "main_grad", None)
+            if buffer is None:
+                raise RuntimeError(
+                    f"Experts: {name}.main_grad: expected a float32 buffer in the parameter's shape, got none; "
+                    "accumulate_main_grad=True needs one on both projections before the first forward"
+                )
+            buffers.append(buffer)
+        return buffers[0], buffers[1]
+
+    def forward(self, x: Tensor, plan: RoutingPlan, gate_weights: Tensor, residual: Tensor | None = None) -> Tensor:
         """``(T, H)`` through the experts; see :func:`run_experts`."""
         config = self.config
         return run_experts(
@@ -275,6 +334,9 @@ class Experts(nn.Module):
             activation_dropout=config.activation_dropout if self.training else 0.0,
             expert_dropout=config.expert_dropout if self.training else 0.0,
             backend=config.backend,
+            residual=residual,
+            main_grads=self._main_grads(),
+            recompute=config.recompute_pre_activation,
         )
 
     def extra_repr(self) -> str:
@@ -311,6 +373,8 @@ class SharedExpert(nn.Module):
             expert_dropout=config.expert_dropout,
             init_std=config.init_std,
             backend=config.backend,
+            recompute_pre_activation=config.recompute_pre_activation,
+            accumulate_main_grad=config.accumulate_main_grad,
         )
         self.mlp = Experts(one, routed=False, device=device, dtype=dtype)
         self.gate = (

@@ -24,6 +24,9 @@ def moe_mlp(
     capacity: int | None = None,
     drop_order: DropOrder = "token_major",
     backend: str | None = None,
+    residual: Tensor | None = None,
+    main_grads: tuple[Tensor, Tensor] | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """``y_t = sum_k w_tk * expert_{i_tk}(x_t)``: every token through its experts, weighted and summed.
 
@@ -38,6 +41,7 @@ def moe_mlp(
         capacity: the most rows one expert takes; None drops nothing.
         drop_order: which choices come first where the capacity binds; see :class:`dmoe.MoEConfig`.
         backend: ``reference`` for plain PyTorch, differentiable twice; None or ``grouped`` otherwise.
+        residual, main_grads, recompute: see :func:`dmoe.experts.run_experts`; ``residual`` is ``(..., H)``.
 
     Returns:
         ``(..., H)``. Gradients flow to x, gate_weights and the weights; saved for backward are x, the up projection's
@@ -78,5 +82,8 @@ def moe_mlp(
         activation_dropout=activation_dropout,
         expert_dropout=expert_dropout,
         backend=backend,
+        residual=None if residual is None else residual.reshape(-1, residual.shape[-1]),
+        main_grads=main_grads,
+        recompute=recompute,
     )
     return y.view(*x.shape[:-1], y.shape[-1])

@@ -113,9 +113,8 @@ class MoE(Float32Buffers):
             token_ids=None if token_ids is None else token_ids.reshape(-1),
             expert_indices=None if expert_indices is None else expert_indices.reshape(-1, self.config.top_k),
         )
-        y = self.experts(tokens, routing.plan, routing.gate_weights)
-        if self.shared_expert is not None:
-            y = y + self.shared_expert(tokens)
+        shared = None if self.shared_expert is None else self.shared_expert(tokens)
+        y = self.experts(tokens, routing.plan, routing.gate_weights, residual=shared)
         y = self._with_aux_loss(y, routing)
         self.last_metrics = _metrics(routing)
         y = y.view(*x.shape[:-1], y.shape[-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -26,3 +27,87 @@ def case(name: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
 def _() -> None:
     tile_table_cuda(torch.empty(129, dtype=torch.int32, device="meta"), 65536, 128)
     tile_table_cuda(torch.empty(1501, dtype=torch.int32, device="meta"), 65536, 16)
+
+
+# The expert MLP. Sizes are a small model's; the compiler sees them as constants, and what it makes of the kernels
+# depends on them only in whether they divide the tiles.
+def expert_mlp(
+    *,
+    tokens=4096,
+    hidden=1024,
+    ffn=768,
+    experts=16,
+    top_k=4,
+    dtype=torch.bfloat16,
+    gated=True,
+    activation="silu",
+    bias=False,
+    gate_weight_on="output",
+    dropout=0.0,
+    residual=False,
+    main_grad=False,
+    backward=True,
+):
+    """Forward and backward of the expert MLP on shapes alone."""
+    from dmoe.ops.moe_mlp_cuda import moe_mlp_backward_cuda, moe_mlp_cuda
+
+    def tensor(*shape, of=dtype):
+        return torch.empty(shape, dtype=of, device="meta")
+
+    rows, halves = tokens * top_k, (2,) if gated else ()
+
+    def index(*shape):
+        return tensor(*shape, of=torch.int32)
+
+    up, down = tensor(experts, *halves, ffn, hidden), tensor(experts, hidden, ffn)
+    arguments = [
+        tensor(tokens, hidden),
+        tensor(tokens, top_k, of=torch.float32),
+        up,
+        down,
+        tensor(*up.shape[:-1]) if bias else None,
+        tensor(experts, hidden) if bias else None,
+        index(experts + 1),
+        index(rows),
+        index(rows),
+        index(tokens + 1),
+        index(rows),
+        tensor(of=torch.int64) if dropout else None,
+        [],
+        activation,
+        gated,
+        gate_weight_on,
+        dropout,
+        dropout,
+        tensor(tokens, hidden) if residual else None,
+        None,
+        None,
+        0,
+        tensor(*up.shape, of=torch.float32) if main_grad else None,
+        tensor(*down.shape, of=torch.float32) if main_grad else None,
+    ]
+    y, pre = moe_mlp_cuda(*arguments)
+    if backward:
+        moe_mlp_backward_cuda(tensor(*y.shape), pre, True, *arguments)
+
+
+EXPERT_MLP = {
+    "gated": {},
+    "plain gelu": {"gated": False, "activation": "gelu"},
+    "gelu_tanh": {"activation": "gelu_tanh"},
+    "relu": {"activation": "relu"},
+    "float16": {"dtype": torch.float16},
+    "float32": {"dtype": torch.float32, "tokens": 512},
+    "bias": {"bias": True},
+    "weighed activation": {"gate_weight_on": "activation"},
+    "weighed input": {"gate_weight_on": "input"},
+    "dropout": {"dropout": 0.1},
+    "residual, main_grad": {"residual": True, "main_grad": True},
+    "odd sizes": {"hidden": 1001, "ffn": 777},
+    "narrow experts": {"ffn": 32, "hidden": 48},
+    "64 rows": {"tokens": 256},
+    "32 rows": {"tokens": 128},
+    "decode": {"tokens": 8},
+}
+for _name, _options in EXPERT_MLP.items():
+    case(f"expert_mlp: {_name}")(functools.partial(expert_mlp, **_options))

@@ -69,7 +69,7 @@ def compiling(arch: int):
 
     def compile_instead(kernel, grid, *arguments, **options):
         if all(grid):
-            launched.append((kernel.__name__, kernel.warmup(*arguments, grid=grid, **options)))
+            launched.append((kernel.__name__, kernel.warmup(*arguments, grid=grid, enable_fp_fusion=True, **options)))
 
     swap(original, compile_instead)
     swap(capability, here := lambda device: arch)

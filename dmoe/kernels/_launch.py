@@ -20,7 +20,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
         **options: constexpr arguments by name, ``num_warps`` and ``num_stages``.
     """
     if all(grid):
-        kernel[grid](*arguments, **options)
+        kernel[grid](*arguments, enable_fp_fusion=True, **options)
 
 
 @functools.cache

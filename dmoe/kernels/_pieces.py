@@ -1,0 +1,148 @@
+"""What several kernels are made of: where a tile lies, how it is loaded, activations, dropout masks."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def place(index, num_tiles, num_columns, GROUP: tl.constexpr):
+    """Row tile and column tile number ``index``: down GROUP row tiles, then one column on, so both stay in L2."""
+    per_group = GROUP * num_columns
+    first = index // per_group * GROUP
+    size = tl.minimum(num_tiles - first, GROUP)
+    within = index % per_group
+    return first + within % size, within // size
+
+
+@triton.jit
+def tile_rows(tiles, expert_offsets, position, BLOCK_M: tl.constexpr):
+    """Expert, first row, rows ``(BLOCK_M,)``, where they end. Behind the last tile: no rows, first and end are -1."""
+    expert = tl.load(tiles + 2 * position)
+    first = tl.load(tiles + 2 * position + 1)
+    end = tl.load(expert_offsets + tl.maximum(expert, 0) + 1)
+    end = tl.where(expert >= 0, end, -1)
+    return expert, first, first + tl.arange(0, BLOCK_M), end
+
+
+@triton.jit
+def matrix_tile(
+    source,
+    row,
+    column,
+    row_end,
+    column_end,
+    STRIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    EVEN_ROWS: tl.constexpr,
+    EVEN_COLUMNS: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+):
+    """``source[row : row + ROWS, column : column + COLUMNS]``, through a descriptor (TMA) or pointers.
+
+    Pointers read zeros behind the ends, unless the size is even. A descriptor knows the ends of the whole array only:
+    what it reads behind ``row_end`` is another expert's, so it serves where such rows are never stored.
+    """
+    if DESCRIPTOR:
+        tile = source.load([row, column])
+    else:
+        rows = row + tl.arange(0, ROWS)
+        columns = column + tl.arange(0, COLUMNS)
+        pointers = source + rows.to(tl.int64)[:, None] * STRIDE + columns[None, :]
+        if EVEN_ROWS and EVEN_COLUMNS:
+            tile = tl.load(pointers)
+        elif EVEN_ROWS:
+            tile = tl.load(pointers, mask=(columns < column_end)[None, :], other=0.0)
+        elif EVEN_COLUMNS:
+            tile = tl.load(pointers, mask=(rows < row_end)[:, None], other=0.0)
+        else:
+            tile = tl.load(pointers, mask=(rows < row_end)[:, None] & (columns < column_end)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def rows_tile(pointers, columns, column_end, EVEN: tl.constexpr):
+    """Columns of rows given by pointers to their beginnings, ``(M, 1)``; zeros behind the end, unless it is even."""
+    if EVEN:
+        return tl.load(pointers + columns[None, :])
+    return tl.load(pointers + columns[None, :], mask=(columns < column_end)[None, :], other=0.0)
+
+
+@triton.jit
+def row_values(gate_weights, row_to_slot, token_offsets, rows, token, real):
+    """Assignment and gate weight of each row; 0 where a row holds no token."""
+    assignment = tl.load(token_offsets + token, mask=real, other=0) + tl.load(row_to_slot + rows, mask=real, other=0)
+    return assignment, tl.load(gate_weights + assignment, mask=real, other=0.0)
+
+
+@triton.jit
+def _half(tile, RIGHT: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    left, right = tl.split(tl.permute(tl.reshape(tile, (M, 2, N // 2)), (0, 2, 1)))
+    return right if RIGHT else left
+
+
+@triton.jit
+def part_of(tile, INDEX: tl.constexpr, PARTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """Part number INDEX of the PARTS (1, 2, 4 or 8) that a tile's columns are cut into.
+
+    An epilogue that works on one part after the other needs a part's registers, not the tile's.
+    """
+    if PARTS == 8:
+        part = _half(tile, INDEX >= 4, M, N)
+        part = _half(part, INDEX % 4 >= 2, M, N // 2)
+        part = _half(part, INDEX % 2 == 1, M, N // 4)
+    elif PARTS == 4:
+        part = _half(tile, INDEX >= 2, M, N)
+        part = _half(part, INDEX % 2 == 1, M, N // 2)
+    elif PARTS == 2:
+        part = _half(tile, INDEX == 1, M, N)
+    else:
+        part = tile
+    return part
+
+
+@triton.jit
+def act(x, ACTIVATION: tl.constexpr):
+    """The activation; see ``dmoe/ops/activation.py``."""
+    if ACTIVATION == "silu":
+        value = x * tl.sigmoid(x)
+    elif ACTIVATION == "relu":
+        value = tl.where(x < 0.0, 0.0, x)  # NaN stays NaN
+    elif ACTIVATION == "gelu":
+        value = x * 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+    else:  # gelu_tanh: (1 + tanh z) / 2 is sigmoid(2 z)
+        value = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    return value
+
+
+@triton.jit
+def act_slope(x, ACTIVATION: tl.constexpr):
+    """The activation and its derivative."""
+    if ACTIVATION == "silu":
+        s = tl.sigmoid(x)
+        value, slope = x * s, s * (1.0 + x * (1.0 - s))
+    elif ACTIVATION == "relu":
+        value = tl.where(x > 0.0, x, 0.0)
+        slope = (x > 0.0).to(tl.float32)
+    elif ACTIVATION == "gelu":
+        cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+        value, slope = x * cdf, cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+    else:
+        s = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        value, slope = x * s, s + x * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+    return value, slope
+
+
+@triton.jit
+def dropout_scale(
+    seed, rows, column, threshold, scale, STREAM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """``(ROWS, COLUMNS)`` of 0 or ``scale``; see ``dmoe/ops/philox.py``. ``column`` is a multiple of 4."""
+    quads = (column // 4 + tl.arange(0, COLUMNS // 4)).to(tl.uint32)[None, :]
+    counter = rows.to(tl.uint32)[:, None]
+    nothing = tl.zeros((ROWS, COLUMNS // 4), tl.uint32)
+    a, b, c, d = tl.philox(tl.load(seed), quads + nothing, counter + nothing, nothing + STREAM, nothing)
+    words = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (ROWS, COLUMNS))
+    return tl.where(words >= threshold.to(tl.uint32), scale, 0.0)

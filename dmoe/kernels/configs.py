@@ -1,0 +1,142 @@
+"""Tile shapes: which kernel runs with which blocks, warps and pipeline depth, by GPU family and size of a tile's rows.
+
+A small table, not autotuning: the choice costs nothing at run time and is the same in every process. To measure a
+better one for a GPU: ``python benchmarks/tune_gpu.py``, which writes a file that :func:`load` (or the environment
+variable ``DMOE_KERNEL_CONFIGS``) reads.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Config:
+    """Launch shape of one kernel.
+
+    Attributes:
+        block_n: columns of a tile of the result. Its rows are the plan's tiles, or ``block_m`` where there is no plan.
+        block_k: how much of the summed dimension one step loads.
+        num_warps, num_stages: warps of a program; steps in flight.
+        group: row tiles that are walked before the next column of tiles, so that a weight is read again from L2.
+        block_m: rows of a weight gradient's tile.
+        programs: persistent programs on each multiprocessor.
+        parts: pieces (1, 2, 4, 8) that an epilogue takes a tile's columns in, so that it fits in the registers.
+    """
+
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group: int = 8
+    block_m: int = 128
+    programs: int = 1
+    parts: int = 1
+
+
+# For 16-bit numbers and tiles of 128 rows, by family. up counts the columns of one half when gated: two accumulators.
+_DATACENTER = {
+    "up": Config(256, 64, 8, 4, parts=4),
+    "up_gated": Config(128, 64, 8, 4, parts=4),
+    "down": Config(256, 64, 8, 4, parts=4),
+    "hidden_grad": Config(256, 64, 16, 4, parts=8),  # twice the warps: with 8 it spills
+    "hidden_grad_dropout": Config(128, 64, 8, 4, parts=4),
+    "row_grad": Config(256, 64, 8, 4, parts=4),
+    "weight_grad": Config(256, 64, 8, 5, parts=4),
+}
+# 99 KB of shared memory are enough: Ampere, Ada, and Blackwell without tensor memory.
+_PORTABLE = {
+    "up": Config(128, 32, 8, 4, parts=2),
+    "up_gated": Config(64, 32, 8, 4),
+    "down": Config(128, 32, 8, 4),
+    "hidden_grad": Config(64, 32, 8, 4, parts=2),
+    "hidden_grad_dropout": Config(64, 32, 8, 4, parts=2),
+    "row_grad": Config(128, 32, 8, 4),
+    "weight_grad": Config(128, 32, 8, 4, parts=2),
+}
+_BLACKWELL = {  # tensor memory holds the sums, and is used by programs of at most 8 warps
+    **_DATACENTER,
+    "hidden_grad": Config(256, 64, 8, 3, parts=8),
+    "hidden_grad_dropout": Config(256, 64, 8, 3, parts=8),
+}
+_FAMILIES = {"hopper": _DATACENTER, "blackwell": _BLACKWELL, "portable": _PORTABLE}
+# float32 on the ordinary arithmetic units, and rows that are not 16-byte aligned, read number by number: without small
+# tiles the registers would spill.
+_SMALL = {
+    "up": Config(64, 16, 8, 2, parts=2),
+    "up_gated": Config(32, 16, 8, 2),
+    "down": Config(64, 16, 8, 2),
+    "hidden_grad": Config(64, 16, 8, 2, parts=4),
+    "hidden_grad_dropout": Config(64, 16, 8, 2, parts=4),
+    "row_grad": Config(64, 16, 8, 2),
+    "weight_grad": Config(64, 16, 8, 3, block_m=64),
+}
+
+
+def family(capability: int) -> str:
+    """Which GPUs share a table: ``hopper`` (9.x), ``blackwell`` (10.x, with tensor memory), ``portable`` (the rest)."""
+    return {9: "hopper", 10: "blackwell"}.get(capability // 10, "portable")
+
+
+_measured: dict[str, Config] = {}
+
+
+def load(path: str | os.PathLike[str]) -> None:
+    """Use measured launch shapes from a file, before the built-in ones, in this process.
+
+    Args:
+        path: JSON: ``{"kernel/family/bytes/tile_rows/K/N": {"block_n": ..., ...}}``, as ``tune_gpu.py`` writes it.
+
+    Raises:
+        ValueError: an entry that is no launch shape.
+    """
+    measured = {}
+    for key, entry in json.loads(Path(path).read_text()).items():
+        try:
+            measured[key] = Config(**entry)
+        except TypeError as error:
+            raise ValueError(f"kernel configs: {path}: {key}: expected the fields of Config, got {entry}") from error
+    _measured.update(measured)
+    choose.cache_clear()
+
+
+def key(kernel: str, capability: int, element_size: int, tile_rows: int, k: int, n: int) -> str:
+    """The name of an entry in a measured table."""
+    return f"{kernel}/{family(capability)}/{element_size}/{tile_rows}/{k}/{n}"
+
+
+@functools.cache
+def _load_from_environment() -> None:
+    path = os.environ.get("DMOE_KERNEL_CONFIGS")
+    if path:
+        load(path)
+
+
+@functools.cache
+def choose(kernel: str, capability: int, element_size: int, tile_rows: int, k: int, n: int) -> Config:
+    """The launch shape of a kernel.
+
+    Args:
+        kernel: ``up``, ``up_gated``, ``down``, ``hidden_grad``, ``hidden_grad_dropout``, ``row_grad``, ``weight_grad``.
+        capability: of the GPU, 90 for Hopper.
+        element_size: bytes of one number.
+        tile_rows: rows of a tile; for ``weight_grad`` it does not matter.
+        k: columns of the rows' operand; what the sums run over, but for ``weight_grad``.
+        n: columns of the result.
+    """
+    _load_from_environment()
+    measured = _measured.get(key(kernel, capability, element_size, tile_rows, k, n))
+    if measured is not None:
+        return measured
+    if element_size == 4 or (k * element_size) % 16 or (n * element_size) % 16:
+        config = _SMALL[kernel]
+    else:
+        config = _FAMILIES[family(capability)][kernel]
+        if tile_rows < 128 and kernel != "weight_grad":  # few rows: fewer warps, and less to throw away
+            config = replace(config, block_n=min(config.block_n, 128), num_warps=4)
+    block_n = min(config.block_n, max(16, 1 << (n - 1).bit_length()))
+    return replace(config, block_n=block_n, parts=min(config.parts, max(block_n // 32, 1)))

@@ -1,0 +1,284 @@
+"""The two products of the expert MLP that do more than multiply: up with the activation, and back through it."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from dmoe.kernels._pieces import (
+    act,
+    act_slope,
+    dropout_scale,
+    matrix_tile,
+    part_of,
+    place,
+    row_values,
+    rows_tile,
+    tile_rows,
+)
+
+ACTIVATION_DROPOUT = tl.constexpr(0)  # the stream's number in dmoe/ops/philox.py
+
+
+@triton.jit
+def up_kernel(
+    x,  # (T, H)
+    weight,  # (E * F, H), or (E * 2 * F, H) gate then up with GATED
+    bias,  # (E, F) or (E, 2, F), or None
+    gate_weights,
+    seed,
+    pre,  # (R, F) or (R, 2 F), or None
+    hidden,  # (R, F), or None
+    tiles,
+    expert_offsets,
+    row_to_token,
+    row_to_slot,
+    token_offsets,
+    num_tiles,
+    threshold,
+    scale,
+    H: tl.constexpr,
+    F: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    BIAS: tl.constexpr,
+    WEIGH_INPUT: tl.constexpr,
+    WEIGH_HIDDEN: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    STORE_PRE: tl.constexpr,
+    STORE_HIDDEN: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """``pre[r] = x[token of r] @ weight[e]^T + bias[e]`` with the token gathered as it is read, and act(pre)."""
+    even_k: tl.constexpr = H % BLOCK_K == 0
+    even_n: tl.constexpr = F % BLOCK_N == 0
+    num_columns: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
+    parts: tl.constexpr = 2 if GATED else 1
+    for index in range(tl.program_id(0), num_tiles * num_columns, tl.num_programs(0)):
+        position, column = place(index, num_tiles, num_columns, GROUP)
+        expert, _, rows, end = tile_rows(tiles, expert_offsets, position, BLOCK_M)
+        n0 = column * BLOCK_N
+        stored = rows < end
+        token = tl.load(row_to_token + rows, mask=stored, other=-1)
+        real = token >= 0
+        token = tl.maximum(token, 0)
+        # Rows without a token read token 0: an unmasked load is cheaper, and they are stored as zeros.
+        starts = x + token.to(tl.int64)[:, None] * H
+        gate_row = expert * parts * F + n0
+        up_row = gate_row + (parts - 1) * F
+        gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, tl.where(expert >= 0, H, 0), BLOCK_K):
+            left = rows_tile(starts, k + tl.arange(0, BLOCK_K), H, even_k)
+            if GATED:
+                right = matrix_tile(
+                    weight, gate_row, k, gate_row - n0 + F, H, H, BLOCK_N, BLOCK_K, even_n, even_k, DESCRIPTOR
+                )
+                gate = tl.dot(left, right.T, gate, input_precision=PRECISION)
+            right = matrix_tile(weight, up_row, k, up_row - n0 + F, H, H, BLOCK_N, BLOCK_K, even_n, even_k, DESCRIPTOR)
+            up = tl.dot(left, right.T, up, input_precision=PRECISION)
+
+        if WEIGH_INPUT or WEIGH_HIDDEN or DROPOUT:
+            assignment, row_weight = row_values(gate_weights, row_to_slot, token_offsets, rows, token, real)
+        if WEIGH_INPUT:  # w (W x) for W (w x): the same up to rounding, and the product stays as it is
+            gate *= row_weight[:, None]
+            up *= row_weight[:, None]
+        mask_rows = stored[:, None]
+        bias_start = tl.maximum(expert, 0) * parts * F
+        part_width: tl.constexpr = BLOCK_N // PARTS
+        for index_of_part in tl.static_range(PARTS):
+            column_0 = n0 + index_of_part * part_width
+            columns = column_0 + tl.arange(0, part_width)
+            inside = columns < F
+            mask = mask_rows & inside[None, :]
+            places = rows.to(tl.int64)[:, None] * (parts * F) + columns[None, :]
+            up_part = part_of(up, index_of_part, PARTS, BLOCK_M, BLOCK_N)
+            if BIAS:
+                up_bias = tl.load(bias + bias_start + (parts - 1) * F + columns, mask=inside, other=0.0)
+                up_part += up_bias.to(tl.float32)[None, :]
+            up_part = tl.where(real[:, None], up_part, 0.0).to(x.dtype.element_ty)
+            if STORE_PRE:
+                tl.store(pre + places + (parts - 1) * F, up_part, mask=mask)
+            if GATED:
+                gate_part = part_of(gate, index_of_part, PARTS, BLOCK_M, BLOCK_N)
+                if BIAS:
+                    gate_bias = tl.load(bias + bias_start + columns, mask=inside, other=0.0)
+                    gate_part += gate_bias.to(tl.float32)[None, :]
+                gate_part = tl.where(real[:, None], gate_part, 0.0).to(x.dtype.element_ty)
+                if STORE_PRE:
+                    tl.store(pre + places, gate_part, mask=mask)
+            if STORE_HIDDEN:
+                # From the rounded numbers, as backward will see them.
+                if GATED:
+                    value = act(gate_part.to(tl.float32), ACTIVATION) * up_part.to(tl.float32)
+                else:
+                    value = act(up_part.to(tl.float32), ACTIVATION)
+                if DROPOUT:
+                    value *= dropout_scale(
+                        seed, assignment, column_0, threshold, scale, ACTIVATION_DROPOUT, BLOCK_M, part_width
+                    )
+                if WEIGH_HIDDEN:
+                    value *= row_weight[:, None]
+                places = rows.to(tl.int64)[:, None] * F + columns[None, :]
+                tl.store(hidden + places, value.to(x.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _back_through_activation(
+    grad,  # (BLOCK_M, COLUMNS): gradient of the weighted, masked activation, without the gate weight
+    row_grad,
+    column,
+    pre,
+    grad_pre,
+    hidden,
+    seed,
+    rows,
+    real,
+    stored,
+    assignment,
+    row_weight,
+    threshold,
+    scale,
+    F: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    WEIGHED: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    STORE_HIDDEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Stores the pre-activation's gradient and the activation again; returns ``row_grad`` with these columns added."""
+    parts: tl.constexpr = 2 if GATED else 1
+    columns = column + tl.arange(0, COLUMNS)
+    inside = columns < F
+    mask = stored[:, None] & inside[None, :]
+    readable = real[:, None] & inside[None, :]
+    places = rows.to(tl.int64)[:, None] * (parts * F) + columns[None, :]
+    if DROPOUT:
+        grad *= dropout_scale(seed, assignment, column, threshold, scale, ACTIVATION_DROPOUT, BLOCK_M, COLUMNS)
+    grad = tl.where(readable, grad, 0.0)
+    if GATED:
+        gate = tl.load(pre + places, mask=readable, other=0.0).to(tl.float32)
+        up = tl.load(pre + places + F, mask=readable, other=0.0).to(tl.float32)
+        value, slope = act_slope(gate, ACTIVATION)
+        if WEIGHED:
+            row_grad += tl.sum(grad * value * up, 1)
+            grad *= row_weight[:, None]
+        tl.store(grad_pre + places, (grad * up * slope).to(pre.dtype.element_ty), mask=mask)
+        tl.store(grad_pre + places + F, (grad * value).to(pre.dtype.element_ty), mask=mask)
+        value *= up
+    else:
+        value, slope = act_slope(tl.load(pre + places, mask=readable, other=0.0).to(tl.float32), ACTIVATION)
+        if WEIGHED:
+            row_grad += tl.sum(grad * value, 1)
+            grad *= row_weight[:, None]
+        tl.store(grad_pre + places, (grad * slope).to(pre.dtype.element_ty), mask=mask)
+    if STORE_HIDDEN:
+        if DROPOUT:
+            value *= dropout_scale(seed, assignment, column, threshold, scale, ACTIVATION_DROPOUT, BLOCK_M, COLUMNS)
+        if WEIGHED:
+            value *= row_weight[:, None]
+        value = tl.where(readable, value, 0.0)
+        tl.store(hidden + rows.to(tl.int64)[:, None] * F + columns[None, :], value.to(pre.dtype.element_ty), mask=mask)
+    return row_grad
+
+
+@triton.jit
+def hidden_grad_kernel(
+    grad_out,  # (R, H), or (T, H) with GATHER
+    weight,  # (E * H, F)
+    pre,
+    gate_weights,
+    seed,
+    grad_pre,
+    hidden,  # (R, F): the activation again, masked and weighed as forward had it; or None
+    row_grads,  # (columns of tiles, R) float32, with WEIGHED: <activation, its gradient>, parts of the gate weight's
+    tiles,
+    expert_offsets,
+    row_to_token,
+    row_to_slot,
+    token_offsets,
+    num_tiles,
+    num_rows,
+    threshold,
+    scale,
+    H: tl.constexpr,
+    F: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    WEIGHED: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    STORE_HIDDEN: tl.constexpr,
+    GATHER: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Through the down projection and the activation: ``grad_pre = act'(pre) * (w grad_out[token] @ weight[e])``.
+
+    The epilogue takes the tile in parts, one after the other: all at once does not fit in the registers.
+    """
+    even_k: tl.constexpr = H % BLOCK_K == 0
+    even_n: tl.constexpr = F % BLOCK_N == 0
+    num_columns: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
+    for index in range(tl.program_id(0), num_tiles * num_columns, tl.num_programs(0)):
+        position, column = place(index, num_tiles, num_columns, GROUP)
+        expert, _, rows, end = tile_rows(tiles, expert_offsets, position, BLOCK_M)
+        n0 = column * BLOCK_N
+        stored = rows < end
+        token = tl.load(row_to_token + rows, mask=stored, other=-1)
+        real = token >= 0
+        token = tl.maximum(token, 0)
+        picked = token if GATHER else tl.minimum(rows, num_rows - 1)
+        starts = grad_out + picked.to(tl.int64)[:, None] * H
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, tl.where(expert >= 0, H, 0), BLOCK_K):
+            left = rows_tile(starts, k + tl.arange(0, BLOCK_K), H, even_k)
+            right = matrix_tile(
+                weight, expert * H + k, n0, (expert + 1) * H, F, F, BLOCK_K, BLOCK_N, even_k, even_n, DESCRIPTOR
+            )
+            total = tl.dot(left, right, total, input_precision=PRECISION)
+
+        assignment, row_weight = token, 0.0
+        if WEIGHED or DROPOUT:
+            assignment, row_weight = row_values(gate_weights, row_to_slot, token_offsets, rows, token, real)
+        row_grad = tl.zeros((BLOCK_M,), tl.float32)
+        part_width: tl.constexpr = BLOCK_N // PARTS
+        for index_of_part in tl.static_range(PARTS):
+            row_grad = _back_through_activation(
+                part_of(total, index_of_part, PARTS, BLOCK_M, BLOCK_N),
+                row_grad,
+                n0 + index_of_part * part_width,
+                pre,
+                grad_pre,
+                hidden,
+                seed,
+                rows,
+                real,
+                stored,
+                assignment,
+                row_weight,
+                threshold,
+                scale,
+                F,
+                ACTIVATION,
+                GATED,
+                WEIGHED,
+                DROPOUT,
+                STORE_HIDDEN,
+                BLOCK_M,
+                part_width,
+            )
+        if WEIGHED:
+            tl.store(row_grads + column.to(tl.int64) * num_rows + rows, row_grad, mask=stored)

@@ -1,0 +1,265 @@
+"""Products of every expert's rows with its matrix, and of every expert's rows with each other.
+
+Both take rows sorted by expert. :func:`rows_kernel` walks the tile table with persistent programs;
+:func:`weight_grad_kernel` starts one program for every tile of every expert's result, the experts with most rows first,
+so that the longest sums do not begin last. Neither adds into memory that another program adds into.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from dmoe.kernels._pieces import dropout_scale, matrix_tile, part_of, place, row_values, rows_tile, tile_rows
+
+EXPERT_DROPOUT = tl.constexpr(1)  # the stream's number in dmoe/ops/philox.py
+
+
+@triton.jit
+def rows_kernel(
+    a,  # (R, K)
+    weight,  # (E * N, K), or (E * K, N) without TRANS_B
+    bias,  # (E, N) or None
+    out,  # (R, N)
+    tiles,
+    expert_offsets,
+    row_to_token,
+    row_to_slot,
+    token_offsets,
+    seed,
+    x,  # (T, N), with DOTS
+    dots,  # (columns of tiles, R) float32, with DOTS: each row of out times its token's row of x
+    num_tiles,
+    num_rows,
+    threshold,
+    scale,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    TRANS_B: tl.constexpr,
+    BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    DOTS: tl.constexpr,
+    DESCRIPTOR_A: tl.constexpr,
+    DESCRIPTOR_B: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """``out[r] = a[r] @ weight[e]^T + bias[e]`` (``@ weight[e]`` without TRANS_B) for the rows r of every expert e."""
+    even_k: tl.constexpr = K % BLOCK_K == 0
+    even_n: tl.constexpr = N % BLOCK_N == 0
+    num_columns: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    for index in range(tl.program_id(0), num_tiles * num_columns, tl.num_programs(0)):
+        position, column = place(index, num_tiles, num_columns, GROUP)
+        expert, first, rows, end = tile_rows(tiles, expert_offsets, position, BLOCK_M)
+        n0 = column * BLOCK_N
+        # A row behind the end belongs to another expert or to nobody; it is computed and not stored.
+        starts = a + tl.minimum(rows, num_rows - 1).to(tl.int64)[:, None] * K if not DESCRIPTOR_A else 0
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, tl.where(expert >= 0, K, 0), BLOCK_K):
+            if DESCRIPTOR_A:  # noqa: SIM108  # the other branch would be compiled too
+                left = a.load([first, k])
+            else:
+                left = rows_tile(starts, k + tl.arange(0, BLOCK_K), K, even_k)
+            if TRANS_B:
+                right = matrix_tile(
+                    weight, expert * N + n0, k, (expert + 1) * N, K, K, BLOCK_N, BLOCK_K, even_n, even_k, DESCRIPTOR_B
+                )
+                total = tl.dot(left, right.T, total, input_precision=PRECISION)
+            else:
+                right = matrix_tile(
+                    weight, expert * K + k, n0, (expert + 1) * K, N, N, BLOCK_K, BLOCK_N, even_k, even_n, DESCRIPTOR_B
+                )
+                total = tl.dot(left, right, total, input_precision=PRECISION)
+
+        stored = rows < end
+        if DROPOUT or DOTS:
+            token = tl.load(row_to_token + rows, mask=stored, other=-1)
+            real = token >= 0
+            token = tl.maximum(token, 0)
+        if DROPOUT:
+            assignment = tl.load(token_offsets + token, mask=real, other=0)
+            assignment += tl.load(row_to_slot + rows, mask=real, other=0)
+        if DOTS:
+            dot = tl.zeros((BLOCK_M,), tl.float32)
+        part_width: tl.constexpr = BLOCK_N // PARTS
+        for part_index in tl.static_range(PARTS):
+            part = part_of(total, part_index, PARTS, BLOCK_M, BLOCK_N)
+            column_0 = n0 + part_index * part_width
+            columns = column_0 + tl.arange(0, part_width)
+            inside = columns < N
+            if BIAS:
+                part += tl.load(bias + tl.maximum(expert, 0) * N + columns, mask=inside, other=0.0).to(tl.float32)
+            if DROPOUT:
+                part *= dropout_scale(seed, assignment, column_0, threshold, scale, EXPERT_DROPOUT, BLOCK_M, part_width)
+            mask = stored[:, None] & inside[None, :]
+            places = out + rows.to(tl.int64)[:, None] * N + columns[None, :]
+            tl.store(places, part.to(out.dtype.element_ty), mask=mask)
+            if DOTS:
+                places = x + token.to(tl.int64)[:, None] * N + columns[None, :]
+                of_token = tl.load(places, mask=real[:, None] & inside[None, :], other=0.0).to(tl.float32)
+                dot += tl.sum(tl.where(mask, part * of_token, 0.0), 1)
+        if DOTS:
+            tl.store(dots + column.to(tl.int64) * num_rows + rows, dot, mask=stored)
+
+
+@triton.jit
+def _picked(source, index, rows, end, columns, WIDTH: tl.constexpr, GATHER: tl.constexpr, EVEN: tl.constexpr):
+    """Rows of a sum's operand ``(BLOCK_K, BLOCK)``: rows behind the end, and of no token, are zeros."""
+    live = rows < end
+    if GATHER:
+        rows = tl.load(index + rows, mask=live, other=-1)
+        live = rows >= 0
+    pointers = source + rows.to(tl.int64)[:, None] * WIDTH + columns[None, :]
+    if EVEN:
+        return tl.load(pointers, mask=live[:, None], other=0.0)
+    return tl.load(pointers, mask=live[:, None] & (columns < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def weight_grad_kernel(
+    a,  # (R, M), or (T, M) with GATHER_A
+    b,  # (R, N), or (T, N) with GATHER_B
+    gate_weights,  # with WEIGHED
+    out,  # (E, M, N)
+    expert_offsets,
+    experts_by_load,
+    row_to_token,
+    row_to_slot,
+    token_offsets,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    GATHER_A: tl.constexpr,
+    GATHER_B: tl.constexpr,
+    WEIGHED: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """``out[e] = sum over the rows r of e of outer(w[r] a[r], b[r])``, or ``+=`` with ACCUMULATE."""
+    num_m: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
+    num_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    tile = tl.program_id(0) % (num_m * num_n)
+    expert = tl.load(experts_by_load + tl.program_id(0) // (num_m * num_n))
+    begin = tl.load(expert_offsets + expert)
+    end = tl.load(expert_offsets + expert + 1)
+    rows_of_out = tile // num_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tile % num_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    even_m: tl.constexpr = M % BLOCK_M == 0
+    even_n: tl.constexpr = N % BLOCK_N == 0
+
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for row in range(begin, end, BLOCK_K):
+        rows = row + tl.arange(0, BLOCK_K)
+        left = _picked(a, row_to_token, rows, end, rows_of_out, M, GATHER_A, even_m)
+        if WEIGHED:
+            token = tl.load(row_to_token + rows, mask=rows < end, other=-1)
+            _, weight = row_values(gate_weights, row_to_slot, token_offsets, rows, tl.maximum(token, 0), token >= 0)
+            left = (left.to(tl.float32) * weight[:, None]).to(left.dtype)
+        right = _picked(b, row_to_token, rows, end, columns, N, GATHER_B, even_n)
+        total = tl.dot(left.T, right, total, input_precision=PRECISION)
+
+    starts = out + (expert.to(tl.int64) * M + rows_of_out)[:, None] * N
+    part_width: tl.constexpr = BLOCK_N // PARTS
+    for index in tl.static_range(PARTS):
+        part = part_of(total, index, PARTS, BLOCK_M, BLOCK_N)
+        columns = tile % num_n * BLOCK_N + index * part_width + tl.arange(0, part_width)
+        places = starts + columns[None, :]
+        mask = (rows_of_out < M)[:, None] & (columns < N)[None, :]
+        if ACCUMULATE:
+            part += tl.load(places, mask=mask, other=0.0).to(tl.float32)
+        tl.store(places, part.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def expert_sums_kernel(
+    a,  # (R, N), or (T, N) with GATHER
+    gate_weights,  # with WEIGHED
+    out,  # (E, N)
+    expert_offsets,
+    row_to_token,
+    row_to_slot,
+    token_offsets,
+    N: tl.constexpr,
+    GATHER: tl.constexpr,
+    WEIGHED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """``out[e] = sum over the rows r of e of w[r] a[r]``: a bias's gradient."""
+    expert = tl.program_id(0)
+    begin = tl.load(expert_offsets + expert)
+    end = tl.load(expert_offsets + expert + 1)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for row in range(begin, end, BLOCK_K):
+        rows = row + tl.arange(0, BLOCK_K)
+        values = _picked(a, row_to_token, rows, end, columns, N, GATHER, False).to(tl.float32)
+        if WEIGHED:
+            token = tl.load(row_to_token + rows, mask=rows < end, other=-1)
+            _, weight = row_values(gate_weights, row_to_slot, token_offsets, rows, tl.maximum(token, 0), token >= 0)
+            values *= weight[:, None]
+        total += tl.sum(values, 0)
+    tl.store(out + expert.to(tl.int64) * N + columns, total.to(out.dtype.element_ty), mask=columns < N)
+
+
+@triton.jit
+def bias_dots_kernel(
+    grad_out,  # (R, N), or (T, N) with GATHER
+    bias,  # (E, N)
+    dots,  # (R,) float32
+    tiles,
+    expert_offsets,
+    row_to_token,
+    N: tl.constexpr,
+    GATHER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """``dots[r] = <grad_out[r], bias[e]>``: what the bias adds to the gate weight's gradient."""
+    expert, _, rows, end = tile_rows(tiles, expert_offsets, tl.program_id(0), BLOCK_M)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    for column in range(0, tl.where(expert >= 0, N, 0), BLOCK_N):
+        columns = column + tl.arange(0, BLOCK_N)
+        values = _picked(grad_out, row_to_token, rows, end, columns, N, GATHER, False).to(tl.float32)
+        total += tl.sum(values * tl.load(bias + expert * N + columns, mask=columns < N, other=0.0).to(tl.float32), 1)
+    tl.store(dots + rows, total, mask=rows < end)
+
+
+@triton.jit
+def masked_rows_kernel(
+    grad_y,  # (T, N)
+    out,  # (R, N)
+    seed,
+    tiles,
+    expert_offsets,
+    row_to_token,
+    row_to_slot,
+    token_offsets,
+    threshold,
+    scale,
+    N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """``out[r] = grad_y[token of r]`` under the expert dropout's mask; zeros where a row holds no token."""
+    _, _, rows, end = tile_rows(tiles, expert_offsets, tl.program_id(0), BLOCK_M)
+    column = tl.program_id(1) * BLOCK_N
+    columns = column + tl.arange(0, BLOCK_N)
+    token = tl.load(row_to_token + rows, mask=rows < end, other=-1)
+    real = token >= 0
+    token = tl.maximum(token, 0)
+    assignment = tl.load(token_offsets + token, mask=real, other=0) + tl.load(row_to_slot + rows, mask=real, other=0)
+    inside = (columns < N)[None, :]
+    values = tl.load(
+        grad_y + token.to(tl.int64)[:, None] * N + columns[None, :], mask=real[:, None] & inside, other=0.0
+    ).to(tl.float32)
+    values *= dropout_scale(seed, assignment, column, threshold, scale, EXPERT_DROPOUT, BLOCK_M, BLOCK_N)
+    places = out + rows.to(tl.int64)[:, None] * N + columns[None, :]
+    tl.store(places, values.to(out.dtype.element_ty), mask=(rows < end)[:, None] & inside)

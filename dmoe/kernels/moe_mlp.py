@@ -1,0 +1,446 @@
+"""Launches of the expert MLP's kernels: which launch shape, which grid, which path to memory.
+
+A :class:`Rows` says where the rows are; every function here writes into tensors it is given.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from dmoe.kernels._launch import capability, launch, multiprocessors
+from dmoe.kernels.combine import combine_kernel
+from dmoe.kernels.configs import Config, choose
+from dmoe.kernels.expert_mlp import hidden_grad_kernel, up_kernel
+from dmoe.kernels.grouped_gemm import (
+    bias_dots_kernel,
+    expert_sums_kernel,
+    masked_rows_kernel,
+    rows_kernel,
+    weight_grad_kernel,
+)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows sorted by expert, cut into tiles; see :class:`dmoe.plan.RoutingPlan` for the index tensors."""
+
+    tiles: Tensor
+    experts_by_load: Tensor
+    tile_rows: int
+    expert_offsets: Tensor
+    row_to_token: Tensor
+    row_to_slot: Tensor
+    token_offsets: Tensor
+    token_rows: Tensor
+
+    @property
+    def num_rows(self) -> int:
+        """R, the static bound."""
+        return self.row_to_token.shape[0]
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.expert_offsets.shape[0] - 1
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """A dropout probability and its seed; p = 0 is none."""
+
+    p: float
+    seed: Tensor | None
+
+    @property
+    def threshold(self) -> int:
+        """Random words below it drop."""
+        return round(self.p * 2**32)
+
+    @property
+    def scale(self) -> float:
+        """What is kept is multiplied by this."""
+        return 1.0 / (1.0 - self.p)
+
+
+def _config(kernel: str, like: Tensor, tile_rows: int, k: int, n: int) -> Config:
+    """k and n are the columns of operand and result, as their rows' alignment decides which loads are possible."""
+    return choose(kernel, capability(like.device), like.element_size(), tile_rows, k, n)
+
+
+def _precision(like: Tensor) -> str:
+    """tf32 where PyTorch's own setting allows it. Means nothing to 16-bit numbers."""
+    return "tf32" if like.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def _descriptor(matrix: Tensor, block_rows: int, block_columns: int) -> TensorDescriptor | None:
+    """A view for the copy engine (TMA), where the GPU has one and rows are 16-byte aligned."""
+    aligned = matrix.shape[-1] * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0
+    if matrix.element_size() != 2 or not aligned or capability(matrix.device) // 10 not in (9, 10):
+        return None
+    flat = matrix.view(-1, matrix.shape[-1])
+    return TensorDescriptor(flat, list(flat.shape), [flat.shape[1], 1], [block_rows, block_columns])
+
+
+def _persistent(config: Config, like: Tensor, num_tiles: int, n: int) -> tuple[int]:
+    return (min(num_tiles * math.ceil(n / config.block_n), config.programs * multiprocessors(like.device)),)
+
+
+def _shape(config: Config) -> dict[str, Any]:
+    return {
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+
+
+def up(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate_weights: Tensor,
+    pre: Tensor | None,
+    hidden: Tensor | None,
+    rows: Rows,
+    *,
+    gated: bool,
+    activation: str,
+    gate_weight_on: str,
+    dropout: Dropout,
+) -> None:
+    """Fill ``pre`` (R, F or 2F) and ``hidden`` (R, F), each unless it is None, from x ``(T, H)``."""
+    h, f = weight.shape[-1], weight.shape[-2]
+    config = _config("up_gated" if gated else "up", x, rows.tile_rows, h, f)
+    descriptor = _descriptor(weight, config.block_n, config.block_k)
+    launch(
+        up_kernel,
+        _persistent(config, x, rows.tiles.shape[0], f),
+        x,
+        descriptor or weight,
+        bias,
+        gate_weights,
+        dropout.seed,
+        pre,
+        hidden,
+        rows.tiles,
+        rows.expert_offsets,
+        rows.row_to_token,
+        rows.row_to_slot,
+        rows.token_offsets,
+        rows.tiles.shape[0],
+        dropout.threshold,
+        dropout.scale,
+        H=h,
+        F=f,
+        ACTIVATION=activation,
+        GATED=gated,
+        BIAS=bias is not None,
+        WEIGH_INPUT=gate_weight_on == "input",
+        WEIGH_HIDDEN=gate_weight_on == "activation",
+        DROPOUT=dropout.p > 0,
+        STORE_PRE=pre is not None,
+        STORE_HIDDEN=hidden is not None,
+        DESCRIPTOR=descriptor is not None,
+        PRECISION=_precision(x),
+        BLOCK_M=rows.tile_rows,
+        GROUP=config.group,
+        PARTS=config.parts,
+        **_shape(config),
+    )
+
+
+def multiply_rows(
+    kernel: str,
+    a: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    rows: Rows,
+    *,
+    trans_b: bool,
+    bias: Tensor | None = None,
+    dropout: Dropout | None = None,
+    x: Tensor | None = None,
+    dots: Tensor | None = None,
+) -> None:
+    """``out[r] = a[r] @ weight[e]`` (transposed: ``@ weight[e].T``) for a ``(R, K)``, out ``(R, N)``.
+
+    Args:
+        kernel: ``down`` or ``row_grad``: whose launch shape.
+        a, weight, out: ``(R, K)``, ``(E, K, N)`` (transposed ``(E, N, K)``), ``(R, N)``.
+        rows: where the rows are.
+        trans_b: see ``weight``.
+        bias: ``(E, N)``, added to every row of its expert.
+        dropout: of the result.
+        x, dots: fill ``dots`` (:func:`num_columns` of them, R) with ``<out[r], x[token of r]>`` in parts.
+    """
+    k, n = a.shape[1], out.shape[1]
+    config = _config(kernel, a, rows.tile_rows, k, n)
+    block = (config.block_n, config.block_k) if trans_b else (config.block_k, config.block_n)
+    # Without the transpose the summed dimension runs over rows, and the copy engine does not stop at an expert's last.
+    descriptor_b = _descriptor(weight, *block) if trans_b or k % config.block_k == 0 else None
+    descriptor_a = _descriptor(a, rows.tile_rows, config.block_k)
+    dropout = dropout or Dropout(0.0, None)
+    launch(
+        rows_kernel,
+        _persistent(config, a, rows.tiles.shape[0], n),
+        descriptor_a or a,
+        descriptor_b or weight,
+        bias,
+        out,
+        rows.tiles,
+        rows.expert_offsets,
+        rows.row_to_token,
+        rows.row_to_slot,
+        rows.token_offsets,
+        dropout.seed,
+        x,
+        dots,
+        rows.tiles.shape[0],
+        rows.num_rows,
+        dropout.threshold,
+        dropout.scale,
+        K=k,
+        N=n,
+        TRANS_B=trans_b,
+        BIAS=bias is not None,
+        DROPOUT=dropout.p > 0,
+        DOTS=dots is not None,
+        DESCRIPTOR_A=descriptor_a is not None,
+        DESCRIPTOR_B=descriptor_b is not None,
+        PRECISION=_precision(a),
+        BLOCK_M=rows.tile_rows,
+        GROUP=config.group,
+        PARTS=config.parts,
+        **_shape(config),
+    )
+
+
+def num_columns(kernel: str, like: Tensor, rows: Rows, k: int, n: int) -> int:
+    """Tiles side by side in a result of n columns: how many parts a sum over them comes in."""
+    return math.ceil(n / _config(kernel, like, rows.tile_rows, k, n).block_n)
+
+
+def hidden_grad_name(dropout: Dropout) -> str:
+    """Whose launch shape :func:`hidden_grad` takes: a mask in the epilogue needs registers that a wide tile uses up."""
+    return "hidden_grad_dropout" if dropout.p else "hidden_grad"
+
+
+def hidden_grad(
+    grad_out: Tensor,
+    weight: Tensor,
+    pre: Tensor,
+    gate_weights: Tensor,
+    grad_pre: Tensor,
+    hidden: Tensor | None,
+    row_grads: Tensor | None,
+    rows: Rows,
+    *,
+    gather: bool,
+    gated: bool,
+    activation: str,
+    weighed: bool,
+    dropout: Dropout,
+) -> None:
+    """Fill ``grad_pre``, the activation again (``hidden``) and, if ``weighed``, ``row_grads`` (:func:`num_columns`, R).
+
+    ``grad_out`` is ``(T, H)`` to be gathered, or already ``(R, H)``.
+    """
+    h, f = weight.shape[-2:]
+    config = _config(hidden_grad_name(dropout), grad_out, rows.tile_rows, h, f)
+    even = h % config.block_k == 0
+    descriptor = _descriptor(weight, config.block_k, config.block_n) if even else None
+    launch(
+        hidden_grad_kernel,
+        _persistent(config, grad_out, rows.tiles.shape[0], f),
+        grad_out,
+        descriptor or weight,
+        pre,
+        gate_weights,
+        dropout.seed,
+        grad_pre,
+        hidden,
+        row_grads,
+        rows.tiles,
+        rows.expert_offsets,
+        rows.row_to_token,
+        rows.row_to_slot,
+        rows.token_offsets,
+        rows.tiles.shape[0],
+        rows.num_rows,
+        dropout.threshold,
+        dropout.scale,
+        H=h,
+        F=f,
+        ACTIVATION=activation,
+        GATED=gated,
+        WEIGHED=weighed,
+        DROPOUT=dropout.p > 0,
+        STORE_HIDDEN=hidden is not None,
+        GATHER=gather,
+        DESCRIPTOR=descriptor is not None,
+        PRECISION=_precision(grad_out),
+        BLOCK_M=rows.tile_rows,
+        GROUP=config.group,
+        PARTS=config.parts,
+        **_shape(config),
+    )
+
+
+def weight_grad(
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    rows: Rows,
+    *,
+    gather_a: bool = False,
+    gather_b: bool = False,
+    gate_weights: Tensor | None = None,
+    accumulate: bool = False,
+) -> None:
+    """``out[e] = sum of outer(w[r] a[r], b[r])`` over e's rows: out ``(E, M, N)``, a of M and b of N columns.
+
+    Args:
+        a, b: ``(R, ...)``, or ``(T, ...)`` where they are to be gathered.
+        out: any floating dtype.
+        rows: where the rows are.
+        gather_a, gather_b: read rows through ``row_to_token``.
+        gate_weights: multiply rows of ``a`` by these; None for 1.
+        accumulate: add to ``out`` instead of overwriting it.
+    """
+    m, n = a.shape[1], b.shape[1]
+    config = _config("weight_grad", a, rows.tile_rows, m, n)
+    # A gathered operand's row numbers are fetched a step ahead of its rows, which takes one stage from these.
+    block_m = min(config.block_m, max(16, 1 << (m - 1).bit_length()))
+    launch(
+        weight_grad_kernel,
+        (rows.num_experts * math.ceil(m / block_m) * math.ceil(n / config.block_n),),
+        a,
+        b,
+        gate_weights,
+        out,
+        rows.expert_offsets,
+        rows.experts_by_load,
+        rows.row_to_token,
+        rows.row_to_slot,
+        rows.token_offsets,
+        M=m,
+        N=n,
+        GATHER_A=gather_a,
+        GATHER_B=gather_b,
+        WEIGHED=gate_weights is not None,
+        ACCUMULATE=accumulate,
+        PRECISION=_precision(a),
+        BLOCK_M=block_m,
+        PARTS=config.parts,
+        **{**_shape(config), "num_stages": config.num_stages - (not gather_a and not gather_b)},
+    )
+
+
+def expert_sums(a: Tensor, out: Tensor, rows: Rows, *, gather: bool, gate_weights: Tensor | None = None) -> None:
+    """``out[e]`` = sum of ``w[r] a[r]`` over e's rows: out ``(E, N)``."""
+    n = a.shape[1]
+    launch(
+        expert_sums_kernel,
+        (rows.num_experts, math.ceil(n / 128)),
+        a,
+        gate_weights,
+        out,
+        rows.expert_offsets,
+        rows.row_to_token,
+        rows.row_to_slot,
+        rows.token_offsets,
+        N=n,
+        GATHER=gather,
+        WEIGHED=gate_weights is not None,
+        BLOCK_N=128,
+        BLOCK_K=32,
+        num_warps=4,
+    )
+
+
+def bias_dots(grad_out: Tensor, bias: Tensor, dots: Tensor, rows: Rows, *, gather: bool) -> None:
+    """``dots[r] = <grad_out[r], bias[e]>``: dots ``(R,)`` float32."""
+    launch(
+        bias_dots_kernel,
+        (rows.tiles.shape[0],),
+        grad_out,
+        bias,
+        dots,
+        rows.tiles,
+        rows.expert_offsets,
+        rows.row_to_token,
+        N=bias.shape[1],
+        GATHER=gather,
+        BLOCK_M=rows.tile_rows,
+        BLOCK_N=64,
+        num_warps=4,
+    )
+
+
+def masked_rows(grad_y: Tensor, out: Tensor, rows: Rows, dropout: Dropout) -> None:
+    """``out[r] = grad_y[token of r]`` under the expert dropout's mask: ``(T, H)`` to ``(R, H)``."""
+    n = grad_y.shape[1]
+    launch(
+        masked_rows_kernel,
+        (rows.tiles.shape[0], math.ceil(n / 64)),
+        grad_y,
+        out,
+        dropout.seed,
+        rows.tiles,
+        rows.expert_offsets,
+        rows.row_to_token,
+        rows.row_to_slot,
+        rows.token_offsets,
+        dropout.threshold,
+        dropout.scale,
+        N=n,
+        BLOCK_M=rows.tile_rows,
+        BLOCK_N=64,
+        num_warps=4,
+    )
+
+
+def combine(
+    values: Tensor,
+    gate_weights: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor,
+    rows: Rows,
+    *,
+    row_grads: Tensor | None = None,
+    gate_grads: Tensor | None = None,
+) -> None:
+    """``out[t] = residual[t] + sum of w[j] values[row of j]`` over t's assignments j, ``(R, H)`` to ``(T, H)``.
+
+    With ``row_grads`` (columns, R) each assignment's sum over columns goes to ``gate_grads`` (N,).
+    """
+    num_tokens, h = out.shape
+    slots = min(8, 1 << max(math.ceil(rows.token_rows.shape[0] / num_tokens) - 1, 0).bit_length())
+    block = min(1024, max(16, 1 << (h - 1).bit_length()))
+    launch(
+        combine_kernel,
+        (num_tokens, math.ceil(h / block)),
+        values,
+        gate_weights,
+        residual,
+        out,
+        row_grads,
+        gate_grads,
+        rows.token_offsets,
+        rows.token_rows,
+        rows.num_rows,
+        0 if row_grads is None else row_grads.shape[0],
+        H=h,
+        WEIGHED=gate_weights is not None,
+        RESIDUAL=residual is not None,
+        ROW_GRADS=row_grads is not None,
+        SLOTS=slots,
+        BLOCK=block,
+        num_warps=4 if block * slots >= 2048 else 1,
+    )

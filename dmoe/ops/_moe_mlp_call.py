@@ -1,0 +1,65 @@
+"""The arguments of ``moe_mlp``, by name: the schema's order, for everything that implements the operation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+SCHEMA = (
+    "Tensor x, Tensor gate_weights, Tensor up_proj, Tensor down_proj, Tensor? up_bias, Tensor? down_bias, "
+    "Tensor expert_offsets, Tensor row_to_token, Tensor row_to_slot, Tensor token_offsets, Tensor token_rows, "
+    "Tensor? seed, int[] ffn_sizes, str activation, bool gated, str gate_weight_on, float activation_dropout, "
+    "float expert_dropout, Tensor? residual=None, Tensor? tiles=None, Tensor? experts_by_load=None, int tile_rows=0, "
+    "Tensor? up_main_grad=None, Tensor? down_main_grad=None"
+)
+
+
+class Call(NamedTuple):
+    """One call.
+
+    What :class:`dmoe.experts.ExpertWeights` and :class:`dmoe.plan.RoutingPlan` hold, and the options. ``residual`` is
+    added to y. ``up_main_grad`` and ``down_main_grad`` are float32 buffers in the shapes of the projections that
+    backward adds their gradients to, instead of returning them.
+    """
+
+    x: Tensor
+    gate_weights: Tensor
+    up_proj: Tensor
+    down_proj: Tensor
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+    expert_offsets: Tensor
+    row_to_token: Tensor
+    row_to_slot: Tensor
+    token_offsets: Tensor
+    token_rows: Tensor
+    seed: Tensor | None
+    ffn_sizes: Sequence[int]
+    activation: str
+    gated: bool
+    gate_weight_on: str
+    activation_dropout: float
+    expert_dropout: float
+    residual: Tensor | None = None
+    tiles: Tensor | None = None
+    experts_by_load: Tensor | None = None
+    tile_rows: int = 0
+    up_main_grad: Tensor | None = None
+    down_main_grad: Tensor | None = None
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.expert_offsets.shape[0] - 1
+
+    @property
+    def width(self) -> int:
+        """The widest expert's F."""
+        return max(self.ffn_sizes) if self.ffn_sizes else self.down_proj.shape[-1]
+
+    @property
+    def pre_width(self) -> int:
+        """Columns of the pre-activation."""
+        return self.width * (2 if self.gated else 1)

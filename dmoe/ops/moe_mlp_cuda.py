@@ -1,0 +1,214 @@
+"""``moe_mlp`` on a GPU: three kernels forward, five backward, whatever the number of experts.
+
+forward     up (gathers its tokens, activates), down, combine
+backward    hidden_grad (through down and the activation), weight gradient of down, row_grad (through up), combine,
+            weight gradient of up; one more for each bias, and where a bias or the expert dropout needs it
+
+Nothing waits for the host: grids come from shapes, and the tile table, on the device, says which rows and which expert
+a program owns. Rows of no token are zeros wherever they could be summed, and are never read elsewhere. Calls that the
+kernels do not serve (float64, experts of different widths, nothing to do) run the reference's composition.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dmoe.ops._moe_mlp_call import Call
+from dmoe.ops.moe_mlp_ref import moe_mlp_backward_ref, moe_mlp_ref
+from dmoe.ops.tile_table import preferred_tile_rows, tile_table
+
+if TYPE_CHECKING:
+    from dmoe.kernels.moe_mlp import Rows
+
+
+def _served(call: Call) -> bool:
+    return (
+        call.x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and not call.ffn_sizes
+        and 0 not in (call.x.numel(), call.row_to_token.numel(), call.down_proj.numel())
+    )
+
+
+def _rows(call: Call) -> Rows:
+    from dmoe.kernels.moe_mlp import Rows
+
+    tiles, by_load, tile_rows = call.tiles, call.experts_by_load, call.tile_rows
+    if tiles is None or by_load is None:  # a plan made for another device, or by hand
+        num_rows = call.row_to_token.shape[0]
+        tile_rows = preferred_tile_rows(num_rows, call.num_experts)
+        tiles, by_load = tile_table(call.expert_offsets, num_rows, tile_rows)
+    return Rows(
+        tiles=tiles,
+        experts_by_load=by_load,
+        tile_rows=tile_rows,
+        expert_offsets=call.expert_offsets,
+        row_to_token=call.row_to_token,
+        row_to_slot=call.row_to_slot,
+        token_offsets=call.token_offsets,
+        token_rows=call.token_rows,
+    )
+
+
+def _activated(call: Call, rows: Rows, *, with_pre: bool, with_hidden: bool) -> tuple[Tensor | None, Tensor | None]:
+    """The pre-activation and the activation, as wanted."""
+    from dmoe.kernels.moe_mlp import Dropout, up
+
+    num_rows = rows.num_rows
+    pre = call.x.new_empty((num_rows, call.pre_width)) if with_pre else None
+    hidden = call.x.new_empty((num_rows, call.width)) if with_hidden else None
+    up(
+        call.x,
+        call.up_proj,
+        call.up_bias,
+        call.gate_weights,
+        pre,
+        hidden,
+        rows,
+        gated=call.gated,
+        activation=call.activation,
+        gate_weight_on=call.gate_weight_on,
+        dropout=Dropout(call.activation_dropout, call.seed),
+    )
+    return pre, hidden
+
+
+def _forward(call: Call, *, with_pre: bool) -> tuple[Tensor, Tensor | None]:
+    from dmoe.kernels.moe_mlp import Dropout, combine, multiply_rows
+
+    rows = _rows(call)
+    pre, hidden = _activated(call, rows, with_pre=with_pre, with_hidden=True)
+    assert hidden is not None
+    out = call.x.new_empty((rows.num_rows, call.x.shape[1]))
+    dropout = Dropout(call.expert_dropout, call.seed)
+    multiply_rows("down", hidden, call.down_proj, out, rows, trans_b=True, bias=call.down_bias, dropout=dropout)
+    y = torch.empty_like(call.x)
+    combine(out, call.gate_weights if call.gate_weight_on == "output" else None, call.residual, y, rows)
+    return y, pre
+
+
+def moe_mlp_cuda(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """y and the pre-activation."""
+    call = Call(*arguments)
+    if not _served(call):
+        return moe_mlp_ref(*arguments)
+    y, pre = _forward(call, with_pre=True)
+    assert pre is not None
+    return y, pre
+
+
+def moe_mlp_inference_cuda(*arguments: Any) -> Tensor:
+    """y."""
+    call = Call(*arguments)
+    return _forward(call, with_pre=False)[0] if _served(call) else moe_mlp_ref(*arguments)[0]
+
+
+def moe_mlp_pre_activation_cuda(*arguments: Any) -> Tensor:
+    """The pre-activation alone."""
+    call = Call(*arguments)
+    if not _served(call):
+        return moe_mlp_ref(*arguments)[1]
+    pre, _ = _activated(call, _rows(call), with_pre=True, with_hidden=False)
+    assert pre is not None
+    return pre
+
+
+def moe_mlp_backward_cuda(grad_y: Tensor, pre: Tensor, of_weights: bool, *arguments: Any) -> tuple[Tensor, ...]:
+    """Gradients of x, gate weights, both projections and both biases; empty where there is none to give.
+
+    The projections' are empty too where ``up_main_grad`` and ``down_main_grad`` took them.
+    """
+    call = Call(*arguments)
+    if not _served(call):
+        return add_to_main_grads(call, moe_mlp_backward_ref(grad_y, pre, of_weights, *arguments))
+    from dmoe.kernels import moe_mlp as kernels
+
+    rows, x = _rows(call), call.x
+    num_rows, (hidden_size, width) = rows.num_rows, (x.shape[1], call.width)
+    on_input, on_output = call.gate_weight_on == "input", call.gate_weight_on == "output"
+    up, down = call.up_proj.view(call.num_experts, call.pre_width, hidden_size), call.down_proj
+
+    grad_out, gather = grad_y, True
+    if call.expert_dropout:
+        grad_out, gather = x.new_empty((num_rows, hidden_size)), False
+        kernels.masked_rows(grad_y, grad_out, rows, kernels.Dropout(call.expert_dropout, call.seed))
+
+    # Through the down projection and the activation. Each tile's columns give one part of the gate weights' gradient.
+    grad_pre = torch.empty_like(pre)
+    hidden = x.new_empty((num_rows, width)) if of_weights else None
+    dropout = kernels.Dropout(call.activation_dropout, call.seed)
+    parts = kernels.num_columns(kernels.hidden_grad_name(dropout), x, rows, hidden_size, width)
+    with_bias = call.down_bias is not None and on_output
+    row_grads = None if on_input else x.new_empty((parts + with_bias, num_rows), dtype=torch.float32)
+    kernels.hidden_grad(
+        grad_out,
+        down,
+        pre,
+        call.gate_weights,
+        grad_pre,
+        hidden,
+        row_grads,
+        rows,
+        gather=gather,
+        gated=call.gated,
+        activation=call.activation,
+        weighed=not on_input,
+        dropout=dropout,
+    )
+    if with_bias:
+        assert call.down_bias is not None
+        assert row_grads is not None
+        kernels.bias_dots(grad_out, call.down_bias, row_grads[parts], rows, gather=gather)
+
+    grads = [x.new_empty(0)] * 4
+    if of_weights:
+        assert hidden is not None
+        grads[1] = _weight_grad(call.down_main_grad, call.down_proj, grad_out, hidden, rows, gather_a=gather)
+        if call.down_bias is not None:
+            grads[3] = torch.empty_like(call.down_bias)
+            weights = call.gate_weights if on_output else None
+            kernels.expert_sums(grad_out, grads[3], rows, gather=gather, gate_weights=weights)
+        del hidden
+
+    # Through the up projection, and back to the tokens.
+    grad_rows = x.new_empty((num_rows, hidden_size))
+    dots = None
+    if on_input:
+        parts = kernels.num_columns("row_grad", x, rows, call.pre_width, hidden_size)
+        dots = row_grads = x.new_empty((parts, num_rows), dtype=torch.float32)
+    kernels.multiply_rows("row_grad", grad_pre, up, grad_rows, rows, trans_b=False, x=x, dots=dots)
+    grad_x, grad_gate = torch.empty_like(x), torch.empty_like(call.gate_weights)
+    weights = call.gate_weights if on_input else None
+    kernels.combine(grad_rows, weights, None, grad_x, rows, row_grads=row_grads, gate_grads=grad_gate)
+    del grad_rows
+
+    if of_weights:
+        grads[0] = _weight_grad(call.up_main_grad, call.up_proj, grad_pre, x, rows, gather_b=True, gate_weights=weights)
+        if call.up_bias is not None:
+            grads[2] = torch.empty_like(call.up_bias)
+            kernels.expert_sums(grad_pre, grads[2], rows, gather=False)
+    return grad_x, grad_gate, *grads
+
+
+def _weight_grad(buffer: Tensor | None, weight: Tensor, a: Tensor, b: Tensor, rows: Rows, **options: Any) -> Tensor:
+    """A projection's gradient, or an empty tensor when it was added to the buffer."""
+    from dmoe.kernels.moe_mlp import weight_grad
+
+    if buffer is not None:
+        weight_grad(a, b, buffer, rows, accumulate=True, **options)
+        return weight.new_empty(0)
+    out = torch.empty_like(weight)
+    weight_grad(a, b, out, rows, **options)
+    return out
+
+
+def add_to_main_grads(call: Call, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Move the projections' gradients into the call's buffers, where it has some."""
+    moved = list(grads)
+    for index, buffer in ((2, call.up_main_grad), (3, call.down_main_grad)):
+        if buffer is not None and moved[index].numel():
+            buffer.add_(moved[index])
+            moved[index] = moved[index].new_empty(0)
+    return tuple(moved)

@@ -1,0 +1,198 @@
+"""The meaning of ``moe_mlp`` and of its backward, in terms of permute, grouped_gemm and unpermute.
+
+These serve where neither ``csrc/`` nor the Triton kernels do, and the tests compare those with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dmoe.ops._moe_mlp_call import Call
+from dmoe.ops.activation import accumulate_dtype, activate, activate_backward
+from dmoe.ops.grouped_gemm import grouped_gemm, grouped_gemm_weight
+from dmoe.ops.permute import permute
+from dmoe.ops.philox import ACTIVATION_DROPOUT, EXPERT_DROPOUT, dropout_scale
+from dmoe.ops.unpermute import unpermute
+
+
+def _stack(packed: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
+    """Experts of different widths, side by side along ``dim``, to zero-padded ones stacked in front."""
+    widest, parts = max(sizes), []
+    for part in packed.split(list(sizes), dim=dim):
+        padding = [0, 0] * (packed.dim() - dim % packed.dim())
+        padding[-1] = widest - part.shape[dim]
+        parts.append(F.pad(part, padding))
+    return torch.stack(parts)
+
+
+def _unstack(stacked: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
+    """The inverse of :func:`_stack`: drop the padding."""
+    return torch.cat([part.narrow(dim, 0, size) for part, size in zip(stacked, sizes, strict=True)], dim=dim)
+
+
+class _Stacked(NamedTuple):
+    """Weights as grouped_gemm takes them: up (E, C, H) with C the pre-activation's width, down (E, H, F)."""
+
+    up: Tensor
+    down: Tensor
+    up_bias: Tensor | None
+
+
+def _stacked(call: Call) -> _Stacked:
+    up, down, up_bias = call.up_proj, call.down_proj, call.up_bias
+    if call.ffn_sizes:
+        up, down = _stack(up, call.ffn_sizes, -2), _stack(down, call.ffn_sizes, -1)
+        up_bias = None if up_bias is None else _stack(up_bias, call.ffn_sizes, -1)
+    num_experts = down.shape[0]
+    bias = None if up_bias is None else up_bias.reshape(num_experts, -1)
+    return _Stacked(up.reshape(num_experts, call.pre_width, up.shape[-1]), down, bias)
+
+
+def _row_values(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Per row: is it real, its expert, its assignment (position in token_rows), its gate weight (R, 1)."""
+    num_experts = call.expert_offsets.shape[0] - 1
+    rows = torch.arange(call.row_to_token.shape[0], device=call.row_to_token.device, dtype=torch.int32)
+    real = call.row_to_token >= 0
+    expert = torch.searchsorted(call.expert_offsets[1:].contiguous(), rows, right=True).clamp(
+        max=max(num_experts - 1, 0)
+    )
+    assignment = call.token_offsets[call.row_to_token.clamp(min=0).long()] + call.row_to_slot
+    assignment = assignment.masked_fill(~real, 0).long()
+    weights = call.gate_weights.flatten()
+    if not weights.numel():  # no token, yet a plan with holes
+        weights = weights.new_zeros(1)
+    return real, expert, assignment, (weights[assignment] * real).unsqueeze(1)
+
+
+def _dropout(call: Call, stream: int, p: float, assignment: Tensor, width: int, dtype: torch.dtype) -> Tensor | None:
+    if p == 0 or call.seed is None:
+        return None
+    return dropout_scale(call.seed, assignment, width, stream, p, dtype)
+
+
+def _bias_rows(bias: Tensor, expert: Tensor, real: Tensor) -> Tensor:
+    return bias[expert.long()] * real.unsqueeze(1)
+
+
+def moe_mlp_ref(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """y and the pre-activation."""
+    out, _, pre = _expert_rows(*arguments)
+    call = Call(*arguments)
+    combine = call.gate_weights if call.gate_weight_on == "output" else None
+    y = unpermute(out, combine, call.row_to_token, call.row_to_slot, call.token_offsets, call.token_rows)
+    return y if call.residual is None else y + call.residual, pre
+
+
+def moe_mlp_twice_differentiable(*arguments: Any) -> Tensor:
+    """y, through operations that autograd may differentiate again: the weights are multiplied in before the sum."""
+    out, gate, _ = _expert_rows(*arguments)
+    call = Call(*arguments)
+    if call.gate_weight_on == "output":
+        out = out * gate
+    y = unpermute(out, None, call.row_to_token, call.row_to_slot, call.token_offsets, call.token_rows)
+    return (y if call.residual is None else y + call.residual).to(call.x.dtype)
+
+
+def _expert_rows(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Every row through its expert ``(R, H)``, the rows' gate weights ``(R, 1)``, and the pre-activation."""
+    call = Call(*arguments)
+    weights = _stacked(call)
+    dtype = call.x.dtype
+    real, expert, assignment, gate = _row_values(call)
+
+    rows = permute(call.x, call.row_to_token, call.token_offsets, call.token_rows)
+    if call.gate_weight_on == "input":
+        rows = (rows * gate).to(dtype)
+    pre = grouped_gemm(rows, weights.up, call.expert_offsets)
+    if weights.up_bias is not None:
+        pre = pre + _bias_rows(weights.up_bias, expert, real)
+
+    hidden = activate(pre, call.activation, call.gated)
+    mask = _dropout(call, ACTIVATION_DROPOUT, call.activation_dropout, assignment, call.width, hidden.dtype)
+    if mask is not None:
+        hidden = hidden * mask
+    if call.gate_weight_on == "activation":
+        hidden = hidden * gate
+    out = grouped_gemm(hidden.to(dtype), weights.down, call.expert_offsets)
+    if call.down_bias is not None:
+        out = out + _bias_rows(call.down_bias, expert, real)
+    mask = _dropout(call, EXPERT_DROPOUT, call.expert_dropout, assignment, call.x.shape[1], accumulate_dtype(dtype))
+    if mask is not None:
+        out = (out * mask).to(dtype)
+    return out, gate, pre
+
+
+def moe_mlp_backward_ref(grad_y: Tensor, pre: Tensor, of_weights: bool, *arguments: Any) -> tuple[Tensor, ...]:
+    """Gradients of x, gate weights, both projections and both biases.
+
+    Empty tensors stand for biases that do not exist, and for all four without ``of_weights`` (frozen experts).
+    """
+    call = Call(*arguments)
+    weights = _stacked(call)
+    dtype, wide = call.x.dtype, accumulate_dtype(call.x.dtype)
+    real, expert, assignment, gate = _row_values(call)
+    offsets, num_experts = call.expert_offsets, call.expert_offsets.shape[0] - 1
+
+    def per_expert_sum(rows: Tensor) -> Tensor:
+        ones = rows.new_ones(rows.shape[0], 1)
+        return grouped_gemm_weight(ones, rows, offsets, num_experts).squeeze(1)
+
+    # Through the combine and the down projection, without the gate weight: its own gradient needs the bare value.
+    grad_out = permute(grad_y, call.row_to_token, call.token_offsets, call.token_rows)
+    mask = _dropout(call, EXPERT_DROPOUT, call.expert_dropout, assignment, call.x.shape[1], wide)
+    if mask is not None:
+        grad_out = (grad_out * mask).to(dtype)
+    grad_hidden = grouped_gemm(grad_out, weights.down, offsets, trans_b=False).to(wide)
+    hidden = activate(pre, call.activation, call.gated)
+    mask = _dropout(call, ACTIVATION_DROPOUT, call.activation_dropout, assignment, call.width, wide)
+    grad_hidden = grad_hidden if mask is None else grad_hidden * mask
+    grad_gate = (hidden * grad_hidden).sum(1)
+    hidden = hidden if mask is None else hidden * mask
+    if call.gate_weight_on != "input":
+        hidden, grad_hidden = hidden * gate, grad_hidden * gate
+    if call.down_bias is not None and call.gate_weight_on == "output":
+        grad_gate = grad_gate + (_bias_rows(call.down_bias, expert, real).to(wide) * grad_out).sum(1)
+
+    # Through the activation and the up projection.
+    grad_pre = activate_backward(grad_hidden, pre, call.activation, call.gated).to(dtype)
+    rows = permute(call.x, call.row_to_token, call.token_offsets, call.token_rows)
+    grad_rows = grouped_gemm(grad_pre, weights.up, offsets, trans_b=False)
+    if call.gate_weight_on == "input":
+        grad_gate = (rows.to(wide) * grad_rows).sum(1)
+        rows = (rows * gate).to(dtype)
+    to_tokens = call.gate_weights if call.gate_weight_on == "input" else None
+    grad_x = unpermute(grad_rows, to_tokens, call.row_to_token, call.row_to_slot, call.token_offsets, call.token_rows)
+
+    kept = call.token_rows >= 0
+    if grad_gate.numel():
+        grad_gate = grad_gate[call.token_rows.clamp(min=0).long()]
+    else:
+        grad_gate = grad_gate.new_zeros(call.token_rows.shape)
+    grad_gate = grad_gate.masked_fill(~kept, 0).to(call.gate_weights.dtype).view(call.gate_weights.shape)
+    if not of_weights:
+        return grad_x, grad_gate, *(call.x.new_empty(0) for _ in range(4))
+
+    grad_up = grouped_gemm_weight(grad_pre, rows, offsets, num_experts)
+    grad_down = grouped_gemm_weight(grad_out, hidden.to(dtype), offsets, num_experts)
+    grad_up_bias = grad_down_bias = call.x.new_empty(0)
+    if call.up_bias is not None:
+        grad_up_bias = per_expert_sum(grad_pre)
+    if call.down_bias is not None:
+        grad_down_bias = per_expert_sum((grad_out * gate).to(dtype) if call.gate_weight_on == "output" else grad_out)
+    return grad_x, grad_gate, *_as_given(call, grad_up, grad_down, grad_up_bias), grad_down_bias
+
+
+def _as_given(call: Call, up: Tensor, down: Tensor, up_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight gradients in the shapes of the weights."""
+    halves = (2, call.width) if call.gated else (call.width,)
+    up = up.view(up.shape[0], *halves, up.shape[-1])
+    up_bias = up_bias.view(-1, *halves) if call.up_bias is not None else up_bias
+    if call.ffn_sizes:
+        up, down = _unstack(up, call.ffn_sizes, -2), _unstack(down, call.ffn_sizes, -1)
+        up_bias = _unstack(up_bias, call.ffn_sizes, -1) if call.up_bias is not None else up_bias
+    return up, down, up_bias
