@@ -1,0 +1,186 @@
+"""The expert MLP's Triton kernels, tile by tile under the interpreter: small blocks, so that every loop goes round."""
+
+from __future__ import annotations
+
+import contextlib
+
+import kernel_table
+import pytest
+import torch
+from helpers import assert_as_accurate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import expert_mlp
+from moe_mlp_cases import build, cases
+
+from dmoe import MoE
+from dmoe.ops._moe_mlp_call import Call
+from dmoe.ops.moe_mlp import moe_mlp_cuda, moe_mlp_inference_cuda, moe_mlp_pre_activation_cuda
+from dmoe.ops.moe_mlp_cuda import moe_mlp_backward_cuda
+from dmoe.ops.moe_mlp_ref import moe_mlp_backward_ref, moe_mlp_ref
+from dmoe.ops.tile_table import tile_table
+
+configs = pytest.importorskip("dmoe.kernels.configs")
+
+NAMES = ("x", "gate_weights", "up_proj", "down_proj", "up_bias", "down_bias")
+
+
+@contextlib.contextmanager
+def small_blocks(block_n, block_k, parts, block_m, group):
+    """Inside, launch shapes are of a few rows and columns, and a persistent program walks several tiles."""
+    import dmoe.kernels.moe_mlp as kernels
+
+    config = configs.Config(block_n, block_k, 4, 2, group=group, block_m=block_m, parts=parts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "choose", lambda *_: config)
+        patch.setattr(kernels, "multiprocessors", lambda device: 3)
+        yield
+
+
+@st.composite
+def tilings(draw):
+    block_n = draw(st.sampled_from([16, 32, 64]))
+    return {
+        "block_n": block_n,
+        "block_k": draw(st.sampled_from([16, 32])),
+        "parts": draw(st.sampled_from([p for p in (1, 2, 4, 8) if block_n // p >= 8])),
+        "block_m": draw(st.sampled_from([16, 32])),
+        "group": draw(st.integers(1, 3)),
+    }
+
+
+@st.composite
+def calls(draw):
+    """A call with everything that the small cases leave out: several tiles, dropout, residual, main gradients."""
+    case = draw(cases())
+    case["tokens"] = draw(st.integers(1, 70))
+    case["hidden"] = draw(st.sampled_from([16, 33, 48, 64, 70]))
+    case["sizes"] = draw(st.sampled_from([8, 31, 32, 64, 72]))
+    dtype = draw(st.sampled_from([torch.float32, torch.float16]))
+    arguments, grad, _, _ = build(case, dtype)
+    for i in (2, 3):  # outputs of order 1
+        arguments[i] = arguments[i] / arguments[i].shape[-1] ** 0.5
+    call = Call(*arguments)
+    tile_rows = draw(st.sampled_from([0, 16, 32]))
+    if tile_rows:
+        tiles, by_load = tile_table(call.expert_offsets, call.row_to_token.shape[0], tile_rows)
+        call = call._replace(tiles=tiles, experts_by_load=by_load, tile_rows=tile_rows)
+    if draw(st.booleans()):
+        call = call._replace(residual=torch.randn_like(call.x))
+    if draw(st.booleans()):
+        call = call._replace(
+            seed=torch.tensor(draw(st.integers(-(2**63), 2**63 - 1))),
+            activation_dropout=draw(st.sampled_from([0.0, 0.3])),
+            expert_dropout=draw(st.sampled_from([0.0, 0.2])),
+        )
+    return call, grad
+
+
+def widened(call):
+    """The same call in float64."""
+    return Call(*(v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in call))
+
+
+@settings(max_examples=40)
+@given(drawn=calls(), tiling=tilings())
+def test_kernels_against_the_reference_in_float64(drawn, tiling):
+    call, grad = drawn
+    with small_blocks(**tiling):
+        y, pre = moe_mlp_cuda(*call)
+        ours = [y, *moe_mlp_backward_cuda(grad, pre, True, *call)]
+    exact_y, exact_pre = moe_mlp_ref(*widened(call))
+    exact = [exact_y, *moe_mlp_backward_ref(grad.double(), exact_pre, True, *widened(call))]
+    plain_y, plain_pre = moe_mlp_ref(*call)
+    plain = [plain_y, *moe_mlp_backward_ref(grad, plain_pre, True, *call)]
+    for name, a, b, c in zip(("y", *NAMES), ours, exact, plain, strict=True):
+        factor = 6 if name == "gate_weights" and call.x.dtype == torch.float16 else 3
+        assert_as_accurate(name, a, b, [(c, b)], factor=factor, slack_ulp=4)
+
+
+@settings(max_examples=15)
+@given(drawn=calls(), tiling=tilings())
+def test_what_shares_kernels_agrees_to_the_bit(drawn, tiling):
+    """Inference and training, the pre-activation alone, frozen experts, and the tile table made or given."""
+    call, grad = drawn
+    with small_blocks(**tiling):
+        y, pre = moe_mlp_cuda(*call)
+        inference, again = moe_mlp_inference_cuda(*call), moe_mlp_pre_activation_cuda(*call)
+        full = moe_mlp_backward_cuda(grad, pre, True, *call)
+        frozen = moe_mlp_backward_cuda(grad, pre, False, *call)
+    used = int(call.expert_offsets[-1])
+    assert torch.equal(inference, y)
+    assert torch.equal(again[:used], pre[:used])
+    assert all(torch.equal(a, b) for a, b in zip(full[:2], frozen[:2], strict=True))
+    assert not any(tensor.numel() for tensor in frozen[2:])
+
+
+@settings(max_examples=15)
+@given(drawn=calls(), tiling=tilings())
+def test_main_grads_take_what_the_weights_would_get(drawn, tiling):
+    call, grad = drawn
+    start = [torch.randn_like(w, dtype=torch.float32) for w in (call.up_proj, call.down_proj)]
+    buffers = [t.clone() for t in start]
+    into = call._replace(up_main_grad=buffers[0], down_main_grad=buffers[1])
+    with small_blocks(**tiling):
+        _, pre = moe_mlp_cuda(*call)
+        grads = moe_mlp_backward_cuda(grad, pre, True, *into)
+        apart = moe_mlp_backward_cuda(grad, pre, True, *call)
+    assert not grads[2].numel()
+    assert not grads[3].numel()
+    for i in (0, 1, 4, 5):
+        assert torch.equal(grads[i], apart[i])
+    for buffer, before, gradient in zip(buffers, start, apart[2:4], strict=True):
+        # The gradient on its own is rounded to the weights' dtype; in the buffer it is not.
+        slack = torch.finfo(call.x.dtype).eps * gradient.double().abs() + 1e-6 * (1 + before.double().abs())
+        assert ((buffer.double() - before.double() - gradient.double()).abs() <= slack).all()
+
+
+@pytest.mark.parametrize("experts", [1, 8, 512])
+def test_launches_do_not_depend_on_the_number_of_experts(experts):
+    with kernel_table.counting() as names:
+        expert_mlp(tokens=256, hidden=64, ffn=32, experts=experts, top_k=1, backward=False)
+        forward = len(names)
+        expert_mlp(tokens=256, hidden=64, ffn=32, experts=experts, top_k=1)
+    assert forward == 3
+    assert names[forward:] == [
+        *("up_kernel", "rows_kernel", "combine_kernel"),
+        *("hidden_grad_kernel", "weight_grad_kernel", "rows_kernel", "combine_kernel", "weight_grad_kernel"),
+    ]
+
+
+def test_no_shape_depends_on_data(monkeypatch):
+    """The whole layer on a GPU that is not there, forward and backward, on tensors without values."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    monkeypatch.setattr(torch.Tensor, "uniform_", lambda self, *_, **__: self)  # wants a real generator
+    with FakeTensorMode():
+        for fields in (
+            {},
+            {"capacity_factor": 1.25, "drop_order": "choice_major"},
+            {"shared_ffn_hidden_size": 16, "bias": "expert"},
+            {"recompute_pre_activation": True, "activation_dropout": 0.1},
+            {"router": "expert_choice", "causal": False},
+        ):
+            layer = MoE(hidden_size=32, ffn_hidden_size=16, num_experts=4, top_k=2, device="cuda", **fields)
+            x = torch.empty(3, 7, 32, device="cuda", requires_grad=True)
+            y = layer(x)
+            (y.sum() + layer.take_aux_loss()).backward()
+            assert y.shape == x.shape
+            assert x.grad.shape == x.shape
+            assert layer.experts.down_proj.grad.shape == layer.experts.down_proj.shape
+
+
+def test_measured_launch_shapes_are_loaded_and_bad_ones_named(tmp_path):
+    name = configs.key("down", 90, 2, 128, 64, 32)
+    path = tmp_path / "table.json"
+    path.write_text('{"%s": {"block_n": 32, "block_k": 32, "num_warps": 4, "num_stages": 2}}' % name)  # noqa: UP031
+    try:
+        configs.load(path)
+        assert configs.choose("down", 90, 2, 128, 64, 32) == configs.Config(32, 32, 4, 2)
+        assert configs.choose("down", 90, 2, 128, 64, 48) != configs.Config(32, 32, 4, 2)
+    finally:
+        configs._measured.clear()
+        configs.choose.cache_clear()
+    path.write_text('{"down": {"block": 1}}')
+    with pytest.raises(ValueError, match=r"kernel configs: .*table.json: down: expected the fields of Config"):
+        configs.load(path)
