@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from dmoe.compat.megablocks.layers.arguments import Arguments
+from dmoe.compat.megablocks.ops.movement import cast_if_autocast_enabled
+
+__all__ = ["cast_if_autocast_enabled", "dtype"]
 
 
 def dtype(args: Arguments) -> torch.dtype | None:
@@ -13,10 +15,3 @@ def dtype(args: Arguments) -> torch.dtype | None:
     if args.fp16:
         return torch.float16
     return torch.bfloat16 if args.bf16 else None
-
-
-def cast_if_autocast_enabled(tensor: Tensor) -> Tensor:
-    """In autocast's dtype under autocast of the tensor's device, else as it is; float64 always."""
-    if torch.is_autocast_enabled(tensor.device.type) and tensor.dtype != torch.float64:
-        return tensor.to(torch.get_autocast_dtype(tensor.device.type))
-    return tensor

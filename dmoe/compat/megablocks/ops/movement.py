@@ -203,7 +203,7 @@ def _plan(indices: Tensor, top_k: int, rows: Tensor | None, num_rows: int) -> _P
 
 
 def _permute(x: Tensor, plan: _Plan) -> Tensor:
-    return permute(_autocast(x), plan.row_to_token, plan.token_offsets, plan.token_rows)
+    return permute(cast_if_autocast_enabled(x), plan.row_to_token, plan.token_offsets, plan.token_rows)
 
 
 def _unpermute(op: str, x: Tensor, weights: Tensor | None, plan: _Plan) -> Tensor:
@@ -216,14 +216,15 @@ def _unpermute(op: str, x: Tensor, weights: Tensor | None, plan: _Plan) -> Tenso
         )
     if plan.row_to_token.shape[0] != x.shape[0]:
         raise ValueError(f"{op}: x: expected {plan.row_to_token.shape[0]} rows, got {x.shape[0]}")
-    return unpermute(_autocast(x), weights, *plan)
+    return unpermute(cast_if_autocast_enabled(x), weights, *plan)
 
 
-def _autocast(x: Tensor) -> Tensor:
-    """As MegaBlocks' operations: under autocast data move in autocast's dtype, float64 as it is."""
-    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(x.device.type))
-    return x
+def cast_if_autocast_enabled(x: Tensor) -> Tensor:
+    """In autocast's dtype under autocast of the tensor's device, as MegaBlocks moves data, else as it is."""
+    device = x.device.type
+    if not x.is_floating_point() or x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def _check(
