@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from dmoe.compat.megablocks.layers.arguments import Arguments
-from dmoe.compat.megablocks.ops.movement import cast_if_autocast_enabled
+from dmoe.compat.megablocks.ops.movement import autocast_is_on, cast_if_autocast_enabled
 
-__all__ = ["cast_if_autocast_enabled", "dtype"]
+__all__ = ["autocast_is_on", "cast_if_autocast_enabled", "dtype"]
 
 
 def dtype(args: Arguments) -> torch.dtype | None:

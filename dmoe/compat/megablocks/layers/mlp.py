@@ -165,7 +165,7 @@ class ExpertParameters(nn.Module):
         if "w2" in found:
             ours[prefix + "down_proj"] = found["w2"].transpose(1, 2).contiguous()
         if not self.gated and "w1" in found:
-            ours[prefix + "up_proj"] = found["w1"]
+            ours[prefix + "up_proj"] = found["w1"].contiguous()
         elif "w1" in found or "v1" in found:
             halves = [found.get(name, parts[name].detach()) for name in ("w1", "v1")]
             ours[prefix + "gate_up_proj"] = torch.stack(halves, 1)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dmoe.compat.megablocks.layers import common
 from dmoe.compat.megablocks.layers.arguments import Arguments
 from dmoe.compat.megablocks.layers.saved import Rounds
+from dmoe.ops.activation import accumulate_dtype
 from dmoe.ops.gate_weights import gate_weights
 from dmoe.ops.topk_indices import topk_indices
 
@@ -74,7 +75,9 @@ class LearnedRouter(nn.Module):
         logits = self.layer(x.reshape(-1, x.shape[-1]))
         if self.training and args.moe_zloss_weight:
             _LOGITS.save(logits, self, args)
-        scores = logits.softmax(-1)
+        # CUDA's autocast runs a softmax in float32 by itself, the CPU's does not.
+        wide = accumulate_dtype(logits.dtype) if common.autocast_is_on(logits.device.type) else logits.dtype
+        scores = logits.softmax(-1, dtype=wide)
         experts = topk_indices(scores, args.moe_top_k)
         weights = gate_weights(scores, experts, normalization=args.moe_normalize_expert_weights or None)
         if args.uniform_expert_assignment:

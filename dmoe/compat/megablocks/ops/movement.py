@@ -219,12 +219,16 @@ def _unpermute(op: str, x: Tensor, weights: Tensor | None, plan: _Plan) -> Tenso
     return unpermute(cast_if_autocast_enabled(x), weights, *plan)
 
 
+def autocast_is_on(device_type: str) -> bool:
+    """Whether autocast is on for a kind of device; False for one that has none."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def cast_if_autocast_enabled(x: Tensor) -> Tensor:
-    """In autocast's dtype under autocast of the tensor's device, as MegaBlocks moves data, else as it is."""
-    device = x.device.type
-    if not x.is_floating_point() or x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
-        return x
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    """In autocast's dtype under autocast of the tensor's device, as MegaBlocks moves data; float64 and others stay."""
+    if x.is_floating_point() and x.dtype != torch.float64 and autocast_is_on(x.device.type):
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
 
 
 def _check(
