@@ -549,6 +549,18 @@ def test_an_evaluation_leaves_nothing():
         assert batched_router_zloss(arguments()) == 0
 
 
+def test_the_z_loss_has_a_value_for_each_router_in_the_dtype_asked_for():
+    model, args = stack(2, bf16=True)
+    model(torch.randn(3, 6, dtype=torch.bfloat16))
+    logits = [logits.double() for logits in _LOGITS.values()]
+    expected = 0.1 * torch.stack([torch.logsumexp(rows, 1).square().mean() for rows in logits])
+    for in_fp32, dtype in ((False, torch.bfloat16), (True, torch.float32)):
+        args.moe_zloss_in_fp32 = in_fp32
+        z = batched_router_zloss(args)
+        assert z.dtype == dtype
+        torch.testing.assert_close(z.double(), expected, rtol=8 * torch.finfo(dtype).eps, atol=0)
+
+
 def stack(count, **options):
     args = arguments(bias=False, moe_zloss_weight=0.1, **options)
     return nn.Sequential(*(megablocks.dMoE(args) for _ in range(count))), args
@@ -689,7 +701,7 @@ def test_what_is_not_offered_is_refused(options, error, message):
         arguments(**options)
     assert message in str(caught.value)
     setattr(args, name, value)  # as Megatron's adapters do
-    for layer in (megablocks.MoE, megablocks.dMoE):
+    for layer in (megablocks.MoE, megablocks.dMoE, megablocks.ParallelMLP, megablocks.ParallelDroplessMLP):
         with pytest.raises(error, match=pattern):
             layer(args)
 
