@@ -1,0 +1,182 @@
+"""``Arguments``: MegaBlocks' options with its names and defaults; what dmoe cannot do is refused here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+InitFn = Callable[[Tensor], Any]
+
+DEFAULT_ACTIVATION_FN: Callable[[Tensor], Tensor] = partial(F.gelu, approximate="tanh")
+_NORMAL: InitFn = partial(nn.init.normal_, mean=0.0, std=0.02)
+
+
+def _current_device() -> int | torch.device:
+    return torch.cuda.current_device() if torch.cuda.is_available() else torch.device("cpu")
+
+
+@dataclass
+class Arguments:
+    """Options of :class:`~dmoe.compat.megablocks.MoE` and :class:`~dmoe.compat.megablocks.dMoE`.
+
+    They are checked when this is made, and again when a layer is made of it.
+
+    Model
+        hidden_size: H.
+        ffn_hidden_size: F, of one expert; any size, also where MegaBlocks wants a multiple of 128.
+        num_layers: MoE layers of the model: the load-balancing loss is divided by it.
+        bias: one ``(H,)`` bias for the layer, and biases in a shared expert.
+        return_bias: hand the layer's bias back beside the result instead of adding it.
+        activation_fn: elementwise, on tensors. ``F.gelu`` (exact or tanh), ``F.silu`` and ``F.relu``, or their modules,
+            run inside dmoe's fused operation; any other callable is composed of dmoe's grouped products.
+
+    MoE
+        moe_num_experts: E.
+        moe_top_k: K.
+        moe_capacity_factor: ``MoE`` only: an expert takes ``int(factor * K * T / E)`` rows, all where that is 0.
+        moe_normalize_expert_weights: p >= 1 of the p-norm that a token's gate weights are divided by; None or 0: not.
+        moe_loss_weight: factor of the load-balancing loss; 0 saves nothing for it.
+        moe_jitter_eps: in training the router's input is multiplied by U(1 - eps, 1 + eps).
+        moe_lbl_in_fp32: return the load-balancing loss in float32 instead of the scores' dtype. It is summed in
+            float32 either way: half precision cannot count tokens.
+        uniform_expert_assignment: choice k of token t goes to expert ``(t * K + k) % E``, to measure speed.
+        moe_zloss_weight: factor of the router's z-loss; 0 saves nothing for it.
+        moe_zloss_in_fp32: compute the z-loss in float32.
+
+    Computation
+        memory_optimized_mlp: either way backward keeps the input and the pre-activation, which is what this buys there.
+        mlp_type: ``mlp``, or ``glu`` (``dMoE`` only).
+        mlp_impl: ``grouped`` or ``sparse``: the same experts, run by dmoe's grouped products.
+        fp16, bf16: dtype of the parameters; fp16 comes first, both False is torch's default dtype.
+        device: of the parameters; the current CUDA device, or the CPU without one.
+        init_method: called on the router's ``(E, H)`` and on ``(E, F, H)`` weights, to fill them.
+        output_layer_init_method: the same for the second projection.
+
+    Shared expert
+        shared_expert: add an expert that every token takes.
+        fc_cls, fc_kwargs: class of its linears, and keywords for them.
+        remat_act_fn: changes nothing, as there.
+        shared_expert_hidden_size: its width; None for ``ffn_hidden_size``.
+        shared_expert_weighted_sum: weigh it 1 and the routed experts K, of K + 1.
+
+    Pipeline
+        pipeline_model_parallel_size, num_layers_per_virtual_pipeline_stage: how many layers one stage's load-balancing
+            loss is made of.
+
+    Refused unless left alone
+        moe_expert_model_parallelism, expert_parallel_group, moe_weight_parallelism, weight_parallel_group,
+        quantize_inputs_num_bits, quantize_rematerialize_num_bits, quantize_scatter_num_bits. The last five are options
+        of older MegaBlocks.
+    """
+
+    hidden_size: int = 1024
+    ffn_hidden_size: int = 4096
+    num_layers: int = 1
+    bias: bool = True
+    return_bias: bool = True
+    activation_fn: Callable[[Tensor], Tensor] | None = DEFAULT_ACTIVATION_FN
+
+    moe_num_experts: int = 1
+    moe_top_k: int = 1
+    moe_capacity_factor: float = 1
+    moe_normalize_expert_weights: float | None = None
+    moe_loss_weight: float = 0.1
+    moe_jitter_eps: float | None = None
+    moe_lbl_in_fp32: bool = False
+
+    moe_expert_model_parallelism: bool = False
+    expert_parallel_group: Any = None
+    pipeline_model_parallel_size: int = 1
+    num_layers_per_virtual_pipeline_stage: int | None = None
+
+    memory_optimized_mlp: bool = False
+    mlp_type: str = "mlp"
+    mlp_impl: str = "grouped"
+
+    fp16: bool = True
+    bf16: bool = False
+    device: int | str | torch.device = field(default_factory=_current_device)
+    init_method: InitFn = _NORMAL
+    output_layer_init_method: InitFn = _NORMAL
+
+    uniform_expert_assignment: bool = False
+
+    shared_expert: bool = False
+    fc_cls: Any = nn.Linear
+    fc_kwargs: dict[str, Any] = field(default_factory=dict)
+    remat_act_fn: bool = True
+    shared_expert_hidden_size: int | None = None
+    shared_expert_weighted_sum: bool = False
+
+    moe_zloss_weight: float = 0
+    moe_zloss_in_fp32: bool = False
+
+    moe_weight_parallelism: bool = False
+    weight_parallel_group: Any = None
+    quantize_inputs_num_bits: int = -1
+    quantize_rematerialize_num_bits: int = -1
+    quantize_scatter_num_bits: int = -1
+
+    def __post_init__(self) -> None:
+        if self.shared_expert_hidden_size is None:
+            self.shared_expert_hidden_size = self.ffn_hidden_size
+        self.check()
+
+    def check(self) -> None:
+        """Refuse what dmoe does not do, and values without a meaning.
+
+        Raises:
+            NotImplementedError: an option of MegaBlocks that dmoe lacks.
+            ValueError: a value that no option takes.
+        """
+        no_parallelism = "dmoe has no expert parallelism yet"
+        lacking = {
+            "moe_expert_model_parallelism": (False, no_parallelism),
+            "expert_parallel_group": (None, no_parallelism),
+            "moe_weight_parallelism": (False, "shard the weights with FSDP instead"),
+            "weight_parallel_group": (None, "shard the weights with FSDP instead"),
+            "quantize_inputs_num_bits": (-1, "dmoe does not quantize what it saves"),
+            "quantize_rematerialize_num_bits": (-1, "dmoe does not quantize what it saves"),
+            "quantize_scatter_num_bits": (-1, "dmoe does not quantize what it saves"),
+        }
+        for name, (only, why) in lacking.items():
+            value = getattr(self, name)
+            if value is not only and value != only:
+                raise NotImplementedError(f"Arguments: {name}: expected {only}, got {value!r}: {why}")
+
+        def require(condition: bool, name: str, allowed: str) -> None:
+            if not condition:
+                raise ValueError(f"Arguments: {name}: expected {allowed}, got {getattr(self, name)!r}")
+
+        for name in ("hidden_size", "ffn_hidden_size", "num_layers", "moe_num_experts", "pipeline_model_parallel_size"):
+            require(getattr(self, name) >= 1, name, "at least 1")
+        require(
+            1 <= self.moe_top_k <= self.moe_num_experts,
+            "moe_top_k",
+            f"1 to moe_num_experts = {self.moe_num_experts}",
+        )
+        require(0 <= self.moe_capacity_factor < math.inf, "moe_capacity_factor", "a number of at least 0")
+        norm = self.moe_normalize_expert_weights
+        require(not norm or 1 <= norm < math.inf, "moe_normalize_expert_weights", "a finite p >= 1, or None")
+        eps = self.moe_jitter_eps
+        require(eps is None or 0 <= eps < math.inf, "moe_jitter_eps", "a number of at least 0, or None")
+        for name in ("moe_loss_weight", "moe_zloss_weight"):
+            require(0 <= getattr(self, name) < math.inf, name, "a number of at least 0")
+        require(callable(self.activation_fn), "activation_fn", "a function of a tensor")
+        require(self.mlp_type in ("mlp", "glu"), "mlp_type", "'mlp' or 'glu'")
+        require(self.mlp_impl in ("grouped", "sparse"), "mlp_impl", "'grouped' or 'sparse'")
+        shared = self.shared_expert_hidden_size
+        require(shared is not None and shared >= 1, "shared_expert_hidden_size", "at least 1, or None")
+
+
+def from_megatron(megatron_args: Any) -> Arguments:
+    """Arguments of the attributes that another object, such as Megatron's arguments, has under the same names."""
+    names = [option.name for option in fields(Arguments) if hasattr(megatron_args, option.name)]
+    return Arguments(**{name: getattr(megatron_args, name) for name in names})

@@ -1,0 +1,42 @@
+"""Gated experts: ``act(x @ w1) * (x @ v1)`` before ``w2``."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dmoe.compat.megablocks.layers.arguments import Arguments
+from dmoe.compat.megablocks.layers.mlp import GroupedMLP, SharedMLP, SparseMLP
+
+
+class SparseGLU(SparseMLP):
+    """Gated experts of :class:`~dmoe.compat.megablocks.dMoE`; in checkpoints w1, v1 and w2 are ``(E * F, H)``."""
+
+    gated = True
+
+    @property
+    def v1(self) -> Tensor:
+        """The projection that the activation multiplies: a view, ``(E, F, H)``."""
+        return self._parts()["v1"]
+
+
+class GroupedGLU(SparseGLU):
+    """:class:`SparseGLU` on rows without padding."""
+
+    forward = GroupedMLP.forward  # type: ignore[assignment]  # GroupedMLP's own departure from SparseMLP
+
+
+class SharedGLU(SharedMLP):
+    """One gated expert that every token takes.
+
+    Args:
+        args: as for :class:`SharedMLP`.
+    """
+
+    def __init__(self, args: Arguments) -> None:
+        super().__init__(args)
+        self.gate_proj = args.fc_cls(args.hidden_size, args.shared_expert_hidden_size, **self.fc_kwargs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., H)`` to ``(..., H)``."""
+        assert self.act is not None  # Arguments.check
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
