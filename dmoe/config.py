@@ -76,8 +76,9 @@ class MoEConfig:
         num_moe_layers: the losses are divided by this, so the coefficient means the same at any depth (MegaBlocks).
 
     Execution
-        backend: None lets the tensors' device decide; ``grouped`` says so by name; ``reference`` is plain PyTorch under
-            its own autograd: slow, and differentiable twice.
+        backend: None lets the tensors' device decide; ``grouped`` says so by name; ``block_sparse`` computes block-sparse
+            products, each expert at its own width (multiples of 16; on CUDA what None means for such a list of widths);
+            ``reference`` is plain PyTorch under its own autograd: slow, and differentiable twice.
     """
 
     hidden_size: int
@@ -125,7 +126,7 @@ class MoEConfig:
     aux_loss: Literal["explicit", "attached"] = "explicit"
     num_moe_layers: int = 1
 
-    backend: Literal["grouped", "reference"] | None = None
+    backend: Literal["grouped", "block_sparse", "reference"] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.ffn_hidden_size, Sequence) and not isinstance(self.ffn_hidden_size, str):
@@ -197,6 +198,12 @@ class MoEConfig:
             size = self.ffn_hidden_size
             whole = isinstance(size, int) and not isinstance(size, bool) and size >= 1
             self._require(whole, "ffn_hidden_size", "an integer of at least 1, or a list")
+        whole_blocks = all(size % 16 == 0 for size in self.ffn_sizes)
+        self._require(
+            self.backend != "block_sparse" or whole_blocks,
+            "ffn_hidden_size",
+            "multiples of 16 with backend='block_sparse'",
+        )
         self._require(self.top_k <= self.num_experts, "top_k", f"at most num_experts = {self.num_experts}")
         for name in ("activation_dropout", "expert_dropout", "input_jitter"):
             self._require(0 <= getattr(self, name) < 1, name, "0 <= p < 1")

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from dmoe.config import Activation, GateWeightOn, MoEConfig
 from dmoe.ops.activation import accumulate_dtype
+from dmoe.ops.block_sparse import block_size_for, has_triton
+from dmoe.ops.block_sparse_mlp import block_sparse_mlp
 from dmoe.ops.moe_mlp import has_tangent, moe_mlp
 from dmoe.ops.philox import draw_seed
 from dmoe.plan import RoutingPlan, plan_token_choice
@@ -98,7 +100,7 @@ def run_experts(
         weights: the experts.
         activation, gate_weight_on: see :class:`dmoe.MoEConfig`.
         activation_dropout, expert_dropout: probabilities; 0 outside training.
-        backend: None, ``grouped`` or ``reference``.
+        backend: None, ``grouped``, ``block_sparse`` or ``reference``.
 
     Returns:
         ``(T, H)`` in x's dtype (autocast's under autocast).
@@ -109,7 +111,7 @@ def run_experts(
     _check(x, plan, gate_weights, weights)
     gate_weights = gate_weights.to(accumulate_dtype(x.dtype))
     seed = draw_seed(x.device) if activation_dropout or expert_dropout else None
-    return moe_mlp(
+    arguments = (
         x.contiguous(),
         gate_weights.contiguous(),
         weights.up_proj.contiguous(),
@@ -128,8 +130,16 @@ def run_experts(
         gate_weight_on,
         activation_dropout,
         expert_dropout,
-        backend=backend,
     )
+    if backend == "block_sparse" or (backend is None and _block_sparse_by_default(x, weights)):
+        return block_sparse_mlp(*arguments)
+    return moe_mlp(*arguments, backend=backend)
+
+
+def _block_sparse_by_default(x: Tensor, weights: ExpertWeights) -> bool:
+    """Widths that differ, on a GPU: the other way would compute every expert as wide as the widest."""
+    suits = x.is_cuda and bool(weights.ffn_sizes) and x.dtype != torch.float64
+    return suits and block_size_for(weights.ffn_sizes) is not None and has_triton()
 
 
 def _check(x: Tensor, plan: RoutingPlan, gate_weights: Tensor, weights: ExpertWeights) -> None:
@@ -310,7 +320,7 @@ class SharedExpert(nn.Module):
             activation_dropout=config.activation_dropout,
             expert_dropout=config.expert_dropout,
             init_std=config.init_std,
-            backend=config.backend,
+            backend=None if config.backend == "block_sparse" else config.backend,  # a single expert is dense
         )
         self.mlp = Experts(one, routed=False, device=device, dtype=dtype)
         self.gate = (

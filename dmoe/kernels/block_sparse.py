@@ -8,6 +8,9 @@ The factor that blocks of columns point into comes as a stack of equal matrices,
 column blocks, matrix 1 the next. So ``(E, H, F)`` weights are read where they lie; a plain matrix is a stack of one.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+# Triton gives a kernel's arguments their types when it is launched.
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -135,10 +138,7 @@ def _block_spmm(
     begin = tl.load(offsets + row)
     end = tl.load(offsets + row + 1)
 
-    if TRANSPOSED:
-        a_in = rk[None, :] * BLOCK + rm[:, None]
-    else:
-        a_in = rm[:, None] * BLOCK + rk[None, :]
+    a_in = rk[None, :] * BLOCK + rm[:, None] if TRANSPOSED else rm[:, None] * BLOCK + rk[None, :]
     d_in = rk[:, None].to(tl.int64) * stride_dk + rn[None, :].to(tl.int64) * stride_dn
     sums = tl.zeros((TILE_M, TILE_N), dtype=tl.float32)
     for step in range((end - begin) * STEPS):
@@ -149,17 +149,10 @@ def _block_spmm(
             position = tl.load(block_offsets + entry)
         column = tl.load(indices + entry)
         a_at = data + position.to(tl.int64) * (BLOCK * BLOCK)
-        if TRANSPOSED:
-            a_at += inside * BLOCK
-        else:
-            a_at += inside
-        left = tl.load(a_at + a_in)
+        left = tl.load(a_at + (inside * BLOCK if TRANSPOSED else inside) + a_in)
         d_at = dense + (column // dense_per_matrix).to(tl.int64) * stride_dg
         d_at += (column % dense_per_matrix * BLOCK + inside).to(tl.int64) * stride_dk
-        if EVEN_N:
-            right = tl.load(d_at + d_in)
-        else:
-            right = tl.load(d_at + d_in, mask=rn[None, :] < columns, other=0.0)
+        right = tl.load(d_at + d_in) if EVEN_N else tl.load(d_at + d_in, mask=rn[None, :] < columns, other=0.0)
         sums = tl.dot(left, right, sums, input_precision=PRECISION)
 
     at_m = (row % out_per_matrix * BLOCK).to(tl.int64) + rm

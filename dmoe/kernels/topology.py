@@ -1,5 +1,8 @@
 """Index tensors of the experts' block-sparse activation, written by one launch without reading anything back."""
 
+# mypy: disable-error-code="no-untyped-def"
+# Triton gives a kernel's arguments their types when it is launched.
+
 from __future__ import annotations
 
 import triton
@@ -58,10 +61,7 @@ def _expert_topology(
         for begin in range(0, size * HALVES, CHUNK):
             entry = begin + chunk
             half, at = entry % HALVES, entry // HALVES
-            if SIDE_BY_SIDE:
-                column = half * columns + left + at
-            else:
-                column = left * HALVES + half * size + at
+            column = half * columns + left + at if SIDE_BY_SIDE else left * HALVES + half * size + at
             inside = entry < size * HALVES
             tl.store(row_indices + start + entry, tl.full((CHUNK,), 0, tl.int32) + pid, mask=inside)
             tl.store(column_indices + start + entry, column, mask=inside)
@@ -99,6 +99,8 @@ def _expert_topology(
             half = at // tl.maximum(size, 1)
             at = at % tl.maximum(size, 1)
         tl.store(offsets_t + pid - row_blocks - 1, start)
+        if pid == row_blocks + 1 + columns * HALVES:  # behind the last column: an end, and no blocks
+            height = 0
         for begin in range(0, height, CHUNK):
             entry = begin + chunk
             tl.store(column_indices_t + start + entry, first + entry, mask=entry < height)

@@ -44,7 +44,7 @@ def has_triton() -> bool:
 def sdd_ref(
     a: Tensor, b: Tensor, row_indices: Tensor, column_indices: Tensor, block_size: int, zero_tail: bool = True
 ) -> Tensor:
-    """Blocks ``(nnz, B, B)`` of ``a @ b^T`` in plain PyTorch: a is ``(M, K)``, b ``(G, N / G, K)``, a stack of parts."""
+    """Blocks ``(nnz, B, B)`` of ``a @ b^T`` in plain PyTorch; a is ``(M, K)``, b a stack ``(G, N / G, K)``."""
     wide, inner = accumulate_dtype(a.dtype), a.shape[1]
     rows, columns = a.reshape(-1, block_size, inner), b.reshape(-1, block_size, inner)
     used = (row_indices >= 0) & (row_indices < rows.shape[0])

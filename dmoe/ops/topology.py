@@ -206,8 +206,9 @@ def topology_arguments(
 def expert_topology(
     expert_offsets: Tensor, block_size: int, ffn_sizes: int | Sequence[int], num_row_blocks: int
 ) -> BlockTopology:
-    """Structure of the ``(rows, sum of widths)`` hidden activation of a padded, sorted batch: one block column range for
-    each expert, crossed with the expert's row blocks. Nothing is read back from the device.
+    """Structure of the ``(rows, sum of widths)`` hidden activation of a padded, sorted batch.
+
+    Each expert's row blocks cross its own range of block columns. Nothing is read back from the device.
 
     Args:
         expert_offsets: ``(E + 1,)`` int32, multiples of ``block_size`` from 0 on, never falling: a padded plan's.
