@@ -23,7 +23,7 @@ def case(name: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
 # ------------------------------------------------------------------------------------------------ block-sparse products
 
 
-def _block_structure(block, blocks):
+def _block_structure(blocks):
     """A structure of ``blocks`` blocks in 16 block rows and 16 block columns."""
     from dmoe.ops.topology import BlockTopology
 
@@ -31,36 +31,35 @@ def _block_structure(block, blocks):
     return BlockTopology(*(torch.empty(length, dtype=torch.int32, device="meta") for length in lengths))
 
 
-def _block_products(dtype, block, transposes):
-    from dmoe.ops import block_sparse
-
-    structure, side = _block_structure(block, 64), 16 * block
-    dense = torch.empty(side, 512, dtype=dtype, device="meta")
-    data = torch.empty(64, block, block, dtype=dtype, device="meta")
-    block_sparse._sdd(block_sparse.sdd_cuda, dense, dense.t(), *structure, block)
-    for transposed in transposes:
-        block_sparse._dsd(block_sparse.spmm_cuda, data, *structure, transposed, dense)
-    block_sparse._dds(block_sparse.spmm_cuda, dense.t(), data, *structure, False)
-
-
-@case("block_sparse_bf16_128")
-def _():
-    _block_products(torch.bfloat16, 128, (False, True))
-
-
 @case("block_sparse_bf16_64")
 def _():
-    _block_products(torch.bfloat16, 64, (False,))
+    from dmoe.ops.block_sparse import _dds, _dsd, spmm_cuda
+
+    structure = _block_structure(64)
+    dense = torch.empty(1024, 512, dtype=torch.bfloat16, device="meta")
+    data = torch.empty(64, 64, 64, dtype=torch.bfloat16, device="meta")
+    _dsd(spmm_cuda, data, *structure, False, dense)
+    _dds(spmm_cuda, dense.t(), data, *structure, False)
+
+
+def _sdd_and_dsd(dtype, block):
+    from dmoe.ops.block_sparse import _dsd, _sdd, sdd_cuda, spmm_cuda
+
+    structure = _block_structure(64)
+    dense = torch.empty(16 * block, 512, dtype=dtype, device="meta")
+    data = torch.empty(64, block, block, dtype=dtype, device="meta")
+    _sdd(sdd_cuda, dense, dense.t(), *structure, block)
+    _dsd(spmm_cuda, data, *structure, False, dense)
 
 
 @case("block_sparse_fp16_32")
 def _():
-    _block_products(torch.float16, 32, (False,))
+    _sdd_and_dsd(torch.float16, 32)
 
 
 @case("block_sparse_fp32_128")
 def _():
-    _block_products(torch.float32, 128, (False,))
+    _sdd_and_dsd(torch.float32, 128)
 
 
 def _block_mlp(dtype, sizes, **options):
