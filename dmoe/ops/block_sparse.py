@@ -46,7 +46,8 @@ def sdd_ref(
 ) -> Tensor:
     """Blocks ``(nnz, B, B)`` of ``a @ b^T`` in plain PyTorch; a is ``(M, K)``, b a stack ``(G, N / G, K)``."""
     wide, inner = accumulate_dtype(a.dtype), a.shape[1]
-    rows, columns = a.reshape(-1, block_size, inner), b.reshape(-1, block_size, inner)
+    rows = a.reshape(a.shape[0] // block_size, block_size, inner)
+    columns = b.reshape(b.shape[0] * (b.shape[1] // block_size), block_size, inner)
     used = (row_indices >= 0) & (row_indices < rows.shape[0])
     used = used & (column_indices >= 0) & (column_indices < columns.shape[0])
     if rows.shape[0] == 0 or columns.shape[0] == 0:
@@ -76,7 +77,8 @@ def spmm_ref(
         position = entry if block_offsets is None else block_offsets.masked_fill(~used, 0).long()
         blocks = data[position].to(wide).masked_fill(~used[:, None, None], 0)
         blocks = blocks.transpose(1, 2) if transposed else blocks
-        factor = dense.reshape(-1, block_size, columns)[indices.masked_fill(~used, 0).long()].to(wide)
+        factor = dense.reshape(dense.shape[0] * (dense.shape[1] // block_size), block_size, columns)
+        factor = factor[indices.masked_fill(~used, 0).long()].to(wide)
         sums.index_add_(0, row, torch.bmm(blocks, factor))
     out.copy_(sums[:-1].reshape(out.shape))
 
