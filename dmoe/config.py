@@ -76,9 +76,9 @@ class MoEConfig:
         num_moe_layers: the losses are divided by this, so the coefficient means the same at any depth (MegaBlocks).
 
     Execution
-        backend: None lets the tensors' device decide; ``grouped`` says so by name; ``block_sparse`` computes block-sparse
-            products, each expert at its own width (multiples of 16; on CUDA what None means for such a list of widths);
-            ``reference`` is plain PyTorch under its own autograd: slow, and differentiable twice.
+        backend: None lets the tensors' device decide; ``grouped`` says so by name; ``block_sparse`` computes
+            block-sparse products, each expert at its own width (multiples of 16; on CUDA what None means for such a
+            list of widths); ``reference`` is plain PyTorch under its own autograd: slow, and differentiable twice.
     """
 
     hidden_size: int

@@ -183,7 +183,7 @@ def _tile(block_size: int, columns: int, dtype: torch.dtype, precision: str, dev
     """Tile sizes: the block where it fits; ``columns`` bounds the tile's width where that is free."""
     if dtype == torch.float32 and precision == "ieee":  # plain FMA: larger tiles spill
         side = min(block_size, 64)
-        return _Tile(side, side, min(block_size, 16), 4, 2, 2)
+        return _Tile(side, side, min(block_size, 16), 8 if side == 64 else 4, 2, 2)
     if block_size < 64:
         return _Tile(block_size, 128 if columns >= 128 else 64, block_size, 4, 4, 6)
     if block_size == 64:
