@@ -31,9 +31,9 @@ def _by_block(
     """Blocks of a tensor by rows: ``(M, 1)`` to ``(nnz, B, 1)``, or ``(M, width)`` to ``(nnz, B, B)``."""
     row = row_indices.clamp(min=0).long()
     if one_column:
-        return of_rows.view(-1, block_size, 1)[row]
+        return of_rows.view(offsets.shape[0] - 1, block_size, 1)[row]
     local = (torch.arange(row.shape[0], device=row.device) - offsets[row]).clamp(min=0)
-    tiles = of_rows.view(offsets.shape[0] - 1, block_size, -1, block_size).transpose(1, 2)
+    tiles = of_rows.view(offsets.shape[0] - 1, block_size, of_rows.shape[1] // block_size, block_size).transpose(1, 2)
     return tiles[row, local.masked_fill(row_indices < 0, 0)]
 
 
