@@ -76,8 +76,9 @@ class MoEConfig:
         num_moe_layers: the losses are divided by this, so the coefficient means the same at any depth (MegaBlocks).
 
     Execution
-        backend: None lets the tensors' device decide; ``grouped`` says so by name; ``reference`` is plain PyTorch under
-            its own autograd: slow, and differentiable twice.
+        backend: None lets the tensors' device decide; ``grouped`` says so by name; ``block_sparse`` computes
+            block-sparse products, each expert at its own width (multiples of 16; on CUDA what None means for such a
+            list of widths); ``reference`` is plain PyTorch under its own autograd: slow, and differentiable twice.
         recompute_pre_activation: save only x for backward, and compute the up projection again there: a third of
             forward's products more, ``T * K * F`` numbers (gated: twice that) less memory.
         accumulate_main_grad: backward adds the gradients of the two projections to their ``main_grad``, a float32
@@ -129,7 +130,7 @@ class MoEConfig:
     aux_loss: Literal["explicit", "attached"] = "explicit"
     num_moe_layers: int = 1
 
-    backend: Literal["grouped", "reference"] | None = None
+    backend: Literal["grouped", "block_sparse", "reference"] | None = None
     recompute_pre_activation: bool = False
     accumulate_main_grad: bool = False
 
@@ -203,6 +204,12 @@ class MoEConfig:
             size = self.ffn_hidden_size
             whole = isinstance(size, int) and not isinstance(size, bool) and size >= 1
             self._require(whole, "ffn_hidden_size", "an integer of at least 1, or a list")
+        whole_blocks = all(size % 16 == 0 for size in self.ffn_sizes)
+        self._require(
+            self.backend != "block_sparse" or whole_blocks,
+            "ffn_hidden_size",
+            "multiples of 16 with backend='block_sparse'",
+        )
         self._require(self.top_k <= self.num_experts, "top_k", f"at most num_experts = {self.num_experts}")
         for name in ("activation_dropout", "expert_dropout", "input_jitter"):
             self._require(0 <= getattr(self, name) < 1, name, "0 <= p < 1")
@@ -213,11 +220,10 @@ class MoEConfig:
             "shared_expert_gate",
             "False without shared_ffn_hidden_size",
         )
-        self._require(
-            not self.accumulate_main_grad or self.backend != "reference",
-            "accumulate_main_grad",
-            "False with backend='reference', whose backward is autograd's own",
-        )
+        if self.backend in ("block_sparse", "reference"):
+            for name in ("accumulate_main_grad", "recompute_pre_activation"):
+                allowed = f"False with backend={self.backend!r}, whose backward has no such option"
+                self._require(not getattr(self, name), name, allowed)
         self._require(not self.return_bias or self.bias == "output", "return_bias", "False unless bias='output'")
         self._require(self.init_std is None or self.init_std >= 0, "init_std", "at least 0, or None")
 

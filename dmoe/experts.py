@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.config import Activation, GateWeightOn, MoEConfig
+from dmoe.ops._library import has_triton
 from dmoe.ops.activation import accumulate_dtype
+from dmoe.ops.block_sparse import block_size_for
+from dmoe.ops.block_sparse_mlp import block_sparse_mlp
 from dmoe.ops.moe_mlp import has_tangent, moe_mlp
 from dmoe.ops.philox import draw_seed
 from dmoe.plan import RoutingPlan, plan_token_choice
@@ -101,7 +104,7 @@ def run_experts(
         weights: the experts.
         activation, gate_weight_on: see :class:`dmoe.MoEConfig`.
         activation_dropout, expert_dropout: probabilities; 0 outside training.
-        backend: None, ``grouped`` or ``reference``.
+        backend: None, ``grouped``, ``block_sparse`` or ``reference``.
         residual: ``(T, H)``, added to the sum before it is rounded: a shared expert's output, say.
         main_grads: float32 buffers in the shapes of ``up_proj`` and ``down_proj``. Backward adds these gradients to
             them, and the weights get none (Megatron's ``main_grad``). Not with ``backend="reference"``.
@@ -115,10 +118,10 @@ def run_experts(
         ValueError: sizes, dtypes or devices that do not fit together.
     """
     _check(x, plan, gate_weights, weights)
-    _check_extras(x, weights, residual, main_grads, backend)
+    _check_extras(x, weights, residual, main_grads, recompute, backend)
     gate_weights = gate_weights.to(accumulate_dtype(x.dtype))
     seed = draw_seed(x.device) if activation_dropout or expert_dropout else None
-    return moe_mlp(
+    arguments = (
         x.contiguous(),
         gate_weights.contiguous(),
         weights.up_proj.contiguous(),
@@ -137,6 +140,13 @@ def run_experts(
         gate_weight_on,
         activation_dropout,
         expert_dropout,
+    )
+    plain = main_grads is None and not recompute
+    if backend == "block_sparse" or (backend is None and plain and _block_sparse_by_default(x, weights)):
+        y = block_sparse_mlp(*arguments)
+        return y if residual is None else y + residual
+    return moe_mlp(
+        *arguments,
         None if residual is None else residual.contiguous(),
         plan.tiles,
         plan.experts_by_load,
@@ -147,11 +157,18 @@ def run_experts(
     )
 
 
+def _block_sparse_by_default(x: Tensor, weights: ExpertWeights) -> bool:
+    """Widths that differ, on a GPU: the other way would compute every expert as wide as the widest."""
+    suits = x.is_cuda and bool(weights.ffn_sizes) and x.dtype != torch.float64
+    return suits and block_size_for(weights.ffn_sizes) is not None and has_triton()
+
+
 def _check_extras(
     x: Tensor,
     weights: ExpertWeights,
     residual: Tensor | None,
     main_grads: tuple[Tensor, Tensor] | None,
+    recompute: bool,
     backend: str | None,
 ) -> None:
     if residual is not None and (residual.shape != x.shape or residual.device != x.device):
@@ -159,12 +176,11 @@ def _check_extras(
             f"moe_mlp: residual: expected x's shape {tuple(x.shape)} on {x.device}, got {tuple(residual.shape)} on "
             f"{residual.device}"
         )
+    if backend in ("block_sparse", "reference") and (recompute or main_grads is not None):
+        name = "recompute" if recompute else "main_grads"
+        raise ValueError(f"moe_mlp: {name}: expected none with backend={backend!r}, whose backward has no such option")
     if main_grads is None:
         return
-    if backend == "reference":
-        raise ValueError(
-            "moe_mlp: main_grads: expected None with backend='reference', whose backward is autograd's own"
-        )
     for name, buffer, weight in zip(
         ("up_proj", "down_proj"), main_grads, (weights.up_proj, weights.down_proj), strict=True
     ):
@@ -372,7 +388,7 @@ class SharedExpert(nn.Module):
             activation_dropout=config.activation_dropout,
             expert_dropout=config.expert_dropout,
             init_std=config.init_std,
-            backend=config.backend,
+            backend=None if config.backend == "block_sparse" else config.backend,  # a single expert is dense
             recompute_pre_activation=config.recompute_pre_activation,
             accumulate_main_grad=config.accumulate_main_grad,
         )

@@ -40,7 +40,8 @@ def moe_mlp(
         activation_dropout, expert_dropout: dropout probabilities; masks are drawn anew in each call when above 0.
         capacity: the most rows one expert takes; None drops nothing.
         drop_order: which choices come first where the capacity binds; see :class:`dmoe.MoEConfig`.
-        backend: ``reference`` for plain PyTorch, differentiable twice; None or ``grouped`` otherwise.
+        backend: ``reference`` for plain PyTorch, differentiable twice; ``block_sparse`` for block-sparse products; None
+            or ``grouped`` otherwise.
         residual, main_grads, recompute: see :func:`dmoe.experts.run_experts`; ``residual`` is ``(..., H)``.
 
     Returns:

@@ -75,7 +75,9 @@ def _config(kernel: str, like: Tensor, tile_rows: int, k: int, n: int) -> Config
 
 def _precision(like: Tensor) -> str:
     """tf32 where PyTorch's own setting allows it. Means nothing to 16-bit numbers."""
-    return "tf32" if like.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    if like.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "ieee"
 
 
 def _descriptor(matrix: Tensor, block_rows: int, block_columns: int) -> TensorDescriptor | None:

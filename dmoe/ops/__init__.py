@@ -1,5 +1,6 @@
 """The operations, one per file, each with its plain-PyTorch ``*_ref`` beside it."""
 
+from dmoe.ops.block_sparse import block_dds, block_dsd, block_sdd
 from dmoe.ops.cumsum import exclusive_cumsum, inclusive_cumsum
 from dmoe.ops.gate_weights import gate_weights
 from dmoe.ops.grouped_gemm import grouped_gemm, grouped_gemm_weight
@@ -10,13 +11,21 @@ from dmoe.ops.router_logits import router_logits
 from dmoe.ops.router_scores import router_scores
 from dmoe.ops.routing_plan import routing_plan
 from dmoe.ops.sort import sort
+from dmoe.ops.stk_matrix import dds, dsd, sdd, sparse_matrix
 from dmoe.ops.tile_table import tile_table
 from dmoe.ops.topk_indices import topk_indices
-from dmoe.ops.topology import topology
+from dmoe.ops.topology import BlockTopology, expert_topology, topology
 from dmoe.ops.unpermute import unpermute
 
 __all__ = [
+    "BlockTopology",
+    "block_dds",
+    "block_dsd",
+    "block_sdd",
+    "dds",
+    "dsd",
     "exclusive_cumsum",
+    "expert_topology",
     "gate_weights",
     "grouped_gemm",
     "grouped_gemm_weight",
@@ -27,7 +36,9 @@ __all__ = [
     "router_logits",
     "router_scores",
     "routing_plan",
+    "sdd",
     "sort",
+    "sparse_matrix",
     "tile_table",
     "topk_indices",
     "topology",

@@ -7,6 +7,7 @@ package imports, traces and runs with or without the compiled library: where it 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +41,12 @@ _library.define("cuda_archs() -> str")  # what csrc/build_info.cpp was built for
 def cuda_archs() -> tuple[str, ...]:
     """GPU architectures that the compiled library holds kernels for, as ``("sm_80", "sm_90")``; empty without any."""
     return tuple(torch.ops.dmoe.cuda_archs().split()) if compiled else ()
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether the kernels can run here at all; looks, and does not import."""
+    return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache

@@ -6,7 +6,7 @@ backward    hidden_grad (through down and the activation), weight gradient of do
 
 Nothing waits for the host: grids come from shapes, and the tile table, on the device, says which rows and which expert
 a program owns. Rows of no token are zeros wherever they could be summed, and are never read elsewhere. Calls that the
-kernels do not serve (float64, experts of different widths, nothing to do) run the reference's composition.
+kernels do not serve (float64, experts of different widths, nothing to do, no Triton) run the reference's composition.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dmoe.ops._library import has_triton
 from dmoe.ops._moe_mlp_call import Call
 from dmoe.ops.moe_mlp_ref import moe_mlp_backward_ref, moe_mlp_ref
 from dmoe.ops.tile_table import preferred_tile_rows, tile_table
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 
 def _served(call: Call) -> bool:
     return (
-        call.x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        has_triton()
+        and call.x.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and not call.ffn_sizes
         and 0 not in (call.x.numel(), call.row_to_token.numel(), call.down_proj.numel())
     )
