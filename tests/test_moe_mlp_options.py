@@ -1,0 +1,179 @@
+"""What the expert MLP takes besides its core: a residual, main gradients, recomputation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import saved_bytes, small_config
+from moe_mlp_cases import build
+
+from dmoe import ExpertWeights, MoE, plan_token_choice
+from dmoe.experts import run_experts
+
+CASE = {"tokens": 9, "experts": 3, "top_k": 2, "hidden": 6, "sizes": 5, "activation": "silu", "gated": True,
+        "bias": True, "gate_on": "output", "layout": "packed", "hot": False, "seed": 3}  # fmt: skip
+
+
+def leaves(dtype=torch.float64, **change):
+    """x, gate weights, weights and biases that require gradients, the plan, and a gradient of y."""
+    arguments, grad, indices, _ = build({**CASE, **change}, dtype)
+    for tensor in arguments[:6]:
+        if tensor is not None:
+            tensor.requires_grad_()
+    plan = plan_token_choice(torch.tensor(indices), CASE["experts"])
+    weights = ExpertWeights(*arguments[2:6], gated=True, ffn_sizes=tuple(arguments[12]))
+    return arguments[0], plan, arguments[1], weights, grad
+
+
+@pytest.mark.parametrize("backend", [None, "reference", "block_sparse"])
+def test_a_residual_is_added_and_gets_the_gradient_of_y(backend):
+    x, plan, gates, weights, grad = leaves(sizes=16)
+    residual = torch.randn_like(x).requires_grad_()
+    y = run_experts(x, plan, gates, weights, residual=residual, backend=backend)
+    alone = run_experts(x, plan, gates, weights, backend=backend)
+    torch.testing.assert_close(y, alone + residual, rtol=1e-12, atol=1e-12)
+    ours = torch.autograd.grad(y, (residual, x, gates, weights.up_proj), grad)
+    assert torch.equal(ours[0], grad)
+    for a, b in zip(ours[1:], torch.autograd.grad(alone, (x, gates, weights.up_proj), grad), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_residual_is_added_before_the_sum_is_rounded():
+    x, plan, gates, weights, _ = leaves(torch.bfloat16)
+    residual = torch.randn_like(x) * 64
+    with torch.no_grad():
+        y = run_experts(x, plan, gates, weights, residual=residual)
+        wide = ExpertWeights(
+            *(t.double() for t in (weights.up_proj, weights.down_proj, weights.up_bias, weights.down_bias))
+        )
+        exact = run_experts(x.double(), plan, gates.double(), wide) + residual.double()
+    own = (exact.to(torch.bfloat16).double() - exact).abs()  # rounding once
+    slack = 0.02 * run_experts(x, plan, gates, weights).double().abs().max()  # the products' own error
+    assert ((y.double() - exact).abs() <= own + slack).all()
+
+
+@pytest.mark.parametrize("sizes", [5, [3, 1, 4]], ids=str)
+def test_recomputing_changes_no_bit_and_saves_only_x(sizes):
+    x, plan, gates, weights, grad = leaves(torch.float32, sizes=sizes)
+    wanted = (x, gates, weights.up_proj, weights.down_proj, weights.up_bias, weights.down_bias)
+    indices = (plan.expert_offsets, plan.row_to_token, plan.row_to_slot, plan.token_offsets, plan.token_rows)
+    results = []
+    for recompute in (False, True):
+        with saved_bytes(exclude=(*wanted, *indices)) as saved:
+            y = run_experts(x, plan, gates, weights, recompute=recompute)
+        results.append((y, torch.autograd.grad(y, wanted, grad), saved.total))
+    for a, b in zip(results[0][1], results[1][1], strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(results[0][0], results[1][0])
+    widest = max(sizes) if isinstance(sizes, list) else sizes
+    assert results[0][2] == plan.num_rows * 2 * widest * 4
+    assert results[1][2] == 0
+
+
+@pytest.mark.parametrize("sizes", [5, [3, 1, 4]], ids=str)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_main_grads_are_added_to_and_weights_get_none(sizes, recompute):
+    x, plan, gates, weights, grad = leaves(torch.bfloat16, sizes=sizes)
+    others = (x, gates, weights.up_bias, weights.down_bias)
+    expected = torch.autograd.grad(
+        run_experts(x, plan, gates, weights), (*others, weights.up_proj, weights.down_proj), grad
+    )
+    buffers = tuple(torch.full_like(w, 2.0, dtype=torch.float32) for w in (weights.up_proj, weights.down_proj))
+    for micro_batch in (1, 2):
+        y = run_experts(x, plan, gates, weights, main_grads=buffers, recompute=recompute)
+        y.backward(grad)
+        assert weights.up_proj.grad is None
+        assert weights.down_proj.grad is None
+        for leaf, gradient in zip(others, expected, strict=False):
+            torch.testing.assert_close(leaf.grad, gradient * micro_batch)
+        for buffer, gradient in zip(buffers, expected[4:], strict=True):
+            torch.testing.assert_close(buffer, 2 + micro_batch * gradient.float())
+
+
+def test_two_forwards_before_their_backwards_share_the_buffers():
+    """Pipelines do so; and a buffer that changed in between is no stale saved tensor."""
+    x, plan, gates, weights, grad = leaves(torch.float32)
+    buffers = tuple(torch.zeros_like(w) for w in (weights.up_proj, weights.down_proj))
+    first = run_experts(x, plan, gates, weights, main_grads=buffers)
+    second = run_experts(x, plan, gates, weights, main_grads=buffers)
+    second.backward(grad)
+    once = [b.clone() for b in buffers]
+    first.backward(grad)
+    for buffer, half in zip(buffers, once, strict=True):
+        torch.testing.assert_close(buffer, 2 * half)
+
+
+def test_opcheck_of_the_variants():
+    arguments, grad, _, _ = build(CASE, torch.float32)
+    for tensor in arguments[:6]:
+        tensor.requires_grad_()
+    residual = torch.randn(9, 6, requires_grad=True)
+    torch.library.opcheck(torch.ops.dmoe.moe_mlp.default, [*arguments, residual])
+    torch.library.opcheck(torch.ops.dmoe.moe_mlp_lean.default, [*arguments, residual])
+    detached = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
+    _, pre = torch.ops.dmoe.moe_mlp(*detached)
+    assert torch.equal(torch.ops.dmoe.moe_mlp_pre_activation(*detached), pre)
+    torch.library.opcheck(torch.ops.dmoe.moe_mlp_pre_activation.default, detached)
+    buffers = {"up_main_grad": torch.zeros_like(detached[2]), "down_main_grad": torch.zeros_like(detached[3])}
+    torch.library.opcheck(torch.ops.dmoe.moe_mlp_backward_into.default, [grad, pre, *detached], buffers)
+
+
+def test_layer_options():
+    torch.manual_seed(0)
+    config = {"shared_ffn_hidden_size": 7, "aux_loss": "attached", "load_balancing_coefficient": 0.0}
+    plain = MoE(small_config(**config))
+    lean = MoE(small_config(**config, recompute_pre_activation=True))
+    fused = MoE(small_config(**config, accumulate_main_grad=True))
+    x, grad = torch.randn(5, 8), torch.randn(5, 8)
+    for other in (lean, fused):
+        other.load_state_dict(plain.state_dict())
+    with pytest.raises(RuntimeError, match=r"gate_up_proj.main_grad: expected a float32 buffer.*got none"):
+        fused(x)
+    projections = [p for name, p in fused.named_parameters() if name.endswith(("up_proj", "down_proj"))]
+    assert len(projections) == 4
+    for parameter in projections:
+        parameter.main_grad = torch.zeros_like(parameter)
+    for layer in (plain, lean, fused):
+        layer(x).backward(grad)
+    with torch.no_grad():
+        fused(x)  # evaluation needs no buffers and changes none
+    for (name, a), b, c in zip(plain.named_parameters(), lean.parameters(), fused.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad), name
+        torch.testing.assert_close(getattr(c, "main_grad", c.grad), a.grad, msg=name)
+    assert all(p.grad is None for p in projections)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"residual": torch.ones(2, 6)}, r"residual: expected x's shape \(9, 6\) on cpu, got \(2, 6\)"),
+        (
+            {"main_grads": (torch.ones(3), torch.ones(3))},
+            r"main_grads: up_proj: expected contiguous float32 \(3, 2, 5, 6\)",
+        ),
+        ({"recompute": True, "backend": "reference"}, r"recompute: expected none with backend='reference'"),
+        ({"main_grads": (torch.ones(3), torch.ones(3)), "backend": "block_sparse"}, r"main_grads: expected none with"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_named(options, message):
+    x, plan, gates, weights, _ = leaves(torch.float32)
+    with pytest.raises(ValueError, match="^moe_mlp: " + message):
+        run_experts(x, plan, gates, weights, **options)
+
+
+@pytest.mark.parametrize("name", ["recompute_pre_activation", "accumulate_main_grad"])
+@pytest.mark.parametrize("backend", ["reference", "block_sparse"])
+def test_backends_without_the_option_refuse_it(name, backend):
+    with pytest.raises(ValueError, match=f"MoEConfig: {name}: expected False with backend={backend!r}"):
+        small_config(ffn_hidden_size=16, backend=backend, **{name: True})
+
+
+@pytest.mark.parametrize("fields", [{}, {"recompute_pre_activation": True}, {"shared_ffn_hidden_size": 4}], ids=str)
+def test_variants_compile_whole(fields):
+    layer = MoE(small_config(load_balancing_coefficient=0.0, **fields))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(5, 8)
+    y = compiled(x)
+    y.sum().backward()
+    torch.testing.assert_close(y, layer(x))
