@@ -257,7 +257,7 @@ class Megatron(Contestant):
     def named(self, grads: Sequence[Tensor]) -> dict[str, Tensor]:
         E = self.problem.shape.experts
         ups, downs = grads[2 : 2 + E], grads[2 + E :]
-        return {"x": grads[0], "gates": grads[1], "gate_up": torch.stack(ups), "down": torch.stack(downs)}
+        return {"x": grads[0], "gates": grads[1], "gate_up": torch.stack(list(ups)), "down": torch.stack(list(downs))}
 
     def forward(self) -> Tensor:
         shape, indices = self.problem.shape, self.problem.indices

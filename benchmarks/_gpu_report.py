@@ -60,8 +60,8 @@ def report(results: list[Entry], env: dict[str, Any], name: str) -> str:
             _own_table(training),
             f"*floor*: the least time on a chip of {H200.flops / 1e12:.0f} TFLOP/s and {H200.bytes / 1e12:.1f} TB/s, "
             "summed over the kernels that a good implementation launches; *share* is floor over time, in brackets with "
-            "the rates measured in this run. *SonicMoE*: dmoe's TFLOP/s over those that SonicMoE's authors report on an "
-            "**H100**, whose memory is slower; the contestant of that name, where it ran, is the fair comparison. "
+            "the rates measured in this run. *SonicMoE*: dmoe's TFLOP/s over those that SonicMoE's authors report on "
+            "an **H100**, whose memory is slower; the contestant of that name, where it ran, is the fair comparison. "
             "*graph*: the same step as one CUDA graph. *held*: memory between forward and backward beside x, y and the "
             "weights, over the least possible (the pre-activation). *spread*: between the two passes.",
             "## Milliseconds, forward + backward",
@@ -189,9 +189,8 @@ def _remarks(results: list[Entry]) -> list[str]:
     ran = sum("left_out" not in entry for entry in results)
     lines = []
     for (name, why), labels in sorted(reasons.items()):
-        where = (
-            "" if len(labels) >= ran else f" [{'; '.join(labels)}]" if len(labels) < 5 else f" [{len(labels)} sizes]"
-        )
+        some = "; ".join(labels) if len(labels) < 5 else f"{len(labels)} sizes"
+        where = "" if len(labels) >= ran else f" [{some}]"
         lines.append(f"- {name}: {why}{where}")
     return ["## Not run, or refused by the check", "\n".join(lines)]
 
@@ -200,10 +199,10 @@ def plot(results: list[Entry], env: dict[str, Any], path: Path) -> None:
     """TFLOP/s of forward and backward, the sizes side by side, under the floor's."""
     entries = [entry for entry in results if "timings" in entry]
     figure, axes = new_figure(2, width=15, height=5)
-    labels = [
-        "\n".join([shape_of(e).name.split("-")[0], *map(str, shape_of(e).dims), e["case"]["routing"][:4]])
-        for e in entries
-    ]
+    labels = []
+    for entry in entries:
+        shape, routing = shape_of(entry), entry["case"]["routing"]
+        labels.append("\n".join([shape.name.split("-")[0], *map(str, shape.dims), routing[:4]]))
     for number, (axis, title) in enumerate(zip(axes, ("forward", "backward"), strict=True)):
         bounds = [shape_of(e).flops[number] / e["floor"]["chip"][number] / 1e12 for e in entries]
         for x, bound in enumerate(bounds):

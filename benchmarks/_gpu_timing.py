@@ -15,6 +15,7 @@ from _gpu_contestants import Contestant, DenseChain
 from _gpu_shapes import Rates
 from _harness import Timing, interleave
 from torch import Tensor
+from torch._C._autograd import DeviceType
 
 PASSES = ("forward", "backward", "step")
 
@@ -155,6 +156,11 @@ def graph_of(run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
     return graph
 
 
+def replay_seconds(run: Callable[[], Any], device: torch.device, flush: Callable[[], None] | None = None) -> float:
+    """Median seconds of a call as one CUDA graph."""
+    return seconds_of(graph_of(run).replay, device, flush=flush)
+
+
 def step_of(contestant: Contestant) -> Callable[[], list[Tensor]]:
     """A whole training step as one call, for capturing and counting."""
 
@@ -173,7 +179,7 @@ def launches(run: Callable[[], Any], device: torch.device) -> int:
     with torch.profiler.profile(activities=activities) as profile:
         run()
         torch.cuda.synchronize(device)
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+    return sum(event.device_type == DeviceType.CUDA for event in profile.events())
 
 
 @contextlib.contextmanager

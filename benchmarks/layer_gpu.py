@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import os
 import sys
 import time
@@ -31,10 +32,10 @@ from _gpu_timing import (
     Flush,
     ceilings,
     gpu_facts,
-    graph_of,
     launches,
     memory,
     memory_returned,
+    replay_seconds,
     seconds_of,
     step_of,
     time_training,
@@ -55,8 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args, cases = parse(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.dummy:
-        env, results = dummy_results([case for case in cases if case[0] not in TINY])
-        return finish(args, env, results)
+        return finish(args, *dummy_results([case for case in cases if case[0] not in TINY]))
     device = torch.device(args.device)
     env = environment(torch.get_num_threads())
     env["peers"] = add_peers(args.peers)
@@ -168,8 +168,8 @@ def run_case(entry: dict[str, Any], problem: Problem, args: argparse.Namespace, 
     for name in OWN:
         if name in field:
             step = step_of(field[name])
-            entry["launches"][name] = attempt(lambda step=step: launches(step, device))
-            entry["graph"][name] = attempt(lambda step=step: seconds_of(graph_of(step).replay, device))
+            entry["launches"][name] = attempt(functools.partial(launches, step, device))
+            entry["graph"][name] = attempt(functools.partial(replay_seconds, step, device))
 
 
 def attempt(run: Callable[[], Any]) -> Any:
@@ -233,8 +233,8 @@ def time_decode(contestant: Contestant, device: torch.device) -> dict[str, Any]:
     with torch.no_grad():
         found: dict[str, Any] = {"eager": seconds_of(contestant.forward, device, flush=flush)}
         if not contestant.synchronises:
-            found["graph"] = attempt(lambda: seconds_of(graph_of(contestant.forward).replay, device, flush=flush))
-        found["launches"] = attempt(lambda: launches(contestant.forward, device))
+            found["graph"] = attempt(functools.partial(replay_seconds, contestant.forward, device, flush))
+        found["launches"] = attempt(functools.partial(launches, contestant.forward, device))
     return found
 
 
