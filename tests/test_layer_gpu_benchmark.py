@@ -140,3 +140,75 @@ def test_a_wrong_command_line_is_refused(flags, message, capsys):
     with pytest.raises(SystemExit):
         layer_gpu.main(flags.split())
     assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """As much of ``torch.cuda`` as the timing asks for, on the CPU: whether it runs through, not what it measures."""
+    import time
+    from types import SimpleNamespace
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.at = None
+
+        def record(self):
+            self.at = time.perf_counter()
+
+        def synchronize(self):
+            assert self.at is not None
+
+        def elapsed_time(self, end):
+            return 1e3 * (end.at - self.at)
+
+    properties = SimpleNamespace(
+        L2_cache_size=1024, name="stand-in", major=9, minor=0, total_memory=2**30, multi_processor_count=1
+    )
+    for name, value in {
+        "Event": Event,
+        "get_device_properties": lambda device: properties,
+        "synchronize": lambda device=None: None,
+        "reset_peak_memory_stats": lambda device: None,
+        "memory_allocated": lambda device: 0,
+        "max_memory_allocated": lambda device: 7,
+        "is_available": lambda: True,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(layer_gpu, "ceilings", lambda device: H200)
+    monkeypatch.setattr(layer_gpu, "launches", lambda run, device: len(run()))
+    monkeypatch.setattr(layer_gpu, "replay_seconds", lambda run, device, flush=None: 1.0)
+    parse = layer_gpu.parse
+
+    def with_stand_in(arguments):
+        args, cases = parse(arguments)
+        args.device = "cpu"
+        return args, cases
+
+    monkeypatch.setattr(layer_gpu, "parse", with_stand_in)
+
+
+def test_the_timing_runs_through_and_its_report_is_written(stand_in, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(layer_gpu, "DECODE", (Shape("small decode", 3, 64, 32, 8, 2),))
+    flags = ["--shapes", "tiny,decode", "--rounds", "3", "--name", "timed", "--contestants"]
+    assert layer_gpu.main([*flags, "dmoe,dmoe layer,grouped_mm,SonicMoE", "--out", str(tmp_path)]) == 0
+    cases = json.loads((tmp_path / "timed.json").read_text())["cases"]
+    assert [case["kind"] for case in cases] == ["decode", *["training"] * 4]
+    for case in cases[1:]:
+        assert set(case["timings"]) == {"dmoe", "dmoe layer", "grouped_mm", contestants.CEILING}
+        for timing in case["timings"].values():
+            assert timing["step"]["rounds"] == 6
+            assert 0 < timing["forward"]["median"] < timing["step"]["median"]
+        assert case["memory"]["dmoe"]["peak"] == 7
+        assert set(case["launches"]) == set(case["graph"]) == {"dmoe", "dmoe layer"}
+    assert cases[0]["decode"]["dmoe"]["eager"] > 0
+    assert "SonicMoE" in cases[0]["not_run"]
+    text = (tmp_path / "timed.md").read_text()
+    assert "tiny (96, 64, 32, 8, 2, zipf)" in text
+    assert "DUMMY" not in text
+
+
+def test_when_time_is_up_what_is_left_is_named(stand_in, tmp_path, capsys):
+    assert layer_gpu.main(["--shapes", "tiny", "--budget", "0", "--name", "late", "--out", str(tmp_path)]) == 0
+    cases = json.loads((tmp_path / "late.json").read_text())["cases"]
+    assert [case["left_out"] for case in cases] == ["out of time"] * 4
+    assert "out of time" in (tmp_path / "late.md").read_text()
