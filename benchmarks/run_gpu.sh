@@ -9,13 +9,14 @@
 # --dry runs the same steps on a machine without a GPU: arguments, imports, every program's own rehearsal.
 #
 # Environment: PYTHON (python3), DMOE_PEERS (a folder of other libraries' wheels and sources), DMOE_GPU_SECONDS (530 in
-# all), LAYER_GPU_FLAGS (more flags of layer_gpu.py), TEST_WORKERS (8).
+# all), STEPS ("build tests sanitize train bench"), LAYER_GPU_FLAGS (more flags of layer_gpu.py, quoted as in a shell:
+# LAYER_GPU_FLAGS='--shapes OLMoE --contestants "dmoe,HF grouped_mm"'), TEST_WORKERS (8), TEST_FLAGS (of pytest).
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 
 dry=
 if [ "${1:-}" = --dry ]; then dry=1; shift; fi
-case "${1:-}" in -*) sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 2 ;; esac
+case "${1:-}" in -*) sed -n '2,15s/^# \{0,1\}//p' "$0"; exit 2 ;; esac
 out=${1:-runs/gpu}
 mkdir -p "$out" || exit 2
 out=$(cd "$out" && pwd)
@@ -23,11 +24,14 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python=${PYTHON:-python3}
 total=${DMOE_GPU_SECONDS:-530}
+steps=" ${STEPS:-build tests sanitize train bench} "
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$work/triton} TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$work/inductor}
+rm -f "$out"/{tests,sanitize,train,benchmark}.log
 : >"$out/summary.txt"
 
 say() { echo "$*" | tee -a "$out/summary.txt"; }
+wants() { [[ $steps == *" $1 "* ]]; }
 left() { echo $((total - SECONDS)); }
 
 failed=
@@ -69,7 +73,9 @@ command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version,m
 
 # ------------------------------------------------------------------------------------------------------------- build
 build=(env DMOE_BUILD=required DMOE_CUDA=required)
-if [ -z "$dry" ]; then
+if ! wants build; then
+    :
+elif [ -z "$dry" ]; then
     arch=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())') || arch=
     [ -n "$arch" ] || say "no CUDA device: everything below will fail; --dry needs none"
     step build 100 summary.txt "${build[@]}" DMOE_CUDA_ARCHS="${arch:-90}" "$python" setup.py -q build_ext --inplace
@@ -82,15 +88,20 @@ fi
 workers=()
 "$python" -c 'import xdist' 2>/dev/null && workers=(-n "${TEST_WORKERS:-8}")
 pytest=("$python" -m pytest -q -p no:cacheprovider -m gpu)
-if [ -z "$dry" ]; then
-    step tests 170 tests.log "${pytest[@]}" "${workers[@]}" --durations=10 tests
+eval "more=(${TEST_FLAGS:-})"
+if ! wants tests; then
+    :
+elif [ -z "$dry" ]; then
+    step tests 170 tests.log "${pytest[@]}" "${workers[@]}" --durations=10 tests "${more[@]}"
 else
     step "tests, collected" 120 tests.log "${pytest[@]}" --collect-only tests
     step "tests, rehearsed" 120 tests.log env DMOE_TEST_DEVICE=cpu "${pytest[@]}" tests/test_gpu_ops.py
 fi
 
 # --------------------------------------------------------------------------------------------------------- sanitizer
-if [ -z "$dry" ]; then
+if ! wants sanitize; then
+    :
+elif [ -z "$dry" ]; then
     step "kernels once" 60 sanitize.log "$python" benchmarks/sanitize.py
     if command -v compute-sanitizer >/dev/null; then
         export PYTORCH_NO_CUDA_MEMORY_CACHING=1  # otherwise a step over a tensor's end lies inside a cached block
@@ -125,7 +136,9 @@ fi
 
 # ---------------------------------------------------------------------------------------------------------- training
 train=("$python" examples/train_lm.py --overwrite --out "$work/lm")
-if [ -z "$dry" ]; then
+if ! wants train; then
+    :
+elif [ -z "$dry" ]; then
     step training 60 train.log "${train[@]}" --device cuda --minutes 0.3 --compare-dense --generate
 else
     step training 120 train.log "${train[@]}" --device cpu --steps 4 --eval-every 2 --warmup 1 --layers 1 --hidden 16 \
@@ -137,9 +150,10 @@ cat "$work/lm/report.json" >>"$out/train.log" 2>/dev/null
 peers=()
 [ -z "${DMOE_PEERS:-}" ] || peers=(--peers "$DMOE_PEERS")
 layer=("$python" benchmarks/layer_gpu.py --out "$out" --name layer_gpu "${peers[@]}")
-# shellcheck disable=SC2206  # several flags in one variable
-layer+=(${LAYER_GPU_FLAGS:-})
-if [ -z "$dry" ]; then
+eval "layer+=(${LAYER_GPU_FLAGS:-})"
+if ! wants bench; then
+    :
+elif [ -z "$dry" ]; then
     # A case that has begun is finished: what is left then is for that.
     step benchmark "$(left)" benchmark.log "${layer[@]}" --budget $(($(left) - 40))
 else
@@ -150,7 +164,7 @@ fi
 say ""
 say "# Summary (after $SECONDS s)"
 for line in "${results[@]}"; do say "- $line"; done
-grep -hE '^(FAILED|ERROR) |^=* ?[0-9]+ (passed|failed)|^[0-9]+ (passed|failed)' "$out/tests.log" | tail -n 40 | tee -a "$out/summary.txt"
-grep -hE 'REFUSED|FAILED' "$out/benchmark.log" | tail -n 10 | tee -a "$out/summary.txt"
+grep -hE '^(FAILED|ERROR) |^=* ?[0-9]+ (passed|failed)|^[0-9]+ (passed|failed)' "$out/tests.log" 2>/dev/null | tail -n 40 | tee -a "$out/summary.txt"
+grep -hE 'REFUSED|FAILED' "$out/benchmark.log" 2>/dev/null | tail -n 10 | tee -a "$out/summary.txt"
 say "files: $(cd "$out" && echo *)"
 [ -z "$failed" ]

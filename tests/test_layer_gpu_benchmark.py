@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import _gpu_contestants as contestants
 import layer_gpu
 from _gpu_problem import Truth, make_problem
-from _gpu_shapes import H200, MODELS, TINY, Shape, floor
+from _gpu_shapes import H200, MODELS, TINY, Shape, backward_kernels, floor, forward_kernels
 
 # Milliseconds of forward and backward at 790 TFLOP/s and 4.3 TB/s, worked out apart from this code.
 PUBLISHED_FLOORS = {
@@ -39,6 +39,25 @@ def test_the_floors_are_the_published_ones():
         for seconds, published in zip(floor(shape, H200), PUBLISHED_FLOORS[shape.dims], strict=True):
             digits = 3 if published > 1 else 2
             assert float(f"{seconds * 1e3:.{digits}g}") == published, shape.label
+
+
+def test_each_kernels_bytes_are_those_of_its_operands():
+    """Most of the published sizes are bound by arithmetic and say nothing of bytes: T=3, H=5, F=7, E=2, K=2 by hand."""
+    shape = Shape("test", 3, 5, 7, 2, 2)
+    assert [kernel.bytes for kernel in forward_kernels(shape)] == [562, 284, 90]
+    assert [kernel.bytes for kernel in backward_kernels(shape)] == [590, 254, 508, 478, 90]
+    assert sum(kernel.flops for kernel in forward_kernels(shape)) == shape.flops[0] == 6 * 6 * 5 * 7
+    assert sum(kernel.flops for kernel in backward_kernels(shape)) == shape.flops[1] == 12 * 6 * 5 * 7
+
+
+def test_one_lost_token_of_many_is_seen():
+    problem = make_problem(Shape("test", 4000, 4, 3, 2, 1), "uniform", torch.device("cpu"))
+    truth = Truth(problem)
+    y = truth.y.clone()
+    y[1234] = 0
+    errors = truth.errors({"y": y})
+    assert errors["y"] < 0.1  # the norm over all hardly shows it
+    assert errors["worst y"] > layer_gpu.WORST
 
 
 @pytest.mark.parametrize("routing", ["uniform", "zipf"])
