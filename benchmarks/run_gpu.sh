@@ -144,7 +144,7 @@ else
     step training 120 train.log "${train[@]}" --device cpu --steps 4 --eval-every 2 --warmup 1 --layers 1 --hidden 16 \
         --ffn 8 --experts 4 --batch 2 --seq-len 32 --eval-bytes 256 --data benchmarks/README.md --data README.md
 fi
-cat "$work/lm/report.json" >>"$out/train.log" 2>/dev/null
+[ ! -f "$work/lm/report.json" ] || cat "$work/lm/report.json" >>"$out/train.log"
 
 # --------------------------------------------------------------------------------------------------------- benchmark
 peers=()
