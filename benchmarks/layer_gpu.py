@@ -253,7 +253,8 @@ def one_line(entry: dict[str, Any]) -> str:
 
 def save(args: argparse.Namespace, env: dict[str, Any], results: list[dict[str, Any]]) -> Path:
     """Write the JSON; returns the three files' common stem."""
-    base: Path = args.out / (args.name or ("DUMMY_" if env.get("dummy") else "") + stem("layer_gpu", env))
+    name = args.name or stem("layer_gpu", env)
+    base: Path = args.out / (f"DUMMY_{name}" if env.get("dummy") else name)  # .gitignore knows that prefix
     settings = {key: value for key, value in vars(args).items() if key != "deadline"}
     write_json(base.with_name(base.name + ".json"), env, settings, results)
     return base
