@@ -223,7 +223,8 @@ def checked(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 def stem(name: str, env: Mapping[str, Any]) -> str:
     """``<name>_<hardware>_<date>``."""
-    hardware = re.sub(r"[^a-z0-9]+", "-", f"{env['hardware']} {env['cores']} cores".lower()).strip("-")
+    label = env["gpu"]["name"] if "gpu" in env else f"{env['hardware']} {env['cores']} cores"
+    hardware = re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
     return f"{name}_{hardware}_{env['date']}"
 
 

@@ -3,7 +3,7 @@
 
     python examples/train_lm.py                                  # on the Python standard library's own sources
     python examples/train_lm.py --data ~/notes --compare-dense   # on your text, next to a dense twin of equal FLOPs
-    python examples/train_lm.py --resume                         # on from where Ctrl-C ended it, to the same bits
+    python examples/train_lm.py --resume                         # on from where Ctrl-C ended it
 
 Read `lm/model.py` for the model, `lm/training.py` for the loop.
 """
@@ -144,7 +144,8 @@ def _run(options: argparse.Namespace) -> int:
     if stop.signal is not None and any(run.step < settings.steps for run in runs):
         steps = ", ".join(f"{run.name} at step {run.step} of {settings.steps}" for run in runs)
         again = shlex.join([sys.executable, sys.argv[0], "--out", str(options.out), "--resume"])
-        print(f"\n{stop.signal.name}: saved {path} ({steps}).\nGo on, to the same bits, with:\n  {again}")
+        same = ", to the same bits," if device.type == "cpu" else ""  # attention's backward on a GPU adds in any order
+        print(f"\n{stop.signal.name}: saved {path} ({steps}).\nGo on{same} with:\n  {again}")
         return 128 + stop.signal
     _finish(options, report.summarise(settings, corpus, runs), runs[0])
     return 0

@@ -8,8 +8,8 @@ import hypothesis
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # Triton reads this once, when it is imported: kernels run under its interpreter
-    os.environ["TRITON_INTERPRET"] = "1"
+if torch.cuda.is_available():  # cuBLAS wants this before its first call, or deterministic mode refuses its products
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 hypothesis.settings.register_profile("dmoe", deadline=None, print_blob=True)
 # In CI the same cases every time: a new one is found by people, who can look at it.
@@ -17,8 +17,15 @@ hypothesis.settings.register_profile("ci", parent=hypothesis.settings.get_profil
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dmoe")
 
 
+def pytest_configure(config):
+    # Triton reads this once, when it is imported. With `-m "not gpu"` the suite runs as on a machine without a GPU.
+    if not torch.cuda.is_available() or config.option.markexpr == "not gpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
+    # DMOE_TEST_DEVICE=cpu rehearses the GPU tests: see gpu_helpers.py.
+    if not torch.cuda.is_available() and "DMOE_TEST_DEVICE" not in os.environ:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and this machine has none"))

@@ -476,3 +476,32 @@ def test_crossing_is_where_a_curve_comes_down_to_a_level():
     assert report.crossing(curve, 2.5) == {"step": 25, "seconds": 50}
     assert report.crossing(curve, 2.0) == {"step": 30, "seconds": 60}
     assert report.crossing(curve, 1.9) is None
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_run_goes_through_and_can_be_resumed(text, tmp_path, capsys):
+    flags = command_line(text, tmp_path / "out", "--steps", "20", "--eval-every", "10", "--generate", "def")
+    flags[flags.index("--device") + 1] = "cuda"
+    flags[flags.index("--dtype") + 1] = "auto"
+    assert train_lm.main(flags) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["hardware"]["device"] == "cuda"
+    assert report["settings"]["dtype"] == "bfloat16"
+    first, last = report["models"]["moe"]["curve"]
+    assert last["held_out_bpb"] < first["held_out_bpb"] < 8
+    assert train_lm.main(["--out", str(tmp_path / "out"), "--resume", "--device", "cuda"]) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["moe", "dense"])
+def test_on_a_gpu_the_host_does_not_wait_within_a_step(name, corpus):
+    settings = dataclasses.replace(TINY, dtype="bfloat16", steps=1000)
+    run = Run(name, settings, corpus, torch.device("cuda"))
+    run.warm_up(2)
+    assert run.routing_every > 1
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run._train_step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

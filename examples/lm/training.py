@@ -163,9 +163,16 @@ class Run:
         return task_loss.detach()
 
     def _cross_entropy(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        inputs, targets = self._to_device(inputs), self._to_device(targets)
         with self._autocast():
-            logits = self.model(inputs.to(self.device))
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.to(self.device).flatten())
+            logits = self.model(inputs)
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        """On a GPU from pinned memory: a copy from any other makes the host wait until all work before it is done."""
+        if self.device.type != "cuda":
+            return tensor.to(self.device)
+        return tensor.contiguous().pin_memory().to(self.device, non_blocking=True)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.settings.dtype == "bfloat16":
