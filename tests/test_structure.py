@@ -34,6 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "dense_ffn": {"config"},
     "replace": {"layer", "config", "parallel", "dense_ffn"},
     "info": {"ops"},
+    "tune": {"kernels", "ops", "plan", "experts"},
     "compat": {"layer", "config", "ops", "plan", "losses", "experts", "functional", "routing", "model_tools"},
 }
 # Packages from outside, besides the standard library.
@@ -41,6 +42,7 @@ OUTSIDE: dict[str, set[str]] = {room: {"torch"} for room in MAY_IMPORT} | {
     "kernels": {"torch", "triton"},
     "ops": {"torch", "stk"},
     "compat": {"torch", "stk"},
+    "tune": {"torch", "tqdm"},
 }
 
 

@@ -1,7 +1,7 @@
 """Tile shapes: which kernel runs with which blocks, warps and pipeline depth, by GPU family and size of a tile's rows.
 
 A small table, not autotuning: the choice costs nothing at run time and is the same in every process. To measure a
-better one for a GPU: ``python benchmarks/tune_gpu.py``, which writes a file that :func:`load` (or the environment
+better one for a GPU: ``python -m dmoe.tune``, which writes a file that :func:`load` (or the environment
 variable ``DMOE_KERNEL_CONFIGS``) reads.
 """
 
@@ -85,11 +85,12 @@ def family(capability: int) -> str:
 _measured: dict[str, Config] = {}
 
 
-def load(path: str | os.PathLike[str]) -> None:
+def load(path: str | os.PathLike[str], *, replace_all: bool = False) -> None:
     """Use measured launch shapes from a file, before the built-in ones, in this process.
 
     Args:
-        path: JSON: ``{"kernel/family/bytes/tile_rows/K/N": {"block_n": ..., ...}}``, as ``tune_gpu.py`` writes it.
+        path: JSON: ``{"kernel/family/bytes/tile_rows/K/N": {"block_n": ..., ...}}``, as ``dmoe.tune`` writes it.
+        replace_all: forget what was loaded before; otherwise the file's entries join it.
 
     Raises:
         ValueError: an entry that is no launch shape.
@@ -100,6 +101,8 @@ def load(path: str | os.PathLike[str]) -> None:
             measured[key] = Config(**entry)
         except TypeError as error:
             raise ValueError(f"kernel configs: {path}: {key}: expected the fields of Config, got {entry}") from error
+    if replace_all:
+        _measured.clear()
     _measured.update(measured)
     choose.cache_clear()
 

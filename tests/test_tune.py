@@ -1,0 +1,91 @@
+"""The search for launch shapes, on times made up for it; on a GPU the real thing is one command."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+
+import pytest
+
+pytest.importorskip("triton")
+
+from dmoe import tune
+from dmoe.kernels import configs
+
+SHAPE = (4096, 1024, 512, 16, 4)
+
+
+def test_entries_are_what_the_layer_looks_up(monkeypatch):
+    from kernel_cases import expert_mlp
+    from kernel_table import counting
+
+    import dmoe.kernels.moe_mlp as kernels
+
+    asked = set()
+    monkeypatch.setattr(kernels, "choose", lambda *key: asked.add(configs.key(*key)) or configs.choose(*key))
+    with counting():
+        expert_mlp(tokens=4096, hidden=1024, ffn=512, experts=16, top_k=4)
+    assert asked == set(tune.kernels_of(SHAPE, 90, gated=True))
+
+
+def test_search_finds_the_fastest_and_keeps_the_earlier_ones():
+    entries = tune.kernels_of(SHAPE, 90, gated=True)
+    names = list(entries)
+    wanted = {names[0]: 128, names[2]: 64}  # stages do not matter: the first of equals stays
+
+    def measure(table):
+        if any(c.num_stages == 5 for c in table.values()):
+            return math.inf  # as what does not fit
+        return 10.0 - sum(table[name].block_k == k for name, k in wanted.items() if name in table)
+
+    best = tune.search(entries, measure, time.monotonic() + 60)
+    for name, (kernel, built_in) in entries.items():
+        if name in wanted and built_in.block_k != wanted[name]:
+            assert best[name].block_k == wanted[name]
+        elif name not in wanted:
+            assert name not in best, kernel
+
+
+def test_noise_moves_nothing_and_the_deadline_holds():
+    entries = tune.kernels_of(SHAPE, 90, gated=False)
+    times = iter(range(10**6))
+    assert tune.search(entries, lambda table: 10.0 - (next(times) % 2) * 0.05, time.monotonic() + 60) == {}
+    once = iter([10.0, 5.0])  # one lucky measurement, not confirmed
+    assert tune.search(entries, lambda table: next(once, 10.0), time.monotonic() + 60) == {}
+    calls = []
+    tune.search(entries, lambda table: calls.append(table) or 1.0, time.monotonic() - 1)
+    assert len(calls) == 1
+
+
+def test_a_written_table_is_loaded_as_it_was(tmp_path):
+    entries = tune.kernels_of(SHAPE, 90, gated=True)
+    table = {name: tune.candidates(config, kernel)[3] for name, (kernel, config) in entries.items()}
+    tune.write(table, tmp_path / "tuned.json")
+    try:
+        configs.load(tmp_path / "tuned.json")
+        assert configs._measured == table
+        tune.write({}, tmp_path / "tuned.json")
+        configs.load(tmp_path / "tuned.json")
+        assert configs._measured == table
+        configs.load(tmp_path / "tuned.json", replace_all=True)
+        assert configs._measured == {}
+    finally:
+        configs._measured.clear()
+        configs.choose.cache_clear()
+    assert json.loads((tmp_path / "tuned.json").read_text()) == {}
+    assert list(tmp_path.iterdir()) == [tmp_path / "tuned.json"]
+
+
+def test_command_line(capsys, monkeypatch):
+    tune.main(["--shape", "4096,1024,512,16,4", "--list"])
+    told = capsys.readouterr().out
+    assert all(name in told for name in tune.kernels_of(SHAPE, 90, gated=True))
+    for text in ("1,2,3", "1,2,3,4,x", "0,1,1,1,1"):
+        with pytest.raises(SystemExit):
+            tune.main(["--shape", text])
+        assert f"--shape: expected five numbers T,H,F,E,K of at least 1, got {text}" in capsys.readouterr().err
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        tune.main(["--shape", "1,1,1,1,1"])
+    assert "expected a CUDA device, and this machine has none" in capsys.readouterr().err
