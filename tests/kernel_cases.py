@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from dmoe.ops.router_logits import router_logits_backward_cuda, router_logits_cuda
 from dmoe.ops.router_top_k import TopKRule, router_top_k_backward_cuda, router_top_k_cuda
 from dmoe.ops.tile_table import tile_table_cuda
 
@@ -76,3 +77,17 @@ def _() -> None:
 @case("router_top_k, 22 of 4096")
 def _() -> None:
     _route(4096, TopKRule(22))
+
+
+@case("router_logits, float32 weight, 128 experts")
+def _() -> None:
+    x, weight = torch.empty(8192, 2048, dtype=torch.bfloat16, device="meta"), torch.empty(128, 2048, device="meta")
+    router_logits_cuda(x, weight, None, torch.float32, 0.0, None)
+    router_logits_backward_cuda(torch.empty(8192, 128, device="meta"), x, weight, 0.0, None)
+
+
+@case("router_logits, bfloat16 weight and bias, 8 experts")
+def _() -> None:
+    x, weight = (torch.empty(n, 4096, dtype=torch.bfloat16, device="meta") for n in (8192, 8))
+    router_logits_cuda(x, weight, weight[:, 0], torch.float32, 0.0, None)
+    router_logits_backward_cuda(torch.empty(8192, 8, device="meta"), x, weight, 0.0, None)

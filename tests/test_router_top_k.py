@@ -200,7 +200,25 @@ def test_ties_and_values_that_are_no_numbers(name, drawn, data):
     assert weights[good].isfinite().all()
 
 
+@implementations
+@pytest.mark.parametrize(
+    ("groups", "kept", "bias", "expected"),
+    [
+        # Experts outside the best groups stand at -inf, beside those inside that a bias has put there: by id.
+        (2, 1, [0, 0, 0, 1, -math.inf, -math.inf], [3, 0]),
+        # Groups of three are padded to four columns, and no expert may be taken a second time from a padding column.
+        (3, 2, [-math.inf] * 3 + [0, -math.inf, -math.inf] + [-math.inf] * 3, [3, 0, 1, 2, 4, 5]),
+    ],
+)
+def test_experts_at_minus_infinity_are_taken_once_by_id(name, groups, kept, bias, expected):
+    rule = TopKRule(len(expected), "sigmoid", groups, kept, "max")
+    logits = torch.zeros(1, len(bias))
+    chosen = IMPLEMENTATIONS[name][0](logits, torch.tensor(bias).float(), None, None, False, False, *rule)[2]
+    assert chosen.tolist() == [expected]
+
+
 def test_a_bad_token_spoils_nothing_but_itself():
+    torch.manual_seed(0)
     logits = torch.randn(5, 6)
     rule = TopKRule(2, normalization=1.0)
     clean = kernel(logits, None, None, None, True, False, *rule)
@@ -226,7 +244,8 @@ def test_small_scores_are_normalised_without_underflow():
 
 
 def test_strided_inputs_are_read_as_they_are():
-    wide, mask = torch.randn(12, 10), torch.rand(10) < 0.5
+    torch.manual_seed(0)
+    wide, mask = torch.randn(12, 10), torch.arange(10) % 4 != 1  # every second one is True
     given = torch.randint(0, 6, (2, 5))
     case = (wide.T[::2, ::2], torch.randn(12)[::2], mask[::2], given.T, True, True, *TopKRule(2, normalization=1.0))
     for mine, theirs in zip(kernel(*case), router_top_k_ref(*case), strict=True):

@@ -38,8 +38,8 @@ def _score(logits, largest, total, SOFTMAX: tl.constexpr):
 
 @triton.jit
 def _key(value, ids):
-    """Sorts as (value, lowest id first); equal zeros are equal, NaN is larger than every number."""
-    bits = tl.where(value == 0, 0.0, value).to(tl.int32, bitcast=True)
+    """Sorts as (value, lowest id first), NaN above every number. Scores are never -0, so neither are these values."""
+    bits = value.to(tl.int32, bitcast=True)
     order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     order = tl.where(value != value, 0x7FFFFFFF, order)
     return (order.to(tl.int64) << 32) | (ids ^ 0x7FFFFFFF).to(tl.int64)  # a lower id makes a larger key
