@@ -81,7 +81,7 @@ def test_equals_plain_products(tokens, experts, hidden, weight_dtype, biased, se
 
 @pytest.mark.parametrize(
     ("tokens", "experts", "hidden"),
-    [(150, 130, 140), (1100, 3, 33), (65, 16, 256)],  # several blocks each way; several partial sums
+    [(150, 150, 140), (1100, 3, 33), (65, 16, 256)],  # several blocks each way; several partial sums
 )
 def test_several_blocks(tokens, experts, hidden):
     check(tokens, experts, hidden, torch.float32, True, 1)
@@ -103,6 +103,12 @@ def test_strided_arguments_are_read_as_they_are():
     grad_x, grad_weight = backward(spread, x, weight)
     torch.testing.assert_close(grad_x, (spread @ weight).to(TOKENS))
     torch.testing.assert_close(grad_weight, spread.T @ x.float())
+
+
+def test_a_small_difference_of_large_gradients_reaches_the_tokens():
+    grad = torch.tensor([[1 + 2.0**-12, -1.0]])  # both round to 1 in half precision
+    grad_x, _ = backward(grad, torch.zeros(1, 3).to(TOKENS), torch.ones(2, 3))
+    assert torch.equal(grad_x, torch.full((1, 3), 2.0**-12, dtype=TOKENS))
 
 
 def test_infinite_bias_and_a_bad_token_stay_where_they_are():

@@ -207,6 +207,7 @@ def test_ties_and_values_that_are_no_numbers(name, drawn, data):
         # Experts outside the best groups stand at -inf, beside those inside that a bias has put there: by id.
         (2, 1, [0, 0, 0, 1, -math.inf, -math.inf], [3, 0]),
         # Groups of three are padded to four columns, and no expert may be taken a second time from a padding column.
+        (3, 2, [-math.inf] * 3 + [0, -math.inf, -math.inf] * 2, [3, 6, 0, 1, 2, 4]),
         (3, 2, [-math.inf] * 3 + [0, -math.inf, -math.inf] + [-math.inf] * 3, [3, 0, 1, 2, 4, 5]),
     ],
 )
