@@ -23,6 +23,9 @@ class TopKRouter(LinearRouter):
     Args:
         config: everything about scores, selection, normalisation and capacity.
         device, dtype: of the parameters. The selection bias and its counters are float32.
+
+    Attributes:
+        rule: how experts are scored, chosen and weighed, as :func:`dmoe.ops.router_top_k.router_top_k` takes it.
     """
 
     selection_bias: Tensor | None
@@ -32,6 +35,7 @@ class TopKRouter(LinearRouter):
         self, config: MoEConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__(config, device=device, dtype=dtype)
+        self.rule = _rule(config)
         if config.selection_bias:
             self.register_float32("selection_bias", 0.0, config.num_experts, device=device)
             self.register_float32("load_since_update", 0.0, config.num_experts, device=device, persistent=False)
@@ -127,23 +131,6 @@ class TopKRouter(LinearRouter):
             token_mask=token_mask,
         )
 
-    @property
-    def rule(self) -> TopKRule:
-        """The part of the configuration that scores, chooses and weighs."""
-        config = self.config
-        # A softmax over the chosen logits alone is the softmax over all, renormalised over the chosen ones (as long as
-        # these do not all underflow beside an expert that was not chosen, as a replayed routing may have it).
-        over_chosen = 1.0 if config.softmax_order == "after_topk" else 0.0
-        return TopKRule(
-            top_k=config.top_k,
-            score_function=config.score_function,
-            num_groups=config.num_groups,
-            top_k_groups=config.num_groups if config.top_k_groups is None else config.top_k_groups,
-            group_score=config.group_score,
-            normalization=float(config.gate_normalization or over_chosen),
-            scale=config.gate_scale,
-        )
-
     @torch.no_grad()
     def update_selection_bias(self) -> None:
         """Raise the bias of experts below the mean load since the last update and lower the others (DeepSeek-V3)."""
@@ -152,6 +139,22 @@ class TopKRouter(LinearRouter):
         load = self.load_since_update
         self.selection_bias += self.config.selection_bias_update_rate * torch.sign(load.mean() - load)
         load.zero_()
+
+
+def _rule(config: MoEConfig) -> TopKRule:
+    """The part of the configuration that scores, chooses and weighs."""
+    # A softmax over the chosen logits alone is the softmax over all, renormalised over the chosen ones (as long as
+    # these do not all underflow beside an expert that was not chosen, as a replayed routing may have it).
+    over_chosen = 1.0 if config.softmax_order == "after_topk" else 0.0
+    return TopKRule(
+        top_k=config.top_k,
+        score_function=config.score_function,
+        num_groups=config.num_groups,
+        top_k_groups=config.num_groups if config.top_k_groups is None else config.top_k_groups,
+        group_score=config.group_score,
+        normalization=float(config.gate_normalization or over_chosen),
+        scale=config.gate_scale,
+    )
 
 
 class _CountInBackward(torch.autograd.Function):
