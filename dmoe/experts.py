@@ -15,7 +15,7 @@ from dmoe.ops.block_sparse import block_size_for
 from dmoe.ops.block_sparse_mlp import block_sparse_mlp
 from dmoe.ops.moe_mlp import has_tangent, moe_mlp
 from dmoe.ops.philox import draw_seed
-from dmoe.plan import RoutingPlan, plan_token_choice
+from dmoe.plan import RoutingPlan, device_tile_rows, plan_token_choice
 
 
 @dataclass(frozen=True)
@@ -406,4 +406,5 @@ class SharedExpert(nn.Module):
         weight = torch.ones(x.shape[0], 1, dtype=dtype, device=x.device)
         if self.gate is not None:
             weight = torch.sigmoid(self.gate(x).to(dtype))
-        return self.mlp(x, plan_token_choice(everyone, 1), weight)
+        tile_rows = device_tile_rows(x.device, x.shape[0], 1)
+        return self.mlp(x, plan_token_choice(everyone, 1, tile_rows=tile_rows), weight)

@@ -21,7 +21,6 @@ from dmoe.config import MoEConfig
 from dmoe.experts import Experts, SharedExpert
 from dmoe.losses import attach_loss, load_balancing_loss, router_z_loss
 from dmoe.metrics import RoutingMetrics, routing_entropy
-from dmoe.ops.histogram import histogram
 from dmoe.routing import Routing, build_router
 
 
@@ -126,10 +125,8 @@ class MoE(Float32Buffers):
         """Sum of this layer's auxiliary losses times their coefficients, a scalar; None when there is none."""
         config, total = self.config, None
         if routing.router_probs is not None and config.load_balancing_coefficient:
-            counts = routing.plan.tokens_per_expert
-            if config.load_balancing_choices == "first" and routing.expert_indices is not None:
-                first = routing.expert_indices[:, 0]
-                counts = histogram(first.contiguous(), config.num_experts + 1)[:-1]  # the last bin: masked tokens
+            first = routing.first_choices_per_expert
+            counts = routing.plan.tokens_per_expert if first is None else first
             balance = load_balancing_loss(routing.router_probs, counts, routing.token_mask)
             total = balance * (config.load_balancing_coefficient / config.num_moe_layers)
         if routing.log_z is not None:

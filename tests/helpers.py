@@ -66,6 +66,18 @@ def saved_bytes(exclude=()):
         yield count
 
 
+def where_kernels_run(function):
+    """A CUDA implementation for tensors of the CPU: on the GPU where there is one, else here, under the interpreter."""
+    if not torch.cuda.is_available():
+        return function
+
+    def moved(*arguments):
+        results = function(*(a.cuda() if isinstance(a, torch.Tensor) else a for a in arguments))
+        return results.cpu() if isinstance(results, torch.Tensor) else tuple(one.cpu() for one in results)
+
+    return moved
+
+
 def small_config(**fields):
     base = {"hidden_size": 8, "ffn_hidden_size": 12, "num_experts": 4, "top_k": 2}
     return MoEConfig(**{**base, **fields})

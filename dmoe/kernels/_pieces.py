@@ -124,8 +124,8 @@ def act_slope(x, ACTIVATION: tl.constexpr):
         s = tl.sigmoid(x)
         value, slope = x * s, s * (1.0 + x * (1.0 - s))
     elif ACTIVATION == "relu":
-        value = tl.where(x > 0.0, x, 0.0)
         slope = (x > 0.0).to(tl.float32)
+        value = tl.where(x > 0.0, x, 0.0)
     elif ACTIVATION == "gelu":
         cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
         value, slope = x * cdf, cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327

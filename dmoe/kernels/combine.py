@@ -12,16 +12,17 @@ def combine_kernel(
     gate_weights,  # (N,) float32, with WEIGHED
     residual,  # (T, H), with RESIDUAL
     out,  # (T, H)
-    row_grads,  # (columns, R) float32, with ROW_GRADS
-    gate_grads,  # (N,) float32: row_grads summed over columns, for each assignment's row
+    row_grads,  # (num_parts, R) float32, with ROW_GRADS
+    gate_grads,  # (N,) float32: row_grads summed over parts, for each assignment's row
     token_offsets,
     token_rows,
     num_rows,
-    num_columns,
+    num_parts,
     H: tl.constexpr,
     WEIGHED: tl.constexpr,
     RESIDUAL: tl.constexpr,
     ROW_GRADS: tl.constexpr,
+    PARTS: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -43,12 +44,10 @@ def combine_kernel(
         total += tl.sum(values, 0)
         if ROW_GRADS:  # noqa: SIM102  # the compiler leaves out what a constant alone excludes
             if tl.program_id(1) == 0:
-                gradient = tl.zeros((SLOTS,), tl.float32)
-                parts = row_grads + row
-                for _ in range(num_columns):
-                    gradient += tl.load(parts, mask=kept, other=0.0)
-                    parts += num_rows
-                tl.store(gate_grads + assignments, gradient, mask=assignments < end)
+                part = tl.arange(0, PARTS)[:, None]
+                sources = row_grads + part.to(tl.int64) * num_rows + row[None, :]
+                parts = tl.load(sources, mask=(part < num_parts) & kept[None, :], other=0.0)
+                tl.store(gate_grads + assignments, tl.sum(parts, 0), mask=assignments < end)
     place = token * H + columns
     if RESIDUAL:
         total += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)

@@ -70,8 +70,8 @@ _SMALL = {
     "up": Config(64, 16, 8, 2, parts=2),
     "up_gated": Config(32, 16, 8, 2),
     "down": Config(64, 16, 8, 2),
-    "hidden_grad": Config(64, 16, 8, 2, parts=4),
-    "hidden_grad_dropout": Config(64, 16, 8, 2, parts=4),
+    "hidden_grad": Config(32, 16, 8, 2, parts=2),
+    "hidden_grad_dropout": Config(32, 16, 8, 2, parts=2),
     "row_grad": Config(64, 16, 8, 2),
     "weight_grad": Config(64, 16, 8, 3, block_m=64),
 }
@@ -142,4 +142,4 @@ def choose(kernel: str, capability: int, element_size: int, tile_rows: int, k: i
         if tile_rows < 128 and kernel != "weight_grad":  # few rows: fewer warps, and less to throw away
             config = replace(config, block_n=min(config.block_n, 128), num_warps=4)
     block_n = min(config.block_n, max(16, 1 << (n - 1).bit_length()))
-    return replace(config, block_n=block_n, parts=min(config.parts, max(block_n // 32, 1)))
+    return replace(config, block_n=block_n, parts=min(config.parts, max(block_n // 16, 1)))

@@ -420,9 +420,10 @@ def combine(
 ) -> None:
     """``out[t] = residual[t] + sum of w[j] values[row of j]`` over t's assignments j, ``(R, H)`` to ``(T, H)``.
 
-    With ``row_grads`` (columns, R) each assignment's sum over columns goes to ``gate_grads`` (N,).
+    With ``row_grads`` (parts, R) each assignment's sum over parts goes to ``gate_grads`` (N,).
     """
     num_tokens, h = out.shape
+    num_parts = 0 if row_grads is None else row_grads.shape[0]
     slots = min(8, 1 << max(math.ceil(rows.token_rows.shape[0] / num_tokens) - 1, 0).bit_length())
     block = min(1024, max(16, 1 << (h - 1).bit_length()))
     launch(
@@ -437,11 +438,12 @@ def combine(
         rows.token_offsets,
         rows.token_rows,
         rows.num_rows,
-        0 if row_grads is None else row_grads.shape[0],
+        num_parts,
         H=h,
         WEIGHED=gate_weights is not None,
         RESIDUAL=residual is not None,
         ROW_GRADS=row_grads is not None,
+        PARTS=1 << max(num_parts - 1, 0).bit_length(),
         SLOTS=slots,
         BLOCK=block,
         num_warps=4 if block * slots >= 2048 else 1,

@@ -9,6 +9,7 @@ from dmoe.ops.permute import permute
 from dmoe.ops.replicate import replicate
 from dmoe.ops.router_logits import router_logits
 from dmoe.ops.router_scores import router_scores
+from dmoe.ops.router_top_k import router_top_k
 from dmoe.ops.routing_plan import routing_plan
 from dmoe.ops.sort import sort
 from dmoe.ops.stk_matrix import dds, dsd, sdd, sparse_matrix
@@ -35,6 +36,7 @@ __all__ = [
     "replicate",
     "router_logits",
     "router_scores",
+    "router_top_k",
     "routing_plan",
     "sdd",
     "sort",

@@ -1,7 +1,8 @@
 """``router_logits``: the router's linear, computed in its own precision while x is saved in x's.
 
 ``logits = (x * jitter) @ weight.T + bias``. Plain autograd over ``x.float()`` would save a float32 copy of x; here
-backward converts (and jitters) x again.
+backward converts (and jitters) x again. On CUDA, tokens in bfloat16 are not converted at all, see
+:mod:`dmoe.kernels.router_logits`.
 """
 
 from __future__ import annotations
@@ -39,15 +40,74 @@ def router_logits_backward_ref(
     return grad_x.to(x.dtype), grad_weight.to(weight.dtype)
 
 
+def cut(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """``(P, E, H)`` in ``dtype`` whose sum over P is ``weight``: itself, or three pieces of a float32 one."""
+    from dmoe.kernels.router_logits import launch_cut
+
+    if weight.dtype == dtype:
+        return weight.contiguous().unsqueeze(0)
+    pieces = weight.new_empty((3, *weight.shape), dtype=dtype)
+    launch_cut(weight.contiguous(), pieces)
+    return pieces
+
+
+def router_logits_pieces(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """:func:`router_logits` in float32 without a float32 copy of x, on tensor cores."""
+    from dmoe.kernels.router_logits import launch_logits
+
+    logits = x.new_empty((x.shape[0], weight.shape[0]), dtype=torch.float32)
+    launch_logits(x.contiguous(), cut(weight, x.dtype), None if bias is None else bias.contiguous(), logits)
+    return logits
+
+
+def router_logits_pieces_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Its gradients of x and weight; the weight's is added up from partial sums in a fixed order."""
+    from dmoe.kernels.router_logits import grad_weight_parts, launch_grad_weight, launch_grad_x
+
+    grad, x = grad.contiguous(), x.contiguous()
+    grad_x = torch.empty_like(x)
+    launch_grad_x(grad, cut(weight, x.dtype), grad_x)
+    num_parts = grad_weight_parts(x.shape[0], x.shape[1], weight.shape[0], x.device)
+    parts = grad.new_empty((num_parts, *weight.shape))
+    launch_grad_weight(grad, x, parts, num_pieces=2 if weight.dtype == x.dtype else 3)  # a half-precision sum: 2 do
+    return grad_x, parts.sum(0).to(weight.dtype)
+
+
+def _in_pieces(x: Tensor, weight: Tensor, dtype: torch.dtype, seed: Tensor | None) -> bool:
+    """Jittered tokens are no bfloat16 numbers; half precision has too few exponents for small pieces."""
+    fits = weight.dtype in (torch.bfloat16, torch.float32) and dtype == torch.float32
+    return x.dtype == torch.bfloat16 and fits and seed is None
+
+
+def router_logits_cuda(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, jitter: float, seed: Tensor | None
+) -> Tensor:
+    """On tensor cores where that loses nothing, else the reference."""
+    if _in_pieces(x, weight, dtype, seed):
+        return router_logits_pieces(x, weight, bias)
+    return router_logits_ref(x, weight, bias, dtype, jitter, seed)
+
+
+def router_logits_backward_cuda(
+    grad: Tensor, x: Tensor, weight: Tensor, jitter: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """On tensor cores where that loses nothing, else the reference."""
+    if _in_pieces(x, weight, grad.dtype, seed):
+        return router_logits_pieces_backward(grad, x, weight)
+    return router_logits_backward_ref(grad, x, weight, jitter, seed)
+
+
 _forward = define(
     "router_logits(Tensor x, Tensor weight, Tensor? bias, ScalarType dtype, float jitter, Tensor? seed) -> Tensor",
     router_logits_ref,
     fake=lambda x, weight, bias, dtype, jitter, seed: x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype),
+    cuda=router_logits_cuda,
 )
 _backward = define(
     "router_logits_backward(Tensor grad, Tensor x, Tensor weight, float jitter, Tensor? seed) -> (Tensor, Tensor)",
     router_logits_backward_ref,
     fake=lambda grad, x, weight, jitter, seed: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
+    cuda=router_logits_backward_cuda,
 )
 refuse_double_backward(_backward)
 

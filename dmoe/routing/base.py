@@ -29,6 +29,8 @@ class Routing:
             the gradient.
         log_z: ``logsumexp`` of the router logits, ``(T,)``, when the z-loss wants it.
         expert_indices: ``(T, K)`` as chosen, E where masked; None when experts chose.
+        first_choices_per_expert: tokens whose first choice each expert is, ``(E,)`` integer, when the balance loss
+            wants them.
         token_mask: ``(T,)`` bool, True for tokens that count.
     """
 
@@ -37,6 +39,7 @@ class Routing:
     router_probs: Tensor | None = None
     log_z: Tensor | None = None
     expert_indices: Tensor | None = None
+    first_choices_per_expert: Tensor | None = None
     token_mask: Tensor | None = None
 
 

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from dmoe.config import MoEConfig
 from dmoe.ops.gate_weights import gate_weights
-from dmoe.ops.router_scores import router_scores
-from dmoe.ops.topk_indices import topk_indices
+from dmoe.ops.router_top_k import TopKRule, router_top_k
 from dmoe.plan import device_tile_rows, plan_token_choice
 from dmoe.routing.base import LinearRouter, Routing
 
@@ -24,6 +23,9 @@ class TopKRouter(LinearRouter):
     Args:
         config: everything about scores, selection, normalisation and capacity.
         device, dtype: of the parameters. The selection bias and its counters are float32.
+
+    Attributes:
+        rule: how experts are scored, chosen and weighed, as :func:`dmoe.ops.router_top_k.router_top_k` takes it.
     """
 
     selection_bias: Tensor | None
@@ -33,6 +35,7 @@ class TopKRouter(LinearRouter):
         self, config: MoEConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__(config, device=device, dtype=dtype)
+        self.rule = _rule(config)
         if config.selection_bias:
             self.register_float32("selection_bias", 0.0, config.num_experts, device=device)
             self.register_float32("load_since_update", 0.0, config.num_experts, device=device, persistent=False)
@@ -77,66 +80,56 @@ class TopKRouter(LinearRouter):
                 f"route: router_logits: expected shape (T, num_experts = {config.num_experts}), got "
                 f"{tuple(router_logits.shape)}"
             )
-        with_log_z = config.router_z_loss_coefficient > 0
-        scores, log_z = router_scores(
-            router_logits, config.score_function, with_log_z=with_log_z, backend=config.backend
-        )
-        if expert_indices is None:
-            expert_indices = self.select(scores)
-        elif expert_indices.shape != (scores.shape[0], config.top_k) or expert_indices.is_floating_point():
+        num_tokens = router_logits.shape[0]
+        if expert_indices is not None and (
+            expert_indices.shape != (num_tokens, config.top_k) or expert_indices.is_floating_point()
+        ):
             raise ValueError(
-                f"route: expert_indices: expected integers of shape {(scores.shape[0], config.top_k)}, got "
+                f"route: expert_indices: expected integers of shape {(num_tokens, config.top_k)}, got "
                 f"{expert_indices.dtype} {tuple(expert_indices.shape)}"
             )
-        if token_mask is not None:
-            expert_indices = expert_indices.masked_fill(~token_mask.unsqueeze(1), config.num_experts)
-
-        capacity = config.capacity_for(scores.shape[0])
+        capacity = config.capacity_for(num_tokens)
+        choice = router_top_k(
+            router_logits,
+            self.rule,
+            selection_bias=self.selection_bias,
+            token_mask=token_mask,
+            expert_indices=expert_indices,
+            with_log_z=config.router_z_loss_coefficient > 0,
+            with_weights=capacity is None,
+            count_first=config.load_balancing_choices == "first" and config.load_balancing_coefficient > 0,
+            backend=config.backend,
+        )
+        scores, chosen, weights = choice.scores, choice.expert_indices, choice.gate_weights
         plan = plan_token_choice(
-            expert_indices,
+            chosen,
             config.num_experts,
             capacity=capacity,
             drop_order=config.drop_order,
-            priority=None if capacity is None else gate_weights(scores.detach(), expert_indices),
-            tile_rows=device_tile_rows(scores.device, expert_indices.numel(), config.num_experts),
+            priority=None if capacity is None else gate_weights(scores.detach(), chosen),
+            tile_rows=device_tile_rows(scores.device, chosen.numel(), config.num_experts),
         )
-        # A softmax over the chosen logits alone is the softmax over all, renormalised over the chosen ones (as long as
-        # these do not all underflow beside an expert that was not chosen, as a replayed routing may have it).
-        over_chosen = 1.0 if config.softmax_order == "after_topk" else None
-        weights = gate_weights(
-            scores,
-            expert_indices,
-            None if capacity is None else plan.token_to_rows,
-            normalization=config.gate_normalization or over_chosen,
-            after_drop=config.normalize_when == "after_drop" and config.gate_normalization is not None,
-            scale=config.gate_scale,
-            backend=config.backend,
-        )
+        if weights is None:  # a dropped choice weighs 0, and the norm may count the kept ones alone
+            weights = gate_weights(
+                scores,
+                chosen,
+                plan.token_to_rows,
+                normalization=self.rule.normalization or None,
+                after_drop=config.normalize_when == "after_drop" and config.gate_normalization is not None,
+                scale=config.gate_scale,
+                backend=config.backend,
+            )
         if self.load_since_update is not None and self.training and torch.is_grad_enabled():
             weights = _CountInBackward.apply(weights, plan.tokens_per_expert, self.load_since_update)
         return Routing(
             plan=plan,
             gate_weights=weights,
             router_probs=self._probabilities(scores),
-            log_z=log_z,
-            expert_indices=expert_indices,
+            log_z=choice.log_z,
+            expert_indices=chosen,
+            first_choices_per_expert=choice.first_choices_per_expert,
             token_mask=token_mask,
         )
-
-    def select(self, scores: Tensor) -> Tensor:
-        """The K chosen experts of each token, ``(T, K)`` int64, best first; ties take the lowest id.
-
-        Args:
-            scores: ``(T, E)``.
-        """
-        config = self.config
-        scores = scores.detach()
-        if self.selection_bias is not None:
-            scores = scores + self.selection_bias.to(scores.dtype)
-        groups = config.top_k_groups
-        if groups is not None and groups < config.num_groups:
-            scores = _only_best_groups(scores, config.num_groups, groups, config.group_score)
-        return topk_indices(scores, config.top_k)
 
     @torch.no_grad()
     def update_selection_bias(self) -> None:
@@ -148,14 +141,20 @@ class TopKRouter(LinearRouter):
         load.zero_()
 
 
-def _only_best_groups(scores: Tensor, num_groups: int, kept: int, group_score: str) -> Tensor:
-    """Scores with -inf outside the ``kept`` best groups of each token."""
-    num_tokens, num_experts = scores.shape
-    grouped = scores.view(num_tokens, num_groups, num_experts // num_groups)
-    best = 2 if group_score == "top2_sum" and grouped.shape[2] > 1 else 1
-    rank = grouped.topk(best, dim=-1).values.sum(-1)
-    chosen = torch.zeros_like(rank, dtype=torch.bool).scatter_(1, topk_indices(rank, kept), True)
-    return grouped.masked_fill(~chosen.unsqueeze(-1), -torch.inf).view(num_tokens, num_experts)
+def _rule(config: MoEConfig) -> TopKRule:
+    """The part of the configuration that scores, chooses and weighs."""
+    # A softmax over the chosen logits alone is the softmax over all, renormalised over the chosen ones (as long as
+    # these do not all underflow beside an expert that was not chosen, as a replayed routing may have it).
+    over_chosen = 1.0 if config.softmax_order == "after_topk" else 0.0
+    return TopKRule(
+        top_k=config.top_k,
+        score_function=config.score_function,
+        num_groups=config.num_groups,
+        top_k_groups=config.num_groups if config.top_k_groups is None else config.top_k_groups,
+        group_score=config.group_score,
+        normalization=float(config.gate_normalization or over_chosen),
+        scale=config.gate_scale,
+    )
 
 
 class _CountInBackward(torch.autograd.Function):
