@@ -1,9 +1,6 @@
-// grouped_gemm and its weight gradient on CUDA, in plain CUDA C++: the portable fallback, right for every dtype and
-// every stride, at the speed of the ordinary arithmetic units (float32 sums, or float64 for float64).
-//
-// What a fast one does besides: bfloat16 and float16 on the tensor cores (wgmma on sm_90, tcgen05 on sm_100) from
-// 128-byte-swizzled shared memory that asynchronous copies (cp.async, TMA) fill several stages ahead, 128 x 256 tiles,
-// and persistent blocks that walk the tiles of the fullest experts first while a weight stays in L2.
+// grouped_gemm and its weight gradient on CUDA, in plain CUDA C++: for float64, and where there is no Triton. Right for
+// every dtype and every stride, at the speed of the ordinary arithmetic units (float32 sums, or float64 for float64).
+// The fast ones, on tensor cores, are in dmoe/kernels/grouped_gemm.py.
 //
 // The host never learns the rows per expert: the grid has the most tiles that R rows on E experts can need, and each
 // block finds its own expert in the offsets. Offsets are cut to 0 .. R on the device, so no offset reads out of bounds.
@@ -255,6 +252,6 @@ Tensor grouped_gemm_weight(const Tensor& a, const Tensor& b, const Tensor& exper
 }  // namespace dmoe
 
 STABLE_TORCH_LIBRARY_IMPL(dmoe, CUDA, m) {
-  m.impl("grouped_gemm", TORCH_BOX(&dmoe::grouped_gemm));
-  m.impl("grouped_gemm_weight", TORCH_BOX(&dmoe::grouped_gemm_weight));
+  m.impl("grouped_gemm_portable", TORCH_BOX(&dmoe::grouped_gemm));
+  m.impl("grouped_gemm_weight_portable", TORCH_BOX(&dmoe::grouped_gemm_weight));
 }

@@ -250,3 +250,15 @@ def _() -> None:
     x, weight = (torch.empty(n, 4096, dtype=torch.bfloat16, device="meta") for n in (8192, 8))
     router_logits_cuda(x, weight, weight[:, 0], torch.float32, 0.0, None)
     router_logits_backward_cuda(torch.empty(8192, 8, device="meta"), x, weight, 0.0, None)
+
+
+@case("grouped_gemm")
+def _() -> None:
+    from dmoe.ops.grouped_gemm import grouped_gemm_cuda, grouped_gemm_weight_cuda
+
+    a, b = (torch.empty(16384, width, dtype=torch.bfloat16, device="meta") for width in (1024, 512))
+    offsets = torch.empty(33, dtype=torch.int32, device="meta")
+    weight = torch.empty(32, 512, 1024, dtype=torch.bfloat16, device="meta")
+    grouped_gemm_cuda(a, weight, offsets, True)
+    grouped_gemm_cuda(b, weight, offsets, False)
+    grouped_gemm_weight_cuda(b, a, offsets, 32)

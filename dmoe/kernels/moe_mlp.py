@@ -28,21 +28,20 @@ from dmoe.kernels.grouped_gemm import (
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows sorted by expert, cut into tiles; see :class:`dmoe.plan.RoutingPlan` for the index tensors."""
+    """Rows sorted by expert, cut into tiles; see :class:`dmoe.plan.RoutingPlan` for the index tensors.
+
+    A bare product needs no way back to tokens, and leaves the last four out.
+    """
 
     tiles: Tensor
     experts_by_load: Tensor
     tile_rows: int
     expert_offsets: Tensor
-    row_to_token: Tensor
-    row_to_slot: Tensor
-    token_offsets: Tensor
-    token_rows: Tensor
-
-    @property
-    def num_rows(self) -> int:
-        """R, the static bound."""
-        return self.row_to_token.shape[0]
+    num_rows: int  # R, the static bound
+    row_to_token: Tensor | None = None
+    row_to_slot: Tensor | None = None
+    token_offsets: Tensor | None = None
+    token_rows: Tensor | None = None
 
     @property
     def num_experts(self) -> int:
@@ -424,6 +423,7 @@ def combine(
     """
     num_tokens, h = out.shape
     num_parts = 0 if row_grads is None else row_grads.shape[0]
+    assert rows.token_rows is not None
     slots = min(8, 1 << max(math.ceil(rows.token_rows.shape[0] / num_tokens) - 1, 0).bit_length())
     block = min(1024, max(16, 1 << (h - 1).bit_length()))
     launch(

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from dmoe.ops._checks import check_index_tensors
-from dmoe.ops._library import define, register_autograd
+from dmoe.ops._library import define, has_triton, register_autograd
+from dmoe.ops.tile_table import preferred_tile_rows, tile_table
+
+if TYPE_CHECKING:
+    from dmoe.kernels.moe_mlp import Rows
 
 
 def _rows_of_experts(expert_offsets: Tensor, num_experts: int, rows: int) -> Iterator[tuple[slice, Tensor | None]]:
@@ -52,17 +56,81 @@ def _autocast(op: Any, dtype: torch.dtype, a: Tensor, b: Tensor, *rest: Any) -> 
     return op(a, b, *rest)
 
 
+def _fake(a: Tensor, b: Tensor, expert_offsets: Tensor, trans_b: bool) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[1 if trans_b else 2])
+
+
+def _fake_weight(a: Tensor, b: Tensor, expert_offsets: Tensor, num_experts: int) -> Tensor:
+    return a.new_empty(num_experts, a.shape[1], b.shape[1])
+
+
+# What CUDA runs where the Triton kernels do not serve: plain CUDA C++.
+_portable = define(
+    "grouped_gemm_portable(Tensor a, Tensor b, Tensor expert_offsets, bool trans_b) -> Tensor",
+    grouped_gemm_ref,
+    fake=_fake,
+)
+_portable_weight = define(
+    "grouped_gemm_weight_portable(Tensor a, Tensor b, Tensor expert_offsets, SymInt num_experts) -> Tensor",
+    grouped_gemm_weight_ref,
+    fake=_fake_weight,
+)
+
+
+def _served(a: Tensor, *others: Tensor) -> bool:
+    return has_triton() and a.dtype != torch.float64 and all(tensor.numel() for tensor in (a, *others))
+
+
+def _rows(a: Tensor, expert_offsets: Tensor) -> Rows:
+    from dmoe.kernels.moe_mlp import Rows
+
+    num_rows, num_experts = a.shape[0], expert_offsets.shape[0] - 1
+    offsets = expert_offsets.clamp(0, num_rows)
+    tile_rows = preferred_tile_rows(num_rows, num_experts)
+    tiles, by_load = tile_table(offsets, num_rows, tile_rows)
+    return Rows(tiles, by_load, tile_rows, offsets, num_rows)
+
+
+def grouped_gemm_cuda(a: Tensor, b: Tensor, expert_offsets: Tensor, trans_b: bool) -> Tensor:
+    """The product on tensor cores."""
+    if not _served(a, b):
+        return _portable(a, b, expert_offsets, trans_b)
+    from dmoe.kernels.moe_mlp import multiply_rows
+
+    if b.stride(-1) != 1 and b.stride(-2) == 1:  # a transposed view is the other order, without a copy
+        b, trans_b = b.transpose(1, 2), not trans_b
+    a, b = a.contiguous(), b.contiguous()
+    out = a.new_zeros(a.shape[0], b.shape[1 if trans_b else 2])  # rows of no expert stay zeros
+    kernel = "down" if trans_b else "row_grad"
+    multiply_rows(kernel, a, b, out, _rows(a, expert_offsets), trans_b=trans_b)
+    return out
+
+
+def grouped_gemm_weight_cuda(a: Tensor, b: Tensor, expert_offsets: Tensor, num_experts: int) -> Tensor:
+    """The weight gradient on tensor cores."""
+    if not _served(a, b):
+        return _portable_weight(a, b, expert_offsets, num_experts)
+    from dmoe.kernels.moe_mlp import weight_grad
+
+    a, b = a.contiguous(), b.contiguous()
+    out = a.new_empty(num_experts, a.shape[1], b.shape[1])
+    weight_grad(a, b, out, _rows(a, expert_offsets))
+    return out
+
+
 _grouped_gemm = define(
     "grouped_gemm(Tensor a, Tensor b, Tensor expert_offsets, bool trans_b) -> Tensor",
     grouped_gemm_ref,
-    fake=lambda a, b, expert_offsets, trans_b: a.new_empty(a.shape[0], b.shape[1 if trans_b else 2]),
+    fake=_fake,
+    cuda=grouped_gemm_cuda,
     autocast=_autocast,
 )
 
 _grouped_gemm_weight = define(
     "grouped_gemm_weight(Tensor a, Tensor b, Tensor expert_offsets, SymInt num_experts) -> Tensor",
     grouped_gemm_weight_ref,
-    fake=lambda a, b, expert_offsets, num_experts: a.new_empty(num_experts, a.shape[1], b.shape[1]),
+    fake=_fake_weight,
+    cuda=grouped_gemm_weight_cuda,
     autocast=_autocast,
 )
 

@@ -38,8 +38,8 @@ def _rows(call: Call) -> Rows:
     from dmoe.kernels.moe_mlp import Rows
 
     tiles, by_load, tile_rows = call.tiles, call.experts_by_load, call.tile_rows
+    num_rows = call.row_to_token.shape[0]
     if tiles is None or by_load is None:  # a plan made for another device, or by hand
-        num_rows = call.row_to_token.shape[0]
         tile_rows = preferred_tile_rows(num_rows, call.num_experts)
         tiles, by_load = tile_table(call.expert_offsets, num_rows, tile_rows)
     return Rows(
@@ -47,6 +47,7 @@ def _rows(call: Call) -> Rows:
         experts_by_load=by_load,
         tile_rows=tile_rows,
         expert_offsets=call.expert_offsets,
+        num_rows=num_rows,
         row_to_token=call.row_to_token,
         row_to_slot=call.row_to_slot,
         token_offsets=call.token_offsets,
