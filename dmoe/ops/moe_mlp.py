@@ -8,8 +8,8 @@ With rows r of token t(r), expert e(r) and gate weight w(r) (here on the output)
 Backward needs x, pre, the plan's indices and the gate weights, and nothing else: a_r is computed again from pre_r, and
 the gate weight's gradient ``<o_r, dy_t>`` equals ``<a_r, W_down[e]^T dy_t> + <b_down[e], dy_t>``, so o is not kept.
 ``register_autograd`` saves only inputs and outputs, which is why pre is an output; :func:`moe_mlp` hides it. The lean
-variant does not save pre either, and computes it again in backward: a third of forward's work for R * F (gated: 2 F)
-numbers less memory.
+variant does not save pre either, and computes it again in backward: R * F numbers (gated: R * 2 F) less memory for one
+more up projection, a sixth of a training step's products (gated: two of nine).
 """
 
 from __future__ import annotations
