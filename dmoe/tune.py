@@ -44,7 +44,11 @@ def candidates(config: configs.Config, kernel: str) -> list[configs.Config]:
     for group in (4, 16):
         found.append(dataclasses.replace(config, group=group))
     if kernel != "weight_grad":
-        found.append(dataclasses.replace(config, programs=2))
+        found.append(dataclasses.replace(config, flatten=True))
+        # Two programs on a multiprocessor: one multiplies while the other stores. Each has half of the shared memory.
+        for block_k, stages in ((64, 3), (32, 4), (32, 5)):
+            half = dataclasses.replace(config, block_n=128, block_k=block_k, num_warps=4, num_stages=stages, parts=4)
+            found += [dataclasses.replace(half, programs=2), dataclasses.replace(half, programs=2, flatten=True)]
     return list(dict.fromkeys(found))
 
 

@@ -27,11 +27,11 @@ NAMES = ("x", "gate_weights", "up_proj", "down_proj", "up_bias", "down_bias")
 
 
 @contextlib.contextmanager
-def small_blocks(block_n, block_k, parts, block_m, group):
+def small_blocks(block_n, block_k, parts, block_m, group, flatten):
     """Inside, launch shapes are of a few rows and columns, and a persistent program walks several tiles."""
     import dmoe.kernels.moe_mlp as kernels
 
-    config = configs.Config(block_n, block_k, 4, 2, group=group, block_m=block_m, parts=parts)
+    config = configs.Config(block_n, block_k, 4, 2, group=group, block_m=block_m, parts=parts, flatten=flatten)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "choose", lambda *_: config)
         patch.setattr(kernels, "multiprocessors", lambda device: 3)
@@ -47,6 +47,7 @@ def tilings(draw):
         "parts": draw(st.sampled_from([p for p in (1, 2, 4, 8) if block_n // p >= 8])),
         "block_m": draw(st.sampled_from([16, 32])),
         "group": draw(st.integers(1, 3)),
+        "flatten": draw(st.booleans()),
     }
 
 

@@ -26,6 +26,7 @@ class Config:
         block_m: rows of a weight gradient's tile.
         programs: persistent programs on each multiprocessor.
         parts: pieces (1, 2, 4, 8) that an epilogue takes a tile's columns in, so that it fits in the registers.
+        flatten: let a persistent program fetch its next tile's first steps while it finishes the last one.
     """
 
     block_n: int
@@ -36,6 +37,7 @@ class Config:
     block_m: int = 128
     programs: int = 1
     parts: int = 1
+    flatten: bool = False
 
 
 # For 16-bit numbers and tiles of 128 rows, by family. up counts the columns of one half when gated: two accumulators.

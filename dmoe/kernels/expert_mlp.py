@@ -54,13 +54,14 @@ def up_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
     PARTS: tl.constexpr,
+    FLATTEN: tl.constexpr,
 ):
     """``pre[r] = x[token of r] @ weight[e]^T + bias[e]`` with the token gathered as it is read, and act(pre)."""
     even_k: tl.constexpr = H % BLOCK_K == 0
     even_n: tl.constexpr = F % BLOCK_N == 0
     num_columns: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
     parts: tl.constexpr = 2 if GATED else 1
-    for index in range(tl.program_id(0), num_tiles * num_columns, tl.num_programs(0)):
+    for index in tl.range(tl.program_id(0), num_tiles * num_columns, tl.num_programs(0), flatten=FLATTEN):
         position, column = place(index, num_tiles, num_columns, GROUP)
         expert, _, rows, end = tile_rows(tiles, expert_offsets, position, BLOCK_M)
         n0 = column * BLOCK_N
@@ -224,6 +225,7 @@ def hidden_grad_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
     PARTS: tl.constexpr,
+    FLATTEN: tl.constexpr,
 ):
     """Through the down projection and the activation: ``grad_pre = act'(pre) * (w grad_out[token] @ weight[e])``.
 
@@ -232,7 +234,7 @@ def hidden_grad_kernel(
     even_k: tl.constexpr = H % BLOCK_K == 0
     even_n: tl.constexpr = F % BLOCK_N == 0
     num_columns: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
-    for index in range(tl.program_id(0), num_tiles * num_columns, tl.num_programs(0)):
+    for index in tl.range(tl.program_id(0), num_tiles * num_columns, tl.num_programs(0), flatten=FLATTEN):
         position, column = place(index, num_tiles, num_columns, GROUP)
         expert, _, rows, end = tile_rows(tiles, expert_offsets, position, BLOCK_M)
         n0 = column * BLOCK_N

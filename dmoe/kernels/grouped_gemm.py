@@ -47,12 +47,13 @@ def rows_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
     PARTS: tl.constexpr,
+    FLATTEN: tl.constexpr,
 ):
     """``out[r] = a[r] @ weight[e]^T + bias[e]`` (``@ weight[e]`` without TRANS_B) for the rows r of every expert e."""
     even_k: tl.constexpr = K % BLOCK_K == 0
     even_n: tl.constexpr = N % BLOCK_N == 0
     num_columns: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    for index in range(tl.program_id(0), num_tiles * num_columns, tl.num_programs(0)):
+    for index in tl.range(tl.program_id(0), num_tiles * num_columns, tl.num_programs(0), flatten=FLATTEN):
         position, column = place(index, num_tiles, num_columns, GROUP)
         expert, first, rows, end = tile_rows(tiles, expert_offsets, position, BLOCK_M)
         n0 = column * BLOCK_N

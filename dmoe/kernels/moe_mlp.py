@@ -152,6 +152,7 @@ def up(
         BLOCK_M=rows.tile_rows,
         GROUP=config.group,
         PARTS=config.parts,
+        FLATTEN=config.flatten,
         **_shape(config),
     )
 
@@ -218,6 +219,7 @@ def multiply_rows(
         BLOCK_M=rows.tile_rows,
         GROUP=config.group,
         PARTS=config.parts,
+        FLATTEN=config.flatten,
         **_shape(config),
     )
 
@@ -289,6 +291,7 @@ def hidden_grad(
         BLOCK_M=rows.tile_rows,
         GROUP=config.group,
         PARTS=config.parts,
+        FLATTEN=config.flatten,
         **_shape(config),
     )
 
