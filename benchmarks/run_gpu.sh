@@ -109,7 +109,7 @@ elif [ -z "$dry" ]; then
         cat >"$work/check.sh" <<'EOF'
 pids=()
 for tool in memcheck racecheck; do
-    for cases in routing,movement,products moe_mlp,layer; do
+    for cases in routing,movement,products moe_mlp options,layer; do
         compute-sanitizer --tool $tool --error-exitcode 9 --print-limit 5 \
             "$1" benchmarks/sanitize.py --only $cases >"$2/$tool-$cases.log" 2>&1 &
         pids+=($!)

@@ -142,6 +142,36 @@ def moe_mlp(device: torch.device) -> None:
 
 
 @case
+def options(device: torch.device) -> None:
+    """A residual, main gradients, recomputation, and block-sparse experts of different widths."""
+    for dtype in DTYPES:
+        weights = dmoe.ExpertWeights(
+            torch.randn(3, 2, 32, 40, device=device).div(6).to(dtype).requires_grad_(),
+            torch.randn(3, 40, 32, device=device).div(6).to(dtype).requires_grad_(),
+        )
+        x = torch.randn(53, 40, device=device).to(dtype).requires_grad_()
+        gates, chosen = torch.rand(53, 2, device=device), indices(53, 3, 2, device)
+        buffers = tuple(torch.zeros_like(w, dtype=torch.float32) for w in (weights.up_proj, weights.down_proj))
+        for extra in ({"residual": x}, {"main_grads": buffers}, {"recompute": True}, {"backend": "block_sparse"}):
+            given: dict[str, Any] = extra
+            y = dmoe.functional.moe_mlp(x, chosen, gates, weights, **given)
+            (grad,) = torch.autograd.grad(y.float().square().sum(), (x,))
+            finite(y, grad, *buffers)
+        mixed = dmoe.MoE(
+            hidden_size=40,
+            ffn_hidden_size=[16, 48, 32],
+            num_experts=3,
+            backend="block_sparse",
+            device=device,
+            dtype=dtype,
+        )
+        y = mixed(x)
+        assert isinstance(y, Tensor)
+        y.float().square().mean().backward()
+        finite(*(parameter.grad for parameter in mixed.parameters()))
+
+
+@case
 def layer(device: torch.device) -> None:
     """The whole layer with its routers, losses and a shared expert."""
     for fields in (
