@@ -66,14 +66,15 @@ def small(shape, dtype, seed=0):
         [(1, None, False), (4, None, False), (1, 3, False), (128, None, False), (1, 5, True), (8, 2, False)]
     ),
     ordered=st.booleans(),
+    tile_rows=st.sampled_from([0, 1, 16, 128]),
 )
-def test_routing_plan(routing, choice_major, layout, ordered):
+def test_routing_plan(routing, choice_major, layout, ordered, tile_rows):
     indices, experts = routing
     block_size, capacity, binned = layout
     order = torch.randperm(indices.shape[0]) if ordered else None
-    expected = routing_plan_ref(indices, experts, block_size, capacity, choice_major, order, binned)
+    expected = routing_plan_ref(indices, experts, block_size, capacity, choice_major, order, binned, tile_rows)
     options = {"block_size": block_size, "capacity": capacity, "choice_major": choice_major, "binned": binned}
-    got = routing_plan(there(indices), experts, token_order=there(order), **options)
+    got = routing_plan(there(indices), experts, token_order=there(order), tile_rows=tile_rows, **options)
     assert_equal_bits("routing_plan", got, expected)
 
 
@@ -86,8 +87,8 @@ def test_routing_plan_of_many_tokens(experts, choice_major):
     indices = scores.topk(top_k).indices
     indices[::7, 0] = experts  # some dropped
     for capacity in (None, 100):
-        expected = routing_plan_ref(indices, experts, 1, capacity, choice_major, None, False)
-        got = routing_plan(there(indices), experts, capacity=capacity, choice_major=choice_major)
+        expected = routing_plan_ref(indices, experts, 1, capacity, choice_major, None, False, 64)
+        got = routing_plan(there(indices), experts, capacity=capacity, choice_major=choice_major, tile_rows=64)
         assert_equal_bits("routing_plan", got, expected)
 
 
@@ -95,7 +96,8 @@ def test_routing_plan_of_many_tokens(experts, choice_major):
 def test_routing_plan_counts_ids_out_of_range_as_dropped():
     indices = torch.tensor([[0, 5], [-1, 2], [3, 4], [9, 1]])
     masked = torch.where((indices < 0) | (indices > 3), 3, indices)
-    assert_equal_bits("plan", routing_plan(there(indices), 3), routing_plan_ref(masked, 3, 1, None, False, None, False))
+    expected = routing_plan_ref(masked, 3, 1, None, False, None, False, 0)
+    assert_equal_bits("plan", routing_plan(there(indices), 3), expected)
 
 
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
