@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kernel_cases import expert_mlp
 from moe_mlp_cases import build, cases
 
-from dmoe import MoE
+from dmoe import MoE, plan_expert_choice
 from dmoe.experts import Experts
 from dmoe.ops._moe_mlp_call import Call
 from dmoe.ops.moe_mlp import moe_mlp_cuda, moe_mlp_inference_cuda, moe_mlp_pre_activation_cuda
@@ -144,6 +144,31 @@ def test_main_grads_take_what_the_weights_would_get(drawn, tiling):
         # The gradient on its own is rounded to the weights' dtype; in the buffer it is not.
         slack = torch.finfo(call.x.dtype).eps * gradient.double().abs() + 1e-6 * (1 + before.double().abs())
         assert ((buffer.double() - before.double() - gradient.double()).abs() <= slack).all()
+
+
+@pytest.mark.parametrize("gate_on", ["output", "activation", "input"])
+@pytest.mark.parametrize("unused", [0, 1, 9])
+def test_experts_that_choose_and_leave_places_unused(unused, gate_on):
+    """Assignments behind the last token's belong to nobody; their gate weights have a gradient all the same: zero."""
+    torch.manual_seed(unused)
+    tokens, experts, chosen, hidden, ffn = 11, 3, 5, 16, 24
+    picks = torch.stack([torch.randperm(tokens)[:chosen] for _ in range(experts)])
+    picks.view(-1)[torch.randperm(experts * chosen)[:unused]] = -1
+    plan = plan_expert_choice(picks, tokens, tile_rows=16)
+    up, down = torch.randn(experts, 2, ffn, hidden) / hidden**0.5, torch.randn(experts, hidden, ffn) / ffn**0.5
+    call = Call(
+        torch.randn(tokens, hidden), torch.rand(experts * chosen), up, down, None, None, plan.expert_offsets,
+        plan.row_to_token, plan.row_to_slot, plan.token_offsets, plan.token_rows, None, [], "silu", True, gate_on, 0.0,
+        0.0, None, plan.tiles, plan.experts_by_load, plan.tile_rows,
+    )  # fmt: skip
+    grad = torch.randn(tokens, hidden)
+    y, pre = moe_mlp_cuda(*call)
+    ours = [y, *moe_mlp_backward_cuda(grad, pre, True, *call)]
+    for name, got, expected in zip(("y", *NAMES), ours, in_reference(call, grad), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+    used = int(plan.token_offsets[-1])
+    assert used == experts * chosen - unused
+    assert not ours[2][used:].any()
 
 
 @pytest.mark.parametrize("experts", [1, 8, 512])

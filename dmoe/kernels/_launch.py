@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
@@ -11,7 +12,10 @@ _H100_MULTIPROCESSORS = 132
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Start ``kernel[grid](*arguments, **options)``, or nothing for an empty grid.
+    """Start ``kernel[grid](*arguments, **options)`` where its tensors are, or nothing for an empty grid.
+
+    Triton starts kernels on the current device and on that device's current stream, whatever their arguments are;
+    PyTorch's own operations run where their tensors are. So does this.
 
     Args:
         kernel: a ``@triton.jit`` function.
@@ -19,8 +23,19 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
         *arguments: tensors, descriptors and numbers, as the kernel declares them.
         **options: constexpr arguments by name, ``num_warps`` and ``num_stages``.
     """
-    if all(grid):
+    if not all(grid):
+        return
+    elsewhere = _other_device(arguments)
+    with contextlib.nullcontext() if elsewhere is None else torch.cuda.device(elsewhere):
         kernel[grid](*arguments, enable_fp_fusion=True, **options)
+
+
+def _other_device(arguments: tuple[Any, ...]) -> int | None:
+    """The number of the GPU that the tensors are on, where it is not the current one."""
+    first = next((argument for argument in arguments if isinstance(argument, torch.Tensor)), None)
+    if first is None or not first.is_cuda or first.device.index == torch.cuda.current_device():
+        return None
+    return first.device.index
 
 
 @functools.cache

@@ -13,11 +13,12 @@ def combine_kernel(
     residual,  # (T, H), with RESIDUAL
     out,  # (T, H)
     row_grads,  # (num_parts, R) float32, with ROW_GRADS
-    gate_grads,  # (N,) float32: row_grads summed over parts, for each assignment's row
+    gate_grads,  # (N,): row_grads summed over parts, for each assignment's row; 0 for those without one
     token_offsets,
     token_rows,
     num_rows,
     num_parts,
+    num_assignments,  # N
     H: tl.constexpr,
     WEIGHED: tl.constexpr,
     RESIDUAL: tl.constexpr,
@@ -48,6 +49,11 @@ def combine_kernel(
                 sources = row_grads + part.to(tl.int64) * num_rows + row[None, :]
                 parts = tl.load(sources, mask=(part < num_parts) & kept[None, :], other=0.0)
                 tl.store(gate_grads + assignments, tl.sum(parts, 0), mask=assignments < end)
+    if ROW_GRADS:  # noqa: SIM102  # the assignments behind the last token's are nobody's
+        if (tl.program_id(0) == tl.num_programs(0) - 1) & (tl.program_id(1) == 0):
+            for slot in range(end, num_assignments, SLOTS):
+                assignments = slot + tl.arange(0, SLOTS)
+                tl.store(gate_grads + assignments, tl.zeros((SLOTS,), tl.float32), mask=assignments < num_assignments)
     place = token * H + columns
     if RESIDUAL:
         total += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)

@@ -442,6 +442,7 @@ def combine(
         rows.token_rows,
         rows.num_rows,
         num_parts,
+        rows.token_rows.shape[0],
         H=h,
         WEIGHED=gate_weights is not None,
         RESIDUAL=residual is not None,
