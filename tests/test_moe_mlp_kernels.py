@@ -7,7 +7,7 @@ import contextlib
 import kernel_table
 import pytest
 import torch
-from helpers import assert_as_accurate, nudged, without_generated_products
+from helpers import assert_as_accurate, interpreted, nudged, without_generated_products
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import expert_mlp
@@ -94,6 +94,7 @@ def in_reference(call, grad):
     return [y, *moe_mlp_backward_ref(grad, pre, True, *call)]
 
 
+@interpreted
 @without_generated_products
 @settings(max_examples=40)
 @given(drawn=calls(), tiling=tilings())
@@ -113,6 +114,7 @@ def test_kernels_against_the_reference_in_float64(drawn, tiling):
         assert_as_accurate(name, ours[i], exact[i], pairs, factor=factor, slack_ulp=4)
 
 
+@interpreted
 @settings(max_examples=15)
 @given(drawn=calls(), tiling=tilings())
 def test_what_shares_kernels_agrees_to_the_bit(drawn, tiling):
@@ -130,6 +132,7 @@ def test_what_shares_kernels_agrees_to_the_bit(drawn, tiling):
     assert not any(tensor.numel() for tensor in frozen[2:])
 
 
+@interpreted
 @settings(max_examples=15)
 @given(drawn=calls(), tiling=tilings())
 def test_main_grads_take_what_the_weights_would_get(drawn, tiling):
