@@ -143,9 +143,7 @@ def test_a_table_replaces_what_was_chosen_before_and_the_environment_names_one(t
     asked = ("down", 90, 2, 128, 64, 32)
     built_in = configs.choose(*asked)
     path = tmp_path / "table.json"
-    path.write_text(
-        '{"%s": {"block_n": 32, "block_k": 128, "num_warps": 2, "num_stages": 2}}' % configs.key(*asked)  # noqa: UP031
-    )
+    path.write_text('{"down/hopper/2/128/64/32": {"block_n": 32, "block_k": 128, "num_warps": 2, "num_stages": 2}}')
     measured = configs.Config(32, 128, 2, 2)
     assert measured != built_in
     try:
@@ -165,3 +163,54 @@ def test_a_table_replaces_what_was_chosen_before_and_the_environment_names_one(t
         configs._load_from_environment.cache_clear()
         configs.choose.cache_clear()
         monkeypatch.delenv("DMOE_KERNEL_CONFIGS", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "expected JSON, got Expecting property name"),
+        ("[1]", "expected a JSON object of launch shapes by name, got list"),
+        ('{"down": {}}', "down: expected a name like kernel/family/bytes/tile_rows/K/N"),
+        ('{"dwon/hopper/2/128/64/32": {}}', "dwon/hopper/2/128/64/32: expected one of the kernels down, "),
+        ('{"down/ampere/2/128/64/32": {}}', "expected one of the families blackwell, hopper, portable"),
+        ('{"down/hopper/2/x/64/32": {}}', "expected a name like"),
+        ('{"down/hopper/2/128/64/32": [1]}', r"expected the fields of Config, got \[1\]"),
+        ('{"down/hopper/2/128/64/32": {"block": 1}}', "expected the fields of Config, got"),
+        (
+            '{NAME: FIELDS, "block_n": 48}}',
+            "block_n: expected a power of 2 of at least 16, got 48",
+        ),
+        (
+            '{NAME: FIELDS, "block_k": "x"}}',
+            "block_k: expected a power of 2 of at least 16, got 'x'",
+        ),
+        ('{NAME: FIELDS, "block_m": 8}}', "block_m: expected a power of 2 of at least 16, got 8"),
+        ('{NAME: FIELDS, "num_warps": 3}}', "num_warps: expected 1, 2, 4, 8 or 16, got 3"),
+        (
+            '{NAME: FIELDS, "num_stages": 0}}',
+            "num_stages: expected an integer of at least 1, got 0",
+        ),
+        ('{NAME: FIELDS, "group": 1.5}}', "group: expected an integer of at least 1, got 1.5"),
+        (
+            '{NAME: FIELDS, "programs": true}}',
+            "programs: expected an integer of at least 1, got True",
+        ),
+        (
+            '{NAME: FIELDS, "parts": 16}}',
+            "parts: expected 1, 2, 4 or 8, of 8 columns each or more",
+        ),
+        ('{NAME: FIELDS, "parts": 8}}', "parts: expected 1, 2, 4 or 8, of 8 columns each or more"),
+    ],
+)
+def test_a_table_that_is_none_is_named(tmp_path, text, message):
+    path = tmp_path / "table.json"
+    fields = '{"block_n": 32, "block_k": 128, "num_warps": 2, "num_stages": 2'
+    path.write_text(text.replace("NAME", '"down/hopper/2/128/64/32"').replace("FIELDS", fields))
+    with pytest.raises(ValueError, match="^kernel configs: .*table.json: .*" + message):
+        configs.load(path)
+    assert not configs._measured
+
+
+def test_a_table_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"^kernel configs: .*none.json: No such file"):
+        configs.load(tmp_path / "none.json")

@@ -192,19 +192,3 @@ def test_no_shape_depends_on_data(monkeypatch, device):
                 loss.backward()
                 assert x.grad.shape == x.shape
                 assert layer.experts.down_proj.grad.shape == layer.experts.down_proj.shape
-
-
-def test_measured_launch_shapes_are_loaded_and_bad_ones_named(tmp_path):
-    name = configs.key("down", 90, 2, 128, 64, 32)
-    path = tmp_path / "table.json"
-    path.write_text('{"%s": {"block_n": 32, "block_k": 32, "num_warps": 4, "num_stages": 2}}' % name)  # noqa: UP031
-    try:
-        configs.load(path)
-        assert configs.choose("down", 90, 2, 128, 64, 32) == configs.Config(32, 32, 4, 2)
-        assert configs.choose("down", 90, 2, 128, 64, 48) != configs.Config(32, 32, 4, 2)
-    finally:
-        configs._measured.clear()
-        configs.choose.cache_clear()
-    path.write_text('{"down": {"block": 1}}')
-    with pytest.raises(ValueError, match=r"kernel configs: .*table.json: down: expected the fields of Config"):
-        configs.load(path)

@@ -32,7 +32,7 @@ CALLS = {
     "masked plain": {"hidden": 70, "sizes": 64, "gated": False, "activation": "relu", "bias": True,
                      "layout": "capacity", "dropout": 0.3, "dtype": torch.float32, "tiling": (64, 32, 4, 16, 2)},
     "descriptors that overhang": {"hidden": 40, "sizes": 24, "bias": True, "gate_on": "input", "dropout": 0.3,
-                                  "tiling": (16, 32, 2, 32, 3)},
+                                  "layout": "padded", "tiling": (16, 32, 2, 32, 3)},
     "not aligned": {"hidden": 40, "sizes": 24, "bias": True, "gated": False, "layout": "padded", "hot": True,
                     "shift": 1},
 }  # fmt: skip
