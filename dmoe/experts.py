@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dmoe.config import Activation, GateWeightOn, MoEConfig
+from dmoe.ops._checks import check_tensors
 from dmoe.ops._library import has_triton
 from dmoe.ops.activation import accumulate_dtype
 from dmoe.ops.block_sparse import block_size_for
@@ -30,6 +32,10 @@ class ExpertWeights:
         down_bias: ``(E, H)``, or None.
         gated: whether ``up_proj`` holds a gate.
         ffn_sizes: each expert's width where they differ; empty for ``down_proj``'s common F.
+
+    Raises:
+        TypeError: something that is no tensor, or no floating-point one.
+        ValueError: shapes, dtypes or devices that do not fit together.
     """
 
     up_proj: Tensor
@@ -40,6 +46,7 @@ class ExpertWeights:
     ffn_sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         hidden, halves = self.up_proj.shape[-1], (2,) if self.gated else ()
         up: tuple[int, ...]
         down: tuple[int, ...]
@@ -69,6 +76,26 @@ class ExpertWeights:
                     f"{tensor.dtype} on {tensor.device}"
                 )
 
+    def _check_kinds(self) -> None:
+        check_tensors("ExpertWeights", up_proj=self.up_proj, down_proj=self.down_proj)
+        check_tensors(
+            "ExpertWeights", **{n: t for n in ("up_bias", "down_bias") if (t := getattr(self, n)) is not None}
+        )
+        if not self.up_proj.is_floating_point():
+            raise TypeError(f"ExpertWeights: up_proj: expected a floating-point tensor, got {self.up_proj.dtype}")
+        if any(not isinstance(size, int) or size < 1 for size in self.ffn_sizes):
+            raise ValueError(
+                f"ExpertWeights: ffn_sizes: expected integers of at least 1, one for each expert, got {self.ffn_sizes}"
+            )
+        form = "(H, sum F)" if self.ffn_sizes else "(E, H, F)"
+        if self.down_proj.dim() != (2 if self.ffn_sizes else 3):
+            raise ValueError(
+                f"ExpertWeights: down_proj: expected {form} with ffn_sizes={self.ffn_sizes}, got shape "
+                f"{tuple(self.down_proj.shape)}"
+            )
+        if self.up_proj.dim() == 0:
+            raise ValueError("ExpertWeights: up_proj: expected H as the last dimension, got shape ()")
+
     @property
     def num_experts(self) -> int:
         """E."""
@@ -92,7 +119,7 @@ def run_experts(
     expert_dropout: float = 0.0,
     backend: str | None = None,
     residual: Tensor | None = None,
-    main_grads: tuple[Tensor, Tensor] | None = None,
+    main_grads: tuple[Tensor | None, Tensor | None] | None = None,
     recompute: bool = False,
 ) -> Tensor:
     """Every token through its experts, weighted and summed.
@@ -107,9 +134,11 @@ def run_experts(
         backend: None, ``grouped``, ``block_sparse`` or ``reference``.
         residual: ``(T, H)``, added to the sum before it is rounded: a shared expert's output, say.
         main_grads: float32 buffers in the shapes of ``up_proj`` and ``down_proj``. Backward adds these gradients to
-            them, and the weights get none (Megatron's ``main_grad``). Not with ``backend="reference"``.
+            them, and the weights get none (Megatron's ``main_grad``). A frozen projection's is left alone, and may be
+            None. Only with the default backend.
         recompute: save x only, not the pre-activation, and compute that again in backward: ``R * F`` numbers (gated:
-            ``R * 2 F``) less memory, a sixth of a training step's products (gated: 22%) more.
+            ``R * 2 F``) less memory, a sixth of a training step's products (gated: 22%) more. Only with the default
+            backend.
 
     Returns:
         ``(T, H)`` in x's dtype (autocast's under autocast).
@@ -144,7 +173,7 @@ def run_experts(
     plain = main_grads is None and not recompute
     if backend == "block_sparse" or (backend is None and plain and _block_sparse_by_default(x, weights)):
         y = block_sparse_mlp(*arguments)
-        return y if residual is None else y + residual
+        return y if residual is None else y + residual.to(y.dtype)
     return moe_mlp(
         *arguments,
         None if residual is None else residual.contiguous(),
@@ -167,32 +196,53 @@ def _check_extras(
     x: Tensor,
     weights: ExpertWeights,
     residual: Tensor | None,
-    main_grads: tuple[Tensor, Tensor] | None,
+    main_grads: tuple[Tensor | None, Tensor | None] | None,
     recompute: bool,
     backend: str | None,
 ) -> None:
-    if residual is not None and (residual.shape != x.shape or residual.device != x.device):
-        raise ValueError(
-            f"moe_mlp: residual: expected x's shape {tuple(x.shape)} on {x.device}, got {tuple(residual.shape)} on "
-            f"{residual.device}"
-        )
+    if backend not in (None, "grouped", "block_sparse", "reference"):
+        raise ValueError(f"moe_mlp: backend: expected None, 'grouped', 'block_sparse' or 'reference', got {backend!r}")
+    if residual is not None:
+        check_tensors("moe_mlp", residual=residual)
+        if residual.shape != x.shape or residual.device != x.device:
+            raise ValueError(
+                f"moe_mlp: residual: expected x's shape {tuple(x.shape)} on {x.device}, got {tuple(residual.shape)} on "
+                f"{residual.device}"
+            )
+        cast = torch.is_autocast_enabled(x.device.type) and residual.is_floating_point()
+        if residual.dtype != x.dtype and not cast:
+            raise ValueError(f"moe_mlp: residual: expected x's dtype {x.dtype}, got {residual.dtype}")
+    if not isinstance(recompute, bool):
+        raise TypeError(f"moe_mlp: recompute: expected True or False, got {recompute!r}")
     if backend in ("block_sparse", "reference") and (recompute or main_grads is not None):
-        name = "recompute" if recompute else "main_grads"
-        raise ValueError(f"moe_mlp: {name}: expected none with backend={backend!r}, whose backward has no such option")
+        name, allowed = ("recompute", "False") if recompute else ("main_grads", "None")
+        raise ValueError(
+            f"moe_mlp: {name}: expected {allowed} with backend={backend!r}, whose backward has no such option"
+        )
     if main_grads is None:
         return
+    if not isinstance(main_grads, tuple | list) or len(main_grads) != 2:
+        got = f"{len(main_grads)} of them" if isinstance(main_grads, tuple | list) else type(main_grads).__name__
+        raise TypeError(f"moe_mlp: main_grads: expected a pair of buffers, for up_proj and down_proj, got {got}")
     for name, buffer, weight in zip(
         ("up_proj", "down_proj"), main_grads, (weights.up_proj, weights.down_proj), strict=True
     ):
+        if buffer is None and not weight.requires_grad:
+            continue
+        if not isinstance(buffer, Tensor):
+            raise TypeError(f"moe_mlp: main_grads: {name}: expected a tensor, got {type(buffer).__name__}")
         fits = buffer.shape == weight.shape and buffer.device == weight.device and buffer.is_contiguous()
         if not fits or buffer.dtype != torch.float32:
+            strided = "" if buffer.is_contiguous() else f" with strides {buffer.stride()}"
             raise ValueError(
                 f"moe_mlp: main_grads: {name}: expected contiguous float32 {tuple(weight.shape)} on {weight.device}, "
-                f"got {buffer.dtype} {tuple(buffer.shape)} on {buffer.device}"
+                f"got {buffer.dtype} {tuple(buffer.shape)} on {buffer.device}{strided}"
             )
 
 
 def _check(x: Tensor, plan: RoutingPlan, gate_weights: Tensor, weights: ExpertWeights) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"moe_mlp: x: expected a floating-point tensor, got {x.dtype}")
     if x.shape != (plan.num_tokens, weights.hidden_size):
         raise ValueError(
             f"moe_mlp: x: expected shape {(plan.num_tokens, weights.hidden_size)} (tokens of the routing, "
@@ -228,8 +278,7 @@ class Experts(nn.Module):
     Args:
         config: sizes, activation, bias and dropout.
         routed: whether tokens are routed to these experts, so that their parameters differ between expert-parallel
-        ranks
-            (``param.expert``, see :func:`dmoe.is_expert_param`); False for a shared expert.
+            ranks (``param.expert``, see :func:`dmoe.is_expert_param`); False for a shared expert.
         device, dtype: of the parameters, as in ``nn.Linear``.
     """
 
@@ -267,9 +316,22 @@ class Experts(nn.Module):
         with_bias = config.bias == "expert"
         self.register_parameter(self.up_name.removesuffix("proj") + "bias", parameter(*up) if with_bias else None)
         self.register_parameter("down_bias", parameter(experts, hidden) if with_bias else None)
-        for param in self.parameters():
-            param.expert = routed  # type: ignore[attr-defined]
+        self.routed = routed
+        self._mark()
         self.reset_parameters()
+
+    def _mark(self) -> None:
+        for param in self.parameters():
+            param.expert = self.routed  # type: ignore[attr-defined]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Marks again: a deep copy of a parameter is without its attributes."""
+        super().__setstate__(state)
+        self._mark()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._mark()  # load_state_dict(assign=True) brings parameters of its own
 
     def weights(self) -> ExpertWeights:
         """The parameters as one value."""
@@ -322,20 +384,21 @@ class Experts(nn.Module):
                     fresh.zero_()
                 tensor.copy_(fresh)
 
-    def _main_grads(self) -> tuple[Tensor, Tensor] | None:
-        """The buffers that backward adds to, when the config asks for it and autograd is on."""
+    def _main_grads(self) -> tuple[Tensor | None, Tensor | None] | None:
+        """The buffers that backward adds to, when the config asks for it and autograd is on; None for a frozen one."""
         if not self.config.accumulate_main_grad or not torch.is_grad_enabled():
             return None
         buffers = []
         for name in (self.up_name, "down_proj"):
-            buffer = getattr(getattr(self, name), "main_grad", None)
-            if buffer is None:
+            parameter = getattr(self, name)
+            buffer = getattr(parameter, "main_grad", None) if parameter.requires_grad else None
+            if buffer is None and parameter.requires_grad:
                 raise RuntimeError(
                     f"Experts: {name}.main_grad: expected a float32 buffer in the parameter's shape, got none; "
-                    "accumulate_main_grad=True needs one on both projections before the first forward"
+                    "accumulate_main_grad=True needs one on every projection that is trained, before the first forward"
                 )
             buffers.append(buffer)
-        return buffers[0], buffers[1]
+        return None if buffers == [None, None] else (buffers[0], buffers[1])
 
     def forward(self, x: Tensor, plan: RoutingPlan, gate_weights: Tensor, residual: Tensor | None = None) -> Tensor:
         """``(T, H)`` through the experts; see :func:`run_experts`."""

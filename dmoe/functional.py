@@ -6,6 +6,7 @@ from torch import Tensor
 
 from dmoe.config import Activation, DropOrder, GateWeightOn
 from dmoe.experts import ExpertWeights, run_experts
+from dmoe.ops._checks import check_tensors
 from dmoe.plan import device_tile_rows, plan_token_choice
 
 __all__ = ["ExpertWeights", "moe_mlp"]
@@ -25,7 +26,7 @@ def moe_mlp(
     drop_order: DropOrder = "token_major",
     backend: str | None = None,
     residual: Tensor | None = None,
-    main_grads: tuple[Tensor, Tensor] | None = None,
+    main_grads: tuple[Tensor | None, Tensor | None] | None = None,
     recompute: bool = False,
 ) -> Tensor:
     """``y_t = sum_k w_tk * expert_{i_tk}(x_t)``: every token through its experts, weighted and summed.
@@ -49,21 +50,34 @@ def moe_mlp(
         pre-activation, the gate weights and index tensors.
 
     Raises:
+        TypeError: something that is no tensor, or of another kind of numbers.
         ValueError: shapes, dtypes, devices or options that do not fit.
+        RuntimeError: on the CPU, an expert id outside [0, E].
     """
     if activation not in ("gelu", "gelu_tanh", "relu", "silu"):
         raise ValueError(f"moe_mlp: activation: expected gelu, gelu_tanh, relu or silu, got {activation!r}")
     if gate_weight_on not in ("output", "activation", "input"):
         raise ValueError(f"moe_mlp: gate_weight_on: expected output, activation or input, got {gate_weight_on!r}")
     for name, p in (("activation_dropout", activation_dropout), ("expert_dropout", expert_dropout)):
-        if not 0 <= p < 1:
-            raise ValueError(f"moe_mlp: {name}: expected 0 <= p < 1, got {p}")
+        if not isinstance(p, int | float) or not 0 <= p < 1:
+            raise ValueError(f"moe_mlp: {name}: expected 0 <= p < 1, got {p!r}")
+    check_tensors("moe_mlp", x=x, expert_indices=expert_indices, gate_weights=gate_weights)
+    if not isinstance(weights, ExpertWeights):
+        raise TypeError(f"moe_mlp: weights: expected ExpertWeights, got {type(weights).__name__}")
     if expert_indices.shape != gate_weights.shape or expert_indices.shape[:-1] != x.shape[:-1]:
         raise ValueError(
             "moe_mlp: expected x (..., H), expert_indices (..., K) and gate_weights (..., K), got "
             f"{tuple(x.shape)}, {tuple(expert_indices.shape)} and {tuple(gate_weights.shape)}"
         )
     top_k = expert_indices.shape[-1]
+    if top_k < 1:
+        raise ValueError(
+            f"moe_mlp: expert_indices: expected shape (..., K) with K >= 1, got {tuple(expert_indices.shape)}"
+        )
+    if residual is not None:
+        check_tensors("moe_mlp", residual=residual)
+        if residual.shape != x.shape:
+            raise ValueError(f"moe_mlp: residual: expected x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
     gates = gate_weights.reshape(-1, top_k)
     plan = plan_token_choice(
         expert_indices.reshape(-1, top_k),

@@ -188,9 +188,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--budget", type=float, default=300, help="seconds in all")
     parser.add_argument("--list", action="store_true", help="print what would be tried, and stop")
     options = parser.parse_args(arguments)
-    shapes = [tuple(int(part) for part in text.split(",") if part.isdigit()) for text in options.shape]
-    if any(len(shape) != 5 or min(shape) < 1 for shape in shapes):
-        parser.error(f"--shape: expected five numbers T,H,F,E,K of at least 1, got {', '.join(options.shape)}")
+    shapes = []
+    for text in options.shape:
+        numbers = [part.strip() for part in text.split(",")]
+        shape = tuple(int(part) for part in numbers if part.isdigit())
+        if len(shape) != 5 or len(numbers) != 5 or min(shape) < 1:
+            parser.error(f"--shape: expected five numbers T,H,F,E,K of at least 1, got {text}")
+        if shape[4] > shape[3]:
+            parser.error(f"--shape: expected K of at most E, got {text}")
+        shapes.append(shape)
+    if not options.budget > 0:
+        parser.error(f"--budget: expected more than 0 seconds, got {options.budget}")
+    if not options.list and not options.out.absolute().parent.is_dir():
+        parser.error(f"--out: expected a file in a folder that exists, got {options.out}")
     if options.list:
         for shape in shapes:
             for name, (kernel, config) in kernels_of(shape, 90, not options.plain).items():

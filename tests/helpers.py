@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 
 import pytest
 import torch
@@ -76,6 +77,12 @@ def where_kernels_run(function):
         return results.cpu() if isinstance(results, torch.Tensor) else tuple(one.cpu() for one in results)
 
     return moved
+
+
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1",
+    reason="would compile hundreds of kernels; test_gpu.py has them on a GPU, -m 'not gpu' interprets these",
+)
 
 
 def small_config(**fields):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from helpers import saved_bytes, small_config
 from moe_mlp_cases import build
 
+import dmoe
 from dmoe import ExpertWeights, MoE, plan_token_choice
 from dmoe.experts import run_experts
+from dmoe.functional import moe_mlp
 
 CASE = {"tokens": 9, "experts": 3, "top_k": 2, "hidden": 6, "sizes": 5, "activation": "silu", "gated": True,
         "bias": True, "gate_on": "output", "layout": "packed", "hot": False, "seed": 3}  # fmt: skip
@@ -143,23 +148,204 @@ def test_layer_options():
     assert all(p.grad is None for p in projections)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("frozen", [("gate_up_proj",), ("down_proj",), ("gate_up_proj", "down_proj")], ids=str)
+def test_a_frozen_projection_gets_no_main_grad(frozen, recompute):
+    torch.manual_seed(0)
+    plain = MoE(small_config(bias="expert", load_balancing_coefficient=0.0))
+    fused = MoE(small_config(bias="expert", load_balancing_coefficient=0.0, accumulate_main_grad=True,
+                             recompute_pre_activation=recompute))  # fmt: skip
+    fused.load_state_dict(plain.state_dict())
+    for name in ("gate_up_proj", "down_proj"):
+        parameter = getattr(fused.experts, name)
+        for layer in (plain, fused):
+            getattr(layer.experts, name).requires_grad_(name not in frozen)
+        if name != frozen[-1]:  # the last one has no buffer at all, and needs none
+            parameter.main_grad = torch.full_like(parameter, 2.0)
+    x, grad = torch.randn(5, 8), torch.randn(5, 8)
+    for layer in (plain, fused):
+        layer(x).backward(grad)
+    for (name, a), b in zip(plain.named_parameters(), fused.parameters(), strict=True):
+        if hasattr(b, "main_grad"):
+            assert b.grad is None, name
+            torch.testing.assert_close(b.main_grad - 2, torch.zeros_like(a) if a.grad is None else a.grad, msg=name)
+        elif b.requires_grad:
+            torch.testing.assert_close(b.grad, a.grad, msg=name)
+
+
+@pytest.mark.parametrize("backend", [None, "reference", "block_sparse"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_casts_the_residual_too(backend, dtype):
+    x, plan, gates, weights, grad = leaves(torch.float32, sizes=16)
+    residual = torch.randn(x.shape, dtype=dtype).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = run_experts(x, plan, gates, weights, residual=residual, backend=backend)
+        alone = run_experts(x, plan, gates, weights, backend=backend)
+    assert y.dtype == alone.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), alone.float() + residual.float(), rtol=2**-6, atol=2**-6)
+    y.backward(grad.bfloat16())
+    assert residual.grad.dtype == dtype
+    assert torch.equal(residual.grad.float(), grad.bfloat16().float())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_main_grads_under_autocast(recompute):
+    x, plan, gates, weights, grad = leaves(torch.float32)
+    grad = grad.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = run_experts(x, plan, gates, weights)
+    expected = torch.autograd.grad(expected, (weights.up_proj, weights.down_proj), grad)
+    buffers = tuple(torch.zeros_like(w, requires_grad=False) for w in (weights.up_proj, weights.down_proj))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = run_experts(x, plan, gates, weights, main_grads=buffers, recompute=recompute)
+    y.backward(grad)
+    for buffer, gradient in zip(buffers, expected, strict=True):
+        torch.testing.assert_close(buffer, gradient)
+    assert weights.up_proj.grad is None
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputing_inside_a_checkpoint(reentrant):
+    config = {"shared_ffn_hidden_size": 7, "load_balancing_coefficient": 0.0, "activation_dropout": 0.3}
+    plain, lean = MoE(small_config(**config)), MoE(small_config(**config, recompute_pre_activation=True))
+    lean.load_state_dict(plain.state_dict())
+    x, grad = torch.randn(5, 8, requires_grad=True), torch.randn(5, 8)
+    torch.manual_seed(1)
+    plain(x).backward(grad)
+    other = x.detach().clone().requires_grad_()
+    torch.manual_seed(1)
+    torch.utils.checkpoint.checkpoint(lean, other, use_reentrant=reentrant).backward(grad)
+    assert torch.equal(other.grad, x.grad)
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(plain.parameters(), lean.parameters(), strict=True))
+
+
 @pytest.mark.parametrize(
-    ("options", "message"),
+    "copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["copy", "pickle"]
+)
+def test_copies_and_assigned_parameters_know_whose_they_are(copied):
+    layer = MoE(small_config(shared_ffn_hidden_size=7, load_balancing_coefficient=0.0))
+    layer(torch.randn(3, 8))
+    other = copied(layer)
+    assigned = MoE(small_config(shared_ffn_hidden_size=7), device="meta")
+    assigned.load_state_dict(layer.state_dict(), assign=True)
+    whose = {name: dmoe.is_expert_param(parameter) for name, parameter in layer.named_parameters()}
+    assert {name.split(".")[0] for name, routed in whose.items() if routed} == {"experts"}
+    assert all(routed for name, routed in whose.items() if name.startswith("experts."))
+    for one in (other, assigned):
+        assert {name: dmoe.is_expert_param(parameter) for name, parameter in one.named_parameters()} == whose
+    x = torch.randn(3, 8)
+    assert torch.equal(other(x), layer(x))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
     [
-        ({"residual": torch.ones(2, 6)}, r"residual: expected x's shape \(9, 6\) on cpu, got \(2, 6\)"),
+        ({"residual": torch.ones(2, 6)}, ValueError, r"residual: expected x's shape \(9, 6\) on cpu, got \(2, 6\)"),
+        (
+            {"residual": torch.ones(9, 6).int()},
+            ValueError,
+            r"residual: expected x's dtype torch.float32, got .*int32",
+        ),
+        ({"residual": 1.0}, TypeError, r"residual: expected a tensor, got float"),
         (
             {"main_grads": (torch.ones(3), torch.ones(3))},
+            ValueError,
             r"main_grads: up_proj: expected contiguous float32 \(3, 2, 5, 6\)",
         ),
-        ({"recompute": True, "backend": "reference"}, r"recompute: expected none with backend='reference'"),
-        ({"main_grads": (torch.ones(3), torch.ones(3)), "backend": "block_sparse"}, r"main_grads: expected none with"),
+        (
+            {"main_grads": (torch.ones(3, 2, 6, 5).mT, torch.ones(3, 6, 5))},
+            ValueError,
+            r"main_grads: up_proj: expected contiguous float32 \(3, 2, 5, 6\) .* with strides \(60, 30, 1, 5\)",
+        ),
+        (
+            {"main_grads": (torch.ones(3, 2, 5, 6), torch.ones(3, 6, 5).bfloat16())},
+            ValueError,
+            r"main_grads: down_proj: expected contiguous float32 \(3, 6, 5\) on cpu, got torch.bfloat16",
+        ),
+        ({"main_grads": (None, None)}, TypeError, r"main_grads: up_proj: expected a tensor, got NoneType"),
+        ({"main_grads": torch.ones(2)}, TypeError, r"main_grads: expected a pair of buffers, .*, got Tensor"),
+        ({"main_grads": (torch.ones(1),)}, TypeError, r"main_grads: expected a pair of buffers, .*, got 1 of them"),
+        (
+            {"recompute": True, "backend": "reference"},
+            ValueError,
+            r"recompute: expected False with backend=",
+        ),
+        (
+            {"main_grads": (torch.ones(3), torch.ones(3)), "backend": "block_sparse"},
+            ValueError,
+            r"main_grads: expected None with backend='block_sparse'",
+        ),
+        ({"recompute": "yes"}, TypeError, r"recompute: expected True or False, got 'yes'"),
+        (
+            {"backend": "triton"},
+            ValueError,
+            r"backend: expected None, 'grouped', .* got 'triton'",
+        ),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:30],
 )
-def test_bad_input_is_named(options, message):
+def test_bad_input_is_named(options, error, message):
     x, plan, gates, weights, _ = leaves(torch.float32)
-    with pytest.raises(ValueError, match="^moe_mlp: " + message):
+    with pytest.raises(error, match="^moe_mlp: " + message):
         run_experts(x, plan, gates, weights, **options)
+
+
+GOOD = {"x": torch.ones(2, 3, 6), "expert_indices": torch.zeros(2, 3, 1, dtype=torch.int64),
+        "gate_weights": torch.ones(2, 3, 1),
+        "weights": ExpertWeights(torch.ones(3, 2, 5, 6), torch.ones(3, 6, 5))}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"x": [1.0]}, TypeError, "x: expected a tensor, got list"),
+        ({"x": GOOD["x"].int()}, TypeError, "x: expected a floating-point tensor, got torch.int32"),
+        ({"expert_indices": None}, TypeError, "expert_indices: expected a tensor, got NoneType"),
+        ({"gate_weights": 1.0}, TypeError, "gate_weights: expected a tensor, got float"),
+        ({"weights": torch.ones(1)}, TypeError, "weights: expected ExpertWeights, got Tensor"),
+        (
+            {"expert_indices": torch.zeros(2, 3, 0, dtype=torch.int64), "gate_weights": torch.ones(2, 3, 0)},
+            ValueError,
+            r"expert_indices: expected shape \(..., K\) with K >= 1, got \(2, 3, 0\)",
+        ),
+        ({"residual": torch.ones(3, 2, 6)}, ValueError, r"residual: expected x's shape \(2, 3, 6\), got \(3, 2, 6\)"),
+        ({"activation_dropout": "a"}, ValueError, "activation_dropout: expected 0 <= p < 1, got 'a'"),
+        ({"capacity": 1.5}, ValueError, "capacity: expected an integer of at least 0 or None, got 1.5"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_the_function_names_bad_input(options, error, message):
+    assert moe_mlp(**GOOD).shape == (2, 3, 6)
+    with pytest.raises(error, match=message):
+        moe_mlp(**{**GOOD, **options})
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"up_proj": None}, TypeError, "up_proj: expected a tensor, got NoneType"),
+        (
+            {"up_proj": torch.ones(2, 8, 6).int()},
+            TypeError,
+            "up_proj: expected a floating-point tensor, got",
+        ),
+        (
+            {"down_proj": torch.ones(3, 6, 5)},
+            ValueError,
+            r"down_proj: expected \(H, sum F\) with ffn_sizes=\(3, 5\)",
+        ),
+        ({"up_bias": 1.0}, TypeError, "up_bias: expected a tensor, got float"),
+        ({"ffn_sizes": (9, -1)}, ValueError, r"ffn_sizes: expected integers of at least 1, .* got \(9, -1\)"),
+        ({"ffn_sizes": (4.0, 4.0)}, ValueError, r"ffn_sizes: expected integers of at least 1, .* got \(4.0, 4.0\)"),
+        ({"up_proj": torch.ones(())}, ValueError, r"up_proj: expected H as the last dimension, got shape \(\)"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_weights_name_bad_input(fields, error, message):
+    good = {"up_proj": torch.ones(2, 8, 6), "down_proj": torch.ones(6, 8), "ffn_sizes": (3, 5)}
+    assert ExpertWeights(**good).num_experts == 2
+    with pytest.raises(error, match="^ExpertWeights: " + message):
+        ExpertWeights(**{**good, **fields})
 
 
 @pytest.mark.parametrize("name", ["recompute_pre_activation", "accumulate_main_grad"])

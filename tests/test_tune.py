@@ -81,10 +81,20 @@ def test_command_line(capsys, monkeypatch):
     tune.main(["--shape", "4096,1024,512,16,4", "--list"])
     told = capsys.readouterr().out
     assert all(name in told for name in tune.kernels_of(SHAPE, 90, gated=True))
-    for text in ("1,2,3", "1,2,3,4,x", "0,1,1,1,1"):
+    tune.main(["--shape", "4096, 1024, 512, 16, 4", "--list"])
+    assert capsys.readouterr().out == told
+    for text in ("1,2,3", "1,2,3,4,x", "0,1,1,1,1", "1,2,3,4,1,x", "1,2,x,3,4,1", "1,2,3,4,-1", "1e3,1,1,1,1", ""):
         with pytest.raises(SystemExit):
             tune.main(["--shape", text])
         assert f"--shape: expected five numbers T,H,F,E,K of at least 1, got {text}" in capsys.readouterr().err
+    for arguments, message in (
+        (["--shape", "8,8,8,2,3"], "--shape: expected K of at most E, got 8,8,8,2,3"),
+        (["--shape", "8,8,8,2,2", "--budget", "0"], "--budget: expected more than 0 seconds, got 0.0"),
+        (["--shape", "8,8,8,2,2", "--out", "/nowhere/t.json"], "--out: expected a file in a folder that exists, got"),
+    ):
+        with pytest.raises(SystemExit):
+            tune.main(arguments)
+        assert message in capsys.readouterr().err
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(SystemExit):
         tune.main(["--shape", "1,1,1,1,1"])

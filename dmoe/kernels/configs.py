@@ -10,8 +10,9 @@ from __future__ import annotations
 import functools
 import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -95,18 +96,53 @@ def load(path: str | os.PathLike[str], *, replace_all: bool = False) -> None:
         replace_all: forget what was loaded before; otherwise the file's entries join it.
 
     Raises:
-        ValueError: an entry that is no launch shape.
+        ValueError: no such file, no JSON, or an entry that is no launch shape or names no kernel.
     """
+    try:
+        entries = json.loads(Path(path).read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"kernel configs: {path}: expected JSON, got {error}") from error
+    except OSError as error:
+        raise ValueError(f"kernel configs: {path}: {error.strerror}") from error
+    if not isinstance(entries, dict):
+        raise ValueError(
+            f"kernel configs: {path}: expected a JSON object of launch shapes by name, got {type(entries).__name__}"
+        )
     measured = {}
-    for key, entry in json.loads(Path(path).read_text()).items():
+    for name, entry in entries.items():
         try:
-            measured[key] = Config(**entry)
-        except TypeError as error:
-            raise ValueError(f"kernel configs: {path}: {key}: expected the fields of Config, got {entry}") from error
+            measured[name] = _checked(name, entry)
+        except ValueError as error:
+            raise ValueError(f"kernel configs: {path}: {name}: {error}") from error
     if replace_all:
         _measured.clear()
     _measured.update(measured)
     choose.cache_clear()
+
+
+def _checked(name: str, entry: Any) -> Config:
+    kernel, *rest = name.split("/")
+    if len(rest) != 5 or not all(number.isdigit() for number in rest[1:]):
+        raise ValueError("expected a name like kernel/family/bytes/tile_rows/K/N")
+    if kernel not in _SMALL:
+        raise ValueError(f"expected one of the kernels {', '.join(sorted(_SMALL))}")
+    if rest[0] not in _FAMILIES:
+        raise ValueError(f"expected one of the families {', '.join(sorted(_FAMILIES))}")
+    try:
+        config = Config(**entry)
+    except TypeError as error:
+        raise ValueError(f"expected the fields of Config, got {entry}") from error
+    for field, value in asdict(config).items():
+        if type(value) is not int or value < 1:
+            allowed = "a power of 2 of at least 16" if field.startswith("block") else "an integer of at least 1"
+            raise ValueError(f"{field}: expected {allowed}, got {value!r}")
+        if field.startswith("block") and (value < 16 or value & (value - 1)):
+            raise ValueError(f"{field}: expected a power of 2 of at least 16, got {value}")
+    if config.num_warps not in (1, 2, 4, 8, 16):
+        raise ValueError(f"num_warps: expected 1, 2, 4, 8 or 16, got {config.num_warps}")
+    if config.parts not in (1, 2, 4, 8) or config.block_n // config.parts < 8:
+        raise ValueError(f"parts: expected 1, 2, 4 or 8, of 8 columns each or more, got {config.parts}")
+    return config
 
 
 def key(kernel: str, capability: int, element_size: int, tile_rows: int, k: int, n: int) -> str:

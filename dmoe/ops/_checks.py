@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+
+def check_tensors(op: str, **values: Any) -> None:
+    """Each is a tensor; the keyword is the name that errors use.
+
+    Raises:
+        TypeError: something else.
+    """
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{op}: {name}: expected a tensor, got {type(value).__name__}")
 
 
 def check_index_tensors(op: str, device: torch.device, **tensors: Tensor) -> None:

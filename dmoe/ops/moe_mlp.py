@@ -139,8 +139,11 @@ def _differentiate(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]
     of_weights = any(wanted[name] for name in ("up_proj", "down_proj", "up_bias", "down_bias"))
     grad_y = grad_y.contiguous()
     grads: list[Tensor | None]
-    if of_weights and ctx.main_grads[0] is not None:
-        into = call._replace(up_main_grad=ctx.main_grads[0], down_main_grad=ctx.main_grads[1])
+    # A frozen projection's buffer stays as it is.
+    names = ("up_proj", "down_proj")
+    buffers = [buffer if wanted[name] else None for name, buffer in zip(names, ctx.main_grads, strict=True)]
+    if any(buffer is not None for buffer in buffers):
+        into = call._replace(up_main_grad=buffers[0], down_main_grad=buffers[1])
         grad_x, grad_gate, *grad_biases = _backward_into(grad_y, pre, *into)
         grads = [grad_x, grad_gate, None, None, *grad_biases]
     else:

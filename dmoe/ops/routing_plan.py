@@ -198,8 +198,8 @@ def routing_plan(
         raise ValueError(f"{name}: block_size: expected at least 1, got {block_size}")
     if tile_rows < 0:
         raise ValueError(f"{name}: tile_rows: expected at least 0, got {tile_rows}")
-    if capacity is not None and capacity < 0:
-        raise ValueError(f"{name}: capacity: expected at least 0 or None, got {capacity}")
+    if capacity is not None and (isinstance(capacity, float) or capacity < 0):
+        raise ValueError(f"{name}: capacity: expected an integer of at least 0 or None, got {capacity}")
     if binned and (capacity is None or block_size != 1):
         raise ValueError(
             f"{name}: binned: expected a capacity and block_size 1, got capacity {capacity}, block_size {block_size}"

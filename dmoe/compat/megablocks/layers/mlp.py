@@ -74,6 +74,11 @@ class ExpertParameters(nn.Module):
             param.expert = True  # type: ignore[attr-defined]
             param.expert_model_parallel = False  # type: ignore[attr-defined]
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Marks again: a deep copy of a parameter is without its attributes."""
+        super().__setstate__(state)
+        self._mark()
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Fresh values, from the user's functions, which see each weight as ``(E, F, H)``."""
