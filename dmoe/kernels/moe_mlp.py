@@ -58,8 +58,8 @@ class Dropout:
 
     @property
     def threshold(self) -> int:
-        """Random words below it drop."""
-        return round(self.p * 2**32)
+        """Random words below it drop; it has to fit in 32 bits like them."""
+        return min(round(self.p * 2**32), 2**32 - 1)
 
     @property
     def scale(self) -> float:
@@ -383,7 +383,7 @@ def bias_dots(grad_out: Tensor, bias: Tensor, dots: Tensor, rows: Rows, *, gathe
         GATHER=gather,
         BLOCK_M=rows.tile_rows,
         BLOCK_N=64,
-        num_warps=4,
+        num_warps=8 if rows.tile_rows == 128 else 4,  # rows that are not aligned would spill with 4
     )
 
 

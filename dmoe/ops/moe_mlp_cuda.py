@@ -165,7 +165,7 @@ def moe_mlp_backward_cuda(grad_y: Tensor, pre: Tensor, of_weights: bool, *argume
         assert row_grads is not None
         kernels.bias_dots(grad_out, call.down_bias, row_grads[parts], rows, gather=gather)
 
-    grads = [x.new_empty(0)] * 4
+    grads = [x.new_empty(0) for _ in range(4)]  # an operation's results do not share memory
     if of_weights:
         assert hidden is not None
         grads[1] = _weight_grad(call.down_main_grad, call.down_proj, grad_out, hidden, rows, gather_a=gather)
