@@ -82,7 +82,9 @@ def test_grids(monkeypatch):
         ("combine_kernel", (4096, 1)),
         ("weight_grad_kernel", (weights[1],)),
     ]
+    assert {o["BLOCK_M"] for n, _, o in launches(monkeypatch) if "weight" not in n and "BLOCK_M" in o} == {128}
     few = launches(monkeypatch, tokens=16, experts=2, top_k=1)  # 16-row tiles: at most 16 // 16 + 2
+    assert {o["BLOCK_M"] for n, _, o in few if "weight" not in n and "BLOCK_M" in o} == {16}
     assert [grid for name, grid, _ in few if name == "rows_kernel"] == [(3 * 8,), (3 * 8,)]
     assert all(options["num_stages"] == wide["weight_grad"].num_stages for *_, options in few if "GATHER_B" in options)
 
