@@ -909,7 +909,7 @@ def test_every_package_is_installed():
         (
             torch.ones(2, 3, 6, dtype=torch.int32),
             TypeError,
-            "dMoE: x: expected a floating-point tensor, got torch.int32",
+            "dMoE: x: expected a floating-point tensor",
         ),
         (torch.ones(2, 3, 5), ValueError, r"dMoE: x: expected shape \(..., hidden_size = 6\), got \(2, 3, 5\)"),
         (torch.ones(()), ValueError, r"dMoE: x: expected shape \(..., hidden_size = 6\), got \(\)"),
@@ -920,11 +920,11 @@ def test_bad_input_of_a_layer_is_named(x, error, message):
     layer, _ = layer_of("dMoE")
     with pytest.raises(error, match="^" + message):
         layer(x)
-    with pytest.raises(TypeError, match="^dMoE: args: expected Arguments, got dict"):
+    with pytest.raises(TypeError, match=r"^dMoE: args: expected Arguments, got dict"):
         type(layer)({})
     for name, bad in (("hidden_size", "6"), ("moe_top_k", 1.0), ("init_method", None)):
         with pytest.raises(ValueError, match=f"^Arguments: {name}: expected .*, got {bad!r}"):
-            Arguments(**{name: bad})
+            megablocks.Arguments(**{name: bad})
 
 
 def test_a_deep_copy_knows_its_experts():
