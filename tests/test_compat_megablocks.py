@@ -900,3 +900,35 @@ def test_every_package_is_installed():
         "dmoe.integrations"
     }
     assert set(re.findall(r'^  "(dmoe[\w.]*)",$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)) == packages
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        ([1.0], TypeError, "dMoE: x: expected a tensor, got list"),
+        (
+            torch.ones(2, 3, 6, dtype=torch.int32),
+            TypeError,
+            "dMoE: x: expected a floating-point tensor",
+        ),
+        (torch.ones(2, 3, 5), ValueError, r"dMoE: x: expected shape \(..., hidden_size = 6\), got \(2, 3, 5\)"),
+        (torch.ones(()), ValueError, r"dMoE: x: expected shape \(..., hidden_size = 6\), got \(\)"),
+    ],
+    ids=["list", "integers", "width", "scalar"],
+)
+def test_bad_input_of_a_layer_is_named(x, error, message):
+    layer, _ = layer_of("dMoE")
+    with pytest.raises(error, match="^" + message):
+        layer(x)
+    with pytest.raises(TypeError, match=r"^dMoE: args: expected Arguments, got dict"):
+        type(layer)({})
+    for name, bad in (("hidden_size", "6"), ("moe_top_k", 1.0), ("init_method", None)):
+        with pytest.raises(ValueError, match=f"^Arguments: {name}: expected .*, got {bad!r}"):
+            megablocks.Arguments(**{name: bad})
+
+
+def test_a_deep_copy_knows_its_experts():
+    layer, _ = layer_of("dMoE")
+    whose = [dmoe.is_expert_param(parameter) for parameter in layer.parameters()]
+    assert True in whose
+    assert [dmoe.is_expert_param(parameter) for parameter in copy.deepcopy(layer).parameters()] == whose

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
 import sys
+import types
 
 import kernel_table
 import pytest
@@ -51,3 +53,80 @@ def test_main_path_uses_what_the_chip_has():
     assert all("tcgen05" in uses for name, uses in blackwell.items() if name != "combine_kernel")
     ampere = [row for row in recorded["sm_80"]["expert_mlp: gated"] if row["kernel"] != "combine_kernel"]
     assert all(set(row["uses"]) == {"cp.async", "mma"} and row["shared"] < 99 * 1024 for row in ampere)
+
+
+def test_table_names_every_kernel_and_every_case():
+    """What is new, or renamed, is compiled and recorded; nothing recorded spills."""
+    pytest.importorskip("triton")
+    import kernel_cases
+
+    recorded = json.loads(kernel_table.TABLE.read_text())
+    sources = (kernel_table.ROOT / "dmoe" / "kernels").glob("*.py")
+    calls = [node for path in sources for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    first = [call.args[0] for call in calls if isinstance(call.func, ast.Name) and call.func.id == "launch"]
+    kernels = {argument.id for argument in first if isinstance(argument, ast.Name)}
+    assert len(first) > 10
+    assert all(isinstance(argument, ast.Name) for argument in first)
+    for arch in kernel_table.ARCHITECTURES:
+        table = recorded[f"sm_{arch}"]
+        assert set(table) == set(kernel_cases.CASES)
+        assert {row["kernel"] for rows in table.values() for row in rows} == kernels
+        assert not [(case, row) for case, rows in table.items() for row in rows if row["spilled"]]
+
+
+@pytest.mark.parametrize("arch", kernel_table.ARCHITECTURES)
+def test_cases_launch_what_is_recorded(arch, monkeypatch):
+    """In the recorded order, with the recorded warps: without compiling, so that it is found out at once."""
+    pytest.importorskip("triton")
+    import kernel_cases
+
+    import dmoe.kernels._launch as module
+
+    recorded, launched = json.loads(kernel_table.TABLE.read_text())[f"sm_{arch}"], []
+    original, capability = module.launch, module.capability
+
+    def note(kernel, grid, *_, **options):
+        if all(grid):
+            launched.append((kernel.__name__, options.get("num_warps", 4)))
+
+    kernel_table.swap(original, note)
+    kernel_table.swap(capability, here := lambda device: arch)
+    try:
+        for name, run in kernel_cases.CASES.items():
+            launched.clear()
+            run()
+            assert launched == [(row["kernel"], row["warps"]) for row in recorded[name]], name
+    finally:
+        kernel_table.swap(note, original)
+        kernel_table.swap(here, capability)
+
+
+def test_resources_count_what_leaves_the_registers(monkeypatch):
+    told = " Function up_kernel:\n  REG:168 STACK:16 SHARED:1024 LOCAL:8 CONSTANT[0]:1 TEXTURE:0\n"
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: types.SimpleNamespace(stdout=told))
+    pytest.importorskip("triton.backends.nvidia")
+    compiled = types.SimpleNamespace(
+        asm={"cubin": b"", "ptx": "wgmma.mma_async.sync; cp.async.bulk.tensor.2d"},
+        metadata=types.SimpleNamespace(shared=1024, num_warps=8),
+    )
+    assert kernel_table.resources(compiled) == {
+        "registers": 168,
+        "spilled": 24,
+        "shared": 1024,
+        "warps": 8,
+        "uses": ["tma", "wgmma"],
+    }
+
+
+def test_an_empty_grid_is_no_launch():
+    pytest.importorskip("triton")
+    import dmoe.kernels._launch as module
+
+    def some_kernel():
+        raise AssertionError
+
+    with kernel_table.counting() as names:
+        module.launch(some_kernel, (3, 0))
+        module.launch(some_kernel, (3, 1))
+    assert names == ["some_kernel"]
+    module.launch(some_kernel, (0,))

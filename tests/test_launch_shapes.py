@@ -8,6 +8,8 @@ import pytest
 import torch
 from kernel_cases import expert_mlp
 
+from dmoe.ops import moe_mlp_cuda
+
 configs = pytest.importorskip("dmoe.kernels.configs")
 import dmoe.kernels.moe_mlp as kernels  # noqa: E402  # needs Triton
 
@@ -82,9 +84,33 @@ def test_grids(monkeypatch):
         ("combine_kernel", (4096, 1)),
         ("weight_grad_kernel", (weights[1],)),
     ]
+    assert {o["BLOCK_M"] for n, _, o in launches(monkeypatch) if "weight" not in n and "BLOCK_M" in o} == {128}
     few = launches(monkeypatch, tokens=16, experts=2, top_k=1)  # 16-row tiles: at most 16 // 16 + 2
+    assert {o["BLOCK_M"] for n, _, o in few if "weight" not in n and "BLOCK_M" in o} == {16}
     assert [grid for name, grid, _ in few if name == "rows_kernel"] == [(3 * 8,), (3 * 8,)]
     assert all(options["num_stages"] == wide["weight_grad"].num_stages for *_, options in few if "GATHER_B" in options)
+
+
+def test_nothing_is_stored_that_nobody_reads(monkeypatch):
+    """Inference stores no pre-activation, recomputation no activation, and frozen experts have no use for either."""
+    forward = moe_mlp_cuda.moe_mlp_cuda
+
+    def without_weights(*arguments):
+        y, pre = forward(*arguments)
+        moe_mlp_cuda.moe_mlp_inference_cuda(*arguments)
+        moe_mlp_cuda.moe_mlp_pre_activation_cuda(*arguments)
+        grads = moe_mlp_cuda.moe_mlp_backward_cuda(y, pre, False, *arguments)
+        assert not any(grad.numel() for grad in grads[2:])
+        return y, pre
+
+    monkeypatch.setattr(moe_mlp_cuda, "moe_mlp_cuda", without_weights)
+    stored = [
+        (name, options.get("STORE_PRE"), options.get("STORE_HIDDEN"))
+        for name, _, options in launches(monkeypatch, backward=False)
+        if "STORE_HIDDEN" in options
+    ]
+    up, back = "up_kernel", "hidden_grad_kernel"
+    assert stored == [(up, True, True), (up, False, True), (up, True, False), (back, None, False)]
 
 
 def test_a_weight_gradient_that_gathers_nothing_keeps_a_stage_less(monkeypatch):

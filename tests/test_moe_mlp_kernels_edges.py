@@ -12,6 +12,7 @@ from helpers import assert_as_accurate, interpreted, nudged, without_generated_p
 from moe_mlp_cases import build
 from test_moe_mlp_kernels import NAMES, in_reference, small_blocks, widened
 
+from dmoe import plan_token_choice
 from dmoe.ops._moe_mlp_call import Call
 from dmoe.ops.moe_mlp_cuda import moe_mlp_backward_cuda, moe_mlp_cuda, moe_mlp_inference_cuda
 from dmoe.ops.moe_mlp_ref import moe_mlp_ref
@@ -198,20 +199,36 @@ def test_a_sick_expert_or_token_spoils_only_its_own(name):
                 assert torch.equal(a[part], b[part]), which
 
 
+@pytest.mark.parametrize(("tokens", "capacity"), [(0, None), (1, None), (3, 0)])
+def test_no_token_and_one_and_no_row(tokens, capacity):
+    arguments, grad, indices, _ = build({**BASE, "tokens": tokens, "bias": True}, torch.float32)
+    if capacity is not None:
+        plan = plan_token_choice(torch.tensor(indices), BASE["experts"], capacity=capacity)
+        index = ("expert_offsets", "row_to_token", "row_to_slot", "token_offsets", "token_rows")
+        arguments = list(Call(*arguments)._replace(**{name: getattr(plan, name) for name in index}))
+        assert not plan.num_rows
+    y, pre = moe_mlp_cuda(*arguments)
+    assert torch.equal(moe_mlp_inference_cuda(*arguments), y)
+    ours, theirs = [y, *moe_mlp_backward_cuda(grad, pre, True, *arguments)], in_reference(Call(*arguments), grad)
+    for which, a, b in zip(("y", *NAMES), ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, msg=lambda m, name=which: f"{name}: {m}")
+
+
 @pytest.mark.parametrize("weighed", [False, True])
 def test_combine_of_rows_wider_than_a_block(weighed):
     """Integers, so exactly; tokens of 0 to 5 assignments, one dropped, three parts of the gate weights' gradient."""
     from dmoe.kernels.moe_mlp import Rows, combine
 
     torch.manual_seed(0)
-    width, offsets = 1500, torch.tensor([0, 2, 2, 7, 8], dtype=torch.int32)
+    width, offsets = 1500, torch.tensor([0, 2, 2, 3, 8], dtype=torch.int32)
     token_rows = torch.tensor([3, 0, 6, 1, 4, 2, 8, 5], dtype=torch.int32)
     token_rows[4] = -1
     values, gates = torch.randint(-9, 9, (9, width)).float(), torch.randint(1, 9, (8,)).float()
     residual, parts = torch.randint(-9, 9, (4, width)).float(), torch.randint(-9, 9, (3, 9)).float()
     nothing = torch.empty(0, dtype=torch.int32)
     rows = Rows(nothing, nothing, 16, nothing, torch.zeros(9, dtype=torch.int32), nothing, offsets, token_rows)
-    out, gate_grads = torch.empty(4, width), torch.empty(8)
+    out, guarded = torch.empty(4, width), torch.full((16,), math.nan)
+    gate_grads = guarded[:8]
     combine(values, gates if weighed else None, residual, out, rows, row_grads=parts, gate_grads=gate_grads)
     expected = residual.clone()
     for token in range(4):
@@ -219,6 +236,7 @@ def test_combine_of_rows_wider_than_a_block(weighed):
             if token_rows[j] >= 0:
                 expected[token] += values[token_rows[j]] * (gates[j] if weighed else 1)
     assert torch.equal(out, expected)
+    assert guarded[8:].isnan().all()
     assert torch.equal(gate_grads, parts.sum(0)[token_rows.clamp(min=0).long()] * (token_rows >= 0))
 
 

@@ -16,7 +16,9 @@ from dmoe.kernels import configs
 SHAPE = (4096, 1024, 512, 16, 4)
 
 
-def test_entries_are_what_the_layer_looks_up(monkeypatch):
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("tokens", [4096, 256, 16])
+def test_entries_are_what_the_layer_looks_up(monkeypatch, tokens, gated):
     from kernel_cases import expert_mlp
     from kernel_table import counting
 
@@ -25,8 +27,16 @@ def test_entries_are_what_the_layer_looks_up(monkeypatch):
     asked = set()
     monkeypatch.setattr(kernels, "choose", lambda *key: asked.add(configs.key(*key)) or configs.choose(*key))
     with counting():
-        expert_mlp(tokens=4096, hidden=1024, ffn=512, experts=16, top_k=4)
-    assert asked == set(tune.kernels_of(SHAPE, 90, gated=True))
+        expert_mlp(tokens=tokens, hidden=1024, ffn=512, experts=16, top_k=4, gated=gated)
+    entries = tune.kernels_of((tokens, *SHAPE[1:]), 90, gated=gated)
+    assert asked == set(entries)
+    for name, (kernel, built_in) in entries.items():
+        assert name.startswith(kernel + "/")
+        tried = tune.candidates(built_in, kernel)
+        assert tried[0] == built_in
+        assert len(set(tried)) == len(tried) > 20
+        assert {c.programs for c in tried} == ({1} if kernel == "weight_grad" else {1, 2})
+        assert all(c.parts in (1, 2, 4, 8) and c.block_n // c.parts >= 16 for c in tried)
 
 
 def test_search_finds_the_fastest_and_keeps_the_earlier_ones():
@@ -47,12 +57,30 @@ def test_search_finds_the_fastest_and_keeps_the_earlier_ones():
             assert name not in best, kernel
 
 
+def test_every_candidate_is_tried_beside_the_best_so_far():
+    entries = tune.kernels_of(SHAPE, 90, gated=True)
+    (first, (kernel, built_in)), (second, _) = list(entries.items())[:2]
+    tried, tables = tune.candidates(built_in, kernel), []
+    times = {tried[3]: 5.0, tried[5]: 7.0}  # the later one beats the built-in, and not the earlier one
+
+    def measure(table):
+        tables.append(dict(table))
+        return times.get(table.get(first), 10.0)
+
+    assert tune.search(entries, measure, time.monotonic() + 60) == {first: tried[3]}
+    seen = [table[first] for table in tables if set(table) == {first}]
+    assert set(seen) == set(tried[1:])
+    assert all(table[first] == tried[3] for table in tables if second in table)
+
+
 def test_noise_moves_nothing_and_the_deadline_holds():
     entries = tune.kernels_of(SHAPE, 90, gated=False)
     times = iter(range(10**6))
     assert tune.search(entries, lambda table: 10.0 - (next(times) % 2) * 0.05, time.monotonic() + 60) == {}
     once = iter([10.0, 5.0])  # one lucky measurement, not confirmed
     assert tune.search(entries, lambda table: next(once, 10.0), time.monotonic() + 60) == {}
+    late = iter([10.0, 10.0, 5.0])  # nor one that was not asked to be confirmed
+    assert tune.search(entries, lambda table: next(late, 10.0), time.monotonic() + 60) == {}
     calls = []
     tune.search(entries, lambda table: calls.append(table) or 1.0, time.monotonic() - 1)
     assert len(calls) == 1
@@ -81,6 +109,10 @@ def test_command_line(capsys, monkeypatch):
     tune.main(["--shape", "4096,1024,512,16,4", "--list"])
     told = capsys.readouterr().out
     assert all(name in told for name in tune.kernels_of(SHAPE, 90, gated=True))
+    tune.main(["--shape", "4096,1024,512,16,4", "--plain", "--list"])
+    plain = capsys.readouterr().out
+    assert all(name in plain for name in tune.kernels_of(SHAPE, 90, gated=False))
+    assert "up_gated" not in plain
     tune.main(["--shape", "4096, 1024, 512, 16, 4", "--list"])
     assert capsys.readouterr().out == told
     for text in ("1,2,3", "1,2,3,4,x", "0,1,1,1,1", "1,2,3,4,1,x", "1,2,x,3,4,1", "1,2,3,4,-1", "1e3,1,1,1,1", ""):

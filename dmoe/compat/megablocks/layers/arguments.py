@@ -155,7 +155,10 @@ class Arguments:
             if not condition:
                 raise ValueError(f"Arguments: {name}: expected {allowed}, got {getattr(self, name)!r}")
 
-        for name in ("hidden_size", "ffn_hidden_size", "num_layers", "moe_num_experts", "pipeline_model_parallel_size"):
+        sizes = ("hidden_size", "ffn_hidden_size", "num_layers", "moe_num_experts", "pipeline_model_parallel_size")
+        for name in (*sizes, "moe_top_k", "shared_expert_hidden_size"):
+            require(isinstance(getattr(self, name), int), name, "an integer")
+        for name in sizes:
             require(getattr(self, name) >= 1, name, "at least 1")
         require(
             1 <= self.moe_top_k <= self.moe_num_experts,
@@ -170,6 +173,8 @@ class Arguments:
         for name in ("moe_loss_weight", "moe_zloss_weight"):
             require(0 <= getattr(self, name) < math.inf, name, "a number of at least 0")
         require(callable(self.activation_fn), "activation_fn", "a function of a tensor")
+        for name in ("init_method", "output_layer_init_method"):
+            require(callable(getattr(self, name)), name, "a function that fills a tensor")
         require(self.mlp_type in ("mlp", "glu"), "mlp_type", "'mlp' or 'glu'")
         require(self.mlp_impl in ("grouped", "sparse"), "mlp_impl", "'grouped' or 'sparse'")
         shared = self.shared_expert_hidden_size

@@ -25,6 +25,7 @@ from dmoe.compat.megablocks.layers.glu import SharedGLU
 from dmoe.compat.megablocks.layers.mlp import MLP, ExpertParameters, SharedMLP
 from dmoe.compat.megablocks.layers.router import LearnedRouter
 from dmoe.compat.megablocks.layers.saved import Rounds, layers_per_stage
+from dmoe.ops._checks import check_tensors
 from dmoe.plan import plan_token_choice
 
 _LOADS = Rounds("load-balancing loss", "clear_load_balancing_loss")
@@ -163,6 +164,8 @@ class MoE(nn.Module):
 
     def __init__(self, args: Arguments) -> None:
         super().__init__()
+        if not isinstance(args, Arguments):
+            raise TypeError(f"{type(self).__name__}: args: expected Arguments, got {type(args).__name__}")
         args.check()
         self.router = LearnedRouter(args)
         self.experts = self._init_experts_mlp(args)
@@ -178,7 +181,16 @@ class MoE(nn.Module):
 
         Returns:
             ``(out, bias)`` with ``bias`` and ``return_bias``, otherwise ``out`` alone.
+
+        Raises:
+            TypeError, ValueError: x is no floating-point tensor of ``hidden_size`` columns.
         """
+        name, hidden = type(self).__name__, self.router.args.hidden_size
+        check_tensors(name, x=x)
+        if not x.is_floating_point():
+            raise TypeError(f"{name}: x: expected a floating-point tensor, got {x.dtype}")
+        if x.dim() < 1 or x.shape[-1] != hidden:
+            raise ValueError(f"{name}: x: expected shape (..., hidden_size = {hidden}), got {tuple(x.shape)}")
         x = common.cast_if_autocast_enabled(x)
         scores, expert_weights, top_experts = self.router(x)
         out = self.experts(x, scores, expert_weights, top_experts)
