@@ -155,6 +155,15 @@ def _():
     _sdd_and_dsd(torch.float32, 128)
 
 
+@case("block_sparse_bf16_128, columns that do not fill their tile")
+def _():
+    from dmoe.ops.block_sparse import _dsd, spmm_cuda
+
+    structure = _block_structure(64)
+    data = torch.empty(64, 128, 128, dtype=torch.bfloat16, device="meta")
+    _dsd(spmm_cuda, data, *structure, False, torch.empty(16 * 128, 200, dtype=torch.bfloat16, device="meta"))
+
+
 def _block_mlp(dtype, sizes, **options):
     """Forward and backward of the layer's operation."""
     from dmoe.ops import block_sparse_mlp as module

@@ -52,7 +52,14 @@ def test_main_path_uses_what_the_chip_has():
     blackwell = {row["kernel"]: set(row["uses"]) for row in recorded["sm_100"]["expert_mlp: gated"]}
     assert all("tcgen05" in uses for name, uses in blackwell.items() if name != "combine_kernel")
     ampere = [row for row in recorded["sm_80"]["expert_mlp: gated"] if row["kernel"] != "combine_kernel"]
-    assert all(set(row["uses"]) == {"cp.async", "mma"} and row["shared"] < 99 * 1024 for row in ampere)
+    assert all(set(row["uses"]) == {"cp.async", "mma"} for row in ampere)
+
+
+def test_what_serves_ampere_fits_the_cards_with_99_kilobytes():
+    """A100's launch shapes serve consumer cards too, whose multiprocessors have less shared memory."""
+    recorded = json.loads(kernel_table.TABLE.read_text())["sm_80"]
+    largest = {f"{case}, {row['kernel']}": row["shared"] for case, rows in recorded.items() for row in rows}
+    assert {where: size for where, size in largest.items() if size > 99 * 1024} == {}
 
 
 def test_table_names_every_kernel_and_every_case():
