@@ -225,6 +225,7 @@ def test_a_table_replaces_what_was_chosen_before_and_the_environment_names_one(t
             '{NAME: FIELDS, "parts": 16}}',
             "parts: expected 1, 2, 4 or 8, of 8 columns each or more",
         ),
+        ('{NAME: FIELDS, "flatten": 1}}', "flatten: expected true or false, got 1"),
         ('{NAME: FIELDS, "parts": 8}}', "parts: expected 1, 2, 4 or 8, of 8 columns each or more"),
     ],
 )

@@ -226,7 +226,7 @@ def test_combine_of_rows_wider_than_a_block(weighed):
     values, gates = torch.randint(-9, 9, (9, width)).float(), torch.randint(1, 9, (8,)).float()
     residual, parts = torch.randint(-9, 9, (4, width)).float(), torch.randint(-9, 9, (3, 9)).float()
     nothing = torch.empty(0, dtype=torch.int32)
-    rows = Rows(nothing, nothing, 16, nothing, torch.zeros(9, dtype=torch.int32), nothing, offsets, token_rows)
+    rows = Rows(nothing, nothing, 16, nothing, num_rows=9, token_offsets=offsets, token_rows=token_rows)
     out, guarded = torch.empty(4, width), torch.full((16,), math.nan)
     gate_grads = guarded[:8]
     combine(values, gates if weighed else None, residual, out, rows, row_grads=parts, gate_grads=gate_grads)

@@ -262,7 +262,7 @@ def test_order_that_is_no_permutation(plan, order):
             torch.zeros(3, 1, dtype=torch.int32),
             {"capacity": -1},
             ValueError,
-            "capacity: expected at least 0 or None, got -1",
+            "capacity: expected an integer of at least 0 or None, got -1",
         ),
         (
             torch.zeros(3, 1, dtype=torch.int32),

@@ -132,7 +132,11 @@ def _checked(name: str, entry: Any) -> Config:
         config = Config(**entry)
     except TypeError as error:
         raise ValueError(f"expected the fields of Config, got {entry}") from error
+    if type(config.flatten) is not bool:
+        raise ValueError(f"flatten: expected true or false, got {config.flatten!r}")
     for field, value in asdict(config).items():
+        if field == "flatten":
+            continue
         if type(value) is not int or value < 1:
             allowed = "a power of 2 of at least 16" if field.startswith("block") else "an integer of at least 1"
             raise ValueError(f"{field}: expected {allowed}, got {value!r}")
