@@ -14,6 +14,8 @@ import dmoe
 from dmoe import ExpertWeights, MoE, plan_token_choice
 from dmoe.experts import run_experts
 from dmoe.functional import moe_mlp
+from dmoe.ops._moe_mlp_call import Call
+from dmoe.ops.moe_mlp_cuda import moe_mlp_backward_cuda, moe_mlp_cuda
 
 CASE = {"tokens": 9, "experts": 3, "top_k": 2, "hidden": 6, "sizes": 5, "activation": "silu", "gated": True,
         "bias": True, "gate_on": "output", "layout": "packed", "hot": False, "seed": 3}  # fmt: skip
@@ -119,6 +121,9 @@ def test_opcheck_of_the_variants():
     _, pre = torch.ops.dmoe.moe_mlp(*detached)
     assert torch.equal(torch.ops.dmoe.moe_mlp_pre_activation(*detached), pre)
     torch.library.opcheck(torch.ops.dmoe.moe_mlp_pre_activation.default, detached)
+    half = [a.detach() for a in build(CASE, torch.bfloat16)[0][:6]]  # gate weights stay float32
+    halves = [grad.bfloat16(), pre.bfloat16(), True, *half, *detached[6:]]
+    torch.library.opcheck(torch.ops.dmoe.moe_mlp_backward.default, halves)
     buffers = {"up_main_grad": torch.zeros_like(detached[2]), "down_main_grad": torch.zeros_like(detached[3])}
     torch.library.opcheck(torch.ops.dmoe.moe_mlp_backward_into.default, [grad, pre, *detached], buffers)
 
@@ -202,6 +207,44 @@ def test_main_grads_under_autocast(recompute):
     for buffer, gradient in zip(buffers, expected, strict=True):
         torch.testing.assert_close(buffer, gradient)
     assert weights.up_proj.grad is None
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_autocast_without_gradients_and_with_float64(recompute):
+    """Inference is another operation than training, and casts as well; float64 stays as it is."""
+    x, plan, gates, weights, _ = leaves(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = run_experts(x, plan, gates, weights, recompute=recompute)
+        with torch.no_grad():
+            inference = run_experts(x, plan, gates, weights, recompute=recompute)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(inference, y)
+    x, plan, gates, weights, _ = leaves(torch.float64)
+    exact = run_experts(x, plan, gates, weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(run_experts(x, plan, gates, weights, recompute=recompute), exact)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_residual_is_not_kept_for_backward(recompute):
+    x, plan, gates, weights, grad = leaves(torch.float32)
+    residual = torch.randn_like(x)
+    expected = torch.autograd.grad(run_experts(x, plan, gates, weights), x, grad)[0]
+    y = run_experts(x, plan, gates, weights, residual=residual, recompute=recompute)
+    residual.zero_()  # would be an error if it had been
+    assert torch.equal(torch.autograd.grad(y, x, grad)[0], expected)
+
+
+def test_what_the_kernels_do_not_serve_reaches_main_grads_too():
+    arguments, grad, _, _ = build(CASE, torch.float64)
+    _, pre = moe_mlp_cuda(*arguments)
+    expected = moe_mlp_backward_cuda(grad, pre, True, *arguments)
+    buffers = [torch.full_like(arguments[i], 2.0, dtype=torch.float32) for i in (2, 3)]
+    into = Call(*arguments)._replace(up_main_grad=buffers[0], down_main_grad=buffers[1])
+    grads = moe_mlp_backward_cuda(grad, pre, True, *into)
+    for buffer, gradient in zip(buffers, expected[2:4], strict=True):
+        torch.testing.assert_close(buffer, 2 + gradient.float())
+    assert [tensor.numel() > 0 for tensor in grads] == [True, True, False, False, True, True]
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
