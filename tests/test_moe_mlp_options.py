@@ -14,6 +14,7 @@ import dmoe
 from dmoe import ExpertWeights, MoE, plan_token_choice
 from dmoe.experts import run_experts
 from dmoe.functional import moe_mlp
+from dmoe.ops import moe_mlp as module
 from dmoe.ops._moe_mlp_call import Call
 from dmoe.ops.moe_mlp_cuda import moe_mlp_backward_cuda, moe_mlp_cuda
 
@@ -176,6 +177,57 @@ def test_a_frozen_projection_gets_no_main_grad(frozen, recompute):
             torch.testing.assert_close(b.main_grad - 2, torch.zeros_like(a) if a.grad is None else a.grad, msg=name)
         elif b.requires_grad:
             torch.testing.assert_close(b.grad, a.grad, msg=name)
+
+
+@pytest.mark.parametrize("frozen", ["up_proj", "down_proj", "both"])
+def test_a_frozen_weight_leaves_its_buffer_alone(frozen):
+    x, plan, gates, weights, grad = leaves(torch.float32)
+    trained = {"up_proj": weights.up_proj, "down_proj": weights.down_proj}
+    for name in trained if frozen == "both" else [frozen]:
+        trained[name].requires_grad_(False)
+    others = (x, gates, weights.up_bias, weights.down_bias)
+    wanted = (*others, *(w for w in trained.values() if w.requires_grad))
+    expected = torch.autograd.grad(run_experts(x, plan, gates, weights), wanted, grad)
+    buffers = {name: torch.zeros(w.shape) for name, w in trained.items()}
+    y = run_experts(x, plan, gates, weights, main_grads=tuple(buffers.values()))
+    y.backward(grad)
+    for leaf, gradient in zip(others, expected, strict=False):
+        torch.testing.assert_close(leaf.grad, gradient)
+    gradients = iter(expected[4:])
+    for name, weight in trained.items():
+        assert weight.grad is None
+        gradient = next(gradients) if weight.requires_grad else torch.zeros_like(weight)
+        torch.testing.assert_close(buffers[name], gradient)
+
+
+def test_no_more_is_computed_than_is_asked_for(monkeypatch):
+    """No weight gradients for frozen experts, and no pre-activation where no gradient is wanted."""
+    called = []
+
+    def note(name, operation):
+        monkeypatch.setattr(module, name, lambda *arguments: called.append((name, arguments)) or operation(*arguments))
+
+    for name in ("_forward", "_inference", "_lean", "_backward"):
+        note(name, getattr(module, name))
+    x, plan, gates, weights, grad = leaves(torch.float32)
+    with torch.no_grad():
+        run_experts(x, plan, gates, weights)
+        run_experts(x, plan, gates, weights, recompute=True)
+    frozen = ExpertWeights(*(t.detach() for t in (weights.up_proj, weights.down_proj)))
+    run_experts(x.detach(), plan, gates.detach(), frozen)
+    assert [name for name, _ in called] == ["_inference"] * 3
+    for held, of_weights in ((frozen, False), (weights, True)):
+        called.clear()
+        run_experts(x, plan, gates, held).backward(grad)
+        assert [name for name, _ in called] == ["_forward", "_backward"]
+        assert called[1][1][2] is of_weights
+
+
+def test_a_y_that_nobody_uses_gives_no_gradients():
+    arguments, _, _, _ = build(CASE, torch.float32)
+    arguments[0].requires_grad_()
+    _, pre = torch.ops.dmoe.moe_mlp(*arguments)
+    assert torch.autograd.grad(pre.sum(), arguments[0], allow_unused=True) == (None,)
 
 
 @pytest.mark.parametrize("backend", [None, "reference", "block_sparse"])
