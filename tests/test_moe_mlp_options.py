@@ -16,7 +16,7 @@ from dmoe.experts import run_experts
 from dmoe.functional import moe_mlp
 from dmoe.ops import moe_mlp as module
 from dmoe.ops._moe_mlp_call import Call
-from dmoe.ops.moe_mlp_cuda import moe_mlp_backward_cuda, moe_mlp_cuda
+from dmoe.ops.moe_mlp_cuda import moe_mlp_backward_cuda, moe_mlp_cuda, moe_mlp_pre_activation_cuda
 
 CASE = {"tokens": 9, "experts": 3, "top_k": 2, "hidden": 6, "sizes": 5, "activation": "silu", "gated": True,
         "bias": True, "gate_on": "output", "layout": "packed", "hot": False, "seed": 3}  # fmt: skip
@@ -290,6 +290,7 @@ def test_a_residual_is_not_kept_for_backward(recompute):
 def test_what_the_kernels_do_not_serve_reaches_main_grads_too():
     arguments, grad, _, _ = build(CASE, torch.float64)
     _, pre = moe_mlp_cuda(*arguments)
+    assert torch.equal(moe_mlp_pre_activation_cuda(*arguments), pre)
     expected = moe_mlp_backward_cuda(grad, pre, True, *arguments)
     buffers = [torch.full_like(arguments[i], 2.0, dtype=torch.float32) for i in (2, 3)]
     into = Call(*arguments)._replace(up_main_grad=buffers[0], down_main_grad=buffers[1])
