@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 
 import kernel_table
+import oracle
 import pytest
 import torch
 from helpers import assert_as_accurate, interpreted, nudged, without_generated_products
@@ -16,12 +18,16 @@ from moe_mlp_cases import build, cases
 from dmoe import MoE, plan_expert_choice
 from dmoe.experts import Experts
 from dmoe.ops._moe_mlp_call import Call
+from dmoe.ops.activation import ACTIVATIONS, activate_backward
 from dmoe.ops.moe_mlp import moe_mlp_cuda, moe_mlp_inference_cuda, moe_mlp_pre_activation_cuda
 from dmoe.ops.moe_mlp_cuda import moe_mlp_backward_cuda
 from dmoe.ops.moe_mlp_ref import moe_mlp_backward_ref, moe_mlp_ref
 from dmoe.ops.tile_table import tile_table
 
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
 configs = pytest.importorskip("dmoe.kernels.configs")
+pieces = pytest.importorskip("dmoe.kernels._pieces")
 
 NAMES = ("x", "gate_weights", "up_proj", "down_proj", "up_bias", "down_bias")
 
@@ -218,3 +224,33 @@ def test_no_shape_depends_on_data(monkeypatch, device):
                 loss.backward()
                 assert x.grad.shape == x.shape
                 assert layer.experts.down_proj.grad.shape == layer.experts.down_proj.shape
+
+
+@triton.jit
+def _activations(x, alone, value, slope, SIZE: tl.constexpr, ACTIVATION: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    inputs = tl.load(x + at)
+    both = pieces.act_slope(inputs, ACTIVATION)
+    tl.store(alone + at, pieces.act(inputs, ACTIVATION))
+    tl.store(value + at, both[0])
+    tl.store(slope + at, both[1])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_over_their_whole_range(activation):
+    """Value and slope over [-100, 100] in float32, about as near as PyTorch's own slope; NaN stays NaN."""
+    x = torch.cat(
+        [torch.linspace(-100, 100, 4092), torch.linspace(-6, 6, 4096), torch.tensor([0.0, -0.0, 1e-30, -1e-30])]
+    )
+    x = x.to("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
+    alone, value, slope = (torch.empty_like(x) for _ in range(3))
+    _activations[(1,)](x, alone, value, slope, SIZE=len(x), ACTIVATION=activation)
+    exact, eps = oracle.ACT[activation](x.double()), torch.finfo(torch.float32).eps
+    for result in (alone, value):
+        assert ((result - exact).abs() <= 5 * eps * exact.abs().clamp(min=0.25)).all()
+    exact = activate_backward(torch.ones_like(x).double(), x.double(), activation, False)
+    assert ((slope - exact).abs() <= 10 * eps).all()
+    x.fill_(torch.nan)
+    _activations[(1,)](x, alone, value, slope, SIZE=len(x), ACTIVATION=activation)
+    for result in (alone, value):
+        assert torch.isnan(result).all()

@@ -5,6 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+ACTIVATION_DROPOUT = tl.constexpr(0)  # the streams of dmoe/ops/philox.py
+EXPERT_DROPOUT = tl.constexpr(1)
+
 
 @triton.jit
 def place(index, num_tiles, num_columns, GROUP: tl.constexpr):
@@ -125,13 +128,17 @@ def act_slope(x, ACTIVATION: tl.constexpr):
         value, slope = x * s, s * (1.0 + x * (1.0 - s))
     elif ACTIVATION == "relu":
         slope = (x > 0.0).to(tl.float32)
-        value = tl.where(x > 0.0, x, 0.0)
+        value = tl.where(x < 0.0, 0.0, x)
     elif ACTIVATION == "gelu":
         cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
         value, slope = x * cdf, cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
     else:
-        s = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-        value, slope = x * s, s + x * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+        z = 1.5957691216057308 * (x + 0.044715 * x * x * x)
+        e = tl.exp(-tl.abs(z))
+        r = 1.0 / (1.0 + e)
+        s = tl.where(z < 0.0, e * r, r)
+        # s (1 - s) is e r^2: 1 - s itself would be mostly rounding error, and is multiplied by up to 30 here
+        value, slope = x * s, s + x * e * r * r * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
     return value, slope
 
 

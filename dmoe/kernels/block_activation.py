@@ -11,45 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dmoe.kernels._launch import launch
-
-
-@triton.jit
-def _act(x, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "silu":
-        y = x * tl.sigmoid(x)
-    elif ACTIVATION == "gelu":
-        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif ACTIVATION == "gelu_tanh":
-        y = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))  # (1 + tanh u) / 2 = sigmoid(2 u)
-    else:
-        y = tl.where(x < 0, 0.0, x)  # NaN stays NaN
-    return y
-
-
-@triton.jit
-def _slope(x, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "silu":
-        s = tl.sigmoid(x)
-        y = s * (1.0 + x * (1.0 - s))
-    elif ACTIVATION == "gelu":
-        y = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
-    elif ACTIVATION == "gelu_tanh":
-        s = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-        y = s + x * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
-    else:
-        y = tl.where(x > 0, 1.0, 0.0)
-    return y
-
-
-@triton.jit
-def _keep(seed, row, column, quads, stream, threshold, scale, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Factors 0 or ``scale``, ``(ROWS, BLOCK)``, from one Philox call for every four columns; see ``ops/philox.py``."""
-    c0 = tl.broadcast_to((column // 4 + quads)[None, :], (ROWS, BLOCK // 4)).to(tl.uint32)
-    c1 = tl.broadcast_to(row[:, None], (ROWS, BLOCK // 4)).to(tl.uint32)
-    zero = tl.zeros((ROWS, BLOCK // 4), dtype=tl.uint32)
-    r0, r1, r2, r3 = tl.philox(tl.load(seed), c0, c1, zero + stream, zero)
-    bits = tl.interleave(tl.interleave(r0, r2), tl.interleave(r1, r3))
-    return tl.where(bits.to(tl.int64) >= threshold, scale, 0.0)
+from dmoe.kernels._pieces import ACTIVATION_DROPOUT, EXPERT_DROPOUT, act, act_slope, dropout_scale
 
 
 @triton.jit
@@ -94,7 +56,10 @@ def _block_activation(
         if BIAS:
             column = tl.load(pre_columns + block * HALVES).to(tl.int64)
             first += tl.load(bias + column * BLOCK + rn).to(tl.float32)[None, :]
-        acted = _act(first, ACTIVATION)
+        if BACKWARD:
+            acted, slope = act_slope(first, ACTIVATION)
+        else:
+            acted = act(first, ACTIVATION)
         if GATED:
             second = tl.load(pre + at_pre + BLOCK * BLOCK + inside).to(tl.float32)
             if BIAS:
@@ -108,7 +73,7 @@ def _block_activation(
         if DROPOUT:
             left = (block - tl.load(offsets + row)) * BLOCK  # the block's first column within its expert
             assignment = tl.load(assignments + rows)
-            kept = _keep(seed, assignment, left, tl.arange(0, BLOCK // 4), 0, threshold, scale, ROWS, BLOCK)
+            kept = dropout_scale(seed, assignment, left, threshold, scale, ACTIVATION_DROPOUT, ROWS, BLOCK)
         if BACKWARD:
             grad = tl.load(grad_hidden + at + inside).to(tl.float32)
             if DROPOUT:
@@ -127,8 +92,7 @@ def _block_activation(
             if GATED:
                 tl.store(grad_pre + at_pre + BLOCK * BLOCK + inside, (grad * acted).to(grad_pre.dtype.element_ty))
                 grad *= second
-            grad *= _slope(first, ACTIVATION)
-            tl.store(grad_pre + at_pre + inside, grad.to(grad_pre.dtype.element_ty))
+            tl.store(grad_pre + at_pre + inside, (grad * slope).to(grad_pre.dtype.element_ty))
 
 
 @triton.jit
@@ -176,7 +140,7 @@ def _finish_rows(
         value += shift.to(tl.float32)[None, :]
     if DROPOUT:
         assignment = tl.load(assignments + row)
-        value *= _keep(seed, assignment, left, tl.arange(0, WIDTH // 4), 1, threshold, scale, BLOCK, WIDTH)
+        value *= dropout_scale(seed, assignment, left, threshold, scale, EXPERT_DROPOUT, BLOCK, WIDTH)
     tl.store(at, value.to(rows.dtype.element_ty), mask=inside)
 
 

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from dmoe.kernels._pieces import (
+    ACTIVATION_DROPOUT,
     act,
     act_slope,
     dropout_scale,
@@ -16,8 +17,6 @@ from dmoe.kernels._pieces import (
     rows_tile,
     tile_rows,
 )
-
-ACTIVATION_DROPOUT = tl.constexpr(0)  # the stream's number in dmoe/ops/philox.py
 
 
 @triton.jit

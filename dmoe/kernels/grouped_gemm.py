@@ -10,9 +10,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dmoe.kernels._pieces import dropout_scale, matrix_tile, part_of, place, row_values, rows_tile, tile_rows
-
-EXPERT_DROPOUT = tl.constexpr(1)  # the stream's number in dmoe/ops/philox.py
+from dmoe.kernels._pieces import (
+    EXPERT_DROPOUT,
+    dropout_scale,
+    matrix_tile,
+    part_of,
+    place,
+    row_values,
+    rows_tile,
+    tile_rows,
+)
 
 
 @triton.jit
