@@ -127,8 +127,9 @@ def act_slope(x, ACTIVATION: tl.constexpr):
         s = tl.sigmoid(x)
         value, slope = x * s, s * (1.0 + x * (1.0 - s))
     elif ACTIVATION == "relu":
-        slope = (x > 0.0).to(tl.float32)
-        value = tl.where(x < 0.0, 0.0, x)
+        off = x <= 0.0  # NaN stays NaN
+        slope = (off == 0).to(tl.float32)
+        value = tl.where(off, 0.0, x)
     elif ACTIVATION == "gelu":
         cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
         value, slope = x * cdf, cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
@@ -152,4 +153,4 @@ def dropout_scale(
     nothing = tl.zeros((ROWS, COLUMNS // 4), tl.uint32)
     a, b, c, d = tl.philox(tl.load(seed), quads + nothing, counter + nothing, nothing + STREAM, nothing)
     words = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (ROWS, COLUMNS))
-    return tl.where(words >= tl.cast(threshold, tl.uint32), scale, 0.0)  # a threshold of 1 is a constant: no tensor
+    return tl.where(words.to(tl.int64) >= threshold, scale, 0.0)

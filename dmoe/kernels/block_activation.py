@@ -56,10 +56,7 @@ def _block_activation(
         if BIAS:
             column = tl.load(pre_columns + block * HALVES).to(tl.int64)
             first += tl.load(bias + column * BLOCK + rn).to(tl.float32)[None, :]
-        if BACKWARD:
-            acted, slope = act_slope(first, ACTIVATION)
-        else:
-            acted = act(first, ACTIVATION)
+        acted = act(first, ACTIVATION)
         if GATED:
             second = tl.load(pre + at_pre + BLOCK * BLOCK + inside).to(tl.float32)
             if BIAS:
@@ -92,7 +89,8 @@ def _block_activation(
             if GATED:
                 tl.store(grad_pre + at_pre + BLOCK * BLOCK + inside, (grad * acted).to(grad_pre.dtype.element_ty))
                 grad *= second
-            tl.store(grad_pre + at_pre + inside, (grad * slope).to(grad_pre.dtype.element_ty))
+            grad *= act_slope(first, ACTIVATION)[1]  # asked for late: it would only hold registers before
+            tl.store(grad_pre + at_pre + inside, grad.to(grad_pre.dtype.element_ty))
 
 
 @triton.jit
