@@ -100,7 +100,7 @@ class Exchange:
         self._work = self._explained(
             lambda: dist.all_to_all_single(
                 received[: sum(self.recv_counts)].view(torch.uint8),
-                x[: sum(self.send_counts)].contiguous().view(torch.uint8),
+                _as_bytes(x[: sum(self.send_counts)]),
                 list(self.recv_counts),
                 list(self.send_counts),
                 group=self.group,
@@ -173,6 +173,13 @@ def all_to_all_rows(
     """
     exchange = Exchange(send_counts, recv_counts, group, what)
     return exchange.finish(exchange.start(x))
+
+
+def _as_bytes(rows: Tensor) -> Tensor:
+    """The rows' bytes, one after the other."""
+    if not rows.is_contiguous() or rows.stride(1) != 1:  # one element may have any stride, and counts as contiguous
+        rows = rows.clone(memory_format=torch.contiguous_format)
+    return rows.view(torch.uint8)
 
 
 def explained(call: Any, what: str, group: ProcessGroup) -> Any:

@@ -175,8 +175,8 @@ class AllToAllDispatcher:
         num_experts: E, of all ranks together; a multiple of the ranks.
         max_rows_received: the static mode: no shape depends on data and the host waits for nothing, at the price of
             padding. Every pair of ranks exchanges ``ceil(max_rows_received / W)`` rows; a token beyond that on its way
-            to a rank is not sent there, and adds nothing from there (its gate weights are not renormalised). ``W`` times
-            the most tokens of any rank is enough for every routing. None: as many rows as there are.
+            to a rank is not sent there, and adds nothing from there (its gate weights are not renormalised). ``W``
+            times the most tokens of any rank is enough for every routing. None: as many rows as there are.
 
     Raises:
         ValueError: experts that cannot be divided evenly, or a negative bound.
