@@ -45,7 +45,7 @@ def _serve(rank, world, store, timeout, pipe):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=limit)
     groups = {world: dist.group.WORLD}
     for size in (1, 2):
-        if size < world:
+        if size < world and world % size == 0:
             members = [list(range(first, first + size)) for first in range(0, world, size)]
             mine = [dist.new_group(ranks, timeout=limit) for ranks in members]
             groups[size] = mine[rank // size]

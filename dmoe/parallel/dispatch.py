@@ -273,6 +273,7 @@ class AllToAllDispatcher:
         if way is None or y.shape[0] != sum(way.recv_counts):
             expected = "what dispatch returned" if way is None else f"{sum(way.recv_counts)} rows"
             raise ValueError(f"combine: expected {expected}, got y of shape {tuple(y.shape)}")
+        y = _Tied.apply(y, dispatched.x, dispatched.gate_weights)
         back = Exchange(way.recv_counts, way.send_counts, self.group, "results")
         rows = back.finish(back.start(y))
         return unpermute(rows, None, way.row_to_token, way.row_to_slot, way.token_offsets, way.token_rows)
@@ -401,6 +402,22 @@ class _Counting:
             both = torch.stack(self._both)
         sent, received = both.tolist()
         return sent, received
+
+
+class _Tied(torch.autograd.Function):
+    """Identity on the first input, whose backward reaches the others whatever lies between.
+
+    A rank without a row may compute its (0, H) results from nothing. Its backward would then not come to the exchanges
+    of dispatch, where the other ranks wait for it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, *others: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (grad, *(None for _ in ctx.needs_input_grad[1:]))
 
 
 def once_per_rank(choices: Tensor, num_local_experts: int, num_ranks: int) -> Tensor:
