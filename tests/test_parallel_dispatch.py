@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
+from unittest.mock import patch
 
 import oracle
 import pytest
 import rank_jobs
 import torch
+import torch.distributed as dist
 from helpers import assert_as_accurate, nudged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rank_pool import RankError
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from dmoe.parallel import LocalDispatcher, local_experts
+from dmoe.experts import ExpertWeights, run_experts
+from dmoe.parallel import AllToAllDispatcher, LocalDispatcher, local_experts
 from dmoe.parallel.dispatch import once_per_rank
 
 H, F = 5, 3
@@ -249,6 +254,39 @@ def test_rows_that_differ_between_ranks_are_an_error_on_all_of_them(ranks, by_ra
         assert kind == "ValueError"
         assert text.startswith("dispatch: the ranks of the expert-parallel group disagree")
         assert message in text
+
+
+@pytest.fixture
+def imaginary_group():
+    """Rank 1 of 4, in this process alone: a backend that sends nothing."""
+    dist.init_process_group("fake", rank=1, world_size=4, store=FakeStore())
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("room", [16, None])
+def test_static_mode_reads_no_tensor_and_the_dynamic_one_a_single_time(imaginary_group, room):
+    """Tensors without values: whoever asks for one is refused."""
+    dispatcher = AllToAllDispatcher(imaginary_group, 8, max_rows_received=room)
+    with FakeTensorMode():
+        x, gates = torch.empty(5, H, requires_grad=True), torch.empty(5, 3, requires_grad=True)
+        ids = torch.empty(5, 3, dtype=torch.int64)
+        weights = ExpertWeights(torch.empty(2, 2, F, H, requires_grad=True), torch.empty(2, H, F, requires_grad=True))
+        reads, given = [], [[[2, 3, H, 3, 0, 3]] * 4] * 2
+
+        def answered(tensor):
+            reads.append(tuple(tensor.shape))
+            return given
+
+        with patch.object(FakeTensor, "tolist", answered):
+            arrived = dispatcher.dispatch(x, ids, gates)
+            y = dispatcher.combine(run_experts(arrived.x, arrived.plan, arrived.gate_weights, weights), arrived)
+            y.sum().backward()
+        assert reads == ([(2, 4, 6)] if room is None else [])
+        assert y.shape == x.shape == x.grad.shape
+        assert arrived.x.shape == (16 if room else 8, H)
+        assert arrived.plan.num_rows == (16 * 3 if room else 12)
+        assert weights.down_proj.grad.shape == weights.down_proj.shape
 
 
 def test_a_local_dispatcher_moves_nothing():

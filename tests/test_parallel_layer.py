@@ -208,7 +208,7 @@ def test_what_cannot_be_spread_is_refused_by_the_constructor(ranks, fields, mess
 
 def test_a_group_has_to_be_one():
     for wrong in (3, "gloo", object()):
-        with pytest.raises(TypeError, match="ep_group: expected a torch.distributed ProcessGroup that this rank"):
+        with pytest.raises(TypeError, match=r"ep_group: expected a torch\.distributed ProcessGroup that this rank"):
             MoE(**BASE, ep_group=wrong)
 
 

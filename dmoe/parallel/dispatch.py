@@ -296,8 +296,9 @@ class AllToAllDispatcher:
                 f"dispatch: gate_weights: expected shape {tuple(expert_indices.shape)} as expert_indices, got "
                 f"{tuple(gate_weights.shape)}"
             )
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        kind = x.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(kind))
         if x.dtype not in _DTYPES:
             raise TypeError(f"dispatch: x: expected one of {_DTYPES}, got {x.dtype}")
         choices = expert_indices.to(torch.int32)
