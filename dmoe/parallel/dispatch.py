@@ -309,15 +309,15 @@ class AllToAllDispatcher:
     def _choices_of_rows(self, choices: Tensor, gates: Tensor, way: RoutingPlan) -> Tensor:
         """What travels beside each row: K gate weights, then K ids of its rank's experts; ``(R, 2 K)``.
 
-        An id of ``num_local_experts`` says "not here". Ids travel as numbers in the weights' dtype, exact in float32 up
-        to 2**24, so that both are one exchange.
+        An id of ``num_local_experts`` says "not here", and its weight is not read. Ids travel as numbers in the weights'
+        dtype, exact in float32 up to 2**24, so that both are one exchange.
         """
         each, index = self.num_local_experts, (way.row_to_token, way.token_offsets, way.token_rows)
         position = torch.arange(way.num_rows, dtype=torch.int32, device=choices.device)
         rank = torch.searchsorted(way.expert_offsets[1:].contiguous(), position, right=True)
         local = permute(choices, *index) - (rank * each).unsqueeze(1)
         here = (local >= 0) & (local < each) & (way.row_to_token >= 0).unsqueeze(1)
-        weights = permute(gates, *index).masked_fill(~here, 0)
+        weights = permute(gates, *index)
         return torch.cat([weights, local.masked_fill(~here, each).to(weights.dtype)], 1)
 
     def _start_counting(self, x: Tensor, choices: Tensor, gates: Tensor, way: RoutingPlan) -> _Counting:
