@@ -128,7 +128,8 @@ class RankPool:
 
     def close(self):
         for process in self._processes:
-            process.kill()
+            if process.is_alive():  # the number of one that has ended may be another's by now
+                process.kill()
         for process in self._processes:
             process.join()
         if self._folder is not None:

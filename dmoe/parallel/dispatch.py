@@ -309,8 +309,8 @@ class AllToAllDispatcher:
     def _choices_of_rows(self, choices: Tensor, gates: Tensor, way: RoutingPlan) -> Tensor:
         """What travels beside each row: K gate weights, then K ids of its rank's experts; ``(R, 2 K)``.
 
-        An id of ``num_local_experts`` says "not here", and its weight is not read. Ids travel as numbers in the dtype of
-        the weights, exact in float32 up to 2**24, so that both are one exchange.
+        An id of ``num_local_experts`` says "not here", and its weight is not read. Ids travel as numbers in the dtype
+        of the weights, exact in float32 up to 2**24, so that both are one exchange.
         """
         each, index = self.num_local_experts, (way.row_to_token, way.token_offsets, way.token_rows)
         position = torch.arange(way.num_rows, dtype=torch.int32, device=choices.device)
