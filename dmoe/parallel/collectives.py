@@ -94,7 +94,7 @@ class Exchange:
         return _Finish.apply(under_way, self)
 
     def _launch(self, x: Tensor, num_rows: int) -> Tensor:
-        """Start to send x, and return a buffer of ``num_rows`` rows those received in front, then zeros."""
+        """Start to send x, and return a buffer of ``num_rows`` rows: in front what arrives, then zeros."""
         received = x.new_empty(num_rows, x.shape[1])
         received[sum(self.recv_counts) :].zero_()
         self._work = self._explained(
