@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dmoe import functional, losses, metrics, ops
+from dmoe import functional, losses, metrics, ops, parallel
 from dmoe.config import MoEConfig
 from dmoe.experts import ExpertWeights
 from dmoe.info import info
@@ -26,6 +26,7 @@ __all__ = [
     "metrics",
     "moe_layers",
     "ops",
+    "parallel",
     "plan_expert_choice",
     "plan_token_choice",
     "replace_ffn",

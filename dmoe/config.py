@@ -84,6 +84,14 @@ class MoEConfig:
             all of forward runs again.
         accumulate_main_grad: backward adds the gradients of the two projections to their ``main_grad``, a float32
             buffer in the parameter's shape (Megatron's ``gradient_accumulation_fusion``), and leaves ``grad`` alone.
+
+    Expert parallelism (no effect without ``ep_group``)
+        expert_grad_scale: what backward multiplies the experts' gradients by, which each rank sums over the tokens of
+            all W ranks: ``mean``: 1 / W, as if one process averaged the ranks' losses, and as DDP averages the other
+            parameters' gradients; ``sum``: 1; ``sqrt_world_size``: 1 / sqrt(W) (fairseq).
+        max_rows_received: the static mode, without any wait of the host: the most token rows that a rank receives,
+            ``ceil(max_rows_received / W)`` from each rank. What is beyond is dropped and counted, see
+            :class:`dmoe.parallel.AllToAllDispatcher`. None: as many as there are.
     """
 
     hidden_size: int
@@ -134,6 +142,9 @@ class MoEConfig:
     backend: Literal["grouped", "block_sparse", "reference"] | None = None
     recompute_pre_activation: bool = False
     accumulate_main_grad: bool = False
+
+    expert_grad_scale: Literal["mean", "sum", "sqrt_world_size"] = "mean"
+    max_rows_received: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.ffn_hidden_size, Sequence) and not isinstance(self.ffn_hidden_size, str):
@@ -274,6 +285,8 @@ class MoEConfig:
         both = self.capacity is not None and self.capacity_factor is not None
         self._require(not both, "capacity_factor", f"None when capacity = {self.capacity} is given")
         self._require(self.min_capacity >= 0, "min_capacity", "at least 0")
+        bound = self.max_rows_received
+        self._require(bound is None or bound >= 0, "max_rows_received", "at least 0, or None")
         for name in ("load_balancing_coefficient", "router_z_loss_coefficient", "selection_bias_update_rate"):
             self._require(0 <= getattr(self, name) < math.inf, name, "at least 0")
 

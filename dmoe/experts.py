@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -272,6 +272,27 @@ def _check(x: Tensor, plan: RoutingPlan, gate_weights: Tensor, weights: ExpertWe
         )
 
 
+class _ScaledGradient(torch.autograd.Function):
+    """Identity whose backward multiplies by a number: on the weights, so that no other gradient is scaled."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.scale, None
+
+
+def scaled_gradients(weights: ExpertWeights, scale: float) -> ExpertWeights:
+    """The same weights, whose gradients are multiplied by ``scale``."""
+    if scale == 1:
+        return weights
+    given = {name: getattr(weights, name) for name in ("up_proj", "down_proj", "up_bias", "down_bias")}
+    return replace(weights, **{n: _ScaledGradient.apply(t, scale) for n, t in given.items() if t is not None})
+
+
 class Experts(nn.Module):
     """Owns the weights of E experts. Parameter names are part of the checkpoint: see :class:`ExpertWeights`.
 
@@ -279,7 +300,13 @@ class Experts(nn.Module):
         config: sizes, activation, bias and dropout.
         routed: whether tokens are routed to these experts, so that their parameters differ between expert-parallel
             ranks (``param.expert``, see :func:`dmoe.is_expert_param`); False for a shared expert.
+        owned: the experts that live here, when others live on other ranks: a range in [0, E). Their parameters are
+            marked ``allreduce = False`` (DeepSpeed, Megatron): no other rank has gradients for them. None is all.
+        grad_scale: backward multiplies the parameters' gradients by this.
         device, dtype: of the parameters, as in ``nn.Linear``.
+
+    Attributes:
+        seed: what the initial values were made from; None on the meta device, and once values were loaded.
     """
 
     gate_up_proj: nn.Parameter | None
@@ -291,21 +318,27 @@ class Experts(nn.Module):
         config: MoEConfig,
         *,
         routed: bool = True,
+        owned: range | None = None,
+        grad_scale: float = 1.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.grad_scale = config, grad_scale
+        self.distributed = owned is not None
+        self.owned = range(config.num_experts) if owned is None else owned
+        self.ffn_sizes = config.ffn_sizes[self.owned.start : self.owned.stop]
+        self.seed: int | None = None
         uniform = isinstance(config.ffn_hidden_size, int)
-        hidden, experts = config.hidden_size, config.num_experts
+        hidden, experts = config.hidden_size, len(self.owned)
         halves = (2,) if config.gated else ()
         up: tuple[int, ...]
         down: tuple[int, ...]
         if uniform:
-            width = config.ffn_sizes[0]
+            width = self.ffn_sizes[0]
             up, down = (experts, *halves, width), (experts, hidden, width)
         else:
-            up, down = (*halves, sum(config.ffn_sizes)), (hidden, sum(config.ffn_sizes))
+            up, down = (*halves, sum(self.ffn_sizes)), (hidden, sum(self.ffn_sizes))
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
@@ -323,6 +356,8 @@ class Experts(nn.Module):
     def _mark(self) -> None:
         for param in self.parameters():
             param.expert = self.routed  # type: ignore[attr-defined]
+            if self.distributed:
+                param.allreduce = False  # type: ignore[attr-defined]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Marks again: a deep copy of a parameter is without its attributes."""
@@ -332,6 +367,7 @@ class Experts(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._mark()  # load_state_dict(assign=True) brings parameters of its own
+        self.seed = None  # the values come from elsewhere now
 
     def weights(self) -> ExpertWeights:
         """The parameters as one value."""
@@ -341,15 +377,17 @@ class Experts(nn.Module):
             up_bias=getattr(self, self.up_name.removesuffix("proj") + "bias"),
             down_bias=self.down_bias,
             gated=self.config.gated,
-            ffn_sizes=() if isinstance(self.config.ffn_hidden_size, int) else self.config.ffn_sizes,
+            ffn_sizes=() if isinstance(self.config.ffn_hidden_size, int) else self.ffn_sizes,
         )
 
     def expert_slices(self, expert: int) -> list[tuple[str, Tensor, int]]:
-        """One expert's part of each parameter: its field in :class:`ExpertWeights`, a view, the fan-in of its layer."""
+        """Each parameter's part for one expert, counted among those owned: its field in :class:`ExpertWeights`, a view,
+        the fan-in of its layer.
+        """
         config, weights = self.config, self.weights()
-        width = config.ffn_sizes[expert]
+        width = self.ffn_sizes[expert]
         if weights.ffn_sizes:
-            start = sum(config.ffn_sizes[:expert])
+            start = sum(self.ffn_sizes[:expert])
             columns = slice(start, start + width)
             up, down = weights.up_proj[..., columns, :], weights.down_proj[:, columns]
             up_bias = None if weights.up_bias is None else weights.up_bias[..., columns]
@@ -370,10 +408,10 @@ class Experts(nn.Module):
         """
         if self.down_proj.is_meta:
             return
-        seed = int(torch.randint(2**62, (), device="cpu").item())  # whatever the default device is
-        for expert in range(self.config.num_experts):
+        seed = self.seed = int(torch.randint(2**62, (), device="cpu").item())  # whatever the default device is
+        for position, expert in enumerate(self.owned):
             generator = torch.Generator(device="cpu").manual_seed((seed + expert * 0x9E3779B97F4A7C15) % 2**63)
-            for name, tensor, fan_in in self.expert_slices(expert):
+            for name, tensor, fan_in in self.expert_slices(position):
                 fresh = torch.empty(tensor.shape, dtype=torch.float32, device="cpu")
                 if self.config.init_std is None:
                     bound = 1 / math.sqrt(fan_in)
@@ -407,7 +445,7 @@ class Experts(nn.Module):
             x,
             plan,
             gate_weights,
-            self.weights(),
+            scaled_gradients(self.weights(), self.grad_scale),
             activation=config.activation,
             gate_weight_on=config.gate_weight_on,
             activation_dropout=config.activation_dropout if self.training else 0.0,
@@ -422,7 +460,9 @@ class Experts(nn.Module):
         """Sizes and activation for ``print(model)``."""
         c = self.config
         kind = f"gated {c.activation}" if c.gated else c.activation
-        return f"num_experts={c.num_experts}, hidden_size={c.hidden_size}, ffn_hidden_size={c.ffn_hidden_size}, {kind}"
+        here = "" if len(self.owned) == c.num_experts else f" (here {self.owned.start} to {self.owned.stop - 1})"
+        sizes = f"hidden_size={c.hidden_size}, ffn_hidden_size={c.ffn_hidden_size}"
+        return f"num_experts={c.num_experts}{here}, {sizes}, {kind}"
 
 
 class SharedExpert(nn.Module):

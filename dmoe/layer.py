@@ -1,19 +1,22 @@
 """The layer: hidden -> router -> plan -> experts -> output. Read this first.
 
-    hidden (T, H) --> router --> plan, gate_weights --> experts --> output (T, H)
-                        |                     |
+    hidden (T, H) --> router --> plan, gate_weights --> [dispatch] --> experts --> [combine] --> output (T, H)
+                        |                     |          other ranks, only with expert parallelism
                         +--> losses           +--> metrics
 
-Every step is a file with that step's name: ``routing/``, ``plan.py``, ``experts.py``, ``losses.py``, ``metrics.py``.
+Every step is a file with that step's name: ``routing/``, ``plan.py``, ``parallel/dispatch.py``, ``experts.py``,
+``losses.py``, ``metrics.py``.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dmoe.buffers import Float32Buffers
@@ -21,6 +24,7 @@ from dmoe.config import MoEConfig
 from dmoe.experts import Experts, SharedExpert
 from dmoe.losses import attach_loss, load_balancing_loss, router_z_loss
 from dmoe.metrics import RoutingMetrics, routing_entropy
+from dmoe.parallel import AllToAllDispatcher, Dispatched, Dispatcher, LocalDispatcher, as_group, check_agreement
 from dmoe.routing import Routing, build_router
 
 
@@ -32,8 +36,16 @@ class MoE(Float32Buffers):
 
     Args:
         config: a :class:`dmoe.MoEConfig`; or leave it out and give its fields as keywords.
+        ep_group: expert parallelism: a ``torch.distributed`` process group, or a ``DeviceMesh`` of one dimension, over
+            whose W ranks the experts are spread in blocks of E / W. Router and shared expert are on every rank; each
+            rank brings tokens of its own, any number of them. Capacities and losses are counted over these.
         device, dtype: of the parameters, as in ``nn.Linear``.
         **fields: fields of :class:`dmoe.MoEConfig`, instead of ``config``.
+
+    With ``ep_group`` every rank seeds PyTorch's default generator alike before it builds the layer (or all load the
+    same values afterwards): then the initial values are those of the layer on one rank. The constructor talks to
+    nobody; the first forward asks whether all ranks run the same layer. From then on each call of one rank's forward,
+    and of its backward, needs the same call on all of them.
 
     Attributes:
         last_metrics: :class:`dmoe.metrics.RoutingMetrics` of the last forward, or None.
@@ -49,6 +61,7 @@ class MoE(Float32Buffers):
         self,
         config: MoEConfig | None = None,
         *,
+        ep_group: Any = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **fields: Any,
@@ -62,14 +75,20 @@ class MoE(Float32Buffers):
             )
         self.config = config = config or MoEConfig(**fields)
         where: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.dispatcher = _dispatcher(config, ep_group)
         self.router = build_router(config, **where)
-        self.experts = Experts(config, **where)
+        if isinstance(self.dispatcher, AllToAllDispatcher):
+            scale = _GRAD_SCALES[config.expert_grad_scale](self.dispatcher.world_size)
+            self.experts = Experts(config, owned=self.dispatcher.local_experts, grad_scale=scale, **where)
+        else:
+            self.experts = Experts(config, **where)
         self.shared_expert = SharedExpert(config, **where) if config.shared_ffn_hidden_size else None
         self.output_bias = nn.Parameter(torch.zeros(config.hidden_size, **where)) if config.bias == "output" else None
         self.register_float32("aux_loss_scale", 1.0, device=device, persistent=False)
         self.last_metrics: RoutingMetrics | None = None
         self._aux_loss: Tensor | None = None
         self._warned_unread = False
+        self._ranks_agree = ep_group is None
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -100,8 +119,11 @@ class MoE(Float32Buffers):
 
         Raises:
             ValueError, TypeError: x, mask, ids or indices of another shape, type or device than the layer expects.
+            ValueError: on every rank, in the first forward with ``ep_group``: ranks whose layers differ.
         """
         self._check(x, token_mask, token_ids, expert_indices)
+        if not self._ranks_agree:
+            self._check_ranks(x.dtype)
         tokens = x.reshape(-1, x.shape[-1]).contiguous()  # once: router and experts save the same memory
         if token_mask is not None:
             token_mask = token_mask.reshape(-1)
@@ -112,10 +134,14 @@ class MoE(Float32Buffers):
             token_ids=None if token_ids is None else token_ids.reshape(-1),
             expert_indices=None if expert_indices is None else expert_indices.reshape(-1, self.config.top_k),
         )
+        arrived = self.dispatcher.dispatch(tokens, routing.expert_indices, routing.gate_weights, routing.plan)
         shared = None if self.shared_expert is None else self.shared_expert(tokens)
-        y = self.experts(tokens, routing.plan, routing.gate_weights, residual=shared)
+        moved = arrived.way_back is not None  # otherwise the experts' own sum takes in the shared one
+        y = self.experts(arrived.x, arrived.plan, arrived.gate_weights, residual=None if moved else shared)
+        y = self.dispatcher.combine(y, arrived)
+        y = y + shared if moved and shared is not None else y
         y = self._with_aux_loss(y, routing)
-        self.last_metrics = _metrics(routing)
+        self.last_metrics = _metrics(routing, arrived)
         y = y.view(*x.shape[:-1], y.shape[-1])
         if self.output_bias is None:
             return y
@@ -151,7 +177,13 @@ class MoE(Float32Buffers):
         return loss
 
     def update_selection_bias(self) -> None:
-        """Move the router's selection bias, if it has one; call it after the optimizer step."""
+        """Move the router's selection bias, if it has one; call it after the optimizer step, on every rank.
+
+        The load is that of all ranks of ``ep_group``, so that their biases stay equal.
+        """
+        load = getattr(self.router, "load_since_update", None)
+        if load is not None and isinstance(self.dispatcher, AllToAllDispatcher):
+            dist.all_reduce(load, group=self.dispatcher.group)
         self.router.update_selection_bias()  # type: ignore[operator]  # every router has one: routing.Router
 
     def _with_aux_loss(self, y: Tensor, routing: Routing) -> Tensor:
@@ -185,6 +217,15 @@ class MoE(Float32Buffers):
 
     def _is_trained(self) -> bool:
         return any(parameter.requires_grad for parameter in self.router.parameters())
+
+    def _check_ranks(self, dtype: torch.dtype) -> None:
+        """Ask the other ranks, once, whether they run the same layer."""
+        assert isinstance(self.dispatcher, AllToAllDispatcher)
+        options = {field.name: getattr(self.config, field.name) for field in dataclasses.fields(self.config)}
+        weights = {"dtype of x": dtype, "dtype of the experts": self.experts.down_proj.dtype}
+        hints = {"seed": "call torch.manual_seed with one value on all ranks before the layer is built"}
+        check_agreement("MoE", {**options, **weights, "seed": self.experts.seed}, self.dispatcher.group, hints)
+        self._ranks_agree = True
 
     def _check(
         self, x: Tensor, token_mask: Tensor | None, token_ids: Tensor | None, expert_indices: Tensor | None
@@ -224,12 +265,37 @@ def _inside_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+_GRAD_SCALES = {"mean": lambda ranks: 1 / ranks, "sum": lambda ranks: 1.0, "sqrt_world_size": lambda ranks: ranks**-0.5}
+
+
+def _dispatcher(config: MoEConfig, ep_group: Any) -> Dispatcher:
+    """How tokens reach the experts, and which options that leaves."""
+    if ep_group is None:
+        return LocalDispatcher(config.num_experts)
+    if config.router == "expert_choice":
+        raise ValueError(
+            "MoE: router: expected a router whose tokens choose with ep_group, got 'expert_choice': its experts would "
+            "pick from the tokens of one rank at a time"
+        )
+    if config.accumulate_main_grad and config.expert_grad_scale != "sum":
+        raise ValueError(
+            "MoE: accumulate_main_grad: expected False with ep_group, or expert_grad_scale='sum', got True with "
+            f"{config.expert_grad_scale!r}: what goes straight into main_grad is not scaled"
+        )
+    return AllToAllDispatcher(as_group(ep_group), config.num_experts, max_rows_received=config.max_rows_received)
+
+
 @torch.no_grad()
-def _metrics(routing: Routing) -> RoutingMetrics:
+def _metrics(routing: Routing, arrived: Dispatched) -> RoutingMetrics:
     probs = routing.router_probs
     if probs is None:
         experts = routing.plan.num_experts
         entropy = routing.gate_weights.new_full((), math.log(experts))
     else:
         entropy = routing_entropy(probs.detach(), routing.token_mask)
-    return RoutingMetrics(routing.plan.tokens_per_expert, routing.plan.kept_per_expert, entropy)
+    kept = routing.plan.kept_per_expert if arrived.kept_per_expert is None else arrived.kept_per_expert
+    metrics = RoutingMetrics(routing.plan.tokens_per_expert, kept, entropy)
+    if arrived.traffic is None:
+        return metrics
+    sent, naive = arrived.traffic.bytes_sent, arrived.traffic.naive_bytes_sent
+    return dataclasses.replace(metrics, bytes_sent=sent, naive_bytes_sent=naive)

@@ -16,11 +16,17 @@ class RoutingMetrics:
         tokens_per_expert: assignments per expert before any drop, ``(E,)`` integer.
         kept_per_expert: rows each expert computed, ``(E,)`` integer.
         entropy: mean entropy of the router's probabilities over the tokens that count, nats, scalar.
+        bytes_sent: bytes that this rank sent to others in forward: rows with their choices, results, and counts. A
+            Python integer; None without expert parallelism.
+        naive_bytes_sent: bytes of the rows and results alone, had each choice of a token sent a copy; None without
+            expert parallelism, and in its static mode.
     """
 
     tokens_per_expert: Tensor
     kept_per_expert: Tensor
     entropy: Tensor
+    bytes_sent: int | None = None
+    naive_bytes_sent: int | None = None
 
     @property
     def load(self) -> Tensor:

@@ -7,6 +7,7 @@ import os
 import hypothesis
 import pytest
 import torch
+from rank_pool import RankPool
 
 if torch.cuda.is_available():  # cuBLAS wants this before its first call, or deterministic mode refuses its products
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -38,6 +39,14 @@ def _poisoned_empty(monkeypatch):
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """Four gloo ranks, started once."""
+    pool = RankPool(4)
+    yield pool
+    pool.close()
 
 
 @pytest.fixture

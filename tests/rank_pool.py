@@ -1,0 +1,137 @@
+"""Processes that form a gloo group and take many jobs: a rank costs seconds to start, a job milliseconds."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import io
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+import traceback
+from multiprocessing.connection import wait
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+
+
+def pack(value):
+    """To bytes, by torch.save: plain pickle has no float8."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+def unpack(data):
+    return torch.load(io.BytesIO(data), weights_only=False)
+
+
+class RankError(Exception):
+    """What went wrong on which ranks: ``.by_rank`` maps a rank to its exception's type and text."""
+
+    def __init__(self, by_rank):
+        self.by_rank = by_rank
+        super().__init__("\n".join(f"rank {rank}: {text}" for rank, (_, text) in by_rank.items()))
+
+
+def _serve(rank, world, store, timeout, pipe):
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # as in conftest: memory nobody wrote is NaN
+    limit = datetime.timedelta(seconds=timeout)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=limit)
+    groups = {world: dist.group.WORLD}
+    for size in (1, 2):
+        if size < world and world % size == 0:
+            members = [list(range(first, first + size)) for first in range(0, world, size)]
+            mine = [dist.new_group(ranks, timeout=limit) for ranks in members]
+            groups[size] = mine[rank // size]
+    while True:
+        with contextlib.suppress(EOFError):
+            job = pipe.recv_bytes()
+            if job:
+                function, size, arguments = unpack(job)
+                try:
+                    answer = (True, function(groups[size], *arguments) if rank < size else None)
+                except Exception as error:
+                    answer = (False, (type(error).__name__, f"{error}\n{traceback.format_exc()}"))
+                pipe.send_bytes(pack(answer))
+                continue
+        os._exit(0)  # gloo's own shutdown may wait for ranks that are gone
+
+
+class RankPool:
+    """``world`` processes, started by the first job, and again by the next one after a job that broke the group.
+
+    A job is a function of an importable module: ``function(group, *arguments)``.
+
+    Args:
+        world: ranks.
+        timeout: of the group's collectives, seconds.
+    """
+
+    def __init__(self, world, timeout=30):
+        self._world, self._timeout = world, timeout
+        self._pipes, self._processes, self._folder = [], [], None
+
+    def _start(self):
+        # One process imports torch, and every rank is a fork of it: four imports would take most of the tests' time.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["rank_jobs"])
+        self._folder = tempfile.TemporaryDirectory()
+        store = os.path.join(self._folder.name, "store")
+        for rank in range(self._world):
+            here, there = context.Pipe()
+            arguments = (rank, self._world, store, self._timeout, there)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
+            with patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join(sys.path)}):  # for the preloading
+                process.start()
+            there.close()
+            self._pipes.append(here)
+            self._processes.append(process)
+
+    def run(self, function, *arguments, ranks=None, limit=60):
+        """The function's result on each of the first ``ranks`` ranks (default: all), which form a group.
+
+        Raises:
+            RankError: any rank raised, died (``"died"``), or took longer than ``limit`` seconds (``"hung"``).
+        """
+        if not self._processes:
+            self._start()
+        ranks = self._world if ranks is None else ranks
+        job = pack((function, ranks, arguments))
+        for pipe in self._pipes:
+            pipe.send_bytes(job)
+        results, errors = [None] * self._world, {}
+        open_pipes = {pipe: rank for rank, pipe in enumerate(self._pipes)}
+        deadline = time.monotonic() + limit
+        while open_pipes and (ready := wait(list(open_pipes), max(deadline - time.monotonic(), 0))):
+            for pipe in ready:
+                rank = open_pipes.pop(pipe)
+                try:
+                    fine, answer = unpack(pipe.recv_bytes())
+                except (EOFError, ConnectionResetError):
+                    fine, answer = False, ("died", "")
+                if fine:
+                    results[rank] = answer
+                else:
+                    errors[rank] = answer
+        errors |= dict.fromkeys(open_pipes.values(), ("hung", f"no answer within {limit} s"))
+        if errors and (open_pipes or len(errors) < ranks):
+            self.close()  # ranks that did not fail together have left the group out of step
+        if errors:
+            raise RankError(dict(sorted(errors.items())))
+        return results[:ranks]
+
+    def close(self):
+        for process in self._processes:
+            if process.is_alive():  # the number of one that has ended may be another's by now
+                process.kill()
+        for process in self._processes:
+            process.join()
+        if self._folder is not None:
+            self._folder.cleanup()
+        self._pipes, self._processes, self._folder = [], [], None

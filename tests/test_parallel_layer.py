@@ -1,0 +1,266 @@
+"""``MoE(ep_group=...)`` on gloo ranks against the layer on one rank, and what it tells when something is wrong."""
+
+from __future__ import annotations
+
+import pytest
+import rank_jobs
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rank_pool import RankError, RankPool
+
+from dmoe import MoE, MoEConfig, aux_loss
+
+H = 6
+BASE = {"hidden_size": H, "ffn_hidden_size": 4, "num_experts": 4, "top_k": 2, "load_balancing_coefficient": 0.0}
+
+
+@st.composite
+def layers(draw):
+    """A config whose capacity and losses are counted over each rank's own tokens, tokens of each rank, and a seed."""
+    world = draw(st.sampled_from([2, 4]))
+    experts = world * draw(st.integers(1, 2))
+    gated = draw(st.booleans())
+    widths = st.lists(st.integers(1, 5), min_size=experts, max_size=experts)
+    fields = {
+        "hidden_size": H,
+        "ffn_hidden_size": draw(st.just(4) | widths),
+        "num_experts": experts,
+        "top_k": draw(st.integers(1, min(experts, 3))),
+        "gated": gated,
+        "bias": draw(st.sampled_from(["none", "expert", "output"])),
+        "router": draw(st.sampled_from(["top_k", "top_k", "uniform"])),
+        "gate_normalization": draw(st.sampled_from([None, 1.0])),
+        "capacity": draw(st.none() | st.integers(0, 3)),
+        "drop_order": draw(st.sampled_from(["token_major", "choice_major", "gate_weight"])),
+        "shared_ffn_hidden_size": draw(st.none() | st.just(3)),
+        "load_balancing_coefficient": draw(st.sampled_from([0.0, 0.3])),
+        "router_z_loss_coefficient": draw(st.sampled_from([0.0, 0.1])),
+        "expert_grad_scale": draw(st.sampled_from(["mean", "sum", "sqrt_world_size"])),
+    }
+    tokens = draw(st.lists(st.sampled_from([0, 1, 5, 8]), min_size=world, max_size=world))
+    return fields, tokens, draw(st.booleans()), draw(st.integers(0, 2**20))
+
+
+def shares_of(tokens, seed, dtype, masked=False):
+    torch.manual_seed(seed)
+    return [
+        (torch.randn(n, H).to(dtype), torch.randn(n, H).to(dtype), torch.rand(n) < 0.7 if masked else None)
+        for n in tokens
+    ]
+
+
+def one_rank(fields, seed, shares, dtype=torch.float64):
+    """The layer in this process, which runs each share by itself; gradients add up."""
+    torch.manual_seed(seed)
+    module = MoE(**fields, dtype=dtype)
+    by_share = []
+    for x, grad_y, mask in shares:
+        x = x.clone().requires_grad_()
+        y = module(x, token_mask=mask)
+        loss = aux_loss(module)
+        ((y * grad_y).sum() + loss).backward()
+        metrics = module.last_metrics
+        by_share.append({"y": y.detach(), "x": x.grad, "loss": loss.detach(), "metrics": metrics})
+    return module, by_share
+
+
+def part_of(module, name, tensor, rank, world):
+    """What a rank holds of a parameter of the whole layer."""
+    if not name.startswith("experts."):
+        return tensor
+    first, each = rank * (module.config.num_experts // world), module.config.num_experts // world
+    if isinstance(module.config.ffn_hidden_size, int) or name.endswith("down_bias"):
+        return tensor[first : first + each]
+    sizes = module.config.ffn_sizes
+    columns = slice(sum(sizes[:first]), sum(sizes[: first + each]))
+    if name.endswith("down_proj"):
+        return tensor[:, columns]
+    return tensor[..., columns] if name.endswith("bias") else tensor[..., columns, :]
+
+
+def close(name, actual, expected, tolerance=1e-12):
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, msg=lambda m: f"{name}: {m}")
+
+
+@settings(max_examples=50)
+@given(case=layers(), dtype=st.sampled_from([torch.float64, torch.float64, torch.float32]))
+def test_a_layer_on_many_ranks_equals_the_layer_on_one(ranks, case, dtype):
+    fields, tokens, masked, seed = case
+    world, tolerance = len(tokens), 1e-12 if dtype == torch.float64 else 3e-5
+    shares = shares_of(tokens, seed + 1, dtype, masked)
+    results = ranks.run(rank_jobs.layer, fields, seed, dtype, shares, ranks=world)
+    module, expected = one_rank(fields, seed, shares, dtype)
+    scale = {"mean": 1 / world, "sum": 1, "sqrt_world_size": world**-0.5}[fields["expert_grad_scale"]]
+    for rank, (result, single) in enumerate(zip(results, expected, strict=True)):
+        close("y", result["y"], single["y"], tolerance)
+        close("x", result["x"], single["x"], tolerance)
+        close("loss", result["loss"], single["loss"], tolerance)
+        assert torch.equal(result["tokens_per_expert"], single["metrics"].tokens_per_expert)
+        assert torch.equal(result["kept_per_expert"], single["metrics"].kept_per_expert)
+        assert result["bytes_sent"] == result["wire"]
+        assert result["naive_bytes_sent"] >= 0
+        for name, parameter in module.named_parameters():
+            assert torch.equal(result["parameters"][name], part_of(module, name, parameter.detach(), rank, world)), name
+            if name.startswith("experts."):
+                gradient = part_of(module, name, parameter.grad, rank, world) * scale
+                close(name, result["gradients"][name], gradient, tolerance)
+        assert set(result["marks"].values()) == {(True, False)}
+    for name, parameter in module.named_parameters():
+        if not name.startswith("experts."):  # every rank has the part of its own tokens
+            close(name, sum(result["gradients"][name] for result in results), parameter.grad, tolerance)
+    assert single["metrics"].bytes_sent is None
+
+
+def test_ranks_together_equal_one_rank_on_all_tokens(ranks):
+    shares = shares_of([5, 0, 9, 2], 3, torch.float64)
+    fields = {**BASE, "expert_grad_scale": "sum"}
+    results = ranks.run(rank_jobs.layer, fields, 7, torch.float64, shares)
+    everything = tuple(torch.cat([share[n] for share in shares]) for n in (0, 1))
+    module, (single,) = one_rank(fields, 7, [(*everything, None)])
+    close("y", torch.cat([r["y"] for r in results]), single["y"])
+    close("x", torch.cat([r["x"] for r in results]), single["x"])
+    for name, parameter in module.named_parameters():
+        of_ranks = [result["gradients"][name] for result in results]
+        close(name, torch.cat(of_ranks) if name.startswith("experts.") else sum(of_ranks), parameter.grad)
+
+
+@pytest.mark.parametrize("options", [{}, {"selection_bias": True, "selection_bias_update_rate": 0.1}], ids=["", "bias"])
+def test_parameters_after_optimizer_steps_equal_one_rank(ranks, options):
+    world, steps, fields = 4, 3, {**BASE, **options, "load_balancing_coefficient": 0.1}
+    torch.manual_seed(1)
+    batches = [[torch.randn(n, H, dtype=torch.float64) for n in (6, 3, 0, 8)] for _ in range(steps)]
+    results = ranks.run(rank_jobs.train, fields, 5, batches, steps)
+    torch.manual_seed(5)
+    module = MoE(**fields, dtype=torch.float64)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.05)
+    for batch in batches:
+        optimizer.zero_grad()
+        for x in batch:
+            ((module(x).square().sum() + aux_loss(module)) / world).backward()
+        optimizer.step()
+        module.update_selection_bias()
+    for name, value in module.state_dict().items():
+        for rank, result in enumerate(results):
+            close(name, result[name], part_of(module, name, value, rank, world), 1e-11)
+
+
+def test_static_mode_in_a_layer(ranks):
+    shares = shares_of([5, 4, 0, 6], 3, torch.float64)
+    dynamic = ranks.run(rank_jobs.layer, BASE, 7, torch.float64, shares)
+    static = ranks.run(rank_jobs.layer, {**BASE, "max_rows_received": 24}, 7, torch.float64, shares)
+    tight = ranks.run(rank_jobs.layer, {**BASE, "max_rows_received": 4}, 7, torch.float64, shares)
+    for one, other, little in zip(dynamic, static, tight, strict=True):
+        for name in ("y", "x", "kept_per_expert"):
+            close(name, other[name], one[name])
+        for name, gradient in one["gradients"].items():
+            close(name, other["gradients"][name], gradient)
+        assert other["bytes_sent"] == other["wire"] == 3 * 6 * (H + 4 + H) * 8
+        assert little["bytes_sent"] == 3 * 1 * (H + 4 + H) * 8
+        assert (little["kept_per_expert"] <= one["kept_per_expert"]).all()
+    assert sum(r["kept_per_expert"].sum() for r in tight) < sum(r["kept_per_expert"].sum() for r in dynamic)
+
+
+def test_autocast_halves_the_bytes_of_rows(ranks):
+    shares = shares_of([5, 4], 3, torch.float32)
+    results = ranks.run(rank_jobs.layer, BASE, 7, torch.float32, shares, torch.bfloat16, ranks=2)
+    torch.manual_seed(7)
+    module = MoE(**BASE)
+    full = ranks.run(rank_jobs.layer, BASE, 7, torch.float32, shares, ranks=2)
+    for (x, _, _), result, wide in zip(shares, results, full, strict=True):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = module(x)
+        assert result["y"].dtype == y.dtype == torch.bfloat16
+        torch.testing.assert_close(result["y"], y, rtol=2e-2, atol=2e-2)
+        assert result["naive_bytes_sent"] * 2 == wide["naive_bytes_sent"]
+        assert result["wire"] == result["bytes_sent"] < wide["wire"]
+
+
+def test_meshes_copies_and_files(ranks):
+    torch.manual_seed(0)
+    shares = [torch.randn(3, H, dtype=torch.float64) for _ in range(4)]
+    torch.manual_seed(2)
+    module = MoE(**BASE, dtype=torch.float64)
+    for x, (y, of_twin, of_pair, experts, on_pickle, on_square) in zip(
+        shares, ranks.run(rank_jobs.by_mesh, BASE, 2, shares), strict=True
+    ):
+        for result in (y, of_twin, of_pair):
+            close("y", result.detach(), module(x).detach())
+        assert experts == 2
+        assert "a process group cannot be written to a file" in on_pickle
+        assert "expected a DeviceMesh of one dimension, got 2 ('dp', 'ep')" in on_square
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_experts": 6}, "ValueError: ep_group: expected num_experts to be a multiple of the ranks, got E = 6"),
+        ({"num_experts": 2}, "ValueError: ep_group: expected at most num_experts = 2 ranks, got 4"),
+        ({"router": "expert_choice", "causal": False}, "ValueError: MoE: router: expected a router whose tokens"),
+        ({"accumulate_main_grad": True}, "ValueError: MoE: accumulate_main_grad: expected False with ep_group, or"),
+        ({"accumulate_main_grad": True, "expert_grad_scale": "sum"}, "built"),
+    ],
+)
+def test_what_cannot_be_spread_is_refused_by_the_constructor(ranks, fields, message):
+    for told in ranks.run(rank_jobs.constructor_error, {**BASE, **fields}):
+        assert told.startswith(message)
+
+
+def test_a_group_has_to_be_one():
+    for wrong in (3, "gloo", object()):
+        with pytest.raises(TypeError, match=r"ep_group: expected a torch\.distributed ProcessGroup that this rank"):
+            MoE(**BASE, ep_group=wrong)
+
+
+def test_options_of_the_config():
+    assert MoEConfig(**BASE).expert_grad_scale == "mean"
+    with pytest.raises(ValueError, match="expert_grad_scale: expected one of 'mean', 'sum', 'sqrt_world_size', got"):
+        MoEConfig(**BASE, expert_grad_scale="max")
+    with pytest.raises(ValueError, match="max_rows_received: expected at least 0, or None, got -1"):
+        MoEConfig(**BASE, max_rows_received=-1)
+
+
+ODD_ONE = {
+    "num_experts": ({"num_experts": 8}, 0, torch.float32, "num_experts: 4 on ranks 0, 1, 3, 8 on rank 2"),
+    "top_k": ({"top_k": 1}, 0, torch.float32, "top_k: 2 on ranks 0, 1, 3, 1 on rank 2"),
+    "hidden_size": ({"hidden_size": 3}, 0, torch.float32, "hidden_size: 6 on ranks 0, 1, 3, 3 on rank 2"),
+    "ffn_hidden_size": ({"ffn_hidden_size": 5}, 0, torch.float32, "ffn_hidden_size: 4 on ranks 0, 1, 3, 5 on rank 2"),
+    "dtype": ({}, 0, torch.bfloat16, "dtype of the experts: torch.float32 on ranks 0, 1, 3, torch.bfloat16 on rank 2"),
+    "option": ({"max_rows_received": 9}, 0, torch.float32, "max_rows_received: None on ranks 0, 1, 3, 9 on rank 2"),
+    "seed": ({}, 1, torch.float32, "on rank 2 (call torch.manual_seed with one value on all ranks"),
+}
+
+
+@pytest.mark.parametrize("field", ODD_ONE)
+def test_ranks_that_disagree_are_told_on_every_rank(ranks, field):
+    odd, seed, dtype, message = ODD_ONE[field]
+    by_rank = [BASE, BASE, {**BASE, **odd}, BASE]
+    dtypes = [torch.float32, torch.float32, dtype, torch.float32]
+    with pytest.raises(RankError) as caught:
+        ranks.run(rank_jobs.disagree, by_rank, [0, 0, seed, 0], dtypes, limit=20)
+    assert set(caught.value.by_rank) == {0, 1, 2, 3}
+    for kind, text in caught.value.by_rank.values():
+        assert kind == "ValueError"
+        assert text.startswith("MoE: the ranks of the expert-parallel group disagree: ")
+        assert message in text.splitlines()[0]
+
+
+def test_loaded_values_need_no_common_seed(ranks):
+    assert ranks.run(rank_jobs.loaded_alike, BASE) == [(2, H)] * 4
+
+
+@pytest.mark.parametrize("where", ["before", "experts", "backward", "absent"])
+def test_a_rank_that_dies_or_does_not_come_fails_the_others_with_a_reason(where):
+    pool = RankPool(3, timeout=5)
+    try:
+        with pytest.raises(RankError) as caught:
+            pool.run(rank_jobs.die, {**BASE, "num_experts": 3}, where, 1, limit=50)
+    finally:
+        pool.close()
+    by_rank = caught.value.by_rank
+    assert by_rank[1][0] == ("RuntimeError" if where == "absent" else "died")
+    for rank in (0, 2):
+        kind, text = by_rank[rank]
+        assert kind == "RuntimeError"
+        assert text.startswith("dmoe: the ")
+        assert f"failed on rank {rank} of 3 of the expert-parallel group. Most likely another rank died" in text
