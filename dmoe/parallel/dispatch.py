@@ -186,6 +186,7 @@ class AllToAllDispatcher:
         self.group, self.num_experts, self.max_rows_received = group, num_experts, max_rows_received
         self.world_size, self.rank = dist.get_world_size(group), dist.get_rank(group)
         self.local_experts = local_experts(num_experts, self.world_size, self.rank)
+        self.ffn_shard = (0, 1)
         if max_rows_received is not None and max_rows_received < 0:
             raise ValueError(
                 f"AllToAllDispatcher: max_rows_received: expected at least 0, or None, got {max_rows_received}"
