@@ -203,6 +203,16 @@ class AllToAllDispatcher:
         )
 
     @property
+    def groups(self) -> tuple[ProcessGroup, ...]:
+        """The groups over which sums go that are to reach all ranks that share the experts."""
+        return (self.group,)
+
+    @property
+    def ranks(self) -> list[int]:
+        """The ranks that share the experts, as the whole run counts them."""
+        return dist.get_process_group_ranks(self.group)
+
+    @property
     def num_local_experts(self) -> int:
         """E / W."""
         return len(self.local_experts)
