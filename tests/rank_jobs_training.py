@@ -82,3 +82,44 @@ def wrongly_wrapped(group, fields, replicas):
         except ValueError as error:
             told.append(str(error))
     return told
+
+
+def _distributed(fields, replicas, world, dtensor=True):
+    mesh = grid(replicas, world // replicas)
+    inner = Net(fields, ep_group=mesh["ep"], dtensor=dtensor)
+    model = data_parallel(inner, expert_replicas=mesh["replicas"].get_group() if replicas > 1 else None)
+    return inner, model, torch.optim.AdamW(inner.parameters(), lr=1e-3)
+
+
+def save(group, fields, replicas, batches, folder, dtensor=True):
+    """Train, write a distributed checkpoint of model and optimizer, and take one more step: the loss of that step."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    inner, model, optimizer = _distributed(fields, replicas, dist.get_world_size(group), dtensor)
+    mine = [step[dist.get_rank(group)] for step in batches]
+    take_steps(model, inner, optimizer, mine[:-1], 0.5, clip_grad_norm, False)
+    state, moments = get_state_dict(inner, optimizer)
+    dcp.save({"model": state, "optimizer": moments}, checkpoint_id=folder, process_group=group)
+    values = {name: plain(value).clone() for name, value in inner.state_dict().items()}
+    _, losses = take_steps(model, inner, optimizer, mine[-1:], 0.5, clip_grad_norm, False)
+    return values, losses, {name: plain(value) for name, value in inner.state_dict().items()}
+
+
+def load(group, fields, replicas, batches, folder, dtensor=True):
+    """Read it into another grid, and take that step."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    inner, model, optimizer = _distributed(fields, replicas, dist.get_world_size(group), dtensor)
+    with torch.no_grad():
+        for parameter in inner.parameters():
+            plain(parameter).fill_(torch.nan)
+    state, moments = get_state_dict(inner, optimizer)
+    whole = {"model": state, "optimizer": moments}
+    dcp.load(whole, checkpoint_id=folder, process_group=group)
+    set_state_dict(inner, optimizer, model_state_dict=whole["model"], optim_state_dict=whole["optimizer"])
+    values = {name: plain(value).clone() for name, value in inner.state_dict().items()}
+    mine = [step[dist.get_rank(group)] for step in batches]
+    _, losses = take_steps(model, inner, optimizer, mine[-1:], 0.5, clip_grad_norm, False)
+    return values, losses, {name: plain(value) for name, value in inner.state_dict().items()}

@@ -90,3 +90,68 @@ def test_norms_of_a_model_on_one_rank():
     ):
         clip_grad_norm(model, 1.0, error_if_nonfinite=True)
     assert torch.equal(model.last.weight.grad, before)
+
+
+FIELDS = {**BASE, "bias": "expert", "load_balancing_coefficient": 0.1}
+
+
+def share(model, name, value, rank, world):
+    """What a rank holds of a value of the whole model."""
+    return part_of(model.moe, name.removeprefix("moe."), value, rank, world) if ".experts." in name else value
+
+
+def whole(results, name):
+    """A parameter put together from the ranks' parts, when each expert is held once."""
+    return torch.cat([values[name] for values in results]) if ".experts." in name else results[0][name]
+
+
+def test_a_checkpoint_of_four_ranks_loads_on_one_two_and_four(ranks, tmp_path):
+    batches = batches_for((6, 3, 1, 8), 3, 1)
+    folder = str(tmp_path / "checkpoint")
+    saved = ranks.run(jobs.save, FIELDS, 1, batches, folder)
+    model = jobs.Net(FIELDS)
+    for replicas in (4, 2, 1):
+        world = 4 // replicas
+        loaded = ranks.run(jobs.load, FIELDS, replicas, batches, folder)
+        for rank, (before, losses, after) in enumerate(loaded):
+            close("losses", losses, saved[rank][1])
+            for name in model.state_dict():
+                mine = share(model, name, whole([s[0] for s in saved], name), rank % world, world)
+                assert torch.equal(before[name], mine), name
+                close(name, after[name], share(model, name, whole([s[2] for s in saved], name), rank % world, world))
+
+
+def test_a_checkpoint_of_ranks_loads_in_one_process_and_the_other_way(ranks, tmp_path):
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    batches = batches_for((6, 3, 1, 8), 2, 1)
+    there, here = str(tmp_path / "ranks"), str(tmp_path / "one")
+    saved = ranks.run(jobs.save, FIELDS, 1, batches, there)
+    model = jobs.Net(FIELDS)
+    state = {"model": {name: torch.full_like(value, torch.nan) for name, value in model.state_dict().items()}}
+    dcp.load(state, checkpoint_id=there, no_dist=True)
+    for name, value in state["model"].items():
+        assert torch.equal(value, whole([s[0] for s in saved], name)), name
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    jobs.loss_of(model, model, batches[0][0][0]).backward()
+    optimizer.step()
+    model_state, moments = get_state_dict(model, optimizer)
+    dcp.save({"model": model_state, "optimizer": moments}, checkpoint_id=here, no_dist=True)
+    for rank, (before, _, _) in enumerate(ranks.run(jobs.load, FIELDS, 1, batches, here)):
+        for name, value in model.state_dict().items():
+            assert torch.equal(before[name], share(model, name, value, rank, 4)), name
+
+
+def test_plain_tensors_would_bring_back_the_wrong_experts(ranks, tmp_path):
+    """Why parameters are DTensors: with plain ones every rank writes, and reads, tensors of one name."""
+    batches = batches_for((6, 3, 1, 8), 2, 1)
+    folder = str(tmp_path / "checkpoint")
+    saved = ranks.run(jobs.save, FIELDS, 1, batches, folder, False)
+    loaded = ranks.run(jobs.load, FIELDS, 1, batches, folder, False)
+    right = [
+        torch.equal(a[0]["moe.experts.down_proj"], b[0]["moe.experts.down_proj"])
+        for a, b in zip(saved, loaded, strict=True)
+    ]
+    assert not all(right)
