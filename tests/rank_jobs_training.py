@@ -123,3 +123,24 @@ def load(group, fields, replicas, batches, folder, dtensor=True):
     mine = [step[dist.get_rank(group)] for step in batches]
     _, losses = take_steps(model, inner, optimizer, mine[-1:], 0.5, clip_grad_norm, False)
     return values, losses, {name: plain(value) for name, value in inner.state_dict().items()}
+
+
+def train_with_fsdp(group, fields, replicas, batches, max_norm):
+    """The same steps under FSDP2: experts over their replicas, the rest over all ranks. Whole values, norms."""
+    from torch.distributed.fsdp import fully_shard
+
+    from dmoe.parallel import fully_shard_experts
+
+    world = dist.get_world_size(group)
+    mesh = grid(replicas, world // replicas)
+    model = Net(fields, ep_group=mesh["ep"])
+    fully_shard_experts(model, mesh["replicas"])
+    if "all" not in GRIDS:
+        GRIDS["all"] = init_device_mesh("cpu", (world,), mesh_dim_names=("all",))
+    fully_shard(model, mesh=GRIDS["all"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    mine = [step[dist.get_rank(group)] for step in batches]
+    norms, _ = take_steps(model, model, optimizer, mine, max_norm, clip_grad_norm, False)
+    cuts = {name: str(p.placements) for name, p in model.moe.experts.named_parameters()}
+    marks = {(p.expert, p.allreduce) for p in model.moe.experts.parameters()}
+    return {name: value.full_tensor() for name, value in model.state_dict().items()}, norms, cuts, marks

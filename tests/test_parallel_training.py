@@ -155,3 +155,18 @@ def test_plain_tensors_would_bring_back_the_wrong_experts(ranks, tmp_path):
         for a, b in zip(saved, loaded, strict=True)
     ]
     assert not all(right)
+
+
+@pytest.mark.parametrize(("replicas", "experts"), [(2, 4), (4, 4), (4, 2), (2, 2)])
+def test_steps_under_fsdp_equal_one_process(ranks, replicas, experts):
+    fields = {**FIELDS, "num_experts": experts, "ffn_hidden_size": 8, "hidden_size": 8, "top_k": 1}
+    torch.manual_seed(0)
+    batches = [[[torch.randn(n, 8, dtype=torch.float64)] for n in (6, 3, 2, 8)] for _ in range(3)]
+    model, norms = by_hand(fields, batches, 0.5)
+    for values, norms_there, cuts, marks in ranks.run(jobs.train_with_fsdp, fields, replicas, batches, 0.5):
+        close("norms", norms_there, torch.stack(norms))
+        for name, value in model.state_dict().items():
+            close(name, values[name], value)
+        assert marks == {(True, False)}
+        inner = replicas > experts // (4 // replicas)
+        assert ("dim=1" in cuts["down_proj"]) == inner, cuts

@@ -13,6 +13,7 @@ from dmoe.parallel.agreement import check_agreement
 from dmoe.parallel.clipping import clip_grad_norm, grad_norm
 from dmoe.parallel.collectives import Exchange, all_to_all_rows
 from dmoe.parallel.dispatch import AllToAllDispatcher, Dispatched, Dispatcher, LocalDispatcher, Traffic
+from dmoe.parallel.fsdp import fully_shard_experts
 from dmoe.parallel.gradients import average_gradients, data_parallel
 from dmoe.parallel.placement import as_group, local_experts
 
@@ -29,6 +30,7 @@ __all__ = [
     "check_agreement",
     "clip_grad_norm",
     "data_parallel",
+    "fully_shard_experts",
     "grad_norm",
     "local_experts",
 ]
