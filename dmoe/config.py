@@ -71,6 +71,9 @@ class MoEConfig:
     Losses
         load_balancing_coefficient, router_z_loss_coefficient: factors of the two losses; 0 switches one off.
         load_balancing_choices: count all K choices (``all``) or only the ``first`` (GShard, fairseq).
+        load_balancing_over: what is to be balanced: the ``local`` batch of a rank (Switch, GShard); each ``sequence``,
+            the last of x's leading dimensions (DeepSeek-V3); or the ``global`` batch of all ranks of the layer's
+            ``loss_group`` (Megatron-Core's ``global_aux_loss``), whose counts are summed without the host waiting.
         aux_loss: ``explicit``: the caller adds ``dmoe.aux_loss(model)`` to the task's loss; ``attached``: the gradient
             joins at the layer's output, for training loops that cannot be edited.
         num_moe_layers: the losses are divided by this, so the coefficient means the same at any depth (MegaBlocks).
@@ -136,6 +139,7 @@ class MoEConfig:
     load_balancing_coefficient: float = 0.01
     router_z_loss_coefficient: float = 0.0
     load_balancing_choices: Literal["all", "first"] = "all"
+    load_balancing_over: Literal["local", "sequence", "global"] = "local"
     aux_loss: Literal["explicit", "attached"] = "explicit"
     num_moe_layers: int = 1
 

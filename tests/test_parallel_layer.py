@@ -145,6 +145,26 @@ def test_parameters_after_optimizer_steps_equal_one_rank(ranks, options):
             close(name, result[name], part_of(module, name, value, rank, world), 1e-11)
 
 
+@pytest.mark.parametrize("choices", ["all", "first"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_global_balance_loss_is_that_of_all_tokens_together(ranks, choices, masked):
+    """The mean of the ranks' losses, and of their gradients, as DDP takes it."""
+    shares = shares_of([5, 0, 9, 2], 3, torch.float64, masked)
+    fields = {**BASE, "load_balancing_coefficient": 0.3, "load_balancing_choices": choices}
+    over_ranks = {**fields, "load_balancing_over": "global"}
+    results = ranks.run(rank_jobs.layer, over_ranks, 7, torch.float64, shares)
+    x, grad_y, mask = (torch.cat([share[n] for share in shares]) if masked or n < 2 else None for n in range(3))
+    torch.manual_seed(7)
+    module = MoE(**fields, dtype=torch.float64)
+    y = module(x, token_mask=mask)
+    loss = aux_loss(module)
+    ((y * grad_y).sum() + 4 * loss).backward()
+    close("loss", sum(result["loss"] for result in results) / 4, loss.detach())
+    router = sum(result["gradients"]["router.weight"] for result in results)
+    close("router", router, module.router.weight.grad)
+    assert module.router.weight.grad.abs().max() > 0.01
+
+
 def test_static_mode_in_a_layer(ranks):
     shares = shares_of([5, 4, 0, 6], 3, torch.float64)
     dynamic = ranks.run(rank_jobs.layer, BASE, 7, torch.float64, shares)
