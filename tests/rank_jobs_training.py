@@ -144,3 +144,38 @@ def train_with_fsdp(group, fields, replicas, batches, max_norm):
     cuts = {name: str(p.placements) for name, p in model.moe.experts.named_parameters()}
     marks = {(p.expert, p.allreduce) for p in model.moe.experts.parameters()}
     return {name: value.full_tensor() for name, value in model.state_dict().items()}, norms, cuts, marks
+
+
+def train_with_zero(group, fields, batches, max_norm):
+    """The same steps, with the optimizer's state of what every rank has spread over the ranks."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    from dmoe.parallel import split_parameters
+
+    inner = Net(fields, ep_group=group)
+    model = data_parallel(inner)
+    replicated, experts = split_parameters(inner)
+    optimizers = [ZeroRedundancyOptimizer(replicated, torch.optim.AdamW, lr=1e-3), torch.optim.AdamW(experts, lr=1e-3)]
+    for step in batches:
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss_of(model, inner, step[dist.get_rank(group)][0]).backward()
+        clip_grad_norm(inner, max_norm)
+        for optimizer in optimizers:
+            optimizer.step()
+    return {name: plain(value) for name, value in inner.state_dict().items()}
+
+
+def metrics(group, fields, shares):
+    """Metrics over ranks beside this rank's own, and how many collectives that took."""
+    from unittest.mock import patch
+
+    import dmoe
+
+    net = Net(fields, ep_group=group)
+    assert dmoe.reduce_metrics(net, group) == {}
+    net(shares[dist.get_rank(group)])
+    own = net.moe.last_metrics
+    with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as calls:
+        (reduced,) = dmoe.reduce_metrics(net, group).values()
+    return own, reduced, calls.call_count

@@ -170,3 +170,29 @@ def test_steps_under_fsdp_equal_one_process(ranks, replicas, experts):
         assert marks == {(True, False)}
         inner = replicas > experts // (4 // replicas)
         assert ("dim=1" in cuts["down_proj"]) == inner, cuts
+
+
+def test_steps_with_zero_equal_one_process(ranks):
+    batches = batches_for((6, 3, 0, 8), 3, 1)
+    model, _ = by_hand(FIELDS, batches, 0.5)
+    for rank, values in enumerate(ranks.run(jobs.train_with_zero, FIELDS, batches, 0.5)):
+        for name, value in model.state_dict().items():
+            close(name, values[name], share(model, name, value, rank, 4))
+
+
+@pytest.mark.parametrize("capacity", [None, 1])
+def test_metrics_over_ranks(ranks, capacity):
+    torch.manual_seed(0)
+    shares = [torch.randn(n, H, dtype=torch.float64) for n in (6, 3, 0, 8)]
+    fields = {**BASE, "capacity": capacity}
+    results = ranks.run(jobs.metrics, fields, shares)
+    for _, reduced, calls in results:
+        assert calls == 1
+        assert torch.equal(reduced.tokens_per_expert, sum(own.tokens_per_expert for own, _, _ in results))
+        assert torch.equal(reduced.kept_per_expert, sum(own.kept_per_expert for own, _, _ in results))
+        assert reduced.tokens_per_expert.sum() == 17 * 2
+        entropy = sum(own.entropy * n for (own, _, _), n in zip(results, (6, 3, 0, 8), strict=True)) / 17
+        close("entropy", reduced.entropy, entropy)
+        assert reduced.bytes_sent == sum(own.bytes_sent for own, _, _ in results)
+        assert reduced.naive_bytes_sent == sum(own.naive_bytes_sent for own, _, _ in results)
+        assert (reduced.dropped_share > 0) == (capacity is not None)

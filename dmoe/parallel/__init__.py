@@ -14,7 +14,7 @@ from dmoe.parallel.clipping import clip_grad_norm, grad_norm
 from dmoe.parallel.collectives import Exchange, all_to_all_rows
 from dmoe.parallel.dispatch import AllToAllDispatcher, Dispatched, Dispatcher, LocalDispatcher, Traffic
 from dmoe.parallel.fsdp import fully_shard_experts
-from dmoe.parallel.gradients import average_gradients, data_parallel
+from dmoe.parallel.gradients import average_gradients, data_parallel, split_parameters
 from dmoe.parallel.placement import as_group, local_experts
 
 __all__ = [
@@ -33,4 +33,5 @@ __all__ = [
     "fully_shard_experts",
     "grad_norm",
     "local_experts",
+    "split_parameters",
 ]
