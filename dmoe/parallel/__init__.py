@@ -12,7 +12,7 @@ from __future__ import annotations
 from dmoe.parallel.agreement import check_agreement
 from dmoe.parallel.collectives import Exchange, all_to_all_rows
 from dmoe.parallel.dispatch import AllToAllDispatcher, Dispatched, Dispatcher, LocalDispatcher, Traffic
-from dmoe.parallel.placement import as_group, local_experts
+from dmoe.parallel.placement import as_group, ffn_shard, local_experts
 
 __all__ = [
     "AllToAllDispatcher",
@@ -24,5 +24,6 @@ __all__ = [
     "all_to_all_rows",
     "as_group",
     "check_agreement",
+    "ffn_shard",
     "local_experts",
 ]
