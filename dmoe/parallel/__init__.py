@@ -15,7 +15,7 @@ from dmoe.parallel.collectives import Exchange, all_to_all_rows
 from dmoe.parallel.dispatch import AllToAllDispatcher, Dispatched, Dispatcher, LocalDispatcher, Traffic
 from dmoe.parallel.fsdp import fully_shard_experts
 from dmoe.parallel.gradients import average_gradients, data_parallel, split_parameters
-from dmoe.parallel.placement import as_group, local_experts
+from dmoe.parallel.placement import as_group, ffn_shard, local_experts
 
 __all__ = [
     "AllToAllDispatcher",
@@ -30,6 +30,7 @@ __all__ = [
     "check_agreement",
     "clip_grad_norm",
     "data_parallel",
+    "ffn_shard",
     "fully_shard_experts",
     "grad_norm",
     "local_experts",

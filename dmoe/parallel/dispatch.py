@@ -9,11 +9,14 @@
 A token travels once to each rank that holds any of its experts, however many: with choices spread evenly that is
 ``W * (1 - C(E - E/W, K) / C(E, K))`` copies instead of K. It is expanded to its experts on arrival, by the plan, and
 one row per copy returns.
+
+With more ranks than experts (``W = E * S``) S ranks share each expert, each a slice of its F. A token goes to all S,
+and what they return are terms of one sum, as the results of different experts are: ``combine`` adds them all.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -23,11 +26,11 @@ from torch import Tensor
 from dmoe.ops.activation import accumulate_dtype
 from dmoe.ops.histogram import histogram
 from dmoe.ops.permute import permute
-from dmoe.ops.tile_table import tile_bound
 from dmoe.ops.unpermute import unpermute
 from dmoe.parallel.agreement import raise_unless_equal
 from dmoe.parallel.collectives import Exchange, explained
-from dmoe.parallel.placement import local_experts
+from dmoe.parallel.destinations import choices_of_rows, destinations_of, kept_per_expert, shortened
+from dmoe.parallel.placement import ffn_shard, local_experts
 from dmoe.plan import RoutingPlan, device_tile_rows, plan_token_choice
 
 if TYPE_CHECKING:
@@ -44,8 +47,8 @@ class Traffic:
         rows_sent: token rows that this rank sent to other ranks.
         rows_kept: those it sent to itself, which cross no wire.
         rows_received: those that came from other ranks; as many results went back.
-        naive_rows_sent, naive_rows_kept, naive_rows_received: the same with one row for each choice of each token; None
-            in the static mode, where nobody has counted.
+        naive_rows_sent, naive_rows_kept, naive_rows_received: the same with one row for each choice of each token (and
+            for each rank that holds a slice of the chosen expert); None in the static mode, where nobody has counted.
         row_bytes: bytes of one row of x, and of one result.
         choice_bytes: bytes of one row's gate weights and expert ids.
         count_bytes: bytes of counts sent to other ranks.
@@ -172,11 +175,16 @@ class AllToAllDispatcher:
 
     Args:
         group: the ranks, of which this process is one.
-        num_experts: E, of all ranks together; a multiple of the ranks.
+        num_experts: E, of all ranks together; a multiple of the ranks, or the ranks are a multiple of them.
         max_rows_received: the static mode: no shape depends on data and the host waits for nothing, at the price of
             padding. Every pair of ranks exchanges ``ceil(max_rows_received / W)`` rows; a token beyond that on its way
             to a rank is not sent there, and adds nothing from there (its gate weights are not renormalised). ``W``
             times the most tokens of any rank is enough for every routing. None: as many rows as there are.
+
+    Attributes:
+        local_experts: the experts that live here, whole or in part.
+        ffn_shard: which slice of them, and of how many: ``(index, count)`` is columns ``[index * F / count,
+            (index + 1) * F / count)`` of each one's F. What ``combine`` gets is then their part of the sum over F.
 
     Raises:
         ValueError: experts that cannot be divided evenly, or a negative bound.
@@ -186,7 +194,8 @@ class AllToAllDispatcher:
         self.group, self.num_experts, self.max_rows_received = group, num_experts, max_rows_received
         self.world_size, self.rank = dist.get_world_size(group), dist.get_rank(group)
         self.local_experts = local_experts(num_experts, self.world_size, self.rank)
-        self.ffn_shard = (0, 1)
+        self.ffn_shard = ffn_shard(num_experts, self.world_size, self.rank)
+        self._shards = self.ffn_shard[1]
         if max_rows_received is not None and max_rows_received < 0:
             raise ValueError(
                 f"AllToAllDispatcher: max_rows_received: expected at least 0, or None, got {max_rows_received}"
@@ -214,7 +223,7 @@ class AllToAllDispatcher:
 
     @property
     def num_local_experts(self) -> int:
-        """E / W."""
+        """E / W, at least 1."""
         return len(self.local_experts)
 
     def dispatch(
@@ -233,18 +242,19 @@ class AllToAllDispatcher:
         x, choices, gates = self._checked(x, expert_indices, gate_weights, plan)
         top_k, each, ranks = choices.shape[1], self.num_local_experts, self.world_size
         bound = None if self.max_rows_received is None else -(-self.max_rows_received // ranks)
-        destinations = once_per_rank(choices, each, ranks)
+        destinations = destinations_of(choices, each, ranks, self._shards)
         way = plan_token_choice(destinations, ranks, capacity=bound, binned=bound is not None)
         counting = None if bound is not None else self._start_counting(x, choices, gates, way)
 
         # While counts travel: a row for each (token, rank), and a row with that rank's choices and their weights.
         rows = permute(x, way.row_to_token, way.token_offsets, way.token_rows)
-        chosen = self._choices_of_rows(choices, gates, way)
+        chosen = choices_of_rows(choices, gates, way, each, self._shards)
 
         if counting is None:
             assert bound is not None
             send_counts = recv_counts = (bound,) * ranks
-            traffic, kept = self._static_traffic(x, chosen, bound), _kept_per_expert(choices, destinations, way, each)
+            traffic = self._static_traffic(x, chosen, bound)
+            kept = kept_per_expert(choices, destinations, way, each, self._shards)
             used, assignments = bound * ranks, bound * ranks * top_k
         else:
             send_counts, recv_counts, assignments, traffic = self._counted(counting, x, chosen)
@@ -259,7 +269,7 @@ class AllToAllDispatcher:
         ids = arrived[:, top_k:].to(torch.int32)
         return Dispatched(
             x=of_rows.finish(rows_under_way),
-            plan=_shortened(plan_token_choice(ids, each, tile_rows=tile_rows), assignments),
+            plan=shortened(plan_token_choice(ids, each, tile_rows=tile_rows), assignments),
             gate_weights=arrived[:, :top_k],
             way_back=WayBack(
                 way.row_to_token[:used],
@@ -317,24 +327,11 @@ class AllToAllDispatcher:
             choices = choices.masked_fill(plan.token_to_rows < 0, self.num_experts)
         return x, choices, gate_weights.to(accumulate_dtype(x.dtype))
 
-    def _choices_of_rows(self, choices: Tensor, gates: Tensor, way: RoutingPlan) -> Tensor:
-        """What travels beside each row: K gate weights, then K ids of its rank's experts; ``(R, 2 K)``.
-
-        An id of ``num_local_experts`` says "not here", and its weight is not read. Ids travel as numbers in the dtype
-        of the weights, exact in float32 up to 2**24, so that both are one exchange.
-        """
-        each, index = self.num_local_experts, (way.row_to_token, way.token_offsets, way.token_rows)
-        position = torch.arange(way.num_rows, dtype=torch.int32, device=choices.device)
-        rank = torch.searchsorted(way.expert_offsets[1:].contiguous(), position, right=True)
-        local = permute(choices, *index) - (rank * each).unsqueeze(1)
-        here = (local >= 0) & (local < each) & (way.row_to_token >= 0).unsqueeze(1)
-        weights = permute(gates, *index)
-        return torch.cat([weights, local.masked_fill(~here, each).to(weights.dtype)], 1)
-
     def _start_counting(self, x: Tensor, choices: Tensor, gates: Tensor, way: RoutingPlan) -> _Counting:
         """Tell every rank how many rows and assignments it will get, and what kind of rows."""
-        to_rank = (choices // self.num_local_experts).flatten()
-        assignments = histogram(to_rank, self.world_size + 1)[: self.world_size]
+        owners = self.world_size // self._shards
+        assignments = histogram((choices // self.num_local_experts).flatten(), owners + 1)[:owners]
+        assignments = assignments.repeat_interleave(self._shards, output_size=self.world_size)
         kind = [x.shape[1], choices.shape[1], _DTYPES.index(x.dtype), _needs_gradient(x, gates)]
         kinds = torch.tensor(kind, device="cpu").expand(self.world_size, -1)
         if x.is_cuda:
@@ -430,46 +427,6 @@ class _Tied(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return (grad, *(None for _ in ctx.needs_input_grad[1:]))
-
-
-def once_per_rank(choices: Tensor, num_local_experts: int, num_ranks: int) -> Tensor:
-    """The ranks that each token goes to, each once, in ascending order; ``num_ranks`` fills up.
-
-    Args:
-        choices: ``(T, K)`` int32 in [0, E]; E marks a choice that takes no expert.
-        num_local_experts: E / W.
-        num_ranks: W.
-
-    Returns:
-        ``(T, min(K, W))`` int32 in [0, W].
-    """
-    ranks = choices // num_local_experts
-    if num_ranks < ranks.shape[1]:
-        every = torch.arange(num_ranks, dtype=ranks.dtype, device=ranks.device)
-        chosen = (ranks.unsqueeze(2) == every).any(1)
-        return torch.where(chosen, every, num_ranks)
-    ranks = ranks.sort(1).values
-    again = ranks[:, 1:] == ranks[:, :-1]
-    return torch.cat([ranks[:, :1], ranks[:, 1:].masked_fill(again, num_ranks)], 1)
-
-
-def _kept_per_expert(choices: Tensor, destinations: Tensor, way: RoutingPlan, num_local_experts: int) -> Tensor:
-    """Choices of each expert whose token found room on its way, ``(E,)``."""
-    num_experts = way.num_experts * num_local_experts
-    lost = way.token_rows.view(destinations.shape) < 0
-    nowhere = torch.where(lost, destinations, -1)  # fillers match choices of no expert, which are none to lose
-    gone = ((choices // num_local_experts).unsqueeze(2) == nowhere.unsqueeze(1)).any(2)
-    return histogram(choices.masked_fill(gone, num_experts).flatten(), num_experts + 1)[:num_experts]
-
-
-def _shortened(plan: RoutingPlan, num_rows: int) -> RoutingPlan:
-    """A plan with no more rows than are in use: all K choices of a row are rarely on one rank."""
-    tiles = plan.tiles
-    if tiles is not None:
-        tiles = tiles[: tile_bound(num_rows, plan.num_experts, plan.tile_rows)]
-    return replace(
-        plan, row_to_token=plan.row_to_token[:num_rows], row_to_slot=plan.row_to_slot[:num_rows], tiles=tiles
-    )
 
 
 def _needs_gradient(x: Tensor, gates: Tensor) -> int:
