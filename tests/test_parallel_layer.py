@@ -19,9 +19,10 @@ BASE = {"hidden_size": H, "ffn_hidden_size": 4, "num_experts": 4, "top_k": 2, "l
 def layers(draw):
     """A config whose capacity and losses are counted over each rank's own tokens, tokens of each rank, and a seed."""
     world = draw(st.sampled_from([2, 4]))
-    experts = world * draw(st.integers(1, 2))
+    experts = draw(st.sampled_from([world // 2, world, 2 * world]))
+    shards = max(1, world // experts)  # ranks that share an expert, each with a part of its F
     gated = draw(st.booleans())
-    widths = st.lists(st.integers(1, 5), min_size=experts, max_size=experts)
+    widths = st.lists(st.integers(1, 5).map(lambda n: n * shards), min_size=experts, max_size=experts)
     fields = {
         "hidden_size": H,
         "ffn_hidden_size": draw(st.just(4) | widths),
@@ -69,14 +70,17 @@ def part_of(module, name, tensor, rank, world):
     """What a rank holds of a parameter of the whole layer."""
     if not name.startswith("experts."):
         return tensor
-    first, each = rank * (module.config.num_experts // world), module.config.num_experts // world
-    if isinstance(module.config.ffn_hidden_size, int) or name.endswith("down_bias"):
+    experts = module.config.num_experts
+    shards = max(1, world // experts)
+    each = max(1, experts // world)
+    first, shard = rank // shards * each, rank % shards
+    if name.endswith("down_bias"):
         return tensor[first : first + each]
-    sizes = module.config.ffn_sizes
-    columns = slice(sum(sizes[:first]), sum(sizes[: first + each]))
-    if name.endswith("down_proj"):
-        return tensor[:, columns]
-    return tensor[..., columns] if name.endswith("bias") else tensor[..., columns, :]
+    dim = tensor.dim() - (1 if name.endswith(("down_proj", "bias")) else 2)
+    if isinstance(module.config.ffn_hidden_size, int):
+        return tensor[first : first + each].chunk(shards, dim)[shard]
+    of_experts = tensor.split(module.config.ffn_sizes, dim)[first : first + each]
+    return torch.cat([one.chunk(shards, dim)[shard] for one in of_experts], dim)
 
 
 def close(name, actual, expected, tolerance=1e-12):

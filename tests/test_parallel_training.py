@@ -10,6 +10,7 @@ import torch
 from test_parallel_layer import BASE, close, part_of
 
 H = BASE["hidden_size"]
+FIELDS = {**BASE, "bias": "expert", "load_balancing_coefficient": 0.1}
 
 
 def batches_for(tokens_by_rank, steps, micro, seed=1):
@@ -34,25 +35,22 @@ def by_hand(fields, batches, max_norm):
     return model, norms
 
 
-@pytest.mark.parametrize("replicas", [1, 2, 4])
+@pytest.mark.parametrize(("replicas", "experts"), [(1, 4), (2, 4), (4, 4), (1, 2), (2, 1)])
 @pytest.mark.parametrize("micro", [1, 2])
-def test_steps_with_replicas_equal_one_process(ranks, replicas, micro):
-    """EP alone, EP x DP, DP alone; with gradient accumulation; clipped by the norm over everything."""
-    fields = {**BASE, "bias": "expert", "load_balancing_coefficient": 0.1}
+def test_steps_with_replicas_equal_one_process(ranks, replicas, experts, micro):
+    """EP alone, EP x DP, DP alone, experts cut in two; gradient accumulation; clipped by the norm of everything."""
+    fields = {**FIELDS, "num_experts": experts, "top_k": min(experts, 2)}
     batches = batches_for((6, 3, 0, 8), 3, micro)
     results = ranks.run(jobs.train, fields, replicas, batches, 0.5, micro > 1)
     model, norms = by_hand(fields, batches, 0.5)
     world = 4 // replicas
     largest = max(p.grad.abs().max() for p in model.parameters())
-    for rank, (values, norms_there, largest_there, experts) in enumerate(results):
-        assert len(experts) == 4 // world
+    for rank, (values, norms_there, largest_there, owned) in enumerate(results):
+        assert len(owned) == max(1, experts // world)
         close("norms", norms_there, torch.stack(norms))
         close("largest", largest_there, largest)
         for name, value in model.state_dict().items():
-            mine = value
-            if ".experts." in name:
-                mine = part_of(model.moe, name.removeprefix("moe."), value, rank % world, world)
-            close(name, values[name], mine)
+            close(name, values[name], share(model, name, value, rank % world, world))
     assert (torch.stack(norms) > 0.5).all()  # clipping was at work
 
 
@@ -92,33 +90,40 @@ def test_norms_of_a_model_on_one_rank():
     assert torch.equal(model.last.weight.grad, before)
 
 
-FIELDS = {**BASE, "bias": "expert", "load_balancing_coefficient": 0.1}
-
-
 def share(model, name, value, rank, world):
     """What a rank holds of a value of the whole model."""
     return part_of(model.moe, name.removeprefix("moe."), value, rank, world) if ".experts." in name else value
 
 
-def whole(results, name):
-    """A parameter put together from the ranks' parts, when each expert is held once."""
-    return torch.cat([values[name] for values in results]) if ".experts." in name else results[0][name]
+def whole(model, results, name):
+    """A value put together from the ranks' parts, when each part is held once."""
+    together = torch.empty_like(model.state_dict()[name])
+    for rank, values in enumerate(results):
+        share(model, name, together, rank, len(results)).copy_(values[name])
+    return together
 
 
-def test_a_checkpoint_of_four_ranks_loads_on_one_two_and_four(ranks, tmp_path):
+@pytest.mark.parametrize("experts", [4, 2])
+def test_a_checkpoint_of_four_ranks_loads_on_one_two_and_four(ranks, tmp_path, experts):
+    """With two experts each of them is cut in two on four ranks, and whole on two."""
+    fields = {**FIELDS, "num_experts": experts}
     batches = batches_for((6, 3, 1, 8), 3, 1)
     folder = str(tmp_path / "checkpoint")
-    saved = ranks.run(jobs.save, FIELDS, 1, batches, folder)
-    model = jobs.Net(FIELDS)
+    saved = ranks.run(jobs.save, fields, 1, batches, folder)
+    model = jobs.Net(fields)
     for replicas in (4, 2, 1):
         world = 4 // replicas
-        loaded = ranks.run(jobs.load, FIELDS, replicas, batches, folder)
+        loaded = ranks.run(jobs.load, fields, replicas, batches, folder)
         for rank, (before, losses, after) in enumerate(loaded):
             close("losses", losses, saved[rank][1])
             for name in model.state_dict():
-                mine = share(model, name, whole([s[0] for s in saved], name), rank % world, world)
+                mine = share(model, name, whole(model, [s[0] for s in saved], name), rank % world, world)
                 assert torch.equal(before[name], mine), name
-                close(name, after[name], share(model, name, whole([s[2] for s in saved], name), rank % world, world))
+                close(
+                    name,
+                    after[name],
+                    share(model, name, whole(model, [s[2] for s in saved], name), rank % world, world),
+                )
 
 
 def test_a_checkpoint_of_ranks_loads_in_one_process_and_the_other_way(ranks, tmp_path):
@@ -132,7 +137,7 @@ def test_a_checkpoint_of_ranks_loads_in_one_process_and_the_other_way(ranks, tmp
     state = {"model": {name: torch.full_like(value, torch.nan) for name, value in model.state_dict().items()}}
     dcp.load(state, checkpoint_id=there, no_dist=True)
     for name, value in state["model"].items():
-        assert torch.equal(value, whole([s[0] for s in saved], name)), name
+        assert torch.equal(value, whole(model, [s[0] for s in saved], name)), name
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     jobs.loss_of(model, model, batches[0][0][0]).backward()
