@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from dmoe.parallel.agreement import check_agreement
 from dmoe.parallel.collectives import Exchange, all_to_all_rows
-from dmoe.parallel.dispatch import AllToAllDispatcher, Dispatched, Dispatcher, LocalDispatcher, Traffic
+from dmoe.parallel.dispatch import AllToAllDispatcher, Dispatched, Dispatcher, LocalDispatcher
 from dmoe.parallel.placement import as_group, local_experts
+from dmoe.parallel.traffic import Traffic
 
 __all__ = [
     "AllToAllDispatcher",

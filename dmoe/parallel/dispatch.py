@@ -26,53 +26,16 @@ from dmoe.ops.permute import permute
 from dmoe.ops.tile_table import tile_bound
 from dmoe.ops.unpermute import unpermute
 from dmoe.parallel.agreement import raise_unless_equal
-from dmoe.parallel.collectives import Exchange, explained
+from dmoe.parallel.collectives import Exchange
+from dmoe.parallel.counting import Counting
 from dmoe.parallel.placement import local_experts
+from dmoe.parallel.traffic import Traffic
 from dmoe.plan import RoutingPlan, device_tile_rows, plan_token_choice
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """What one forward put on the wire, from this rank to others and back; all counts are Python integers.
-
-    Attributes:
-        rows_sent: token rows that this rank sent to other ranks.
-        rows_kept: those it sent to itself, which cross no wire.
-        rows_received: those that came from other ranks; as many results went back.
-        naive_rows_sent, naive_rows_kept, naive_rows_received: the same with one row for each choice of each token; None
-            in the static mode, where nobody has counted.
-        row_bytes: bytes of one row of x, and of one result.
-        choice_bytes: bytes of one row's gate weights and expert ids.
-        count_bytes: bytes of counts sent to other ranks.
-    """
-
-    rows_sent: int
-    rows_kept: int
-    rows_received: int
-    naive_rows_sent: int | None
-    naive_rows_kept: int | None
-    naive_rows_received: int | None
-    row_bytes: int
-    choice_bytes: int
-    count_bytes: int
-
-    @property
-    def bytes_sent(self) -> int:
-        """Bytes that this rank sent to others in forward: rows with their choices, results, and counts."""
-        there = self.rows_sent * (self.row_bytes + self.choice_bytes)
-        return there + self.rows_received * self.row_bytes + self.count_bytes
-
-    @property
-    def naive_bytes_sent(self) -> int | None:
-        """Bytes of rows and results alone, had each choice sent a copy (whose weight can then stay at home)."""
-        if self.naive_rows_sent is None or self.naive_rows_received is None:
-            return None
-        return (self.naive_rows_sent + self.naive_rows_received) * self.row_bytes
 
 
 @dataclass(frozen=True)
@@ -320,7 +283,7 @@ class AllToAllDispatcher:
         weights = permute(gates, *index)
         return torch.cat([weights, local.masked_fill(~here, each).to(weights.dtype)], 1)
 
-    def _start_counting(self, x: Tensor, choices: Tensor, gates: Tensor, way: RoutingPlan) -> _Counting:
+    def _start_counting(self, x: Tensor, choices: Tensor, gates: Tensor, way: RoutingPlan) -> Counting:
         """Tell every rank how many rows and assignments it will get, and what kind of rows."""
         to_rank = (choices // self.num_local_experts).flatten()
         assignments = histogram(to_rank, self.world_size + 1)[: self.world_size]
@@ -329,10 +292,10 @@ class AllToAllDispatcher:
         if x.is_cuda:
             kinds = kinds.contiguous().pin_memory().to(x.device, non_blocking=True)
         counts = torch.stack([way.tokens_per_expert, assignments], 1).long()
-        return _Counting(torch.cat([counts, kinds], 1), self.group)
+        return Counting(torch.cat([counts, kinds], 1), self.group)
 
     def _counted(
-        self, counting: _Counting, x: Tensor, chosen: Tensor
+        self, counting: Counting, x: Tensor, chosen: Tensor
     ) -> tuple[tuple[int, ...], tuple[int, ...], int, Traffic]:
         """Rows to and from each rank, how many assignments arrive, and what that amounts to in bytes."""
         sent, received = counting.read()
@@ -367,42 +330,6 @@ class AllToAllDispatcher:
             choice_bytes=chosen.shape[1] * chosen.element_size(),
             count_bytes=0,
         )
-
-
-class _Counting:
-    """The exchange of counts, one row of integers for each rank, and its one way to the host."""
-
-    def __init__(self, counts: Tensor, group: ProcessGroup) -> None:
-        self.bytes_sent = counts[0].numel() * counts.element_size() * (counts.shape[0] - 1)
-        self._group = group
-        received = torch.empty_like(counts)
-        start = lambda: dist.all_to_all_single(received, counts, group=group, async_op=True)  # noqa: E731
-        work = explained(start, "the exchange of counts", group)
-        self._both: Tensor | tuple[Tensor, Tensor] = (counts, received)
-        self._ready: Any = work
-        if counts.is_cuda:  # a stream of its own waits and copies, so that this one can go on with the rows
-            side = torch.cuda.Stream(counts.device)
-            side.wait_stream(torch.cuda.current_stream(counts.device))
-            with torch.cuda.stream(side):
-                work.wait()
-                both = torch.stack([counts, received])
-                self._both = torch.empty(both.shape, dtype=both.dtype, pin_memory=True)
-                self._both.copy_(both, non_blocking=True)
-                self._ready = torch.cuda.Event()
-                self._ready.record(side)
-            for tensor in (counts, received):
-                tensor.record_stream(side)
-
-    def read(self) -> tuple[list[list[int]], list[list[int]]]:
-        """Wait for the counts: those sent and those received, by rank."""
-        if isinstance(self._both, Tensor):
-            self._ready.synchronize()
-            both = self._both
-        else:
-            explained(self._ready.wait, "the exchange of counts", self._group)
-            both = torch.stack(self._both)
-        sent, received = both.tolist()
-        return sent, received
 
 
 class _Tied(torch.autograd.Function):
