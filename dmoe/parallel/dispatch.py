@@ -13,6 +13,7 @@ one row per copy returns.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -26,16 +27,18 @@ from dmoe.ops.permute import permute
 from dmoe.ops.tile_table import tile_bound
 from dmoe.ops.unpermute import unpermute
 from dmoe.parallel.agreement import raise_unless_equal
-from dmoe.parallel.collectives import Exchange
+from dmoe.parallel.collectives import Exchange, RowExchange
 from dmoe.parallel.counting import Counting
 from dmoe.parallel.placement import local_experts
 from dmoe.parallel.traffic import Traffic
+from dmoe.parallel.wire import SCALE_BYTES, WIRE_DTYPES, NarrowExchange, check_wire_dtype
 from dmoe.plan import RoutingPlan, device_tile_rows, plan_token_choice
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_WIRES = (None, *((kind, narrow_gradients) for kind in WIRE_DTYPES for narrow_gradients in (False, True)))
 
 
 @dataclass(frozen=True)
@@ -140,13 +143,27 @@ class AllToAllDispatcher:
             padding. Every pair of ranks exchanges ``ceil(max_rows_received / W)`` rows; a token beyond that on its way
             to a rank is not sent there, and adds nothing from there (its gate weights are not renormalised). ``W``
             times the most tokens of any rank is enough for every routing. None: as many rows as there are.
+        wire_dtype: ``"fp8"`` or ``"int8"``: tokens travel to the experts as one byte per number and a float32 scale per
+            row (see :mod:`dmoe.parallel.wire`), those that stay on this rank rounded like the others. Their gate
+            weights, and the results, keep their dtype. None: so do the tokens.
+        wire_backward: whether the tokens' gradients travel back like that, too.
 
     Raises:
-        ValueError: experts that cannot be divided evenly, or a negative bound.
+        ValueError: experts that cannot be divided evenly, a negative bound, or an unknown ``wire_dtype``.
     """
 
-    def __init__(self, group: ProcessGroup, num_experts: int, *, max_rows_received: int | None = None) -> None:
+    def __init__(
+        self,
+        group: ProcessGroup,
+        num_experts: int,
+        *,
+        max_rows_received: int | None = None,
+        wire_dtype: str | None = None,
+        wire_backward: bool = False,
+    ) -> None:
+        check_wire_dtype(wire_dtype, wire_backward)
         self.group, self.num_experts, self.max_rows_received = group, num_experts, max_rows_received
+        self.wire_dtype, self.wire_backward = wire_dtype, wire_backward
         self.world_size, self.rank = dist.get_world_size(group), dist.get_rank(group)
         self.local_experts = local_experts(num_experts, self.world_size, self.rank)
         if max_rows_received is not None and max_rows_received < 0:
@@ -156,7 +173,13 @@ class AllToAllDispatcher:
 
     def __deepcopy__(self, memo: Any) -> AllToAllDispatcher:
         """The same group: a copy of a layer talks to the same ranks."""
-        return AllToAllDispatcher(self.group, self.num_experts, max_rows_received=self.max_rows_received)
+        return AllToAllDispatcher(
+            self.group,
+            self.num_experts,
+            max_rows_received=self.max_rows_received,
+            wire_dtype=self.wire_dtype,
+            wire_backward=self.wire_backward,
+        )
 
     def __reduce__(self) -> Any:
         raise TypeError(
@@ -203,8 +226,8 @@ class AllToAllDispatcher:
             used, kept = sum(send_counts), None
 
         # The choices first: the plan is made while the rows are still under way.
-        of_choices = Exchange(send_counts, recv_counts, self.group, "expert choices")
-        of_rows = Exchange(send_counts, recv_counts, self.group, "token rows")
+        of_choices = self._exchange(send_counts, recv_counts, "expert choices")
+        of_rows = self._exchange(send_counts, recv_counts, "token rows", narrow=True)
         choices_under_way, rows_under_way = of_choices.start(chosen), of_rows.start(rows)
         arrived = of_choices.finish(choices_under_way)
         tile_rows = device_tile_rows(x.device, assignments, each)
@@ -221,7 +244,7 @@ class AllToAllDispatcher:
                 send_counts,
                 recv_counts,
             ),
-            traffic=traffic,
+            traffic=replace(traffic, wire_row_bytes=self._wire_row_bytes(x)),
             kept_per_expert=kept,
         )
 
@@ -237,9 +260,22 @@ class AllToAllDispatcher:
             expected = "what dispatch returned" if way is None else f"{sum(way.recv_counts)} rows"
             raise ValueError(f"combine: expected {expected}, got y of shape {tuple(y.shape)}")
         y = _Tied.apply(y, dispatched.x, dispatched.gate_weights)
-        back = Exchange(way.recv_counts, way.send_counts, self.group, "results")
+        back = self._exchange(way.recv_counts, way.send_counts, "results")
         rows = back.finish(back.start(y))
         return unpermute(rows, None, way.row_to_token, way.row_to_slot, way.token_offsets, way.token_rows)
+
+    def _exchange(
+        self, send_counts: Sequence[int], recv_counts: Sequence[int], what: str, *, narrow: bool = False
+    ) -> RowExchange:
+        """How rows of one kind travel; ``narrow``: those that ``wire_dtype`` is about."""
+        exchange = Exchange(send_counts, recv_counts, self.group, what)
+        if not narrow or self.wire_dtype is None:
+            return exchange
+        return NarrowExchange(exchange, self.wire_dtype, self.wire_backward)
+
+    def _wire_row_bytes(self, x: Tensor) -> int:
+        """Bytes of one token on its way to its experts."""
+        return x.shape[1] * x.element_size() if self.wire_dtype is None else x.shape[1] + SCALE_BYTES
 
     def _checked(
         self, x: Tensor, expert_indices: Tensor | None, gate_weights: Tensor, plan: RoutingPlan | None
@@ -287,7 +323,9 @@ class AllToAllDispatcher:
         """Tell every rank how many rows and assignments it will get, and what kind of rows."""
         to_rank = (choices // self.num_local_experts).flatten()
         assignments = histogram(to_rank, self.world_size + 1)[: self.world_size]
-        kind = [x.shape[1], choices.shape[1], _DTYPES.index(x.dtype), _needs_gradient(x, gates)]
+        wire = _WIRES.index(None if self.wire_dtype is None else (self.wire_dtype, self.wire_backward))
+        dtype = _DTYPES.index(x.dtype) + len(_DTYPES) * wire
+        kind = [x.shape[1], choices.shape[1], dtype, _needs_gradient(x, gates)]
         kinds = torch.tensor(kind, device="cpu").expand(self.world_size, -1)
         if x.is_cuda:
             kinds = kinds.contiguous().pin_memory().to(x.device, non_blocking=True)
@@ -397,7 +435,13 @@ def _check_kinds(received: list[list[int]]) -> None:
     """Ranks whose rows differ would wait for each other in the exchange to come, or in backward's."""
     needs = ("none", "x", "gate_weights", "x and gate_weights")
     kinds = [
-        {"H": str(hidden), "K": str(top_k), "dtype": str(_DTYPES[dtype]), "requires_grad": needs[gradient]}
+        {
+            "H": str(hidden),
+            "K": str(top_k),
+            "dtype": str(_DTYPES[dtype % len(_DTYPES)]),
+            "wire_dtype, wire_backward": str(_WIRES[dtype // len(_DTYPES)]),
+            "requires_grad": needs[gradient],
+        }
         for _, _, hidden, top_k, dtype, gradient in received
     ]
     raise_unless_equal("dispatch", kinds, {})

@@ -15,9 +15,10 @@ class Traffic:
         rows_received: those that came from other ranks; as many results went back.
         naive_rows_sent, naive_rows_kept, naive_rows_received: the same with one row for each choice of each token; None
             in the static mode, where nobody has counted.
-        row_bytes: bytes of one row of x, and of one result.
+        row_bytes: bytes of one row of x in its own dtype, and of one result.
         choice_bytes: bytes of one row's gate weights and expert ids.
         count_bytes: bytes of counts sent to other ranks.
+        wire_row_bytes: bytes of one row of x on its way there; None: ``row_bytes``.
     """
 
     rows_sent: int
@@ -29,16 +30,18 @@ class Traffic:
     row_bytes: int
     choice_bytes: int
     count_bytes: int
+    wire_row_bytes: int | None = None
 
     @property
     def bytes_sent(self) -> int:
         """Bytes that this rank sent to others in forward: rows with their choices, results, and counts."""
-        there = self.rows_sent * (self.row_bytes + self.choice_bytes)
+        wire_row_bytes = self.row_bytes if self.wire_row_bytes is None else self.wire_row_bytes
+        there = self.rows_sent * (wire_row_bytes + self.choice_bytes)
         return there + self.rows_received * self.row_bytes + self.count_bytes
 
     @property
     def naive_bytes_sent(self) -> int | None:
-        """Bytes of rows and results alone, had each choice sent a copy (whose weight can then stay at home)."""
+        """Bytes of rows and results alone, had each choice sent a whole copy (whose weight can then stay at home)."""
         if self.naive_rows_sent is None or self.naive_rows_received is None:
             return None
         return (self.naive_rows_sent + self.naive_rows_received) * self.row_bytes
