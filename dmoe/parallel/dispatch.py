@@ -16,7 +16,8 @@ and what they return are terms of one sum, as the results of different experts a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -28,54 +29,19 @@ from dmoe.ops.histogram import histogram
 from dmoe.ops.permute import permute
 from dmoe.ops.unpermute import unpermute
 from dmoe.parallel.agreement import raise_unless_equal
-from dmoe.parallel.collectives import Exchange, explained
+from dmoe.parallel.collectives import Exchange, RowExchange
+from dmoe.parallel.counting import Counting
 from dmoe.parallel.destinations import choices_of_rows, destinations_of, kept_per_expert, shortened
 from dmoe.parallel.placement import ffn_shard, local_experts
+from dmoe.parallel.traffic import Traffic
+from dmoe.parallel.wire import SCALE_BYTES, WIRE_DTYPES, NarrowExchange, check_wire_dtype
 from dmoe.plan import RoutingPlan, device_tile_rows, plan_token_choice
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """What one forward put on the wire, from this rank to others and back; all counts are Python integers.
-
-    Attributes:
-        rows_sent: token rows that this rank sent to other ranks.
-        rows_kept: those it sent to itself, which cross no wire.
-        rows_received: those that came from other ranks; as many results went back.
-        naive_rows_sent, naive_rows_kept, naive_rows_received: the same with one row for each choice of each token (and
-            for each rank that holds a slice of the chosen expert); None in the static mode, where nobody has counted.
-        row_bytes: bytes of one row of x, and of one result.
-        choice_bytes: bytes of one row's gate weights and expert ids.
-        count_bytes: bytes of counts sent to other ranks.
-    """
-
-    rows_sent: int
-    rows_kept: int
-    rows_received: int
-    naive_rows_sent: int | None
-    naive_rows_kept: int | None
-    naive_rows_received: int | None
-    row_bytes: int
-    choice_bytes: int
-    count_bytes: int
-
-    @property
-    def bytes_sent(self) -> int:
-        """Bytes that this rank sent to others in forward: rows with their choices, results, and counts."""
-        there = self.rows_sent * (self.row_bytes + self.choice_bytes)
-        return there + self.rows_received * self.row_bytes + self.count_bytes
-
-    @property
-    def naive_bytes_sent(self) -> int | None:
-        """Bytes of rows and results alone, had each choice sent a copy (whose weight can then stay at home)."""
-        if self.naive_rows_sent is None or self.naive_rows_received is None:
-            return None
-        return (self.naive_rows_sent + self.naive_rows_received) * self.row_bytes
+_WIRES = (None, *((kind, narrow_gradients) for kind in WIRE_DTYPES for narrow_gradients in (False, True)))
 
 
 @dataclass(frozen=True)
@@ -180,6 +146,10 @@ class AllToAllDispatcher:
             padding. Every pair of ranks exchanges ``ceil(max_rows_received / W)`` rows; a token beyond that on its way
             to a rank is not sent there, and adds nothing from there (its gate weights are not renormalised). ``W``
             times the most tokens of any rank is enough for every routing. None: as many rows as there are.
+        wire_dtype: ``"fp8"`` or ``"int8"``: tokens travel to the experts as one byte per number and a float32 scale per
+            row (see :mod:`dmoe.parallel.wire`), those that stay on this rank rounded like the others. Their gate
+            weights, and the results, keep their dtype. None: so do the tokens.
+        wire_backward: whether the tokens' gradients travel back like that, too.
 
     Attributes:
         local_experts: the experts that live here, whole or in part.
@@ -187,11 +157,21 @@ class AllToAllDispatcher:
             (index + 1) * F / count)`` of each one's F. What ``combine`` gets is then their part of the sum over F.
 
     Raises:
-        ValueError: experts that cannot be divided evenly, or a negative bound.
+        ValueError: experts that cannot be divided evenly, a negative bound, or an unknown ``wire_dtype``.
     """
 
-    def __init__(self, group: ProcessGroup, num_experts: int, *, max_rows_received: int | None = None) -> None:
+    def __init__(
+        self,
+        group: ProcessGroup,
+        num_experts: int,
+        *,
+        max_rows_received: int | None = None,
+        wire_dtype: str | None = None,
+        wire_backward: bool = False,
+    ) -> None:
+        check_wire_dtype(wire_dtype, wire_backward)
         self.group, self.num_experts, self.max_rows_received = group, num_experts, max_rows_received
+        self.wire_dtype, self.wire_backward = wire_dtype, wire_backward
         self.world_size, self.rank = dist.get_world_size(group), dist.get_rank(group)
         self.local_experts = local_experts(num_experts, self.world_size, self.rank)
         self.ffn_shard = ffn_shard(num_experts, self.world_size, self.rank)
@@ -203,7 +183,13 @@ class AllToAllDispatcher:
 
     def __deepcopy__(self, memo: Any) -> AllToAllDispatcher:
         """The same group: a copy of a layer talks to the same ranks."""
-        return AllToAllDispatcher(self.group, self.num_experts, max_rows_received=self.max_rows_received)
+        return AllToAllDispatcher(
+            self.group,
+            self.num_experts,
+            max_rows_received=self.max_rows_received,
+            wire_dtype=self.wire_dtype,
+            wire_backward=self.wire_backward,
+        )
 
     def __reduce__(self) -> Any:
         raise TypeError(
@@ -261,8 +247,8 @@ class AllToAllDispatcher:
             used, kept = sum(send_counts), None
 
         # The choices first: the plan is made while the rows are still under way.
-        of_choices = Exchange(send_counts, recv_counts, self.group, "expert choices")
-        of_rows = Exchange(send_counts, recv_counts, self.group, "token rows")
+        of_choices = self._exchange(send_counts, recv_counts, "expert choices")
+        of_rows = self._exchange(send_counts, recv_counts, "token rows", narrow=True)
         choices_under_way, rows_under_way = of_choices.start(chosen), of_rows.start(rows)
         arrived = of_choices.finish(choices_under_way)
         tile_rows = device_tile_rows(x.device, assignments, each)
@@ -279,7 +265,7 @@ class AllToAllDispatcher:
                 send_counts,
                 recv_counts,
             ),
-            traffic=traffic,
+            traffic=replace(traffic, wire_row_bytes=self._wire_row_bytes(x)),
             kept_per_expert=kept,
         )
 
@@ -295,9 +281,22 @@ class AllToAllDispatcher:
             expected = "what dispatch returned" if way is None else f"{sum(way.recv_counts)} rows"
             raise ValueError(f"combine: expected {expected}, got y of shape {tuple(y.shape)}")
         y = _Tied.apply(y, dispatched.x, dispatched.gate_weights)
-        back = Exchange(way.recv_counts, way.send_counts, self.group, "results")
+        back = self._exchange(way.recv_counts, way.send_counts, "results")
         rows = back.finish(back.start(y))
         return unpermute(rows, None, way.row_to_token, way.row_to_slot, way.token_offsets, way.token_rows)
+
+    def _exchange(
+        self, send_counts: Sequence[int], recv_counts: Sequence[int], what: str, *, narrow: bool = False
+    ) -> RowExchange:
+        """How rows of one kind travel; ``narrow``: those that ``wire_dtype`` is about."""
+        exchange = Exchange(send_counts, recv_counts, self.group, what)
+        if not narrow or self.wire_dtype is None:
+            return exchange
+        return NarrowExchange(exchange, self.wire_dtype, self.wire_backward)
+
+    def _wire_row_bytes(self, x: Tensor) -> int:
+        """Bytes of one token on its way to its experts."""
+        return x.shape[1] * x.element_size() if self.wire_dtype is None else x.shape[1] + SCALE_BYTES
 
     def _checked(
         self, x: Tensor, expert_indices: Tensor | None, gate_weights: Tensor, plan: RoutingPlan | None
@@ -327,20 +326,22 @@ class AllToAllDispatcher:
             choices = choices.masked_fill(plan.token_to_rows < 0, self.num_experts)
         return x, choices, gate_weights.to(accumulate_dtype(x.dtype))
 
-    def _start_counting(self, x: Tensor, choices: Tensor, gates: Tensor, way: RoutingPlan) -> _Counting:
+    def _start_counting(self, x: Tensor, choices: Tensor, gates: Tensor, way: RoutingPlan) -> Counting:
         """Tell every rank how many rows and assignments it will get, and what kind of rows."""
         owners = self.world_size // self._shards
         assignments = histogram((choices // self.num_local_experts).flatten(), owners + 1)[:owners]
         assignments = assignments.repeat_interleave(self._shards, output_size=self.world_size)
-        kind = [x.shape[1], choices.shape[1], _DTYPES.index(x.dtype), _needs_gradient(x, gates)]
+        wire = _WIRES.index(None if self.wire_dtype is None else (self.wire_dtype, self.wire_backward))
+        dtype = _DTYPES.index(x.dtype) + len(_DTYPES) * wire
+        kind = [x.shape[1], choices.shape[1], dtype, _needs_gradient(x, gates)]
         kinds = torch.tensor(kind, device="cpu").expand(self.world_size, -1)
         if x.is_cuda:
             kinds = kinds.contiguous().pin_memory().to(x.device, non_blocking=True)
         counts = torch.stack([way.tokens_per_expert, assignments], 1).long()
-        return _Counting(torch.cat([counts, kinds], 1), self.group)
+        return Counting(torch.cat([counts, kinds], 1), self.group)
 
     def _counted(
-        self, counting: _Counting, x: Tensor, chosen: Tensor
+        self, counting: Counting, x: Tensor, chosen: Tensor
     ) -> tuple[tuple[int, ...], tuple[int, ...], int, Traffic]:
         """Rows to and from each rank, how many assignments arrive, and what that amounts to in bytes."""
         sent, received = counting.read()
@@ -377,42 +378,6 @@ class AllToAllDispatcher:
         )
 
 
-class _Counting:
-    """The exchange of counts, one row of integers for each rank, and its one way to the host."""
-
-    def __init__(self, counts: Tensor, group: ProcessGroup) -> None:
-        self.bytes_sent = counts[0].numel() * counts.element_size() * (counts.shape[0] - 1)
-        self._group = group
-        received = torch.empty_like(counts)
-        start = lambda: dist.all_to_all_single(received, counts, group=group, async_op=True)  # noqa: E731
-        work = explained(start, "the exchange of counts", group)
-        self._both: Tensor | tuple[Tensor, Tensor] = (counts, received)
-        self._ready: Any = work
-        if counts.is_cuda:  # a stream of its own waits and copies, so that this one can go on with the rows
-            side = torch.cuda.Stream(counts.device)
-            side.wait_stream(torch.cuda.current_stream(counts.device))
-            with torch.cuda.stream(side):
-                work.wait()
-                both = torch.stack([counts, received])
-                self._both = torch.empty(both.shape, dtype=both.dtype, pin_memory=True)
-                self._both.copy_(both, non_blocking=True)
-                self._ready = torch.cuda.Event()
-                self._ready.record(side)
-            for tensor in (counts, received):
-                tensor.record_stream(side)
-
-    def read(self) -> tuple[list[list[int]], list[list[int]]]:
-        """Wait for the counts: those sent and those received, by rank."""
-        if isinstance(self._both, Tensor):
-            self._ready.synchronize()
-            both = self._both
-        else:
-            explained(self._ready.wait, "the exchange of counts", self._group)
-            both = torch.stack(self._both)
-        sent, received = both.tolist()
-        return sent, received
-
-
 class _Tied(torch.autograd.Function):
     """Identity on the first input, whose backward reaches the others whatever lies between.
 
@@ -438,7 +403,13 @@ def _check_kinds(received: list[list[int]]) -> None:
     """Ranks whose rows differ would wait for each other in the exchange to come, or in backward's."""
     needs = ("none", "x", "gate_weights", "x and gate_weights")
     kinds = [
-        {"H": str(hidden), "K": str(top_k), "dtype": str(_DTYPES[dtype]), "requires_grad": needs[gradient]}
+        {
+            "H": str(hidden),
+            "K": str(top_k),
+            "dtype": str(_DTYPES[dtype % len(_DTYPES)]),
+            "wire_dtype, wire_backward": str(_WIRES[dtype // len(_DTYPES)]),
+            "requires_grad": needs[gradient],
+        }
         for _, _, hidden, top_k, dtype, gradient in received
     ]
     raise_unless_equal("dispatch", kinds, {})
