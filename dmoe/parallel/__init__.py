@@ -13,17 +13,26 @@ from dmoe.parallel.agreement import check_agreement
 from dmoe.parallel.collectives import Exchange, all_to_all_rows
 from dmoe.parallel.dispatch import AllToAllDispatcher, Dispatched, Dispatcher, LocalDispatcher
 from dmoe.parallel.placement import as_group, local_experts
-from dmoe.parallel.traffic import Traffic
+from dmoe.parallel.traffic import Hop, Traffic
+from dmoe.parallel.two_level import TwoLevel, TwoLevelExchange, mesh_group
+from dmoe.parallel.wire import NarrowExchange, pack_rows, unpack_rows
 
 __all__ = [
     "AllToAllDispatcher",
     "Dispatched",
     "Dispatcher",
     "Exchange",
+    "Hop",
     "LocalDispatcher",
+    "NarrowExchange",
     "Traffic",
+    "TwoLevel",
+    "TwoLevelExchange",
     "all_to_all_rows",
     "as_group",
     "check_agreement",
     "local_experts",
+    "mesh_group",
+    "pack_rows",
+    "unpack_rows",
 ]
