@@ -11,13 +11,14 @@ A token travels once to each rank that holds any of its experts, however many: w
 one row per copy returns.
 
 With more ranks than experts (``W = E * S``) S ranks share each expert, each a slice of its F. A token goes to all S,
-and what they return are terms of one sum, as the results of different experts are: ``combine`` adds them all.
+and what they return are terms of one sum, as the results of different experts are: ``combine`` adds them all. Tensor
+parallelism cuts F over ranks of another group, each with tokens of its own: see ``tensor_parallel.py``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -31,11 +32,13 @@ from dmoe.parallel.agreement import raise_unless_equal
 from dmoe.parallel.collectives import Exchange, explained
 from dmoe.parallel.destinations import choices_of_rows, destinations_of, kept_per_expert, shortened
 from dmoe.parallel.placement import ffn_shard, local_experts
+from dmoe.parallel.tensor_parallel import TensorParallel
 from dmoe.plan import RoutingPlan, device_tile_rows, plan_token_choice
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+_Moved: TypeAlias = tuple[int, int, int]
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -44,7 +47,8 @@ class Traffic:
     """What one forward put on the wire, from this rank to others and back; all counts are Python integers.
 
     Attributes:
-        rows_sent: token rows that this rank sent to other ranks.
+        rows_sent: token rows that this rank sent to other ranks. With tensor parallelism all rows are the sum of two
+            steps, to the ranks of the experts and on to those with other slices of them.
         rows_kept: those it sent to itself, which cross no wire.
         rows_received: those that came from other ranks; as many results went back.
         naive_rows_sent, naive_rows_kept, naive_rows_received: the same with one row for each choice of each token (and
@@ -87,6 +91,7 @@ class WayBack:
         token_offsets: ``(T + 1,)`` int32, where a token's rows start in ``token_rows``.
         token_rows: a token's rows in the order of the ranks, -1 where none was sent.
         send_counts, recv_counts: rows to and from each rank.
+        gathered: rows that came to each rank of the tensor-parallel group, all of which are here; one number without.
     """
 
     row_to_token: Tensor
@@ -95,6 +100,7 @@ class WayBack:
     token_rows: Tensor
     send_counts: tuple[int, ...]
     recv_counts: tuple[int, ...]
+    gathered: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,8 @@ class Dispatched:
     """The tokens that this rank's experts work on, as :func:`dmoe.experts.run_experts` takes them.
 
     Attributes:
-        x: rows received, ``(R', H)``: those of rank 0 first, each rank's in token order.
+        x: rows received, ``(R', H)``: those of rank 0 first, each rank's in token order; with tensor parallelism those
+            that came to the group's rank 0 first, and then by the rank that they are from.
         plan: which row goes to which local expert.
         gate_weights: one per assignment of ``plan``, ``(R', K)``. Carries the gradient.
         way_back: for :meth:`Dispatcher.combine`; None when nothing moved.
@@ -180,6 +187,10 @@ class AllToAllDispatcher:
             padding. Every pair of ranks exchanges ``ceil(max_rows_received / W)`` rows; a token beyond that on its way
             to a rank is not sent there, and adds nothing from there (its gate weights are not renormalised). ``W``
             times the most tokens of any rank is enough for every routing. None: as many rows as there are.
+        tp_group: tensor parallelism: ranks with the same experts, of which each holds a slice of their F, in the order
+            of the ranks. The ranks form a grid of which ``group`` is this rank's row and ``tp_group`` its column. Each
+            rank has tokens of its own; its experts see those that came to any rank of ``tp_group``, and
+            ``max_rows_received`` bounds what comes to each of these.
 
     Attributes:
         local_experts: the experts that live here, whole or in part.
@@ -187,15 +198,32 @@ class AllToAllDispatcher:
             (index + 1) * F / count)`` of each one's F. What ``combine`` gets is then their part of the sum over F.
 
     Raises:
-        ValueError: experts that cannot be divided evenly, or a negative bound.
+        ValueError: experts that cannot be divided evenly, a negative bound, or groups that form no grid.
     """
 
-    def __init__(self, group: ProcessGroup, num_experts: int, *, max_rows_received: int | None = None) -> None:
+    def __init__(
+        self,
+        group: ProcessGroup,
+        num_experts: int,
+        tp_group: ProcessGroup | None = None,
+        *,
+        max_rows_received: int | None = None,
+    ) -> None:
         self.group, self.num_experts, self.max_rows_received = group, num_experts, max_rows_received
+        self.tp_group, self._tensor = tp_group, None
         self.world_size, self.rank = dist.get_world_size(group), dist.get_rank(group)
         self.local_experts = local_experts(num_experts, self.world_size, self.rank)
         self.ffn_shard = ffn_shard(num_experts, self.world_size, self.rank)
         self._shards = self.ffn_shard[1]
+        if tp_group is not None:
+            by_group = [dist.get_process_group_ranks(each) for each in (group, tp_group)]
+            if len(set(by_group[0]) & set(by_group[1])) != 1:
+                raise ValueError(
+                    "AllToAllDispatcher: tp_group: expected to share this rank, and no other, with group, got ranks "
+                    f"{by_group[1]} with {by_group[0]} as group"
+                )
+            self._tensor = tensor = TensorParallel(tp_group)
+            self.ffn_shard = (self.ffn_shard[0] * tensor.size + tensor.rank, self._shards * tensor.size)
         if max_rows_received is not None and max_rows_received < 0:
             raise ValueError(
                 f"AllToAllDispatcher: max_rows_received: expected at least 0, or None, got {max_rows_received}"
@@ -203,7 +231,7 @@ class AllToAllDispatcher:
 
     def __deepcopy__(self, memo: Any) -> AllToAllDispatcher:
         """The same group: a copy of a layer talks to the same ranks."""
-        return AllToAllDispatcher(self.group, self.num_experts, max_rows_received=self.max_rows_received)
+        return AllToAllDispatcher(self.group, self.num_experts, self.tp_group, max_rows_received=self.max_rows_received)
 
     def __reduce__(self) -> Any:
         raise TypeError(
@@ -243,11 +271,12 @@ class AllToAllDispatcher:
         if counting is None:
             assert bound is not None
             send_counts = recv_counts = (bound,) * ranks
-            traffic = self._static_traffic(x, chosen, bound)
+            gathered = (bound * ranks,) * (1 if self._tensor is None else self._tensor.size)
+            traffic = self._static_traffic(x, chosen, send_counts, gathered)
             kept = kept_per_expert(choices, destinations, way, each, self._shards)
-            used, assignments = bound * ranks, bound * ranks * top_k
+            used, assignments = bound * ranks, sum(gathered) * top_k
         else:
-            send_counts, recv_counts, assignments, traffic = self._counted(counting, x, chosen)
+            send_counts, recv_counts, gathered, assignments, traffic = self._counted(counting, x, chosen)
             used, kept = sum(send_counts), None
 
         # The choices first: the plan is made while the rows are still under way.
@@ -255,6 +284,11 @@ class AllToAllDispatcher:
         of_rows = Exchange(send_counts, recv_counts, self.group, "token rows")
         choices_under_way, rows_under_way = of_choices.start(chosen), of_rows.start(rows)
         arrived = of_choices.finish(choices_under_way)
+        if self._tensor is not None:  # the choices go on while the rows are still on their first step
+            of_choices, choices_under_way = self._tensor.start_gather(arrived, gathered, "expert choices")
+            rows_here = of_rows.finish(rows_under_way)
+            of_rows, rows_under_way = self._tensor.start_gather(rows_here, gathered, "token rows")
+            arrived = of_choices.finish(choices_under_way)
         tile_rows = device_tile_rows(x.device, assignments, each)
         ids = arrived[:, top_k:].to(torch.int32)
         return Dispatched(
@@ -268,6 +302,7 @@ class AllToAllDispatcher:
                 way.token_rows,
                 send_counts,
                 recv_counts,
+                gathered,
             ),
             traffic=traffic,
             kept_per_expert=kept,
@@ -281,10 +316,12 @@ class AllToAllDispatcher:
             RuntimeError: the exchange failed.
         """
         way = dispatched.way_back
-        if way is None or y.shape[0] != sum(way.recv_counts):
-            expected = "what dispatch returned" if way is None else f"{sum(way.recv_counts)} rows"
+        if way is None or y.shape[0] != sum(way.gathered):
+            expected = "what dispatch returned" if way is None else f"{sum(way.gathered)} rows"
             raise ValueError(f"combine: expected {expected}, got y of shape {tuple(y.shape)}")
         y = _Tied.apply(y, dispatched.x, dispatched.gate_weights)
+        if self._tensor is not None:
+            y = self._tensor.summed(y, way.gathered)
         back = Exchange(way.recv_counts, way.send_counts, self.group, "results")
         rows = back.finish(back.start(y))
         return unpermute(rows, None, way.row_to_token, way.row_to_slot, way.token_offsets, way.token_rows)
@@ -327,52 +364,63 @@ class AllToAllDispatcher:
         if x.is_cuda:
             kinds = kinds.contiguous().pin_memory().to(x.device, non_blocking=True)
         counts = torch.stack([way.tokens_per_expert, assignments], 1).long()
-        return _Counting(torch.cat([counts, kinds], 1), self.group)
+        return _Counting(torch.cat([counts, kinds], 1), self.group, self.tp_group)
 
     def _counted(
         self, counting: _Counting, x: Tensor, chosen: Tensor
-    ) -> tuple[tuple[int, ...], tuple[int, ...], int, Traffic]:
-        """Rows to and from each rank, how many assignments arrive, and what that amounts to in bytes."""
-        sent, received = counting.read()
+    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int, Traffic]:
+        """Rows to and from each rank and in the end here, how many assignments these have, and all that in bytes."""
+        sent, *received = counting.read()
         _check_kinds(received)
-        send_counts, recv_counts = (tuple(count[0] for count in counts) for counts in (sent, received))
-        send_choices, recv_choices = (tuple(count[1] for count in counts) for counts in (sent, received))
-        me = self.rank
-        traffic = Traffic(
-            rows_sent=sum(send_counts) - send_counts[me],
-            rows_kept=send_counts[me],
-            rows_received=sum(recv_counts) - recv_counts[me],
-            naive_rows_sent=sum(send_choices) - send_choices[me],
-            naive_rows_kept=send_choices[me],
-            naive_rows_received=sum(recv_choices) - recv_choices[me],
-            row_bytes=x.shape[1] * x.element_size(),
-            choice_bytes=chosen.shape[1] * chosen.element_size(),
-            count_bytes=counting.bytes_sent,
+        here = received[0 if self._tensor is None else self._tensor.rank]
+        (send_rows, send_choices), (recv_rows, recv_choices) = (
+            tuple(tuple(count[n] for count in counts) for n in (0, 1)) for counts in (sent, here)
         )
-        return send_counts, recv_counts, sum(recv_choices), traffic
+        rows, choices = (tuple(sum(count[n] for count in counts) for counts in received) for n in (0, 1))
+        naive = self._moved(send_choices, recv_choices, choices)
+        traffic = self._traffic(x, chosen, self._moved(send_rows, recv_rows, rows), naive, counting.bytes_sent)
+        return send_rows, recv_rows, rows, sum(choices), traffic
 
-    def _static_traffic(self, x: Tensor, chosen: Tensor, bound: int) -> Traffic:
+    def _static_traffic(self, x: Tensor, chosen: Tensor, counts: tuple[int, ...], gathered: tuple[int, ...]) -> Traffic:
         """What the static mode sends, whatever the routing."""
-        others = bound * (self.world_size - 1)
+        return self._traffic(x, chosen, self._moved(counts, counts, gathered), (None, None, None), 0)
+
+    def _moved(self, sent: tuple[int, ...], received: tuple[int, ...], gathered: tuple[int, ...]) -> _Moved:
+        """Rows sent to others, kept and received from others, in the exchange and in the gather behind it."""
+        me = self.rank
+        away, kept, came = sum(sent) - sent[me], sent[me], sum(received) - received[me]
+        if self._tensor is None:
+            return away, kept, came
+        own = gathered[self._tensor.rank]
+        return away + own * (self._tensor.size - 1), kept + own, came + sum(gathered) - own
+
+    def _traffic(
+        self, x: Tensor, chosen: Tensor, moved: _Moved, naive: _Moved | tuple[None, None, None], count_bytes: int
+    ) -> Traffic:
+        (sent, kept, received), (naive_sent, naive_kept, naive_received) = moved, naive
         return Traffic(
-            rows_sent=others,
-            rows_kept=bound,
-            rows_received=others,
-            naive_rows_sent=None,
-            naive_rows_kept=None,
-            naive_rows_received=None,
+            rows_sent=sent,
+            rows_kept=kept,
+            rows_received=received,
+            naive_rows_sent=naive_sent,
+            naive_rows_kept=naive_kept,
+            naive_rows_received=naive_received,
             row_bytes=x.shape[1] * x.element_size(),
             choice_bytes=chosen.shape[1] * chosen.element_size(),
-            count_bytes=0,
+            count_bytes=count_bytes,
         )
 
 
 class _Counting:
-    """The exchange of counts, one row of integers for each rank, and its one way to the host."""
+    """The exchange of counts, one row of integers for each rank, and its one way to the host.
 
-    def __init__(self, counts: Tensor, group: ProcessGroup) -> None:
-        self.bytes_sent = counts[0].numel() * counts.element_size() * (counts.shape[0] - 1)
-        self._group = group
+    With ``tp_group`` its ranks also tell each other what they received: on a GPU without the host between the two.
+    """
+
+    def __init__(self, counts: Tensor, group: ProcessGroup, tp_group: ProcessGroup | None = None) -> None:
+        row, times = counts[0].numel() * counts.element_size(), dist.get_world_size(tp_group) if tp_group else 1
+        self.bytes_sent = row * (counts.shape[0] - 1 + (times - 1) * counts.shape[0])
+        self._group, self._tp_group, self._times = group, tp_group, times
         received = torch.empty_like(counts)
         start = lambda: dist.all_to_all_single(received, counts, group=group, async_op=True)  # noqa: E731
         work = explained(start, "the exchange of counts", group)
@@ -383,7 +431,7 @@ class _Counting:
             side.wait_stream(torch.cuda.current_stream(counts.device))
             with torch.cuda.stream(side):
                 work.wait()
-                both = torch.stack([counts, received])
+                both = self._gathered(counts, received)
                 self._both = torch.empty(both.shape, dtype=both.dtype, pin_memory=True)
                 self._both.copy_(both, non_blocking=True)
                 self._ready = torch.cuda.Event()
@@ -391,16 +439,25 @@ class _Counting:
             for tensor in (counts, received):
                 tensor.record_stream(side)
 
-    def read(self) -> tuple[list[list[int]], list[list[int]]]:
-        """Wait for the counts: those sent and those received, by rank."""
+    def read(self) -> list[list[list[int]]]:
+        """Wait for the counts: those sent, by rank, and those received; or received by each rank of ``tp_group``."""
         if isinstance(self._both, Tensor):
             self._ready.synchronize()
             both = self._both
         else:
             explained(self._ready.wait, "the exchange of counts", self._group)
-            both = torch.stack(self._both)
-        sent, received = both.tolist()
-        return sent, received
+            both = self._gathered(*self._both)
+        return both.tolist()
+
+    def _gathered(self, counts: Tensor, received: Tensor) -> Tensor:
+        """Counts sent, and below them those received, by every rank of ``tp_group``: ``(1 + P, W, ...)``."""
+        if self._tp_group is None:
+            return torch.stack([counts, received])
+        copies = received.repeat(self._times, 1)  # one for each rank: torch 2.13 renames the collective that gathers
+        all_received = torch.empty_like(copies)
+        gather = lambda: dist.all_to_all_single(all_received, copies, group=self._tp_group)  # noqa: E731
+        explained(gather, "the gather of counts", self._tp_group)
+        return torch.cat([counts, all_received]).view(1 + self._times, *counts.shape)
 
 
 class _Tied(torch.autograd.Function):
@@ -424,11 +481,14 @@ def _needs_gradient(x: Tensor, gates: Tensor) -> int:
     return (x.requires_grad + 2 * gates.requires_grad) if torch.is_grad_enabled() else 0
 
 
-def _check_kinds(received: list[list[int]]) -> None:
+def _check_kinds(received: list[list[list[int]]]) -> None:
     """Ranks whose rows differ would wait for each other in the exchange to come, or in backward's."""
     needs = ("none", "x", "gate_weights", "x and gate_weights")
     kinds = [
         {"H": str(hidden), "K": str(top_k), "dtype": str(_DTYPES[dtype]), "requires_grad": needs[gradient]}
-        for _, _, hidden, top_k, dtype, gradient in received
+        for counts in received
+        for _, _, hidden, top_k, dtype, gradient in counts
     ]
-    raise_unless_equal("dispatch", kinds, {})
+    ranks = len(received[0])
+    numbered = f" (rank = rank in group + {ranks} * rank in tp_group)" if len(received) > 1 else ""
+    raise_unless_equal("dispatch" + numbered, kinds, {})
