@@ -142,3 +142,51 @@ def summed(group, parts):
     exchange, under_way = tensor.start_gather(rows, counts, "rows")
     exchange.finish(under_way).backward(torch.full((6, 3), parts[me], dtype=torch.bfloat16))
     return y, rows.grad
+
+
+def in_halves(group, grid, share, weights, options):
+    """What happens in which order when a caller works between the halves: in forward, in backward; y and x's gradient.
+
+    Between the halves of dispatch x goes through ``3 x``, between those of combine through ``5 x``.
+    """
+    x, ids, gates, grad_y = share[dist.get_rank(group)]
+    dispatcher = dispatcher_of(weights[1].shape[0], grid)
+    _, own = own_weights(weights, dispatcher, options["gated"])
+    x, gates = x.clone().requires_grad_(), gates.clone().requires_grad_()
+    order, real = [], dist.all_to_all_single
+
+    def noting(output, input, *args, **kwargs):
+        width = input.shape[1] * input.element_size() if input.dtype == torch.uint8 else None
+        what = {x.shape[1] * 8: "rows", 2 * ids.shape[1] * 8: "choices", None: "counts"}[width]
+        order.append(f"start {what}")
+        work = real(output, input, *args, **kwargs)
+        return Noted(work, what) if kwargs.get("async_op") else work
+
+    class Noted:
+        def __init__(self, work, what):
+            self._work, self._what = work, what
+
+        def wait(self):
+            order.append(f"wait for {self._what}")
+            return self._work.wait()
+
+    def work(factor, what):
+        order.append(what)
+        y = x * factor
+        y.register_hook(lambda grad: order.append(what))
+        return y
+
+    with patch.object(dist, "all_to_all_single", noting):
+        under_way = dispatcher.start_dispatch(x, ids, gates)
+        one = work(3, "work in dispatch")
+        arrived = dispatcher.finish_dispatch(under_way)
+        y = run_experts(arrived.x, arrived.plan, arrived.gate_weights, own, **options["run"])
+        y.register_hook(lambda grad: order.append("experts"))
+        order.append("experts")
+        returning = dispatcher.start_combine(y, arrived)
+        other = work(5, "work in combine")
+        y = dispatcher.finish_combine(returning) + one + other
+        forward = order.copy()
+        order.clear()
+        (y * grad_y).sum().backward()
+    return forward, order, y.detach(), x.grad

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dmoe.experts import ExpertWeights, run_experts
-from dmoe.parallel import AllToAllDispatcher, ffn_shard, local_experts
+from dmoe.parallel import AllToAllDispatcher, LocalDispatcher, ffn_shard, local_experts
 
 pytestmark = pytest.mark.usefixtures("_no_generated_products")
 H, F = 5, 8
@@ -292,3 +292,59 @@ def test_narrow_sums_are_rounded_once_where_slices_meet(ranks):
     sums = ranks.run(jobs.summed, [1.0, 2**-8, 2**-8, 0.0])
     assert all(y.dtype == torch.bfloat16 and (y == 1 + 2**-7).all() for y, _ in sums)
     assert all((grad == 1 + 2**-7).all() for _, grad in sums)
+
+
+def lines(text):
+    return [line.strip() for line in text.strip().splitlines()]
+
+
+@pytest.mark.parametrize("grid", [(4, 1), (2, 2)])
+def test_work_between_the_halves_lies_between_launch_and_wait(ranks, grid):
+    case = case_of(grid, 4, [3, 0, 5, 2])
+    ranks.run(jobs.make_groups)
+    results = ranks.run(jobs.in_halves, grid, case.shares, case.weights, case.options)
+    # The second steps, those to the other slices of F, lie outside the halves.
+    there = "wait for choices\nwait for rows"
+    if grid[1] > 1:
+        there = "wait for choices\nstart choices\nwait for rows\nstart rows\n" + there
+    counts, back = "start counts\nwait for counts", ""
+    if grid[1] > 1:
+        counts, back = counts + "\nstart counts", "start rows\nwait for rows"
+    forward = f"""{counts}
+        start choices
+        start rows
+        work in dispatch
+        {there}
+        experts
+        {back}
+        start rows
+        work in combine
+        wait for rows"""
+    in_experts = "start rows\nstart choices"
+    if grid[1] > 1:
+        in_experts += "\nwait for rows\nstart rows\nwait for choices\nstart choices"
+    backward = f"""start rows
+        work in combine
+        wait for rows
+        {back}
+        experts
+        {in_experts}
+        work in dispatch
+        wait for rows
+        wait for choices"""
+    y, grad_x, *_ = in_one_process(case)
+    for rank, (in_forward, in_backward, mine, grad) in enumerate(results):
+        assert in_forward == [line for line in lines(forward) if line]
+        assert in_backward == [line for line in lines(backward) if line]
+        x, _, _, grad_y = case.shares[rank]
+        torch.testing.assert_close(mine, y[rank] + 8 * x, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(grad, grad_x[rank] + 8 * grad_y, rtol=1e-12, atol=1e-12)
+
+
+def test_nothing_is_under_way_where_nothing_moves():
+    dispatcher = LocalDispatcher(3)
+    x, ids, gates = torch.randn(4, H), torch.tensor([[0, 1], [2, 3], [3, 3], [1, 1]]), torch.rand(4, 2)
+    arrived = dispatcher.finish_dispatch(dispatcher.start_dispatch(x, ids, gates))
+    assert arrived.x is x
+    assert arrived.plan.expert_offsets.tolist() == [0, 1, 4, 5]
+    assert dispatcher.finish_combine(dispatcher.start_combine(x, arrived)) is x

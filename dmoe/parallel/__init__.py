@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from dmoe.parallel.agreement import check_agreement
 from dmoe.parallel.collectives import Exchange, all_to_all_rows
-from dmoe.parallel.dispatch import AllToAllDispatcher, Dispatched, Dispatcher, LocalDispatcher, Traffic
+from dmoe.parallel.dispatch import AllToAllDispatcher, Traffic
+from dmoe.parallel.interface import Dispatched, Dispatcher, LocalDispatcher, Returning, UnderWay
 from dmoe.parallel.placement import as_group, ffn_shard, local_experts
 
 __all__ = [
@@ -20,7 +21,9 @@ __all__ = [
     "Dispatcher",
     "Exchange",
     "LocalDispatcher",
+    "Returning",
     "Traffic",
+    "UnderWay",
     "all_to_all_rows",
     "as_group",
     "check_agreement",

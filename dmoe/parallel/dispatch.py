@@ -13,12 +13,19 @@ one row per copy returns.
 With more ranks than experts (``W = E * S``) S ranks share each expert, each a slice of its F. A token goes to all S,
 and what they return are terms of one sum, as the results of different experts are: ``combine`` adds them all. Tensor
 parallelism cuts F over ranks of another group, each with tokens of its own: see ``tensor_parallel.py``.
+
+Both ways come in two halves as well, between which a caller can compute what needs no rows of other ranks. In backward
+that is differentiated while gradients travel::
+
+    under_way = dispatcher.start_dispatch(x, expert_indices, gate_weights)
+    shared = shared_expert(x)
+    arrived = dispatcher.finish_dispatch(under_way)
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -31,6 +38,7 @@ from dmoe.ops.unpermute import unpermute
 from dmoe.parallel.agreement import raise_unless_equal
 from dmoe.parallel.collectives import Exchange, explained
 from dmoe.parallel.destinations import choices_of_rows, destinations_of, kept_per_expert, shortened
+from dmoe.parallel.interface import Dispatched, Returning, UnderWay, WayBack
 from dmoe.parallel.placement import ffn_shard, local_experts
 from dmoe.parallel.tensor_parallel import TensorParallel
 from dmoe.plan import RoutingPlan, device_tile_rows, plan_token_choice
@@ -82,103 +90,12 @@ class Traffic:
         return (self.naive_rows_sent + self.naive_rows_received) * self.row_bytes
 
 
-@dataclass(frozen=True)
-class WayBack:
-    """Where the rows that were sent belong: the plan of the tokens, with ranks as experts, and the counts.
-
-    Attributes:
-        row_to_token, row_to_slot: of each row sent, ``(S,)`` int32, -1 in holes.
-        token_offsets: ``(T + 1,)`` int32, where a token's rows start in ``token_rows``.
-        token_rows: a token's rows in the order of the ranks, -1 where none was sent.
-        send_counts, recv_counts: rows to and from each rank.
-        gathered: rows that came to each rank of the tensor-parallel group, all of which are here; one number without.
-    """
-
-    row_to_token: Tensor
-    row_to_slot: Tensor
-    token_offsets: Tensor
-    token_rows: Tensor
-    send_counts: tuple[int, ...]
-    recv_counts: tuple[int, ...]
-    gathered: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Dispatched:
-    """The tokens that this rank's experts work on, as :func:`dmoe.experts.run_experts` takes them.
-
-    Attributes:
-        x: rows received, ``(R', H)``: those of rank 0 first, each rank's in token order; with tensor parallelism those
-            that came to the group's rank 0 first, and then by the rank that they are from.
-        plan: which row goes to which local expert.
-        gate_weights: one per assignment of ``plan``, ``(R', K)``. Carries the gradient.
-        way_back: for :meth:`Dispatcher.combine`; None when nothing moved.
-        traffic: what was sent; None when nothing moved.
-        kept_per_expert: assignments of this rank's own tokens that were sent, for all experts, ``(E,)`` integer; None
-            when none was dropped here.
-    """
-
-    x: Tensor
-    plan: RoutingPlan
-    gate_weights: Tensor
-    way_back: WayBack | None = None
-    traffic: Traffic | None = None
-    kept_per_expert: Tensor | None = None
-
-
-class Dispatcher(Protocol):
-    """How tokens reach their experts. What ``dispatch`` returns holds all that ``combine`` needs: no state between."""
-
-    def dispatch(
-        self, x: Tensor, expert_indices: Tensor | None, gate_weights: Tensor, plan: RoutingPlan | None = None
-    ) -> Dispatched:
-        """Send tokens to their experts.
-
-        Args:
-            x: ``(T, H)`` floating point.
-            expert_indices: ``(T, K)`` int32 or int64 in [0, E]; E marks a choice that takes no expert.
-            gate_weights: ``(T, K)`` floating point.
-            plan: a plan already made of these choices: what it drops is dropped.
-        """
-        ...
-
-    def combine(self, y: Tensor, dispatched: Dispatched) -> Tensor:
-        """Bring results ``(R', H)`` back and sum each token's, ``(T, H)``, in the order of the ranks."""
-        ...
-
-
-class LocalDispatcher:
-    """All experts live here: nothing moves.
-
-    Args:
-        num_experts: E.
-    """
-
-    def __init__(self, num_experts: int) -> None:
-        self.num_experts = num_experts
-
-    def dispatch(
-        self, x: Tensor, expert_indices: Tensor | None, gate_weights: Tensor, plan: RoutingPlan | None = None
-    ) -> Dispatched:
-        """The same tokens; see :class:`Dispatcher`. With a plan ``expert_indices`` are not looked at."""
-        if plan is None:
-            if expert_indices is None:
-                raise ValueError("dispatch: expected expert_indices or a plan, got neither")
-            tile_rows = device_tile_rows(x.device, expert_indices.numel(), self.num_experts)
-            plan = plan_token_choice(expert_indices, self.num_experts, tile_rows=tile_rows)
-        return Dispatched(x, plan, gate_weights)
-
-    def combine(self, y: Tensor, dispatched: Dispatched) -> Tensor:
-        """``y`` as it is."""
-        return y
-
-
 class AllToAllDispatcher:
     """Experts in contiguous blocks over the ranks of a group; rows travel by ``all_to_all_single``.
 
-    Every rank of the group has to call ``dispatch``, ``combine`` and, where any rank does, their backward, in the same
-    order; ranks may hold any number of tokens, none included. In half precision a token's sum over its experts is
-    rounded once on every rank that holds any, and once more where these sums are added.
+    Every rank of the group has to call ``dispatch``, ``combine``, or their halves, and, where any rank does, their
+    backward, in the same order; ranks may hold any number of tokens, none included. In half precision a token's sum
+    over its experts is rounded once on every rank that holds any, and once more wherever these sums are added.
 
     Args:
         group: the ranks, of which this process is one.
@@ -247,7 +164,7 @@ class AllToAllDispatcher:
     def dispatch(
         self, x: Tensor, expert_indices: Tensor | None, gate_weights: Tensor, plan: RoutingPlan | None = None
     ) -> Dispatched:
-        """Send each token to the ranks of its experts; see :class:`Dispatcher`.
+        """Send each token to the ranks of its experts; see :class:`dmoe.parallel.Dispatcher`.
 
         The host waits once, for the counts, while the rows are gathered (not at all in the static mode). Under
         autocast x is sent in autocast's dtype.
@@ -256,6 +173,16 @@ class AllToAllDispatcher:
             ValueError: shapes that do not fit; or, on every rank, rows that differ between ranks in width, dtype,
                 number of choices, or in whether they need a gradient (not looked at in the static mode).
             RuntimeError: an exchange failed.
+        """
+        return self.finish_dispatch(self.start_dispatch(x, expert_indices, gate_weights, plan))
+
+    def start_dispatch(
+        self, x: Tensor, expert_indices: Tensor | None, gate_weights: Tensor, plan: RoutingPlan | None = None
+    ) -> UnderWay:
+        """As :meth:`dispatch`, until the rows are on their way to the ranks of their experts.
+
+        The host has waited for the counts when this returns. With tensor parallelism the step to the other slices
+        follows in :meth:`finish_dispatch`.
         """
         x, choices, gates = self._checked(x, expert_indices, gate_weights, plan)
         top_k, each, ranks = choices.shape[1], self.num_local_experts, self.world_size
@@ -282,19 +209,10 @@ class AllToAllDispatcher:
         # The choices first: the plan is made while the rows are still under way.
         of_choices = Exchange(send_counts, recv_counts, self.group, "expert choices")
         of_rows = Exchange(send_counts, recv_counts, self.group, "token rows")
-        choices_under_way, rows_under_way = of_choices.start(chosen), of_rows.start(rows)
-        arrived = of_choices.finish(choices_under_way)
-        if self._tensor is not None:  # the choices go on while the rows are still on their first step
-            of_choices, choices_under_way = self._tensor.start_gather(arrived, gathered, "expert choices")
-            rows_here = of_rows.finish(rows_under_way)
-            of_rows, rows_under_way = self._tensor.start_gather(rows_here, gathered, "token rows")
-            arrived = of_choices.finish(choices_under_way)
-        tile_rows = device_tile_rows(x.device, assignments, each)
-        ids = arrived[:, top_k:].to(torch.int32)
-        return Dispatched(
-            x=of_rows.finish(rows_under_way),
-            plan=shortened(plan_token_choice(ids, each, tile_rows=tile_rows), assignments),
-            gate_weights=arrived[:, :top_k],
+        return UnderWay(
+            choices=(of_choices, of_choices.start(chosen)),
+            rows=(of_rows, of_rows.start(rows)),
+            assignments=assignments,
             way_back=WayBack(
                 way.row_to_token[:used],
                 way.row_to_slot[:used],
@@ -308,12 +226,44 @@ class AllToAllDispatcher:
             kept_per_expert=kept,
         )
 
+    def finish_dispatch(self, under_way: UnderWay) -> Dispatched:
+        """Wait for the rows; on a GPU it is the stream that waits, not the host.
+
+        Raises:
+            RuntimeError: an exchange failed.
+        """
+        (of_choices, choices), (of_rows, rows), way = under_way.choices, under_way.rows, under_way.way_back
+        arrived = of_choices.finish(choices)
+        if self._tensor is not None:  # the choices go on while the rows are still on their first step
+            of_choices, choices = self._tensor.start_gather(arrived, way.gathered, "expert choices")
+            of_rows, rows = self._tensor.start_gather(of_rows.finish(rows), way.gathered, "token rows")
+            arrived = of_choices.finish(choices)
+        top_k, each = arrived.shape[1] // 2, self.num_local_experts
+        tile_rows = device_tile_rows(arrived.device, under_way.assignments, each)
+        ids = arrived[:, top_k:].to(torch.int32)
+        plan = shortened(plan_token_choice(ids, each, tile_rows=tile_rows), under_way.assignments)
+        return Dispatched(
+            x=of_rows.finish(rows),
+            plan=plan,
+            gate_weights=arrived[:, :top_k],
+            way_back=way,
+            traffic=under_way.traffic,
+            kept_per_expert=under_way.kept_per_expert,
+        )
+
     def combine(self, y: Tensor, dispatched: Dispatched) -> Tensor:
-        """Results back to where their tokens came from, ``(R', H)`` to ``(T, H)``; see :class:`Dispatcher`.
+        """Results back to where their tokens came from, ``(R', H)`` to ``(T, H)``, as a Dispatcher does.
 
         Raises:
             ValueError: ``dispatched`` is not of such a dispatcher, or y has another number of rows.
             RuntimeError: the exchange failed.
+        """
+        return self.finish_combine(self.start_combine(y, dispatched))
+
+    def start_combine(self, y: Tensor, dispatched: Dispatched) -> Returning:
+        """As :meth:`combine`, until the results are on their way to the ranks that the tokens are from.
+
+        With tensor parallelism the partial results of the slices have met by then.
         """
         way = dispatched.way_back
         if way is None or y.shape[0] != sum(way.gathered):
@@ -323,7 +273,16 @@ class AllToAllDispatcher:
         if self._tensor is not None:
             y = self._tensor.summed(y, way.gathered)
         back = Exchange(way.recv_counts, way.send_counts, self.group, "results")
-        rows = back.finish(back.start(y))
+        return Returning((back, back.start(y)), way)
+
+    def finish_combine(self, returning: Returning) -> Tensor:
+        """Wait for the results, and sum those of each token, ``(T, H)``.
+
+        Raises:
+            RuntimeError: the exchange failed.
+        """
+        (back, under_way), way = returning.rows, returning.way_back
+        rows = back.finish(under_way)
         return unpermute(rows, None, way.row_to_token, way.row_to_slot, way.token_offsets, way.token_rows)
 
     def _checked(
