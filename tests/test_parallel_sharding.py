@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
 from unittest.mock import patch
 
-import oracle
 import pytest
 import rank_jobs_sharding as jobs
 import torch
@@ -13,120 +11,22 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rank_pool import RankError
+from sharding_cases import (
+    HIDDEN_SHARDING,
+    TENSOR_PARALLEL,
+    H,
+    assert_equal_to_one_process,
+    case_of,
+    cases,
+    in_one_process,
+)
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dmoe.experts import ExpertWeights, run_experts
-from dmoe.parallel import AllToAllDispatcher, LocalDispatcher, ffn_shard, local_experts
+from dmoe.parallel import AllToAllDispatcher, ffn_shard, local_experts
 
 pytestmark = pytest.mark.usefixtures("_no_generated_products")
-H, F = 5, 8
-# The grid of ranks, as (expert-parallel, tensor-parallel), and the experts.
-HIDDEN_SHARDING = [((2, 1), 1), ((4, 1), 1), ((4, 1), 2)]
-TENSOR_PARALLEL = [((1, 2), 3), ((1, 4), 2), ((2, 2), 2), ((2, 2), 6), ((2, 2), 1)]  # the last with hidden sharding
-
-
-class Case(NamedTuple):
-    """A grid of ranks, E, each rank's (x, ids, gates, dy), all experts' weights, options."""
-
-    grid: tuple[int, int]
-    experts: int
-    shares: list
-    weights: list
-    options: dict
-
-    @property
-    def world(self):
-        return len(self.shares)
-
-    def __repr__(self):
-        tokens, options = [ids.tolist() for _, ids, _, _ in self.shares], self.options
-        return f"Case({self.grid}, {self.experts} experts, {tokens}, {options})"
-
-    def to(self, dtype):
-        """The same numbers, rounded."""
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        shares = [(x.to(dtype), ids, gates.to(wide), dy.to(dtype)) for x, ids, gates, dy in self.shares]
-        return self._replace(shares=shares, weights=[None if w is None else w.to(dtype) for w in self.weights])
-
-    def run(self, ranks, *more):
-        ranks.run(jobs.make_groups)  # again after a job that broke the ranks, and the groups with them
-        return ranks.run(jobs.sharded, self.grid, self.shares, self.weights, self.options, *more, ranks=self.world)
-
-
-OPTIONS = [
-    {"gated": True, "bias": False, "run": {}},
-    {"gated": False, "bias": True, "run": {}},
-    {"gated": True, "bias": True, "run": {"gate_weight_on": "activation"}},
-    {"gated": True, "bias": False, "run": {"gate_weight_on": "input", "backend": "reference"}},
-]
-
-
-@st.composite
-def cases(draw, layouts):
-    """Idle ranks, hot ranks, masked choices, an expert chosen twice, no token anywhere."""
-    grid, experts = draw(st.sampled_from(layouts))
-    world, top_k = grid[0] * grid[1], draw(st.integers(1, 4))
-    kind = draw(st.sampled_from(["any", "any", "one expert", "no token"]))
-    share = draw(st.sampled_from([0.0, 0.0, 0.4, 1.0]))
-    tokens = [0 if kind == "no token" else draw(st.sampled_from([0, 1, 3, 9])) for _ in range(world)]
-    options = draw(st.sampled_from(OPTIONS))
-    return case_of(grid, experts, tokens, top_k, options, draw(st.integers(0, 2**20)), kind == "one expert", share)
-
-
-def case_of(grid, experts, tokens, top_k=2, options=OPTIONS[0], seed=0, one_expert=False, masked=0.0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def randn(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    shares = []
-    for n in tokens:
-        ids = torch.randint(0, 1 if one_expert else experts, (n, top_k), generator=generator)
-        ids[torch.rand(n, top_k, generator=generator) < masked] = experts
-        shares.append((randn(n, H), ids, torch.rand(n, top_k, generator=generator).double(), randn(n, H)))
-    halves = (2,) if options["gated"] else ()
-    biases = [randn(experts, *halves, F), randn(experts, H)] if options["bias"] else [None, None]
-    return Case(grid, experts, shares, [randn(experts, *halves, F, H), randn(experts, H, F), *biases], options)
-
-
-def in_one_process(case, kept=None):
-    """The oracle on all ranks' tokens in a row."""
-    x, ids, gates, grad_y = (torch.cat(parts) for parts in zip(*case.shares, strict=True))
-    x, gates = x.clone().requires_grad_(), gates.clone().requires_grad_()
-    leaves = [None if w is None else w.clone().requires_grad_() for w in case.weights]
-    kept = (ids != case.experts).tolist() if kept is None else kept
-    gate_on = case.options["run"].get("gate_weight_on", "output")
-    y = oracle.moe(x, ids.tolist(), gates, kept, leaves, gated=case.options["gated"], gate_on=gate_on)
-    sizes = [len(share[0]) for share in case.shares]
-    inputs = [x, gates, *(leaf for leaf in leaves if leaf is not None)]
-    grads = torch.autograd.grad(((y + 0 * x) * grad_y).sum(), inputs, allow_unused=True, materialize_grads=True)
-    return y.detach().split(sizes), grads[0].split(sizes), grads[1].split(sizes), grads[2:]
-
-
-def assert_equal_to_one_process(case, results, tolerance=1e-12, kept=None):
-    y, grad_x, grad_gates, grad_weights = in_one_process(case, kept)
-
-    def close(name, actual, expected):
-        torch.testing.assert_close(
-            actual, expected, rtol=tolerance, atol=tolerance, msg=lambda m: f"{name} of rank {rank}: {m}"
-        )
-
-    for rank, result in enumerate(results):
-        close("y", result["y"], y[rank])
-        close("x", result["x"], grad_x[rank])
-        close("gates", result["gates"], grad_gates[rank])
-        experts, (index, count) = result["place"]
-        columns = range(index * F // count, (index + 1) * F // count)
-        for n, (mine, whole) in enumerate(
-            zip((w for w in result["weights"] if w is not None), grad_weights, strict=True)
-        ):
-            part = whole[experts]
-            if n == 3:  # down_bias is whole on each of its ranks, and counts on one
-                part = part if index == 0 else torch.zeros_like(part)
-            else:
-                part = part.index_select(-2 if n == 0 else -1, torch.tensor(columns))
-            close(f"weight {n}", mine, part)
 
 
 @settings(max_examples=30)
@@ -292,59 +192,3 @@ def test_narrow_sums_are_rounded_once_where_slices_meet(ranks):
     sums = ranks.run(jobs.summed, [1.0, 2**-8, 2**-8, 0.0])
     assert all(y.dtype == torch.bfloat16 and (y == 1 + 2**-7).all() for y, _ in sums)
     assert all((grad == 1 + 2**-7).all() for _, grad in sums)
-
-
-def lines(text):
-    return [line.strip() for line in text.strip().splitlines()]
-
-
-@pytest.mark.parametrize("grid", [(4, 1), (2, 2)])
-def test_work_between_the_halves_lies_between_launch_and_wait(ranks, grid):
-    case = case_of(grid, 4, [3, 0, 5, 2])
-    ranks.run(jobs.make_groups)
-    results = ranks.run(jobs.in_halves, grid, case.shares, case.weights, case.options)
-    # The second steps, those to the other slices of F, lie outside the halves.
-    there = "wait for choices\nwait for rows"
-    if grid[1] > 1:
-        there = "wait for choices\nstart choices\nwait for rows\nstart rows\n" + there
-    counts, back = "start counts\nwait for counts", ""
-    if grid[1] > 1:
-        counts, back = counts + "\nstart counts", "start rows\nwait for rows"
-    forward = f"""{counts}
-        start choices
-        start rows
-        work in dispatch
-        {there}
-        experts
-        {back}
-        start rows
-        work in combine
-        wait for rows"""
-    in_experts = "start rows\nstart choices"
-    if grid[1] > 1:
-        in_experts += "\nwait for rows\nstart rows\nwait for choices\nstart choices"
-    backward = f"""start rows
-        work in combine
-        wait for rows
-        {back}
-        experts
-        {in_experts}
-        work in dispatch
-        wait for rows
-        wait for choices"""
-    y, grad_x, *_ = in_one_process(case)
-    for rank, (in_forward, in_backward, mine, grad) in enumerate(results):
-        assert in_forward == [line for line in lines(forward) if line]
-        assert in_backward == [line for line in lines(backward) if line]
-        x, _, _, grad_y = case.shares[rank]
-        torch.testing.assert_close(mine, y[rank] + 8 * x, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(grad, grad_x[rank] + 8 * grad_y, rtol=1e-12, atol=1e-12)
-
-
-def test_nothing_is_under_way_where_nothing_moves():
-    dispatcher = LocalDispatcher(3)
-    x, ids, gates = torch.randn(4, H), torch.tensor([[0, 1], [2, 3], [3, 3], [1, 1]]), torch.rand(4, 2)
-    arrived = dispatcher.finish_dispatch(dispatcher.start_dispatch(x, ids, gates))
-    assert arrived.x is x
-    assert arrived.plan.expert_offsets.tolist() == [0, 1, 4, 5]
-    assert dispatcher.finish_combine(dispatcher.start_combine(x, arrived)) is x

@@ -13,6 +13,7 @@ from dmoe.parallel.agreement import check_agreement
 from dmoe.parallel.collectives import Exchange, all_to_all_rows
 from dmoe.parallel.dispatch import AllToAllDispatcher, Traffic
 from dmoe.parallel.interface import Dispatched, Dispatcher, LocalDispatcher, Returning, UnderWay
+from dmoe.parallel.overlap import Overlapped, chunk_of, run_overlapped
 from dmoe.parallel.placement import as_group, ffn_shard, local_experts
 
 __all__ = [
@@ -21,12 +22,15 @@ __all__ = [
     "Dispatcher",
     "Exchange",
     "LocalDispatcher",
+    "Overlapped",
     "Returning",
     "Traffic",
     "UnderWay",
     "all_to_all_rows",
     "as_group",
     "check_agreement",
+    "chunk_of",
     "ffn_shard",
     "local_experts",
+    "run_overlapped",
 ]

@@ -38,7 +38,7 @@ from dmoe.ops.unpermute import unpermute
 from dmoe.parallel.agreement import raise_unless_equal
 from dmoe.parallel.collectives import Exchange, explained
 from dmoe.parallel.destinations import choices_of_rows, destinations_of, kept_per_expert, shortened
-from dmoe.parallel.interface import Dispatched, Returning, UnderWay, WayBack
+from dmoe.parallel.interface import Dispatched, Prepared, Returning, UnderWay, WayBack
 from dmoe.parallel.placement import ffn_shard, local_experts
 from dmoe.parallel.tensor_parallel import TensorParallel
 from dmoe.plan import RoutingPlan, device_tile_rows, plan_token_choice
@@ -148,7 +148,11 @@ class AllToAllDispatcher:
 
     def __deepcopy__(self, memo: Any) -> AllToAllDispatcher:
         """The same group: a copy of a layer talks to the same ranks."""
-        return AllToAllDispatcher(self.group, self.num_experts, self.tp_group, max_rows_received=self.max_rows_received)
+        return self.for_experts(self.num_experts)
+
+    def for_experts(self, num_experts: int) -> AllToAllDispatcher:
+        """One with the same groups and options, for so many experts."""
+        return AllToAllDispatcher(self.group, num_experts, self.tp_group, max_rows_received=self.max_rows_received)
 
     def __reduce__(self) -> Any:
         raise TypeError(
@@ -184,26 +188,45 @@ class AllToAllDispatcher:
         The host has waited for the counts when this returns. With tensor parallelism the step to the other slices
         follows in :meth:`finish_dispatch`.
         """
+        return self.launch_dispatch(self.prepare_dispatch(x, expert_indices, gate_weights, plan))
+
+    def prepare_dispatch(
+        self, x: Tensor, expert_indices: Tensor | None, gate_weights: Tensor, plan: RoutingPlan | None = None
+    ) -> Prepared:
+        """As :meth:`start_dispatch`, until the counts are on their way; :meth:`launch_dispatch` goes on from there.
+
+        Of several dispatches the counts can thus travel together, so that the host, which waits for the first ones,
+        finds the others there.
+        """
         x, choices, gates = self._checked(x, expert_indices, gate_weights, plan)
-        top_k, each, ranks = choices.shape[1], self.num_local_experts, self.world_size
-        bound = None if self.max_rows_received is None else -(-self.max_rows_received // ranks)
-        destinations = destinations_of(choices, each, ranks, self._shards)
+        bound, ranks = self._bound, self.world_size
+        destinations = destinations_of(choices, self.num_local_experts, ranks, self._shards)
         way = plan_token_choice(destinations, ranks, capacity=bound, binned=bound is not None)
         counting = None if bound is not None else self._start_counting(x, choices, gates, way)
+        return Prepared(x, choices, gates, destinations, way, counting)
+
+    @property
+    def _bound(self) -> int | None:
+        """Rows between two ranks in the static mode."""
+        return None if self.max_rows_received is None else -(-self.max_rows_received // self.world_size)
+
+    def launch_dispatch(self, prepared: Prepared) -> UnderWay:
+        """The rest of :meth:`start_dispatch`."""
+        x, choices, way, bound = prepared.x, prepared.choices, prepared.way, self._bound
+        top_k, each, ranks = choices.shape[1], self.num_local_experts, self.world_size
 
         # While counts travel: a row for each (token, rank), and a row with that rank's choices and their weights.
         rows = permute(x, way.row_to_token, way.token_offsets, way.token_rows)
-        chosen = choices_of_rows(choices, gates, way, each, self._shards)
+        chosen = choices_of_rows(choices, prepared.gates, way, each, self._shards)
 
-        if counting is None:
-            assert bound is not None
+        if bound is not None:
             send_counts = recv_counts = (bound,) * ranks
             gathered = (bound * ranks,) * (1 if self._tensor is None else self._tensor.size)
             traffic = self._static_traffic(x, chosen, send_counts, gathered)
-            kept = kept_per_expert(choices, destinations, way, each, self._shards)
+            kept = kept_per_expert(choices, prepared.destinations, way, each, self._shards)
             used, assignments = bound * ranks, sum(gathered) * top_k
         else:
-            send_counts, recv_counts, gathered, assignments, traffic = self._counted(counting, x, chosen)
+            send_counts, recv_counts, gathered, assignments, traffic = self._counted(prepared.counting, x, chosen)
             used, kept = sum(send_counts), None
 
         # The choices first: the plan is made while the rows are still under way.

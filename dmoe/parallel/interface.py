@@ -59,6 +59,25 @@ class Dispatched:
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """Tokens that are about to leave, while the counts travel: for :meth:`AllToAllDispatcher.launch_dispatch`.
+
+    Attributes:
+        x, choices, gates: tokens ``(T, H)`` in the dtype of the wire, their experts ``(T, K)`` int32 and weights.
+        destinations: the ranks of each token, ``(T, D)`` int32, W where there is none.
+        way: the plan of the tokens, with ranks as experts.
+        counting: what brings the counts to the host; None in the static mode.
+    """
+
+    x: Tensor
+    choices: Tensor
+    gates: Tensor
+    destinations: Tensor
+    way: RoutingPlan
+    counting: Any
+
+
+@dataclass(frozen=True)
 class UnderWay:
     """Rows that are being sent to their experts: for :meth:`AllToAllDispatcher.finish_dispatch`, and for that once.
 
