@@ -98,6 +98,8 @@ class MoEConfig:
         wire_dtype: ``fp8`` or ``int8``: tokens travel to their experts as one byte per number and a float32 scale per
             row; results come back in their own dtype. None: so do the tokens.
         wire_backward: the tokens' gradients travel like that, too.
+        overlap_degree: into how many chunks each rank's experts are cut, of which one computes while the next one's
+            tokens travel. A token that chose experts of several chunks on one rank travels there once for each.
     """
 
     hidden_size: int
@@ -154,6 +156,7 @@ class MoEConfig:
     max_rows_received: int | None = None
     wire_dtype: Literal["fp8", "int8"] | None = None
     wire_backward: bool = False
+    overlap_degree: int = 1
 
     def __post_init__(self) -> None:
         if isinstance(self.ffn_hidden_size, Sequence) and not isinstance(self.ffn_hidden_size, str):
@@ -210,7 +213,7 @@ class MoEConfig:
                 self._require(integer or (value is None and hint is not int), field.name, "an integer")
 
     def _check_experts(self) -> None:
-        for name in ("hidden_size", "num_experts", "top_k", "num_moe_layers", "num_groups"):
+        for name in ("hidden_size", "num_experts", "top_k", "num_moe_layers", "num_groups", "overlap_degree"):
             self._require(getattr(self, name) >= 1, name, "at least 1")
         if isinstance(self.ffn_hidden_size, tuple):
             whole = all(

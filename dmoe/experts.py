@@ -20,6 +20,8 @@ from dmoe.ops.moe_mlp import has_tangent, moe_mlp
 from dmoe.ops.philox import draw_seed
 from dmoe.plan import RoutingPlan, device_tile_rows, plan_token_choice
 
+_F_DIM = {"up_proj": -2, "up_bias": -1, "down_proj": -1, "down_bias": None}  # which of an expert's dimensions is F
+
 
 @dataclass(frozen=True)
 class ExpertWeights:
@@ -106,6 +108,24 @@ class ExpertWeights:
     def hidden_size(self) -> int:
         """H."""
         return self.up_proj.shape[-1]
+
+    def part(self, experts: slice) -> ExpertWeights:
+        """Consecutive experts of these: views, but for experts of different widths."""
+        if not self.ffn_sizes:
+            cut: dict[str, Any] = {n: None if (t := getattr(self, n)) is None else t[experts] for n in _F_DIM}
+            return replace(self, **cut)
+        first, last, _ = experts.indices(len(self.ffn_sizes))
+        start, length = sum(self.ffn_sizes[:first]), sum(self.ffn_sizes[first:last])
+        down_bias = None if self.down_bias is None else self.down_bias[experts]
+        up_bias = None if self.up_bias is None else self.up_bias.narrow(-1, start, length).contiguous()
+        return replace(
+            self,
+            up_proj=self.up_proj.narrow(-2, start, length).contiguous(),
+            down_proj=self.down_proj.narrow(-1, start, length).contiguous(),
+            up_bias=up_bias,
+            down_bias=down_bias,
+            ffn_sizes=self.ffn_sizes[first:last],
+        )
 
 
 def run_experts(
@@ -271,9 +291,6 @@ def _check(x: Tensor, plan: RoutingPlan, gate_weights: Tensor, weights: ExpertWe
             f"moe_mlp: expected x and weights of one dtype, got {x.dtype} and {weights.up_proj.dtype}; convert one, or "
             "use torch.autocast"
         )
-
-
-_F_DIM = {"up_proj": -2, "up_bias": -1, "down_proj": -1, "down_bias": None}  # which of an expert's dimensions is F
 
 
 class Experts(nn.Module):
@@ -442,14 +459,21 @@ class Experts(nn.Module):
             buffers.append(buffer)
         return None if buffers == [None, None] else (buffers[0], buffers[1])
 
-    def forward(self, x: Tensor, plan: RoutingPlan, gate_weights: Tensor, residual: Tensor | None = None) -> Tensor:
-        """``(T, H)`` through the experts; see :func:`run_experts`."""
-        config = self.config
+    def forward(
+        self,
+        x: Tensor,
+        plan: RoutingPlan,
+        gate_weights: Tensor,
+        residual: Tensor | None = None,
+        part: slice | None = None,
+    ) -> Tensor:
+        """``(T, H)`` through the experts, or through a ``part`` of those that live here; see :func:`run_experts`."""
+        config, weights = self.config, self._weights_at_work()
         return run_experts(
             x,
             plan,
             gate_weights,
-            self._weights_at_work(),
+            weights if part is None else weights.part(part),
             activation=config.activation,
             gate_weight_on=config.gate_weight_on,
             activation_dropout=config.activation_dropout if self.training else 0.0,

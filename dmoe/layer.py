@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -26,8 +26,11 @@ from dmoe.losses import attach_loss, load_balancing_loss, router_z_loss, sequenc
 from dmoe.metrics import RoutingMetrics, routing_entropy
 from dmoe.parallel import AllToAllDispatcher, Dispatched, as_group, check_agreement
 from dmoe.parallel.build import build_dispatcher, owned_experts
+from dmoe.parallel.overlap import chunk_of, run_overlapped
 from dmoe.parallel.statistics import LoadOfRanks
 from dmoe.routing import Routing, build_router
+
+_Results: TypeAlias = tuple[Tensor, tuple[Dispatched, ...], Tensor | None]  # y, what was dispatched, kept per expert
 
 
 class MoE(Float32Buffers):
@@ -41,6 +44,12 @@ class MoE(Float32Buffers):
         ep_group: expert parallelism: a ``torch.distributed`` process group, or a ``DeviceMesh`` of one dimension, over
             whose W ranks the experts are spread in blocks of E / W. Router and shared expert are on every rank; each
             rank brings tokens of its own, any number of them. Capacities and losses are counted over these.
+            With more ranks than experts (W = E * S) S ranks in a row share an expert, each with a slice of its F.
+        expert_tp_group: tensor parallelism of each expert: the ranks, or a mesh of one dimension, that hold slices of
+            the same experts' F. They form a grid with ``ep_group``, ranks of which are next to each other in a mesh
+            ``("ep", "expert_tp")``; each has tokens of its own.
+        ep_levels: two hops, inside a node and between nodes: a ``DeviceMesh`` of (nodes, ranks of a node), or the two
+            groups as a :class:`dmoe.parallel.TwoLevel` beside ``ep_group``.
         loss_group: the ranks whose tokens are one batch for ``load_balancing_over="global"``; None is ``ep_group``.
         dtensor: whether the experts' parameters are ``DTensor`` on the mesh of ``ep_group``, as
             ``torch.distributed.checkpoint`` and FSDP2 need to know which part of them is here. False keeps plain
@@ -68,6 +77,8 @@ class MoE(Float32Buffers):
         config: MoEConfig | None = None,
         *,
         ep_group: Any = None,
+        expert_tp_group: Any = None,
+        ep_levels: Any = None,
         loss_group: Any = None,
         dtensor: bool = True,
         device: torch.device | str | None = None,
@@ -83,7 +94,9 @@ class MoE(Float32Buffers):
             )
         self.config = config = config or MoEConfig(**fields)
         where: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.dispatcher = build_dispatcher(config, ep_group)
+        self.dispatcher = build_dispatcher(config, ep_group, expert_tp_group, ep_levels)
+        if ep_group is None and isinstance(self.dispatcher, AllToAllDispatcher):  # all ranks of a mesh of levels
+            ep_group = self.dispatcher.group
         loss_group = ep_group if loss_group is None else loss_group
         self.load_of_ranks = None if loss_group is None else LoadOfRanks(as_group(loss_group, "loss_group"))
         self.router = build_router(config, **where)
@@ -141,18 +154,42 @@ class MoE(Float32Buffers):
             token_ids=None if token_ids is None else token_ids.reshape(-1),
             expert_indices=None if expert_indices is None else expert_indices.reshape(-1, self.config.top_k),
         )
-        arrived = self.dispatcher.dispatch(tokens, routing.expert_indices, routing.gate_weights, routing.plan)
-        shared = None if self.shared_expert is None else self.shared_expert(tokens)
-        moved = arrived.way_back is not None  # otherwise the experts' own sum takes in the shared one
-        y = self.experts(arrived.x, arrived.plan, arrived.gate_weights, residual=None if moved else shared)
-        y = self.dispatcher.combine(y, arrived)
-        y = y + shared if moved and shared is not None else y
+        in_chunks = self.config.overlap_degree > 1 and isinstance(self.dispatcher, AllToAllDispatcher)
+        y, arrived, kept = (self._in_chunks if in_chunks else self._at_once)(tokens, routing)
         y = self._with_aux_loss(y, routing, math.prod(x.shape[:-2]))
-        self.last_metrics = _metrics(routing, arrived)
+        self.last_metrics = _metrics(routing, arrived, kept)
         y = y.view(*x.shape[:-1], y.shape[-1])
         if self.output_bias is None:
             return y
         return (y, self.output_bias) if self.config.return_bias else y + self.output_bias.to(y.dtype)
+
+    def _at_once(self, tokens: Tensor, routing: Routing) -> _Results:
+        """Dispatch, experts, combine; the shared expert computes while tokens travel."""
+        going = self.dispatcher.start_dispatch(tokens, routing.expert_indices, routing.gate_weights, routing.plan)
+        shared = None if self.shared_expert is None else self.shared_expert(tokens)
+        arrived = self.dispatcher.finish_dispatch(going)
+        moved = arrived.way_back is not None  # otherwise the experts' own sum takes in the shared one
+        y = self.experts(arrived.x, arrived.plan, arrived.gate_weights, residual=None if moved else shared)
+        y = self.dispatcher.combine(y, arrived)
+        y = y + shared if moved and shared is not None else y
+        return y, (arrived,), arrived.kept_per_expert
+
+    def _in_chunks(self, tokens: Tensor, routing: Routing) -> _Results:
+        """The same in chunks of experts, one of which travels while another computes."""
+        degree, shared = self.config.overlap_degree, []
+        assert isinstance(self.dispatcher, AllToAllDispatcher)
+        dispatcher, owned = self.dispatcher, self.experts.owned.experts
+
+        def experts(chunk: int, arrived: Dispatched) -> Tensor:
+            if self.shared_expert is not None and chunk == 0:
+                shared.append(self.shared_expert(tokens))
+            part = chunk_of(len(owned), degree, chunk)
+            return self.experts(arrived.x, arrived.plan, arrived.gate_weights, part=part)
+
+        done = run_overlapped(
+            self.dispatcher, experts, tokens, routing.expert_indices, routing.gate_weights, routing.plan, degree=degree
+        )
+        return done.y + shared[0] if shared else done.y, done.chunks, done.kept_per_expert
 
     def router_losses(self, routing: Routing, num_sequences: int = 1) -> Tensor | None:
         """Sum of this layer's auxiliary losses times their coefficients, a scalar; None when there is none.
@@ -287,16 +324,18 @@ def _inside_backward() -> bool:
 
 
 @torch.no_grad()
-def _metrics(routing: Routing, arrived: Dispatched) -> RoutingMetrics:
+def _metrics(routing: Routing, arrived: tuple[Dispatched, ...], kept: Tensor | None) -> RoutingMetrics:
     probs = routing.router_probs
     if probs is None:
         experts = routing.plan.num_experts
         entropy = routing.gate_weights.new_full((), math.log(experts))
     else:
         entropy = routing_entropy(probs.detach(), routing.token_mask)
-    kept = routing.plan.kept_per_expert if arrived.kept_per_expert is None else arrived.kept_per_expert
+    kept = routing.plan.kept_per_expert if kept is None else kept
     metrics = RoutingMetrics(routing.plan.tokens_per_expert, kept, entropy)
-    if arrived.traffic is None:
+    traffic = [each.traffic for each in arrived if each.traffic is not None]
+    if not traffic:
         return metrics
-    sent, naive = arrived.traffic.bytes_sent, arrived.traffic.naive_bytes_sent
-    return dataclasses.replace(metrics, bytes_sent=sent, naive_bytes_sent=naive)
+    naive = [each.naive_bytes_sent for each in traffic]
+    total = None if None in naive else sum(number for number in naive if number is not None)
+    return dataclasses.replace(metrics, bytes_sent=sum(each.bytes_sent for each in traffic), naive_bytes_sent=total)

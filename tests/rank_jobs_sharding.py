@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from dmoe.experts import ExpertWeights, run_experts
 from dmoe.parallel import AllToAllDispatcher
+from dmoe.parallel.tensor_parallel import TensorParallel
 
 _GROUPS = {}
 
@@ -24,25 +25,20 @@ class Wire:
     """Counts the bytes that really go to other ranks inside, in whichever group, and the calls."""
 
     def __init__(self):
-        self.bytes_sent, self.calls = 0, []
+        self.bytes_sent, self.calls = 0, 0
 
     def __enter__(self):
-        exchange, gather = dist.all_to_all_single, dist.all_gather_into_tensor
+        exchange = dist.all_to_all_single
 
         def exchanging(output, input, output_splits=None, input_splits=None, group=None, async_op=False):
             ranks, me = dist.get_world_size(group), dist.get_rank(group)
             splits = input_splits or [input.shape[0] // ranks] * ranks
             row = input[:1].numel() * input.element_size() if input.shape[0] else 0
             self.bytes_sent += row * (sum(splits) - splits[me])
-            self.calls.append("exchange")
+            self.calls += 1
             return exchange(output, input, output_splits, input_splits, group=group, async_op=async_op)
 
-        def gathering(output, input, group=None, async_op=False):
-            self.bytes_sent += input.numel() * input.element_size() * (dist.get_world_size(group) - 1)
-            self.calls.append("gather")
-            return gather(output, input, group=group, async_op=async_op)
-
-        self._patch = patch.multiple(dist, all_to_all_single=exchanging, all_gather_into_tensor=gathering)
+        self._patch = patch.object(dist, "all_to_all_single", exchanging)
         self._patch.__enter__()
         return self
 
@@ -52,8 +48,11 @@ class Wire:
 
 def dispatcher_of(num_experts, grid, max_rows_received=None):
     """The dispatcher of this rank, ``ep * tp_size + tp`` of the grid."""
-    ep_size, _ = grid
-    return AllToAllDispatcher(_GROUPS[tuple(range(ep_size))], num_experts, max_rows_received=max_rows_received)
+    ep_size, tp_size = grid
+    world, (ep, tp) = ep_size * tp_size, divmod(dist.get_rank(), tp_size)
+    group = _GROUPS[tuple(range(tp, world, tp_size))]
+    tp_group = _GROUPS[tuple(range(ep * tp_size, (ep + 1) * tp_size))] if tp_size > 1 else None
+    return AllToAllDispatcher(group, num_experts, tp_group, max_rows_received=max_rows_received)
 
 
 def own_weights(weights, dispatcher, gated):
@@ -89,6 +88,7 @@ def sharded(group, grid, shares, weights, options, max_rows_received=None):
         "gates": gates.grad,
         "weights": [None if w is None else w.grad for w in leaves],
         "arrived": arrived.x.detach(),
+        "rows": arrived.plan.num_rows,
         "traffic": arrived.traffic,
         "bytes_sent": arrived.traffic.bytes_sent,
         "naive_bytes_sent": arrived.traffic.naive_bytes_sent,
@@ -97,3 +97,48 @@ def sharded(group, grid, shares, weights, options, max_rows_received=None):
         "kept": arrived.kept_per_expert,
         "place": (list(dispatcher.local_experts), dispatcher.ffn_shard),
     }
+
+
+def mismatched(group, by_rank):
+    """Dispatch rows that differ between the ranks of a 2 x 2 grid in width, dtype, K or the need of a gradient."""
+    hidden, top_k, dtype, needs = by_rank[dist.get_rank(group)]
+    x = torch.zeros(3, hidden, dtype=dtype, requires_grad=needs)
+    ids = torch.zeros(3, top_k, dtype=torch.int64)
+    dispatcher_of(4, (2, 2)).dispatch(x, ids, torch.zeros(3, top_k))
+
+
+def no_grid(group):
+    """What is said to groups that share more than one rank, or none but this."""
+    try:
+        AllToAllDispatcher(group, 4, group)
+    except ValueError as error:
+        return str(error)
+
+
+def by_mesh(group, share, weights, options):
+    """As :func:`sharded`, on the rows and columns of a mesh; and by a copy of the dispatcher."""
+    import copy
+
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ep", "tp"))
+    dispatcher = AllToAllDispatcher(mesh["ep"].get_group(), weights[1].shape[0], mesh["tp"].get_group())
+    _, own = own_weights(weights, dispatcher, options["gated"])
+    results = []
+    for one in (dispatcher, copy.deepcopy(dispatcher)):
+        x, ids, gates, _ = share[dist.get_rank(group)]
+        arrived = one.dispatch(x, ids, gates)
+        y = run_experts(arrived.x, arrived.plan, arrived.gate_weights, own, **options["run"])
+        results.append(one.combine(y, arrived).detach())
+    return results
+
+
+def summed(group, parts):
+    """Sums over slices that are each full of a number, and the gradient of rows that gets this number on each rank."""
+    tensor, me = TensorParallel(group), dist.get_rank(group)
+    counts = [2, 0, 1, 3]
+    y = tensor.summed(torch.full((6, 3), parts[me], dtype=torch.bfloat16), counts)
+    rows = torch.zeros(counts[me], 3, dtype=torch.bfloat16, requires_grad=True)
+    exchange, under_way = tensor.start_gather(rows, counts, "rows")
+    exchange.finish(under_way).backward(torch.full((6, 3), parts[me], dtype=torch.bfloat16))
+    return y, rows.grad

@@ -23,13 +23,21 @@ class Counting:
         counts: ``(W, C)`` int64: what each rank is told.
         group: the ranks.
         levels: two hops instead of one.
+        tp_group: ranks that then also tell each other what they received: on a GPU without the host between the two.
 
     Attributes:
         held: with ``levels``, after :meth:`read`: what passed this rank, a row for each rank of its node and each node.
     """
 
-    def __init__(self, counts: Tensor, group: ProcessGroup, levels: TwoLevel | None = None) -> None:
-        self._counts, self._group, self._levels = counts, group, levels
+    def __init__(
+        self,
+        counts: Tensor,
+        group: ProcessGroup,
+        levels: TwoLevel | None = None,
+        tp_group: ProcessGroup | None = None,
+    ) -> None:
+        self._counts, self._group, self._levels, self._tp_group = counts, group, levels, tp_group
+        self._copies = 1 if tp_group is None else dist.get_world_size(tp_group)
         self.held: list[list[int]] | None = None
         first = counts
         if levels is not None:  # by (l', n'), as the rows will be
@@ -56,35 +64,50 @@ class Counting:
     def bytes_sent(self) -> int:
         """Bytes of counts sent to other ranks, in all hops."""
         columns = self._counts.shape[1] * self._counts.element_size()
+        gathered = (self._copies - 1) * self._counts.shape[0]
         if self._levels is None:
-            return (self._counts.shape[0] - 1) * columns
+            return (self._counts.shape[0] - 1 + gathered) * columns
         nodes, each = self._levels.num_nodes, self._levels.ranks_per_node
-        return ((each - 1) * nodes + (nodes - 1) * each) * columns
+        return ((each - 1) * nodes + (nodes - 1) * each + gathered) * columns
 
     def _exchange(self, received: Tensor, sent: Tensor, group: ProcessGroup) -> Any:
         start = lambda: dist.all_to_all_single(received, sent, group=group, async_op=True)  # noqa: E731
         return explained(start, "the exchange of counts", group)
 
     def _rest(self) -> Tensor:
-        """Wait, and where there is a second hop go it: counts sent and received, and then those in between."""
+        """Wait, and go what other steps there are: counts sent, received by each tensor-parallel rank, in between."""
         explained(self._work.wait, "the exchange of counts", self._group)
         if self._levels is None:
-            return torch.stack([self._counts, self._arriving])
+            return torch.cat([self._counts.unsqueeze(0), self._gathered(self._arriving)])
         nodes, each, group = self._levels.num_nodes, self._levels.ranks_per_node, self._levels.outer
         held = self._arriving.view(each, nodes, -1)
         second = held.transpose(0, 1).reshape(nodes, -1)
         received = torch.empty_like(second)
         work = self._exchange(received, second, group)
         explained(work.wait, "the exchange of counts", group)
-        return torch.stack([self._counts, received.view_as(self._counts), held.reshape(self._counts.shape)])
+        gathered = self._gathered(received.view_as(self._counts))
+        return torch.cat([self._counts.unsqueeze(0), gathered, held.reshape(1, *self._counts.shape)])
 
-    def read(self) -> tuple[list[list[int]], list[list[int]]]:
-        """Wait for the counts: those sent and those received, by rank. Then ``held`` is filled, too."""
+    def _gathered(self, received: Tensor) -> Tensor:
+        """Counts received by every rank of ``tp_group``, ``(P, W, C)``."""
+        if self._tp_group is None:
+            return received.unsqueeze(0)
+        copies = received.repeat(self._copies, 1)  # one for each rank: torch 2.13 renames the collective that gathers
+        everyone = torch.empty_like(copies)
+        work = self._exchange(everyone, copies, self._tp_group)
+        explained(work.wait, "the gather of counts", self._tp_group)
+        return everyone.view(self._copies, *received.shape)
+
+    def read(self) -> tuple[list[list[int]], list[list[list[int]]]]:
+        """Wait for the counts: those sent, by rank, and those received, by tensor-parallel rank and rank.
+
+        Then ``held`` is filled, too.
+        """
         if self._on_host is None:
             everything = self._rest()
         else:
             self._ready.synchronize()
             everything = self._on_host
-        sent, received, *held = everything.tolist()
-        self.held = held[0] if held else None
-        return sent, received
+        sent, *others = everything.tolist()
+        self.held = None if self._levels is None else others.pop()
+        return sent, others

@@ -11,14 +11,22 @@ A token travels once to each rank that holds any of its experts, however many: w
 one row per copy returns.
 
 With more ranks than experts (``W = E * S``) S ranks share each expert, each a slice of its F. A token goes to all S,
-and what they return are terms of one sum, as the results of different experts are: ``combine`` adds them all.
+and what they return are terms of one sum, as the results of different experts are: ``combine`` adds them all. Tensor
+parallelism cuts F over ranks of another group, each with tokens of its own: see ``tensor_parallel.py``.
+
+Both ways come in two halves as well, between which a caller can compute what needs no rows of other ranks. In backward
+that is differentiated while gradients travel::
+
+    under_way = dispatcher.start_dispatch(x, expert_indices, gate_weights)
+    shared = shared_expert(x)
+    arrived = dispatcher.finish_dispatch(under_way)
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -31,8 +39,10 @@ from dmoe.ops.unpermute import unpermute
 from dmoe.parallel.agreement import raise_unless_equal
 from dmoe.parallel.collectives import Exchange, RowExchange
 from dmoe.parallel.counting import Counting
-from dmoe.parallel.destinations import choices_of_rows, destinations_of, kept_per_expert, shortened
+from dmoe.parallel.destinations import choices_of_plan, choices_of_rows, destinations_of, kept_per_expert, shortened
+from dmoe.parallel.interface import Dispatched, Prepared, Returning, UnderWay, WayBack
 from dmoe.parallel.placement import ffn_shard, local_experts
+from dmoe.parallel.tensor_parallel import TensorParallel
 from dmoe.parallel.traffic import Hop, Traffic
 from dmoe.parallel.two_level import TwoLevel, TwoLevelExchange
 from dmoe.parallel.wire import SCALE_BYTES, WIRE_DTYPES, NarrowExchange, check_wire_dtype
@@ -41,107 +51,17 @@ from dmoe.plan import RoutingPlan, device_tile_rows, plan_token_choice
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+_Moved: TypeAlias = tuple[int, int, int]
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _WIRES = (None, *((kind, narrow_gradients) for kind in WIRE_DTYPES for narrow_gradients in (False, True)))
-
-
-@dataclass(frozen=True)
-class WayBack:
-    """Where the rows that were sent belong: the plan of the tokens, with ranks as experts, and the counts.
-
-    Attributes:
-        row_to_token, row_to_slot: of each row sent, ``(S,)`` int32, -1 in holes.
-        token_offsets: ``(T + 1,)`` int32, where a token's rows start in ``token_rows``.
-        token_rows: a token's rows in the order of the ranks, -1 where none was sent.
-        send_counts, recv_counts: rows to and from each rank.
-        held_counts: rows that passed this rank between two hops, see
-            :class:`dmoe.parallel.two_level.TwoLevelExchange`; not looked at otherwise.
-    """
-
-    row_to_token: Tensor
-    row_to_slot: Tensor
-    token_offsets: Tensor
-    token_rows: Tensor
-    send_counts: tuple[int, ...]
-    recv_counts: tuple[int, ...]
-    held_counts: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Dispatched:
-    """The tokens that this rank's experts work on, as :func:`dmoe.experts.run_experts` takes them.
-
-    Attributes:
-        x: rows received, ``(R', H)``: those of rank 0 first, each rank's in token order.
-        plan: which row goes to which local expert.
-        gate_weights: one per assignment of ``plan``, ``(R', K)``. Carries the gradient.
-        way_back: for :meth:`Dispatcher.combine`; None when nothing moved.
-        traffic: what was sent; None when nothing moved.
-        kept_per_expert: assignments of this rank's own tokens that were sent, for all experts, ``(E,)`` integer; None
-            when none was dropped here.
-    """
-
-    x: Tensor
-    plan: RoutingPlan
-    gate_weights: Tensor
-    way_back: WayBack | None = None
-    traffic: Traffic | None = None
-    kept_per_expert: Tensor | None = None
-
-
-class Dispatcher(Protocol):
-    """How tokens reach their experts. What ``dispatch`` returns holds all that ``combine`` needs: no state between."""
-
-    def dispatch(
-        self, x: Tensor, expert_indices: Tensor | None, gate_weights: Tensor, plan: RoutingPlan | None = None
-    ) -> Dispatched:
-        """Send tokens to their experts.
-
-        Args:
-            x: ``(T, H)`` floating point.
-            expert_indices: ``(T, K)`` int32 or int64 in [0, E]; E marks a choice that takes no expert.
-            gate_weights: ``(T, K)`` floating point.
-            plan: a plan already made of these choices: what it drops is dropped.
-        """
-        ...
-
-    def combine(self, y: Tensor, dispatched: Dispatched) -> Tensor:
-        """Bring results ``(R', H)`` back and sum each token's, ``(T, H)``, in the order of the ranks."""
-        ...
-
-
-class LocalDispatcher:
-    """All experts live here: nothing moves.
-
-    Args:
-        num_experts: E.
-    """
-
-    def __init__(self, num_experts: int) -> None:
-        self.num_experts = num_experts
-
-    def dispatch(
-        self, x: Tensor, expert_indices: Tensor | None, gate_weights: Tensor, plan: RoutingPlan | None = None
-    ) -> Dispatched:
-        """The same tokens; see :class:`Dispatcher`. With a plan ``expert_indices`` are not looked at."""
-        if plan is None:
-            if expert_indices is None:
-                raise ValueError("dispatch: expected expert_indices or a plan, got neither")
-            tile_rows = device_tile_rows(x.device, expert_indices.numel(), self.num_experts)
-            plan = plan_token_choice(expert_indices, self.num_experts, tile_rows=tile_rows)
-        return Dispatched(x, plan, gate_weights)
-
-    def combine(self, y: Tensor, dispatched: Dispatched) -> Tensor:
-        """``y`` as it is."""
-        return y
 
 
 class AllToAllDispatcher:
     """Experts in contiguous blocks over the ranks of a group; rows travel by ``all_to_all_single``.
 
-    Every rank of the group has to call ``dispatch``, ``combine`` and, where any rank does, their backward, in the same
-    order; ranks may hold any number of tokens, none included. In half precision a token's sum over its experts is
-    rounded once on every rank that holds any, and once more where these sums are added.
+    Every rank of the group has to call ``dispatch``, ``combine``, or their halves, and, where any rank does, their
+    backward, in the same order; ranks may hold any number of tokens, none included. In half precision a token's sum
+    over its experts is rounded once on every rank that holds any, and once more wherever these sums are added.
 
     Args:
         group: the ranks, of which this process is one.
@@ -152,10 +72,15 @@ class AllToAllDispatcher:
             times the most tokens of any rank is enough for every routing. None: as many rows as there are.
         wire_dtype: ``"fp8"`` or ``"int8"``: tokens travel to the experts as one byte per number and a float32 scale per
             row (see :mod:`dmoe.parallel.wire`), those that stay on this rank rounded like the others. Their gate
-            weights, and the results, keep their dtype. None: so do the tokens.
+            weights, and the results, keep their dtype, as does the step between tensor-parallel ranks. None: so do the
+            tokens.
         wire_backward: whether the tokens' gradients travel back like that, too.
         two_level: rows travel in two hops, inside a node and between nodes, over these groups: the ranks of ``group``
             in the order of the nodes. The results are the same. None: straight to each rank.
+        tp_group: tensor parallelism: ranks with the same experts, of which each holds a slice of their F, in the order
+            of the ranks. The ranks form a grid of which ``group`` is this rank's row and ``tp_group`` its column. Each
+            rank has tokens of its own; its experts see those that came to any rank of ``tp_group``, and
+            ``max_rows_received`` bounds what comes to each of these.
 
     Attributes:
         local_experts: the experts that live here, whole or in part.
@@ -163,14 +88,15 @@ class AllToAllDispatcher:
             (index + 1) * F / count)`` of each one's F. What ``combine`` gets is then their part of the sum over F.
 
     Raises:
-        ValueError: experts that cannot be divided evenly, a negative bound, an unknown ``wire_dtype``, or groups that
-            are not those of the nodes of ``group``.
+        ValueError: experts that cannot be divided evenly, a negative bound, an unknown ``wire_dtype``, groups that form
+            no grid, or that are not those of the nodes of ``group``.
     """
 
     def __init__(
         self,
         group: ProcessGroup,
         num_experts: int,
+        tp_group: ProcessGroup | None = None,
         *,
         max_rows_received: int | None = None,
         wire_dtype: str | None = None,
@@ -180,12 +106,22 @@ class AllToAllDispatcher:
         check_wire_dtype(wire_dtype, wire_backward)
         self.group, self.num_experts, self.max_rows_received = group, num_experts, max_rows_received
         self.wire_dtype, self.wire_backward, self.two_level = wire_dtype, wire_backward, two_level
+        self.tp_group, self._tensor = tp_group, None
         if two_level is not None:
             two_level.check_against(group)
         self.world_size, self.rank = dist.get_world_size(group), dist.get_rank(group)
         self.local_experts = local_experts(num_experts, self.world_size, self.rank)
         self.ffn_shard = ffn_shard(num_experts, self.world_size, self.rank)
         self._shards = self.ffn_shard[1]
+        if tp_group is not None:
+            by_group = [dist.get_process_group_ranks(each) for each in (group, tp_group)]
+            if len(set(by_group[0]) & set(by_group[1])) != 1:
+                raise ValueError(
+                    "AllToAllDispatcher: tp_group: expected to share this rank, and no other, with group, got ranks "
+                    f"{by_group[1]} with {by_group[0]} as group"
+                )
+            self._tensor = tensor = TensorParallel(tp_group)
+            self.ffn_shard = (self.ffn_shard[0] * tensor.size + tensor.rank, self._shards * tensor.size)
         if max_rows_received is not None and max_rows_received < 0:
             raise ValueError(
                 f"AllToAllDispatcher: max_rows_received: expected at least 0, or None, got {max_rows_received}"
@@ -193,9 +129,14 @@ class AllToAllDispatcher:
 
     def __deepcopy__(self, memo: Any) -> AllToAllDispatcher:
         """The same group: a copy of a layer talks to the same ranks."""
+        return self.for_experts(self.num_experts)
+
+    def for_experts(self, num_experts: int) -> AllToAllDispatcher:
+        """One with the same groups and options, for so many experts."""
         return AllToAllDispatcher(
             self.group,
-            self.num_experts,
+            num_experts,
+            self.tp_group,
             max_rows_received=self.max_rows_received,
             wire_dtype=self.wire_dtype,
             wire_backward=self.wire_backward,
@@ -211,12 +152,17 @@ class AllToAllDispatcher:
     @property
     def groups(self) -> tuple[ProcessGroup, ...]:
         """The groups over which sums go that are to reach all ranks that share the experts."""
-        return (self.group,)
+        return (self.group,) if self.tp_group is None else (self.group, self.tp_group)
 
     @property
     def ranks(self) -> list[int]:
-        """The ranks that share the experts, as the whole run counts them."""
-        return dist.get_process_group_ranks(self.group)
+        """The ranks of ``group``, and of ``tp_group``, as the whole run counts them."""
+        return sorted({rank for group in self.groups for rank in dist.get_process_group_ranks(group)})
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks whose tokens the experts see, those of ``tp_group`` included."""
+        return self.world_size * (1 if self._tensor is None else self._tensor.size)
 
     @property
     def num_local_experts(self) -> int:
@@ -226,7 +172,7 @@ class AllToAllDispatcher:
     def dispatch(
         self, x: Tensor, expert_indices: Tensor | None, gate_weights: Tensor, plan: RoutingPlan | None = None
     ) -> Dispatched:
-        """Send each token to the ranks of its experts; see :class:`Dispatcher`.
+        """Send each token to the ranks of its experts; see :class:`dmoe.parallel.Dispatcher`.
 
         The host waits once, for the counts, while the rows are gathered (not at all in the static mode). Under
         autocast x is sent in autocast's dtype.
@@ -236,39 +182,66 @@ class AllToAllDispatcher:
                 number of choices, or in whether they need a gradient (not looked at in the static mode).
             RuntimeError: an exchange failed.
         """
+        return self.finish_dispatch(self.start_dispatch(x, expert_indices, gate_weights, plan))
+
+    def start_dispatch(
+        self, x: Tensor, expert_indices: Tensor | None, gate_weights: Tensor, plan: RoutingPlan | None = None
+    ) -> UnderWay:
+        """As :meth:`dispatch`, until the rows are on their way to the ranks of their experts.
+
+        The host has waited for the counts when this returns. With tensor parallelism the step to the other slices
+        follows in :meth:`finish_dispatch`.
+        """
+        return self.launch_dispatch(self.prepare_dispatch(x, expert_indices, gate_weights, plan))
+
+    def prepare_dispatch(
+        self, x: Tensor, expert_indices: Tensor | None, gate_weights: Tensor, plan: RoutingPlan | None = None
+    ) -> Prepared:
+        """As :meth:`start_dispatch`, until the counts are on their way; :meth:`launch_dispatch` goes on from there.
+
+        Of several dispatches the counts can thus travel together, so that the host, which waits for the first ones,
+        finds the others there.
+        """
         x, choices, gates = self._checked(x, expert_indices, gate_weights, plan)
-        top_k, each, ranks = choices.shape[1], self.num_local_experts, self.world_size
-        bound = None if self.max_rows_received is None else -(-self.max_rows_received // ranks)
-        destinations = destinations_of(choices, each, ranks, self._shards)
+        bound, ranks = self._bound, self.world_size
+        destinations = destinations_of(choices, self.num_local_experts, ranks, self._shards)
         way = plan_token_choice(destinations, ranks, capacity=bound, binned=bound is not None)
         counting = None if bound is not None else self._start_counting(x, choices, gates, way)
+        return Prepared(x, choices, gates, destinations, way, counting)
+
+    @property
+    def _bound(self) -> int | None:
+        """Rows between two ranks in the static mode."""
+        return None if self.max_rows_received is None else -(-self.max_rows_received // self.world_size)
+
+    def launch_dispatch(self, prepared: Prepared) -> UnderWay:
+        """The rest of :meth:`start_dispatch`."""
+        x, choices, way, bound = prepared.x, prepared.choices, prepared.way, self._bound
+        top_k, each, ranks = choices.shape[1], self.num_local_experts, self.world_size
 
         # While counts travel: a row for each (token, rank), and a row with that rank's choices and their weights.
         rows = permute(x, way.row_to_token, way.token_offsets, way.token_rows)
-        chosen = choices_of_rows(choices, gates, way, each, self._shards)
+        chosen = choices_of_rows(choices, prepared.gates, way, each, self._shards)
 
-        if counting is None:
-            assert bound is not None
+        if bound is not None:
             send_counts = recv_counts = held_counts = (bound,) * ranks
-            traffic = self._static_traffic(x, chosen, bound)
-            kept = kept_per_expert(choices, destinations, way, each, self._shards)
-            used, assignments = bound * ranks, bound * ranks * top_k
+            gathered = (bound * ranks,) * (1 if self._tensor is None else self._tensor.size)
+            traffic = self._static_traffic(x, chosen, send_counts, gathered)
+            kept = kept_per_expert(choices, prepared.destinations, way, each, self._shards)
+            used, assignments = bound * ranks, sum(gathered) * top_k
         else:
-            send_counts, recv_counts, assignments, traffic = self._counted(counting, x, chosen)
+            send_counts, recv_counts, gathered, assignments, traffic = self._counted(prepared.counting, x, chosen)
             used, kept = sum(send_counts), None
-            held_counts = () if counting.held is None else tuple(count[0] for count in counting.held)
+            held = prepared.counting.held
+            held_counts = () if held is None else tuple(count[0] for count in held)
 
         # The choices first: the plan is made while the rows are still under way.
         of_choices = self._exchange(send_counts, recv_counts, held_counts, "expert choices")
         of_rows = self._exchange(send_counts, recv_counts, held_counts, "token rows", narrow=True)
-        choices_under_way, rows_under_way = of_choices.start(chosen), of_rows.start(rows)
-        arrived = of_choices.finish(choices_under_way)
-        tile_rows = device_tile_rows(x.device, assignments, each)
-        ids = arrived[:, top_k:].to(torch.int32)
-        return Dispatched(
-            x=of_rows.finish(rows_under_way),
-            plan=shortened(plan_token_choice(ids, each, tile_rows=tile_rows), assignments),
-            gate_weights=arrived[:, :top_k],
+        return UnderWay(
+            choices=(of_choices, of_choices.start(chosen)),
+            rows=(of_rows, of_rows.start(rows)),
+            assignments=assignments,
             way_back=WayBack(
                 way.row_to_token[:used],
                 way.row_to_slot[:used],
@@ -277,25 +250,69 @@ class AllToAllDispatcher:
                 send_counts,
                 recv_counts,
                 held_counts,
+                gathered,
             ),
             traffic=replace(traffic, wire_row_bytes=self._wire_row_bytes(x), hops=_hops(of_rows)),
             kept_per_expert=kept,
         )
 
+    def finish_dispatch(self, under_way: UnderWay) -> Dispatched:
+        """Wait for the rows; on a GPU it is the stream that waits, not the host.
+
+        Raises:
+            RuntimeError: an exchange failed.
+        """
+        (of_choices, choices), (of_rows, rows), way = under_way.choices, under_way.rows, under_way.way_back
+        arrived = of_choices.finish(choices)
+        if self._tensor is not None:  # the choices go on while the rows are still on their first step
+            of_choices, choices = self._tensor.start_gather(arrived, way.gathered, "expert choices")
+            of_rows, rows = self._tensor.start_gather(of_rows.finish(rows), way.gathered, "token rows")
+            arrived = of_choices.finish(choices)
+        top_k, each = arrived.shape[1] // 2, self.num_local_experts
+        tile_rows = device_tile_rows(arrived.device, under_way.assignments, each)
+        ids = arrived[:, top_k:].to(torch.int32)
+        plan = shortened(plan_token_choice(ids, each, tile_rows=tile_rows), under_way.assignments)
+        return Dispatched(
+            x=of_rows.finish(rows),
+            plan=plan,
+            gate_weights=arrived[:, :top_k],
+            way_back=way,
+            traffic=under_way.traffic,
+            kept_per_expert=under_way.kept_per_expert,
+        )
+
     def combine(self, y: Tensor, dispatched: Dispatched) -> Tensor:
-        """Results back to where their tokens came from, ``(R', H)`` to ``(T, H)``; see :class:`Dispatcher`.
+        """Results back to where their tokens came from, ``(R', H)`` to ``(T, H)``, as a Dispatcher does.
 
         Raises:
             ValueError: ``dispatched`` is not of such a dispatcher, or y has another number of rows.
             RuntimeError: the exchange failed.
         """
+        return self.finish_combine(self.start_combine(y, dispatched))
+
+    def start_combine(self, y: Tensor, dispatched: Dispatched) -> Returning:
+        """As :meth:`combine`, until the results are on their way to the ranks that the tokens are from.
+
+        With tensor parallelism the partial results of the slices have met by then.
+        """
         way = dispatched.way_back
-        if way is None or y.shape[0] != sum(way.recv_counts):
-            expected = "what dispatch returned" if way is None else f"{sum(way.recv_counts)} rows"
+        if way is None or y.shape[0] != sum(way.gathered):
+            expected = "what dispatch returned" if way is None else f"{sum(way.gathered)} rows"
             raise ValueError(f"combine: expected {expected}, got y of shape {tuple(y.shape)}")
         y = _Tied.apply(y, dispatched.x, dispatched.gate_weights)
+        if self._tensor is not None:
+            y = self._tensor.summed(y, way.gathered)
         back = self._exchange(way.recv_counts, way.send_counts, way.held_counts, "results", back=True)
-        rows = back.finish(back.start(y))
+        return Returning((back, back.start(y)), way)
+
+    def finish_combine(self, returning: Returning) -> Tensor:
+        """Wait for the results, and sum those of each token, ``(T, H)``.
+
+        Raises:
+            RuntimeError: the exchange failed.
+        """
+        (back, under_way), way = returning.rows, returning.way_back
+        rows = back.finish(under_way)
         return unpermute(rows, None, way.row_to_token, way.row_to_slot, way.token_offsets, way.token_rows)
 
     def _exchange(
@@ -327,9 +344,7 @@ class AllToAllDispatcher:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x in the dtype of the wire, the choices with those that the plan dropped marked E, the weights as summed."""
         if expert_indices is None:
-            raise ValueError(
-                "dispatch: expected expert_indices (T, K), got None: experts that choose tokens stay local"
-            )
+            (expert_indices, gate_weights), plan = choices_of_plan(plan, gate_weights), None
         if x.dim() != 2 or expert_indices.dim() != 2 or expert_indices.shape[0] != x.shape[0]:
             raise ValueError(
                 f"dispatch: expected x (T, H) and expert_indices (T, K), got {tuple(x.shape)} and "
@@ -362,43 +377,65 @@ class AllToAllDispatcher:
         if x.is_cuda:
             kinds = kinds.contiguous().pin_memory().to(x.device, non_blocking=True)
         counts = torch.stack([way.tokens_per_expert, assignments], 1).long()
-        return Counting(torch.cat([counts, kinds], 1), self.group, self.two_level)
+        return Counting(torch.cat([counts, kinds], 1), self.group, self.two_level, self.tp_group)
 
     def _counted(
         self, counting: Counting, x: Tensor, chosen: Tensor
-    ) -> tuple[tuple[int, ...], tuple[int, ...], int, Traffic]:
-        """Rows to and from each rank, how many assignments arrive, and what that amounts to in bytes."""
+    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int, Traffic]:
+        """Rows to and from each rank and in the end here, how many assignments these have, and all that in bytes."""
         sent, received = counting.read()
         _check_kinds(received)
-        send_counts, recv_counts = (tuple(count[0] for count in counts) for counts in (sent, received))
-        send_choices, recv_choices = (tuple(count[1] for count in counts) for counts in (sent, received))
-        me = self.rank
-        traffic = Traffic(
-            rows_sent=sum(send_counts) - send_counts[me],
-            rows_kept=send_counts[me],
-            rows_received=sum(recv_counts) - recv_counts[me],
-            naive_rows_sent=sum(send_choices) - send_choices[me],
-            naive_rows_kept=send_choices[me],
-            naive_rows_received=sum(recv_choices) - recv_choices[me],
-            row_bytes=x.shape[1] * x.element_size(),
-            choice_bytes=chosen.shape[1] * chosen.element_size(),
-            count_bytes=counting.bytes_sent,
+        here = received[0 if self._tensor is None else self._tensor.rank]
+        (send_rows, send_choices), (recv_rows, recv_choices) = (
+            tuple(tuple(count[n] for count in counts) for n in (0, 1)) for counts in (sent, here)
         )
-        return send_counts, recv_counts, sum(recv_choices), traffic
+        rows, choices = (tuple(sum(count[n] for count in counts) for counts in received) for n in (0, 1))
+        (sent_on, came_on), (naive_sent_on, naive_came_on) = self._gathered(rows), self._gathered(choices)
+        naive_sent, naive_kept, naive_came = self._moved(send_choices, recv_choices)
+        naive = naive_sent + naive_sent_on, naive_kept, naive_came + naive_came_on
+        moved = self._moved(send_rows, recv_rows)
+        traffic = self._traffic(x, chosen, moved, (sent_on, came_on), naive, counting.bytes_sent)
+        return send_rows, recv_rows, rows, sum(choices), traffic
 
-    def _static_traffic(self, x: Tensor, chosen: Tensor, bound: int) -> Traffic:
+    def _static_traffic(self, x: Tensor, chosen: Tensor, counts: tuple[int, ...], gathered: tuple[int, ...]) -> Traffic:
         """What the static mode sends, whatever the routing."""
-        others = bound * (self.world_size - 1)
+        moved = self._moved(counts, counts)
+        return self._traffic(x, chosen, moved, self._gathered(gathered), (None, None, None), 0)
+
+    def _moved(self, sent: tuple[int, ...], received: tuple[int, ...]) -> _Moved:
+        """Rows sent to others, kept and received from others."""
+        me = self.rank
+        return sum(sent) - sent[me], sent[me], sum(received) - received[me]
+
+    def _gathered(self, gathered: tuple[int, ...]) -> tuple[int, int]:
+        """Rows sent to others, and received from others, in the step between tensor-parallel ranks."""
+        if self._tensor is None:
+            return 0, 0
+        own = gathered[self._tensor.rank]
+        return own * (self._tensor.size - 1), sum(gathered) - own
+
+    def _traffic(
+        self,
+        x: Tensor,
+        chosen: Tensor,
+        moved: _Moved,
+        gathered: tuple[int, int],
+        naive: _Moved | tuple[None, None, None],
+        count_bytes: int,
+    ) -> Traffic:
+        (sent, kept, received), (naive_sent, naive_kept, naive_received) = moved, naive
         return Traffic(
-            rows_sent=others,
-            rows_kept=bound,
-            rows_received=others,
-            naive_rows_sent=None,
-            naive_rows_kept=None,
-            naive_rows_received=None,
+            rows_sent=sent,
+            rows_kept=kept,
+            rows_received=received,
+            naive_rows_sent=naive_sent,
+            naive_rows_kept=naive_kept,
+            naive_rows_received=naive_received,
             row_bytes=x.shape[1] * x.element_size(),
             choice_bytes=chosen.shape[1] * chosen.element_size(),
-            count_bytes=0,
+            count_bytes=count_bytes,
+            tp_rows_sent=gathered[0],
+            tp_rows_received=gathered[1],
         )
 
 
@@ -427,7 +464,7 @@ def _needs_gradient(x: Tensor, gates: Tensor) -> int:
     return (x.requires_grad + 2 * gates.requires_grad) if torch.is_grad_enabled() else 0
 
 
-def _check_kinds(received: list[list[int]]) -> None:
+def _check_kinds(received: list[list[list[int]]]) -> None:
     """Ranks whose rows differ would wait for each other in the exchange to come, or in backward's."""
     needs = ("none", "x", "gate_weights", "x and gate_weights")
     kinds = [
@@ -438,6 +475,9 @@ def _check_kinds(received: list[list[int]]) -> None:
             "wire_dtype, wire_backward": str(_WIRES[dtype // len(_DTYPES)]),
             "requires_grad": needs[gradient],
         }
-        for _, _, hidden, top_k, dtype, gradient in received
+        for counts in received
+        for _, _, hidden, top_k, dtype, gradient in counts
     ]
-    raise_unless_equal("dispatch", kinds, {})
+    ranks = len(received[0])
+    numbered = f" (rank = rank in group + {ranks} * rank in tp_group)" if len(received) > 1 else ""
+    raise_unless_equal("dispatch" + numbered, kinds, {})

@@ -143,10 +143,10 @@ def _check_replicas(model: nn.Module, process_group: ProcessGroup | None, expert
     ranks = dist.get_world_size(process_group)
     replicas = 1 if expert_replicas is None else dist.get_world_size(expert_replicas)
     for _, dispatcher in dispatchers(model):
-        if dispatcher.world_size * replicas != ranks:
+        if dispatcher.num_ranks * replicas != ranks:
             raise ValueError(
-                f"data_parallel: expert_replicas: expected a group of {ranks} / {dispatcher.world_size} ranks, those "
-                f"that hold the same experts, as {ranks} ranks train the model and {dispatcher.world_size} share its "
+                f"data_parallel: expert_replicas: expected a group of {ranks} / {dispatcher.num_ranks} ranks, those "
+                f"that hold the same experts, as {ranks} ranks train the model and {dispatcher.num_ranks} share its "
                 f"experts; got {'None' if expert_replicas is None else f'a group of {replicas}'}"
             )
         if expert_replicas is not None:

@@ -34,6 +34,7 @@ class Traffic:
         choice_bytes: bytes of one row's gate weights and expert ids.
         count_bytes: bytes of counts sent to other ranks.
         wire_row_bytes: bytes of one row of x on its way there; None: ``row_bytes``.
+        tp_rows_sent, tp_rows_received: rows of the step between tensor-parallel ranks, which travel in their own dtype.
         hops: those of the way there, each of which is gone back; empty: one, straight to each rank.
     """
 
@@ -48,6 +49,8 @@ class Traffic:
     count_bytes: int
     wire_row_bytes: int | None = None
     hops: tuple[Hop, ...] = ()
+    tp_rows_sent: int = 0
+    tp_rows_received: int = 0
 
     @property
     def bytes_sent(self) -> int:
@@ -59,11 +62,16 @@ class Traffic:
         there, back = self.rows_sent, self.rows_received
         if self.hops:
             there, back = sum(hop.rows_there for hop in self.hops), sum(hop.rows_back for hop in self.hops)
-        return there * (wire_row_bytes + self.choice_bytes) + back * self.row_bytes + self.count_bytes
+        there_bytes = there * (wire_row_bytes + self.choice_bytes)
+        there_bytes += self.tp_rows_sent * (self.row_bytes + self.choice_bytes)
+        return there_bytes + (back + self.tp_rows_received) * self.row_bytes + self.count_bytes
 
     @property
     def messages_per_exchange(self) -> int | None:
-        """Messages from this rank to others in each exchange (counts, choices, rows, results); None if unknown."""
+        """Messages from this rank to others in each exchange (counts, choices, rows, results) but tensor-parallel ones.
+
+        None if unknown.
+        """
         return sum(hop.others for hop in self.hops) if self.hops else None
 
     @property

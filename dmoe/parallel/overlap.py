@@ -1,0 +1,127 @@
+"""Dispatch of one chunk of experts while another computes.
+
+A rank's experts are cut into chunks of consecutive ones. Each chunk is a dispatch and a combine of its own, and all are
+in one pipeline, here of three chunks, with time to the right::
+
+    dispatch   | 0 | 1 | 2 |
+    experts        | 0 | 1 | 2 |
+    combine            | 0 | 1 | 2 |
+
+A token that chose experts of several chunks on one rank travels there once for each of them: the price of the overlap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dmoe.parallel.destinations import choices_of_plan
+from dmoe.parallel.dispatch import AllToAllDispatcher
+from dmoe.parallel.interface import Dispatched
+from dmoe.plan import RoutingPlan
+
+
+@dataclass(frozen=True)
+class Overlapped:
+    """What :func:`run_overlapped` returns.
+
+    Attributes:
+        y: results, ``(T, H)``.
+        chunks: what was dispatched, by chunk; bytes sent are the sum of theirs.
+        kept_per_expert: assignments of this rank's own tokens that were sent, for all experts, ``(E,)`` integer; None
+            when none was dropped here.
+    """
+
+    y: Tensor
+    chunks: tuple[Dispatched, ...]
+    kept_per_expert: Tensor | None
+
+
+def chunk_of(num_local_experts: int, degree: int, chunk: int) -> slice:
+    """A rank's experts in a chunk, counted among its own.
+
+    Raises:
+        ValueError: they cannot be cut evenly.
+    """
+    if degree < 1 or num_local_experts % degree:
+        raise ValueError(
+            f"overlap_degree: expected a divisor of the {num_local_experts} experts of each rank, got {degree}"
+        )
+    each = num_local_experts // degree
+    return slice(chunk * each, (chunk + 1) * each)
+
+
+def choices_in_chunk(choices: Tensor, num_experts: int, num_local_experts: int, degree: int, chunk: int) -> Tensor:
+    """The choices as seen by one chunk: its experts, of all ranks, renumbered without gaps.
+
+    Args:
+        choices: ``(T, K)`` integer in [0, E]; E marks a choice that takes no expert.
+        num_experts: E.
+        num_local_experts: experts of one rank.
+        degree, chunk: how many chunks, and which.
+
+    Returns:
+        ``(T, K)`` in [0, E / degree], where E / degree marks all that are not of this chunk.
+    """
+    each = num_local_experts // degree
+    rank, local = choices // num_local_experts, choices % num_local_experts
+    here = (local // each == chunk) & (choices < num_experts)
+    return torch.where(here, rank * each + local % each, num_experts // degree)
+
+
+def run_overlapped(
+    dispatcher: AllToAllDispatcher,
+    experts: Callable[[int, Dispatched], Tensor],
+    x: Tensor,
+    expert_indices: Tensor | None,
+    gate_weights: Tensor,
+    plan: RoutingPlan | None = None,
+    *,
+    degree: int,
+) -> Overlapped:
+    """Dispatch, experts and combine, chunk by chunk: a chunk's rows travel while another's are computed.
+
+    The counts of all chunks travel first and together, so that the host waits for them once. Sums differ from those of
+    ``degree=1`` in their order alone. A static dispatcher's ``max_rows_received`` bounds the rows of each chunk.
+
+    Args:
+        dispatcher: of all experts.
+        experts: ``experts(chunk, arrived)`` computes ``(R', H)`` with the rank's experts ``chunk_of(...)``; the plan in
+            ``arrived`` is over these alone.
+        x, expert_indices, gate_weights, plan: as :meth:`AllToAllDispatcher.dispatch` takes them.
+        degree: the number of chunks, a divisor of the experts of each rank. 1 does not overlap.
+
+    Raises:
+        ValueError: the experts of a rank cannot be cut evenly; and what dispatch and combine raise.
+    """
+    num_experts, num_local = dispatcher.num_experts, dispatcher.num_local_experts
+    chunk_of(num_local, degree, 0)
+    if expert_indices is None:
+        expert_indices, gate_weights = choices_of_plan(plan, gate_weights)
+    elif plan is not None and plan.capacity is not None:
+        expert_indices = expert_indices.masked_fill(plan.token_to_rows < 0, num_experts)
+    one = dispatcher.for_experts(num_experts // degree)
+    prepared = [
+        one.prepare_dispatch(x, choices_in_chunk(expert_indices, num_experts, num_local, degree, chunk), gate_weights)
+        for chunk in range(degree)
+    ]
+    arrived, returning = [], []
+    under_way = one.launch_dispatch(prepared[0])
+    for chunk in range(degree):
+        following = one.launch_dispatch(prepared[chunk + 1]) if chunk + 1 < degree else None
+        arrived.append(one.finish_dispatch(under_way))
+        returning.append(one.start_combine(experts(chunk, arrived[chunk]), arrived[chunk]))
+        if following is not None:
+            under_way = following
+    results = [one.finish_combine(each) for each in returning]
+    y = results[0] if degree == 1 else torch.stack(results).sum(0)
+    return Overlapped(y, tuple(arrived), _kept_per_expert(arrived, num_local // degree))
+
+
+def _kept_per_expert(chunks: Sequence[Dispatched], each: int) -> Tensor | None:
+    """The chunks' counts side by side, rank by rank."""
+    kept = [chunk.kept_per_expert.view(-1, each) for chunk in chunks if chunk.kept_per_expert is not None]
+    return torch.stack(kept, 1).flatten() if kept else None
