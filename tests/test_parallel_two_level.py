@@ -66,7 +66,7 @@ def held_by(shape, counts):
 
 
 @settings(max_examples=30)
-@given(case=exchanges(), dtype=st.sampled_from([d for d in DTYPES if d != torch.float8_e4m3fn]))
+@given(case=exchanges(), dtype=st.sampled_from(DTYPES))
 def test_rows_arrive_where_the_flat_exchange_brings_them(pool_of, case, dtype):
     shape, counts, extra, width = case
     rows = [
@@ -77,7 +77,7 @@ def test_rows_arrive_where_the_flat_exchange_brings_them(pool_of, case, dtype):
     for target, received in enumerate(results):
         expected = torch.cat([pieces(rows, counts, source, target) for source in range(len(counts))])
         assert received.dtype == dtype
-        assert torch.equal(received, expected)
+        assert torch.equal(received.view(torch.uint8), expected.view(torch.uint8))
 
 
 @settings(max_examples=40)

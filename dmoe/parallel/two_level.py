@@ -14,8 +14,9 @@ What arrives is what the flat exchange brings, row for row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -100,6 +101,11 @@ class Pieces:
         self.num_rows = sum(map(sum, self.counts))
         self._index: Tensor | None = None
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """A, B."""
+        return len(self.counts), len(self.counts[0])
+
     def transposed(self) -> Pieces:
         """The other order."""
         return Pieces(list(zip(*self.counts, strict=True)))
@@ -115,14 +121,14 @@ class Pieces:
 
     def copy(self, x: Tensor, room: int) -> Tensor:
         """``regroup`` without autograd."""
-        rows, few = self.num_rows, min(len(self.counts), len(self.counts[0])) == 1
-        if few and rows == room:
+        rows = self.num_rows
+        if rows == room and min(self.shape) == 1:  # nothing changes places
             return x[:rows]
         result = x.new_empty(room, x.shape[1])
         result[rows:].zero_()
         if len({count for row in self.counts for count in row}) == 1:  # as in the static mode: no index to make
-            pieces = x[:rows].view(len(self.counts), len(self.counts[0]), self.counts[0][0], x.shape[1])
-            result[:rows].view(pieces.transpose(0, 1).shape).copy_(pieces.transpose(0, 1))
+            pieces = x[:rows].reshape(*self.shape, self.counts[0][0], x.shape[1]).transpose(0, 1)
+            result[:rows].view(pieces.shape).copy_(pieces)
         else:
             torch.index_select(x, 0, self.index(x.device), out=result[:rows])
         return result
@@ -130,15 +136,10 @@ class Pieces:
     def index(self, device: torch.device) -> Tensor:
         """Where each row of the result lies in x, ``(num_rows,)`` int64; the host waits for nothing."""
         if self._index is None:
-            num_b = len(self.counts[0])
-            flat = [count for row in self.counts for count in row]
-            starts = [sum(flat[:piece]) for piece in range(len(flat))]
-            order = [a * num_b + b for b in range(num_b) for a in range(len(self.counts))]
-            shifts, lengths, end = [], [], 0
-            for piece in order:
-                shifts.append(starts[piece] - end)
-                lengths.append(flat[piece])
-                end += flat[piece]
+            starts = _grid(_starts(count for row in self.counts for count in row), *self.shape)
+            lengths = [count for column in zip(*self.counts, strict=True) for count in column]
+            before = [start for column in zip(*starts, strict=True) for start in column]
+            shifts = [start - end for start, end in zip(before, _starts(lengths), strict=False)]
             table = torch.tensor([shifts, lengths], device="cpu")
             if device.type == "cuda":
                 table = table.pin_memory()
@@ -255,6 +256,11 @@ class TwoLevelExchange:
 
 def _grid(counts: Sequence[int], rows: int, columns: int) -> list[Sequence[int]]:
     return [counts[row * columns : (row + 1) * columns] for row in range(rows)]
+
+
+def _starts(lengths: Iterable[int]) -> list[int]:
+    """Where each of them begins, one after the other; and the end."""
+    return list(accumulate(lengths, initial=0))
 
 
 def _by_row(grid: Sequence[Sequence[int]]) -> list[int]:
