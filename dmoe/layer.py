@@ -178,12 +178,12 @@ class MoE(Float32Buffers):
         """The same in chunks of experts, one of which travels while another computes."""
         degree, shared = self.config.overlap_degree, []
         assert isinstance(self.dispatcher, AllToAllDispatcher)
-        dispatcher, owned = self.dispatcher, self.experts.owned.experts
+        num_owned = len(self.experts.owned.experts)
 
         def experts(chunk: int, arrived: Dispatched) -> Tensor:
             if self.shared_expert is not None and chunk == 0:
                 shared.append(self.shared_expert(tokens))
-            part = chunk_of(len(owned), degree, chunk)
+            part = chunk_of(num_owned, degree, chunk)
             return self.experts(arrived.x, arrived.plan, arrived.gate_weights, part=part)
 
         done = run_overlapped(
@@ -241,7 +241,8 @@ class MoE(Float32Buffers):
         """
         load = getattr(self.router, "load_since_update", None)
         if load is not None and isinstance(self.dispatcher, AllToAllDispatcher):
-            dist.all_reduce(load, group=self.dispatcher.group)
+            for group in self.dispatcher.groups:
+                dist.all_reduce(load, group=group)
         self.router.update_selection_bias()  # type: ignore[operator]  # every router has one: routing.Router
 
     def _with_aux_loss(self, y: Tensor, routing: Routing, num_sequences: int) -> Tensor:
@@ -282,7 +283,10 @@ class MoE(Float32Buffers):
         options = {field.name: getattr(self.config, field.name) for field in dataclasses.fields(self.config)}
         weights = {"dtype of x": dtype, "dtype of the experts": self.experts.down_proj.dtype}
         hints = {"seed": "call torch.manual_seed with one value on all ranks before the layer is built"}
-        check_agreement("MoE", {**options, **weights, "seed": self.experts.seed}, self.dispatcher.group, hints)
+        levels = self.dispatcher.two_level
+        hops = {"ep_levels": None if levels is None else (levels.num_nodes, levels.ranks_per_node)}
+        for group in self.dispatcher.groups:
+            check_agreement("MoE", {**options, **weights, **hops, "seed": self.experts.seed}, group, hints)
         self._ranks_agree = True
 
     def _check(

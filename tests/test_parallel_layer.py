@@ -15,12 +15,23 @@ H = 6
 BASE = {"hidden_size": H, "ffn_hidden_size": 4, "num_experts": 4, "top_k": 2, "load_balancing_coefficient": 0.0}
 
 
+# Ranks, and how they are arranged: experts over all of them, (EP, TP), or (nodes, ranks of a node), by the columns.
+ARRANGEMENTS = [
+    (2, "flat"),
+    (4, "flat"),
+    (4, ("tp", 2)),
+    (4, ("tp", 4)),
+    (4, ("levels", 2)),
+]
+
+
 @st.composite
 def layers(draw):
     """A config whose capacity and losses are counted over each rank's own tokens, tokens of each rank, and a seed."""
-    world = draw(st.sampled_from([2, 4]))
-    experts = draw(st.sampled_from([world // 2, world, 2 * world]))
-    shards = max(1, world // experts)  # ranks that share an expert, each with a part of its F
+    world, arrangement = draw(st.sampled_from(ARRANGEMENTS))
+    tp = arrangement[1] if arrangement[0] == "tp" else 1
+    experts = draw(st.sampled_from([max(1, world // tp // 2), world // tp, 2 * world // tp]))
+    shards = max(1, world // tp // experts) * tp  # ranks that share an expert, each with a part of its F
     gated = draw(st.booleans())
     widths = st.lists(st.integers(1, 5).map(lambda n: n * shards), min_size=experts, max_size=experts)
     fields = {
@@ -30,7 +41,8 @@ def layers(draw):
         "top_k": draw(st.integers(1, min(experts, 3))),
         "gated": gated,
         "bias": draw(st.sampled_from(["none", "expert", "output"])),
-        "router": draw(st.sampled_from(["top_k", "top_k", "uniform"])),
+        "router": draw(st.sampled_from(["top_k", "top_k", "uniform", "expert_choice"])),
+        "causal": False,
         "gate_normalization": draw(st.sampled_from([None, 1.0])),
         "capacity": draw(st.none() | st.integers(0, 3)),
         "drop_order": draw(st.sampled_from(["token_major", "choice_major", "gate_weight"])),
@@ -39,8 +51,12 @@ def layers(draw):
         "router_z_loss_coefficient": draw(st.sampled_from([0.0, 0.1])),
         "expert_grad_scale": draw(st.sampled_from(["mean", "sum", "sqrt_world_size"])),
     }
+    if fields["router"] == "expert_choice":
+        fields |= {"capacity": None, "gate_normalization": None}
+    each = max(1, experts // (world // tp))
+    fields["overlap_degree"] = draw(st.sampled_from([degree for degree in (1, 2) if each % degree == 0]))
     tokens = draw(st.lists(st.sampled_from([0, 1, 5, 8]), min_size=world, max_size=world))
-    return fields, tokens, draw(st.booleans()), draw(st.integers(0, 2**20))
+    return fields, arrangement, tokens, draw(st.booleans()), draw(st.integers(0, 2**20))
 
 
 def shares_of(tokens, seed, dtype, masked=False):
@@ -66,14 +82,16 @@ def one_rank(fields, seed, shares, dtype=torch.float64):
     return module, by_share
 
 
-def part_of(module, name, tensor, rank, world):
+def part_of(module, name, tensor, rank, world, tp=1):
     """What a rank holds of a parameter of the whole layer."""
     if not name.startswith("experts."):
         return tensor
-    experts = module.config.num_experts
+    experts, of_tp = module.config.num_experts, rank % tp
+    rank, world = rank // tp, world // tp
     shards = max(1, world // experts)
     each = max(1, experts // world)
-    first, shard = rank // shards * each, rank % shards
+    first, shard = rank // shards * each, rank % shards * tp + of_tp
+    shards *= tp
     if name.endswith("down_bias"):
         return tensor[first : first + each]
     dim = tensor.dim() - (1 if name.endswith(("down_proj", "bias")) else 2)
@@ -90,10 +108,11 @@ def close(name, actual, expected, tolerance=1e-12):
 @settings(max_examples=50)
 @given(case=layers(), dtype=st.sampled_from([torch.float64, torch.float64, torch.float32]))
 def test_a_layer_on_many_ranks_equals_the_layer_on_one(ranks, case, dtype):
-    fields, tokens, masked, seed = case
+    fields, arrangement, tokens, masked, seed = case
     world, tolerance = len(tokens), 1e-12 if dtype == torch.float64 else 3e-5
     shares = shares_of(tokens, seed + 1, dtype, masked)
-    results = ranks.run(rank_jobs.layer, fields, seed, dtype, shares, ranks=world)
+    tp = arrangement[1] if arrangement[0] == "tp" else 1
+    results = ranks.run(rank_jobs.layer, fields, seed, dtype, shares, None, arrangement, ranks=world)
     module, expected = one_rank(fields, seed, shares, dtype)
     scale = {"mean": 1 / world, "sum": 1, "sqrt_world_size": world**-0.5}[fields["expert_grad_scale"]]
     for rank, (result, single) in enumerate(zip(results, expected, strict=True)):
@@ -105,9 +124,11 @@ def test_a_layer_on_many_ranks_equals_the_layer_on_one(ranks, case, dtype):
         assert result["bytes_sent"] == result["wire"]
         assert result["naive_bytes_sent"] >= 0
         for name, parameter in module.named_parameters():
-            assert torch.equal(result["parameters"][name], part_of(module, name, parameter.detach(), rank, world)), name
+            assert torch.equal(
+                result["parameters"][name], part_of(module, name, parameter.detach(), rank, world, tp)
+            ), name
             if name.startswith("experts."):
-                gradient = part_of(module, name, parameter.grad, rank, world) * scale
+                gradient = part_of(module, name, parameter.grad, rank, world, tp) * scale
                 close(name, result["gradients"][name], gradient, tolerance)
         assert set(result["marks"].values()) == {(True, False)}
     for name, parameter in module.named_parameters():
@@ -239,7 +260,7 @@ def test_meshes_copies_and_files(ranks):
     [
         ({"num_experts": 6}, "ValueError: ep_group: expected num_experts to be a multiple of the ranks, got E = 6"),
         ({"num_experts": 3}, "ValueError: ep_group: expected at most num_experts = 3 ranks, or a multiple of them"),
-        ({"router": "expert_choice", "causal": False}, "ValueError: MoE: router: expected a router whose tokens"),
+        ({"overlap_degree": 2}, "ValueError: overlap_degree: expected a divisor of the 1 experts of each rank, got 2"),
         ({"accumulate_main_grad": True}, "ValueError: MoE: accumulate_main_grad: expected False with ep_group, or"),
         ({"accumulate_main_grad": True, "expert_grad_scale": "sum"}, "built"),
     ],
