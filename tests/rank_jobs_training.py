@@ -16,11 +16,19 @@ from dmoe.parallel import clip_grad_norm, data_parallel, grad_norm
 GRIDS: dict[tuple[int, int], object] = {}
 
 
-def grid(replicas, ep):
+def grid(replicas, ep, tp=1):
     """A mesh of all ranks, made once: every new group costs time."""
-    if (replicas, ep) not in GRIDS:
-        GRIDS[replicas, ep] = init_device_mesh("cpu", (replicas, ep), mesh_dim_names=("replicas", "ep"))
-    return GRIDS[replicas, ep]
+    if (replicas, ep, tp) not in GRIDS:
+        names = ("replicas", "ep", "expert_tp") if tp > 1 else ("replicas", "ep")
+        GRIDS[replicas, ep, tp] = init_device_mesh("cpu", (replicas, ep, tp)[: len(names)], mesh_dim_names=names)
+    return GRIDS[replicas, ep, tp]
+
+
+def distributed(fields, world, replicas, tp=1, **options):
+    """The model on this rank, plain and as DDP has it."""
+    mesh = grid(replicas, world // replicas // tp, tp)
+    inner = Net(fields, ep_group=mesh["ep"], expert_tp_group=mesh["expert_tp"] if tp > 1 else None, **options)
+    return inner, data_parallel(inner, expert_replicas=mesh["replicas"].get_group() if replicas > 1 else None)
 
 
 class Net(nn.Module):
@@ -58,12 +66,9 @@ def take_steps(model, inner, optimizer, batches, max_norm, clip, micro):
     return torch.stack(norms), torch.stack(losses)
 
 
-def train(group, fields, replicas, batches, max_norm, micro=False):
+def train(group, fields, replicas, tp, batches, max_norm, micro=False):
     """``batches[step][rank]`` are lists of micro batches. What this rank ends with."""
-    ep = dist.get_world_size(group) // replicas
-    mesh = grid(replicas, ep)
-    inner = Net(fields, ep_group=mesh["ep"])
-    model = data_parallel(inner, expert_replicas=mesh["replicas"].get_group() if replicas > 1 else None)
+    inner, model = distributed(fields, dist.get_world_size(group), replicas, tp)
     optimizer = torch.optim.AdamW(inner.parameters(), lr=1e-3)
     mine = [step[dist.get_rank(group)] for step in batches]
     norms, _ = take_steps(model, inner, optimizer, mine, max_norm, clip_grad_norm, micro)
@@ -84,19 +89,13 @@ def wrongly_wrapped(group, fields, replicas):
     return told
 
 
-def _distributed(fields, replicas, world, dtensor=True):
-    mesh = grid(replicas, world // replicas)
-    inner = Net(fields, ep_group=mesh["ep"], dtensor=dtensor)
-    model = data_parallel(inner, expert_replicas=mesh["replicas"].get_group() if replicas > 1 else None)
-    return inner, model, torch.optim.AdamW(inner.parameters(), lr=1e-3)
-
-
-def save(group, fields, replicas, batches, folder, dtensor=True):
+def save(group, fields, replicas, tp, batches, folder, dtensor=True):
     """Train, write a distributed checkpoint of model and optimizer, and take one more step: the loss of that step."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
-    inner, model, optimizer = _distributed(fields, replicas, dist.get_world_size(group), dtensor)
+    inner, model = distributed(fields, dist.get_world_size(group), replicas, tp, dtensor=dtensor)
+    optimizer = torch.optim.AdamW(inner.parameters(), lr=1e-3)
     mine = [step[dist.get_rank(group)] for step in batches]
     take_steps(model, inner, optimizer, mine[:-1], 0.5, clip_grad_norm, False)
     state, moments = get_state_dict(inner, optimizer)
@@ -106,12 +105,13 @@ def save(group, fields, replicas, batches, folder, dtensor=True):
     return values, losses, {name: plain(value) for name, value in inner.state_dict().items()}
 
 
-def load(group, fields, replicas, batches, folder, dtensor=True):
+def load(group, fields, replicas, tp, batches, folder, dtensor=True):
     """Read it into another grid, and take that step."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-    inner, model, optimizer = _distributed(fields, replicas, dist.get_world_size(group), dtensor)
+    inner, model = distributed(fields, dist.get_world_size(group), replicas, tp, dtensor=dtensor)
+    optimizer = torch.optim.AdamW(inner.parameters(), lr=1e-3)
     with torch.no_grad():
         for parameter in inner.parameters():
             plain(parameter).fill_(torch.nan)

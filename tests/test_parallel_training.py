@@ -35,22 +35,25 @@ def by_hand(fields, batches, max_norm):
     return model, norms
 
 
-@pytest.mark.parametrize(("replicas", "experts"), [(1, 4), (2, 4), (4, 4), (1, 2), (2, 1)])
+@pytest.mark.parametrize(
+    ("replicas", "tp", "experts"),
+    [(1, 1, 4), (2, 1, 4), (4, 1, 4), (1, 1, 2), (2, 1, 1), (1, 2, 4), (2, 2, 4), (1, 2, 1)],
+)
 @pytest.mark.parametrize("micro", [1, 2])
-def test_steps_with_replicas_equal_one_process(ranks, replicas, experts, micro):
-    """EP alone, EP x DP, DP alone, experts cut in two; gradient accumulation; clipped by the norm of everything."""
+def test_steps_with_replicas_equal_one_process(ranks, replicas, tp, experts, micro):
+    """EP alone, x DP, DP alone, experts cut in two, EP x TP; gradient accumulation; clipped by the norm of all."""
     fields = {**FIELDS, "num_experts": experts, "top_k": min(experts, 2)}
     batches = batches_for((6, 3, 0, 8), 3, micro)
-    results = ranks.run(jobs.train, fields, replicas, batches, 0.5, micro > 1)
+    results = ranks.run(jobs.train, fields, replicas, tp, batches, 0.5, micro > 1)
     model, norms = by_hand(fields, batches, 0.5)
     world = 4 // replicas
     largest = max(p.grad.abs().max() for p in model.parameters())
     for rank, (values, norms_there, largest_there, owned) in enumerate(results):
-        assert len(owned) == max(1, experts // world)
+        assert len(owned) == max(1, experts // (world // tp))
         close("norms", norms_there, torch.stack(norms))
         close("largest", largest_there, largest)
         for name, value in model.state_dict().items():
-            close(name, values[name], share(model, name, value, rank % world, world))
+            close(name, values[name], share(model, name, value, rank % world, world, tp))
     assert (torch.stack(norms) > 0.5).all()  # clipping was at work
 
 
@@ -90,39 +93,40 @@ def test_norms_of_a_model_on_one_rank():
     assert torch.equal(model.last.weight.grad, before)
 
 
-def share(model, name, value, rank, world):
+def share(model, name, value, rank, world, tp=1):
     """What a rank holds of a value of the whole model."""
-    return part_of(model.moe, name.removeprefix("moe."), value, rank, world) if ".experts." in name else value
+    return part_of(model.moe, name.removeprefix("moe."), value, rank, world, tp) if ".experts." in name else value
 
 
-def whole(model, results, name):
+def whole(model, results, name, tp=1):
     """A value put together from the ranks' parts, when each part is held once."""
     together = torch.empty_like(model.state_dict()[name])
     for rank, values in enumerate(results):
-        share(model, name, together, rank, len(results)).copy_(values[name])
+        share(model, name, together, rank, len(results), tp).copy_(values[name])
     return together
 
 
-@pytest.mark.parametrize("experts", [4, 2])
-def test_a_checkpoint_of_four_ranks_loads_on_one_two_and_four(ranks, tmp_path, experts):
-    """With two experts each of them is cut in two on four ranks, and whole on two."""
+@pytest.mark.parametrize(("tp", "experts"), [(1, 4), (1, 2), (2, 4)])
+def test_a_checkpoint_of_four_ranks_loads_on_one_two_and_four(ranks, tmp_path, tp, experts):
+    """With two experts each of them is cut in two on four ranks, and whole on two; so by tensor parallelism."""
     fields = {**FIELDS, "num_experts": experts}
     batches = batches_for((6, 3, 1, 8), 3, 1)
     folder = str(tmp_path / "checkpoint")
-    saved = ranks.run(jobs.save, fields, 1, batches, folder)
+    saved = ranks.run(jobs.save, fields, 1, tp, batches, folder)
     model = jobs.Net(fields)
-    for replicas in (4, 2, 1):
+    for replicas, other_tp in ((4, 1), (2, 1), (1, 1), (1, 2), (2, 2)):
         world = 4 // replicas
-        loaded = ranks.run(jobs.load, fields, replicas, batches, folder)
+        loaded = ranks.run(jobs.load, fields, replicas, other_tp, batches, folder)
         for rank, (before, losses, after) in enumerate(loaded):
             close("losses", losses, saved[rank][1])
             for name in model.state_dict():
-                mine = share(model, name, whole(model, [s[0] for s in saved], name), rank % world, world)
+                there = rank % world, world, other_tp
+                mine = share(model, name, whole(model, [s[0] for s in saved], name, tp), *there)
                 assert torch.equal(before[name], mine), name
                 close(
                     name,
                     after[name],
-                    share(model, name, whole(model, [s[2] for s in saved], name), rank % world, world),
+                    share(model, name, whole(model, [s[2] for s in saved], name, tp), *there),
                 )
 
 
@@ -132,7 +136,7 @@ def test_a_checkpoint_of_ranks_loads_in_one_process_and_the_other_way(ranks, tmp
 
     batches = batches_for((6, 3, 1, 8), 2, 1)
     there, here = str(tmp_path / "ranks"), str(tmp_path / "one")
-    saved = ranks.run(jobs.save, FIELDS, 1, batches, there)
+    saved = ranks.run(jobs.save, FIELDS, 1, 1, batches, there)
     model = jobs.Net(FIELDS)
     state = {"model": {name: torch.full_like(value, torch.nan) for name, value in model.state_dict().items()}}
     dcp.load(state, checkpoint_id=there, no_dist=True)
@@ -144,7 +148,7 @@ def test_a_checkpoint_of_ranks_loads_in_one_process_and_the_other_way(ranks, tmp
     optimizer.step()
     model_state, moments = get_state_dict(model, optimizer)
     dcp.save({"model": model_state, "optimizer": moments}, checkpoint_id=here, no_dist=True)
-    for rank, (before, _, _) in enumerate(ranks.run(jobs.load, FIELDS, 1, batches, here)):
+    for rank, (before, _, _) in enumerate(ranks.run(jobs.load, FIELDS, 1, 1, batches, here)):
         for name, value in model.state_dict().items():
             assert torch.equal(before[name], share(model, name, value, rank, 4)), name
 
@@ -153,8 +157,8 @@ def test_plain_tensors_would_bring_back_the_wrong_experts(ranks, tmp_path):
     """Why parameters are DTensors: with plain ones every rank writes, and reads, tensors of one name."""
     batches = batches_for((6, 3, 1, 8), 2, 1)
     folder = str(tmp_path / "checkpoint")
-    saved = ranks.run(jobs.save, FIELDS, 1, batches, folder, False)
-    loaded = ranks.run(jobs.load, FIELDS, 1, batches, folder, False)
+    saved = ranks.run(jobs.save, FIELDS, 1, 1, batches, folder, False)
+    loaded = ranks.run(jobs.load, FIELDS, 1, 1, batches, folder, False)
     right = [
         torch.equal(a[0]["moe.experts.down_proj"], b[0]["moe.experts.down_proj"])
         for a, b in zip(saved, loaded, strict=True)
