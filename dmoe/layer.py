@@ -24,7 +24,8 @@ from dmoe.config import MoEConfig
 from dmoe.experts import Experts, SharedExpert
 from dmoe.losses import attach_loss, load_balancing_loss, router_z_loss
 from dmoe.metrics import RoutingMetrics, routing_entropy
-from dmoe.parallel import AllToAllDispatcher, Dispatched, Dispatcher, LocalDispatcher, as_group, check_agreement
+from dmoe.parallel import AllToAllDispatcher, Dispatched, check_agreement
+from dmoe.parallel.build import build_dispatcher, owned_experts
 from dmoe.routing import Routing, build_router
 
 
@@ -39,6 +40,9 @@ class MoE(Float32Buffers):
         ep_group: expert parallelism: a ``torch.distributed`` process group, or a ``DeviceMesh`` of one dimension, over
             whose W ranks the experts are spread in blocks of E / W. Router and shared expert are on every rank; each
             rank brings tokens of its own, any number of them. Capacities and losses are counted over these.
+        dtensor: whether the experts' parameters are ``DTensor`` on the mesh of ``ep_group``, as
+            ``torch.distributed.checkpoint`` and FSDP2 need to know which part of them is here. False keeps plain
+            tensors, for frameworks that know by themselves. Experts of different widths are always plain.
         device, dtype: of the parameters, as in ``nn.Linear``.
         **fields: fields of :class:`dmoe.MoEConfig`, instead of ``config``.
 
@@ -62,6 +66,7 @@ class MoE(Float32Buffers):
         config: MoEConfig | None = None,
         *,
         ep_group: Any = None,
+        dtensor: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **fields: Any,
@@ -75,13 +80,10 @@ class MoE(Float32Buffers):
             )
         self.config = config = config or MoEConfig(**fields)
         where: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.dispatcher = _dispatcher(config, ep_group)
+        self.dispatcher = build_dispatcher(config, ep_group)
         self.router = build_router(config, **where)
-        if isinstance(self.dispatcher, AllToAllDispatcher):
-            scale = _GRAD_SCALES[config.expert_grad_scale](self.dispatcher.world_size)
-            self.experts = Experts(config, owned=self.dispatcher.local_experts, grad_scale=scale, **where)
-        else:
-            self.experts = Experts(config, **where)
+        owned = owned_experts(config, self.dispatcher, ep_group, device=device, dtensor=dtensor)
+        self.experts = Experts(config, owned=owned, **where)
         self.shared_expert = SharedExpert(config, **where) if config.shared_ffn_hidden_size else None
         self.output_bias = nn.Parameter(torch.zeros(config.hidden_size, **where)) if config.bias == "output" else None
         self.register_float32("aux_loss_scale", 1.0, device=device, persistent=False)
@@ -263,26 +265,6 @@ class MoE(Float32Buffers):
 
 def _inside_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
-
-
-_GRAD_SCALES = {"mean": lambda ranks: 1 / ranks, "sum": lambda ranks: 1.0, "sqrt_world_size": lambda ranks: ranks**-0.5}
-
-
-def _dispatcher(config: MoEConfig, ep_group: Any) -> Dispatcher:
-    """How tokens reach the experts, and which options that leaves."""
-    if ep_group is None:
-        return LocalDispatcher(config.num_experts)
-    if config.router == "expert_choice":
-        raise ValueError(
-            "MoE: router: expected a router whose tokens choose with ep_group, got 'expert_choice': its experts would "
-            "pick from the tokens of one rank at a time"
-        )
-    if config.accumulate_main_grad and config.expert_grad_scale != "sum":
-        raise ValueError(
-            "MoE: accumulate_main_grad: expected False with ep_group, or expert_grad_scale='sum', got True with "
-            f"{config.expert_grad_scale!r}: what goes straight into main_grad is not scaled"
-        )
-    return AllToAllDispatcher(as_group(ep_group), config.num_experts, max_rows_received=config.max_rows_received)
 
 
 @torch.no_grad()

@@ -122,6 +122,11 @@ def mismatched(group, by_rank):
     AllToAllDispatcher(group, 4).dispatch(x, ids, torch.zeros(3, top_k))
 
 
+def plain(tensor):
+    """What this rank has of a parameter or its gradient."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def _layer(group, fields, seed, dtype=torch.float64):
     torch.manual_seed(seed)
     return MoE(**fields, ep_group=group, dtype=dtype)
@@ -142,8 +147,8 @@ def layer(group, fields, seed, dtype, shares, autocast=None):
         "y": y.detach(),
         "x": x.grad,
         "loss": loss.detach(),
-        "parameters": {name: p.detach() for name, p in module.named_parameters()},
-        "gradients": {name: p.grad for name, p in module.named_parameters()},
+        "parameters": {name: plain(p.detach()) for name, p in module.named_parameters()},
+        "gradients": {name: plain(p.grad) for name, p in module.named_parameters()},
         "marks": {name: (p.expert, p.allreduce) for name, p in module.experts.named_parameters()},
         "wire": sent,
         "bytes_sent": metrics.bytes_sent,
@@ -167,7 +172,7 @@ def train(group, fields, seed, batches, steps):
                 parameter.grad /= dist.get_world_size(group)
         optimizer.step()
         module.update_selection_bias()
-    return module.state_dict()
+    return {name: plain(value) for name, value in module.state_dict().items()}
 
 
 def disagree(group, fields_by_rank, seeds, dtypes):
@@ -214,7 +219,7 @@ def by_mesh(group, fields, seed, x):
         told = str(error)
     share = x[dist.get_rank()]
     inner = _layer(square["ep"], fields, seed)
-    sizes = inner.experts.down_proj.shape[0]
+    sizes = len(inner.experts.owned.experts)
     return module(share), twin(share), inner(share), sizes, told, constructor_error(None, fields, square)
 
 

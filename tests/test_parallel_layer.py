@@ -263,4 +263,4 @@ def test_a_rank_that_dies_or_does_not_come_fails_the_others_with_a_reason(where)
         kind, text = by_rank[rank]
         assert kind == "RuntimeError"
         assert text.startswith("dmoe: the ")
-        assert f"failed on rank {rank} of 3 of the expert-parallel group. Most likely another rank died" in text
+        assert f"failed on rank {rank} of 3 of its group. Most likely another rank died" in text

@@ -10,8 +10,10 @@
 from __future__ import annotations
 
 from dmoe.parallel.agreement import check_agreement
+from dmoe.parallel.clipping import clip_grad_norm, grad_norm
 from dmoe.parallel.collectives import Exchange, all_to_all_rows
 from dmoe.parallel.dispatch import AllToAllDispatcher, Dispatched, Dispatcher, LocalDispatcher, Traffic
+from dmoe.parallel.gradients import average_gradients, data_parallel
 from dmoe.parallel.placement import as_group, local_experts
 
 __all__ = [
@@ -23,6 +25,10 @@ __all__ = [
     "Traffic",
     "all_to_all_rows",
     "as_group",
+    "average_gradients",
     "check_agreement",
+    "clip_grad_norm",
+    "data_parallel",
+    "grad_norm",
     "local_experts",
 ]

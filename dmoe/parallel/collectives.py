@@ -182,13 +182,13 @@ def _as_bytes(rows: Tensor) -> Tensor:
     return rows.view(torch.uint8)
 
 
-def explained(call: Any, what: str, group: ProcessGroup) -> Any:
+def explained(call: Any, what: str, group: ProcessGroup | None) -> Any:
     """Run a collective call; what the backend says when it fails gets a sentence on where and why."""
     try:
         return call()
     except RuntimeError as error:  # torch.distributed's own errors are all of this kind
         raise RuntimeError(
-            f"dmoe: {what} failed on rank {dist.get_rank(group)} of {dist.get_world_size(group)} of the "
-            "expert-parallel group. Most likely another rank died, or did not reach this exchange within the group's "
+            f"dmoe: {what} failed on rank {dist.get_rank(group)} of {dist.get_world_size(group)} of its "
+            "group. Most likely another rank died, or did not reach this exchange within the group's "
             f"timeout: look for the first error in the logs of the others. The backend says: {error}"
         ) from error

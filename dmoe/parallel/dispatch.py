@@ -186,6 +186,7 @@ class AllToAllDispatcher:
         self.group, self.num_experts, self.max_rows_received = group, num_experts, max_rows_received
         self.world_size, self.rank = dist.get_world_size(group), dist.get_rank(group)
         self.local_experts = local_experts(num_experts, self.world_size, self.rank)
+        self.ffn_shard = (0, 1)
         if max_rows_received is not None and max_rows_received < 0:
             raise ValueError(
                 f"AllToAllDispatcher: max_rows_received: expected at least 0, or None, got {max_rows_received}"
@@ -200,6 +201,16 @@ class AllToAllDispatcher:
             "AllToAllDispatcher: a process group cannot be written to a file or sent to another process; save the "
             "layer's state_dict(), and give a new layer its ep_group"
         )
+
+    @property
+    def groups(self) -> tuple[ProcessGroup, ...]:
+        """The groups over which sums go that are to reach all ranks that share the experts."""
+        return (self.group,)
+
+    @property
+    def ranks(self) -> list[int]:
+        """The ranks that share the experts, as the whole run counts them."""
+        return dist.get_process_group_ranks(self.group)
 
     @property
     def num_local_experts(self) -> int:
