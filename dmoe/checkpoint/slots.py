@@ -51,7 +51,8 @@ def find_slots(tree: Any, owner: str) -> dict[Path, Slot]:
         for key, value in model.items():
             found = expert_key(key)
             if found is not None and isinstance(value, Tensor):
-                slots[(*path, key)] = Slot(path, found[0], found[1])
+                place = (*path, key)
+                slots[place] = Slot(path, found[0], found[1])
     for path, node in branches(tree):
         if is_optimizer_state(node):
             slots |= _of_optimizer(node, path, models, owner)
@@ -80,12 +81,13 @@ def _of_optimizer(node: Mapping[Any, Any], path: Path, models: Mapping[Path, Any
         for kind, value in node["state"][key].items():
             if not isinstance(value, Tensor) or (value.numel() == 1 and model[name].numel() != 1):
                 continue
+            place = (*path, "state", key, kind)
             if value.shape != model[name].shape:
                 raise ValueError(
-                    f"{owner}: {shown((*path, 'state', key, kind))}: expected a number or a tensor of {name}'s shape "
+                    f"{owner}: {shown(place)}: expected a number or a tensor of {name}'s shape "
                     f"{tuple(model[name].shape)}, got {tuple(value.shape)}, which cannot be cut with the experts"
                 )
-            slots[(*path, "state", key, kind)] = Slot(beside, found[0], found[1])
+            slots[place] = Slot(beside, found[0], found[1])
     return slots
 
 
