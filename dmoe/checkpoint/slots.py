@@ -79,7 +79,7 @@ def _of_optimizer(node: Mapping[Any, Any], path: Path, models: Mapping[Path, Any
         found = expert_key(name)
         assert found is not None
         for kind, value in node["state"][key].items():
-            if not isinstance(value, Tensor) or (value.numel() == 1 and model[name].numel() != 1):
+            if not isinstance(value, Tensor) or (value.numel() == 1 and value.shape != model[name].shape):
                 continue
             place = (*path, "state", key, kind)
             if value.shape != model[name].shape:
