@@ -393,7 +393,9 @@ def told(capsys, *arguments):
 def test_the_program_merges_splits_and_looks(files, capsys):
     parts = [files / f"rank{rank}.pt" for rank in range(4)]
     assert main(["merge", str(files / "again.pt"), *map(str, parts)]) == 0
-    assert same(*(torch.load(files / name, weights_only=True) for name in ("whole.pt", "again.pt")))
+    whole, again = (torch.load(files / name, weights_only=True) for name in ("whole.pt", "again.pt"))
+    assert same(whole, again)
+    assert again["model"]._metadata == whole["model"]._metadata == layer().state_dict()._metadata
     capsys.readouterr()
     assert main(["inspect", *map(str, reversed(parts))]) == 0
     shown = capsys.readouterr().out
