@@ -331,10 +331,11 @@ class Experts(nn.Module):
         with_bias = config.bias == "expert"
         self.register_parameter(self.up_bias_name, parameter(*up, shard_dim=len(up) - 1) if with_bias else None)
         self.register_parameter("down_bias", parameter(experts, hidden, shard_dim=None) if with_bias else None)
-        self._mark()
+        self.mark_parameters()
         self.reset_parameters()
 
-    def _mark(self) -> None:
+    def mark_parameters(self) -> None:
+        """Set ``expert`` and ``allreduce`` on each parameter, as after something replaced them."""
         for param in self.parameters():
             param.expert = self.routed  # type: ignore[attr-defined]
             if self.distributed:
@@ -343,11 +344,11 @@ class Experts(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Marks again: a deep copy of a parameter is without its attributes."""
         super().__setstate__(state)
-        self._mark()
+        self.mark_parameters()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._mark()  # load_state_dict(assign=True) brings parameters of its own
+        self.mark_parameters()  # load_state_dict(assign=True) brings parameters of its own
         self.seed = None  # the values come from elsewhere now
 
     def weights(self) -> ExpertWeights:

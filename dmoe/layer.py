@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from dmoe.buffers import Float32Buffers
 from dmoe.config import MoEConfig
 from dmoe.experts import Experts, SharedExpert
-from dmoe.losses import attach_loss, load_balancing_loss, router_z_loss
+from dmoe.losses import attach_loss, load_balancing_loss, router_z_loss, sequence_load_balancing_loss
 from dmoe.metrics import RoutingMetrics, routing_entropy
-from dmoe.parallel import AllToAllDispatcher, Dispatched, check_agreement
+from dmoe.parallel import AllToAllDispatcher, Dispatched, as_group, check_agreement
 from dmoe.parallel.build import build_dispatcher, owned_experts
+from dmoe.parallel.statistics import LoadOfRanks
 from dmoe.routing import Routing, build_router
 
 
@@ -40,6 +41,7 @@ class MoE(Float32Buffers):
         ep_group: expert parallelism: a ``torch.distributed`` process group, or a ``DeviceMesh`` of one dimension, over
             whose W ranks the experts are spread in blocks of E / W. Router and shared expert are on every rank; each
             rank brings tokens of its own, any number of them. Capacities and losses are counted over these.
+        loss_group: the ranks whose tokens are one batch for ``load_balancing_over="global"``; None is ``ep_group``.
         dtensor: whether the experts' parameters are ``DTensor`` on the mesh of ``ep_group``, as
             ``torch.distributed.checkpoint`` and FSDP2 need to know which part of them is here. False keeps plain
             tensors, for frameworks that know by themselves. Experts of different widths are always plain.
@@ -66,6 +68,7 @@ class MoE(Float32Buffers):
         config: MoEConfig | None = None,
         *,
         ep_group: Any = None,
+        loss_group: Any = None,
         dtensor: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -81,6 +84,8 @@ class MoE(Float32Buffers):
         self.config = config = config or MoEConfig(**fields)
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.dispatcher = build_dispatcher(config, ep_group)
+        loss_group = ep_group if loss_group is None else loss_group
+        self.load_of_ranks = None if loss_group is None else LoadOfRanks(as_group(loss_group, "loss_group"))
         self.router = build_router(config, **where)
         owned = owned_experts(config, self.dispatcher, ep_group, device=device, dtensor=dtensor)
         self.experts = Experts(config, owned=owned, **where)
@@ -142,26 +147,40 @@ class MoE(Float32Buffers):
         y = self.experts(arrived.x, arrived.plan, arrived.gate_weights, residual=None if moved else shared)
         y = self.dispatcher.combine(y, arrived)
         y = y + shared if moved and shared is not None else y
-        y = self._with_aux_loss(y, routing)
+        y = self._with_aux_loss(y, routing, math.prod(x.shape[:-2]))
         self.last_metrics = _metrics(routing, arrived)
         y = y.view(*x.shape[:-1], y.shape[-1])
         if self.output_bias is None:
             return y
         return (y, self.output_bias) if self.config.return_bias else y + self.output_bias.to(y.dtype)
 
-    def router_losses(self, routing: Routing) -> Tensor | None:
-        """Sum of this layer's auxiliary losses times their coefficients, a scalar; None when there is none."""
+    def router_losses(self, routing: Routing, num_sequences: int = 1) -> Tensor | None:
+        """Sum of this layer's auxiliary losses times their coefficients, a scalar; None when there is none.
+
+        ``num_sequences``: equally long ones that the tokens are, for ``load_balancing_over="sequence"``.
+        """
         config, total = self.config, None
         if routing.router_probs is not None and config.load_balancing_coefficient:
             first = routing.first_choices_per_expert
             counts = routing.plan.tokens_per_expert if first is None else first
-            balance = load_balancing_loss(routing.router_probs, counts, routing.token_mask)
+            balance = self._balance(routing, counts, num_sequences)
             total = balance * (config.load_balancing_coefficient / config.num_moe_layers)
         if routing.log_z is not None:
             z_loss = router_z_loss(routing.log_z, routing.token_mask)
             z_loss = z_loss * (config.router_z_loss_coefficient / config.num_moe_layers)
             total = z_loss if total is None else total + z_loss
         return total
+
+    def _balance(self, routing: Routing, counts: Tensor, num_sequences: int) -> Tensor:
+        probs, mask, over = routing.router_probs, routing.token_mask, self.config.load_balancing_over
+        assert probs is not None
+        if over == "sequence" and routing.expert_indices is not None:
+            chosen = routing.expert_indices[:, : 1 if self.config.load_balancing_choices == "first" else None]
+            return sequence_load_balancing_loss(probs, chosen, num_sequences, mask)
+        if over == "global" and self.load_of_ranks is not None:
+            counts, tokens = self.load_of_ranks.sum(counts, len(probs) if mask is None else mask.sum())
+            return load_balancing_loss(probs, counts, mask, num_tokens=tokens)
+        return load_balancing_loss(probs, counts, mask)
 
     def take_aux_loss(self) -> Tensor | None:
         """The losses of the last training forward, once: reading them clears them. :func:`dmoe.aux_loss` calls this.
@@ -188,12 +207,12 @@ class MoE(Float32Buffers):
             dist.all_reduce(load, group=self.dispatcher.group)
         self.router.update_selection_bias()  # type: ignore[operator]  # every router has one: routing.Router
 
-    def _with_aux_loss(self, y: Tensor, routing: Routing) -> Tensor:
+    def _with_aux_loss(self, y: Tensor, routing: Routing, num_sequences: int) -> Tensor:
         """Record the losses for the caller, or hang them on the output."""
         if not self.training:
             self._aux_loss = None
             return y
-        loss = self.router_losses(routing)
+        loss = self.router_losses(routing, num_sequences)
         if loss is None:
             return y
         if self.config.aux_loss == "attached":

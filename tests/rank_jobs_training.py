@@ -82,3 +82,100 @@ def wrongly_wrapped(group, fields, replicas):
         except ValueError as error:
             told.append(str(error))
     return told
+
+
+def _distributed(fields, replicas, world, dtensor=True):
+    mesh = grid(replicas, world // replicas)
+    inner = Net(fields, ep_group=mesh["ep"], dtensor=dtensor)
+    model = data_parallel(inner, expert_replicas=mesh["replicas"].get_group() if replicas > 1 else None)
+    return inner, model, torch.optim.AdamW(inner.parameters(), lr=1e-3)
+
+
+def save(group, fields, replicas, batches, folder, dtensor=True):
+    """Train, write a distributed checkpoint of model and optimizer, and take one more step: the loss of that step."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    inner, model, optimizer = _distributed(fields, replicas, dist.get_world_size(group), dtensor)
+    mine = [step[dist.get_rank(group)] for step in batches]
+    take_steps(model, inner, optimizer, mine[:-1], 0.5, clip_grad_norm, False)
+    state, moments = get_state_dict(inner, optimizer)
+    dcp.save({"model": state, "optimizer": moments}, checkpoint_id=folder, process_group=group)
+    values = {name: plain(value).clone() for name, value in inner.state_dict().items()}
+    _, losses = take_steps(model, inner, optimizer, mine[-1:], 0.5, clip_grad_norm, False)
+    return values, losses, {name: plain(value) for name, value in inner.state_dict().items()}
+
+
+def load(group, fields, replicas, batches, folder, dtensor=True):
+    """Read it into another grid, and take that step."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    inner, model, optimizer = _distributed(fields, replicas, dist.get_world_size(group), dtensor)
+    with torch.no_grad():
+        for parameter in inner.parameters():
+            plain(parameter).fill_(torch.nan)
+    state, moments = get_state_dict(inner, optimizer)
+    whole = {"model": state, "optimizer": moments}
+    dcp.load(whole, checkpoint_id=folder, process_group=group)
+    set_state_dict(inner, optimizer, model_state_dict=whole["model"], optim_state_dict=whole["optimizer"])
+    values = {name: plain(value).clone() for name, value in inner.state_dict().items()}
+    mine = [step[dist.get_rank(group)] for step in batches]
+    _, losses = take_steps(model, inner, optimizer, mine[-1:], 0.5, clip_grad_norm, False)
+    return values, losses, {name: plain(value) for name, value in inner.state_dict().items()}
+
+
+def train_with_fsdp(group, fields, replicas, batches, max_norm):
+    """The same steps under FSDP2: experts over their replicas, the rest over all ranks. Whole values, norms."""
+    from torch.distributed.fsdp import fully_shard
+
+    from dmoe.parallel import fully_shard_experts
+
+    world = dist.get_world_size(group)
+    mesh = grid(replicas, world // replicas)
+    model = Net(fields, ep_group=mesh["ep"])
+    fully_shard_experts(model, mesh["replicas"])
+    if "all" not in GRIDS:
+        GRIDS["all"] = init_device_mesh("cpu", (world,), mesh_dim_names=("all",))
+    fully_shard(model, mesh=GRIDS["all"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    mine = [step[dist.get_rank(group)] for step in batches]
+    norms, _ = take_steps(model, model, optimizer, mine, max_norm, clip_grad_norm, False)
+    cuts = {name: str(p.placements) for name, p in model.moe.experts.named_parameters()}
+    marks = {(p.expert, p.allreduce) for p in model.moe.experts.parameters()}
+    return {name: value.full_tensor() for name, value in model.state_dict().items()}, norms, cuts, marks
+
+
+def train_with_zero(group, fields, batches, max_norm):
+    """The same steps, with the optimizer's state of what every rank has spread over the ranks."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    from dmoe.parallel import split_parameters
+
+    inner = Net(fields, ep_group=group)
+    model = data_parallel(inner)
+    replicated, experts = split_parameters(inner)
+    optimizers = [ZeroRedundancyOptimizer(replicated, torch.optim.AdamW, lr=1e-3), torch.optim.AdamW(experts, lr=1e-3)]
+    for step in batches:
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss_of(model, inner, step[dist.get_rank(group)][0]).backward()
+        clip_grad_norm(inner, max_norm)
+        for optimizer in optimizers:
+            optimizer.step()
+    return {name: plain(value) for name, value in inner.state_dict().items()}
+
+
+def metrics(group, fields, shares):
+    """Metrics over ranks beside this rank's own, and how many collectives that took."""
+    from unittest.mock import patch
+
+    import dmoe
+
+    net = Net(fields, ep_group=group)
+    assert dmoe.reduce_metrics(net, group) == {}
+    net(shares[dist.get_rank(group)])
+    own = net.moe.last_metrics
+    with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as calls:
+        (reduced,) = dmoe.reduce_metrics(net, group).values()
+    return own, reduced, calls.call_count

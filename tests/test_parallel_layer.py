@@ -19,9 +19,10 @@ BASE = {"hidden_size": H, "ffn_hidden_size": 4, "num_experts": 4, "top_k": 2, "l
 def layers(draw):
     """A config whose capacity and losses are counted over each rank's own tokens, tokens of each rank, and a seed."""
     world = draw(st.sampled_from([2, 4]))
-    experts = world * draw(st.integers(1, 2))
+    experts = draw(st.sampled_from([world // 2, world, 2 * world]))
+    shards = max(1, world // experts)  # ranks that share an expert, each with a part of its F
     gated = draw(st.booleans())
-    widths = st.lists(st.integers(1, 5), min_size=experts, max_size=experts)
+    widths = st.lists(st.integers(1, 5).map(lambda n: n * shards), min_size=experts, max_size=experts)
     fields = {
         "hidden_size": H,
         "ffn_hidden_size": draw(st.just(4) | widths),
@@ -69,14 +70,17 @@ def part_of(module, name, tensor, rank, world):
     """What a rank holds of a parameter of the whole layer."""
     if not name.startswith("experts."):
         return tensor
-    first, each = rank * (module.config.num_experts // world), module.config.num_experts // world
-    if isinstance(module.config.ffn_hidden_size, int) or name.endswith("down_bias"):
+    experts = module.config.num_experts
+    shards = max(1, world // experts)
+    each = max(1, experts // world)
+    first, shard = rank // shards * each, rank % shards
+    if name.endswith("down_bias"):
         return tensor[first : first + each]
-    sizes = module.config.ffn_sizes
-    columns = slice(sum(sizes[:first]), sum(sizes[: first + each]))
-    if name.endswith("down_proj"):
-        return tensor[:, columns]
-    return tensor[..., columns] if name.endswith("bias") else tensor[..., columns, :]
+    dim = tensor.dim() - (1 if name.endswith(("down_proj", "bias")) else 2)
+    if isinstance(module.config.ffn_hidden_size, int):
+        return tensor[first : first + each].chunk(shards, dim)[shard]
+    of_experts = tensor.split(module.config.ffn_sizes, dim)[first : first + each]
+    return torch.cat([one.chunk(shards, dim)[shard] for one in of_experts], dim)
 
 
 def close(name, actual, expected, tolerance=1e-12):
@@ -145,6 +149,26 @@ def test_parameters_after_optimizer_steps_equal_one_rank(ranks, options):
             close(name, result[name], part_of(module, name, value, rank, world), 1e-11)
 
 
+@pytest.mark.parametrize("choices", ["all", "first"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_global_balance_loss_is_that_of_all_tokens_together(ranks, choices, masked):
+    """The mean of the ranks' losses, and of their gradients, as DDP takes it."""
+    shares = shares_of([5, 0, 9, 2], 3, torch.float64, masked)
+    fields = {**BASE, "load_balancing_coefficient": 0.3, "load_balancing_choices": choices}
+    over_ranks = {**fields, "load_balancing_over": "global"}
+    results = ranks.run(rank_jobs.layer, over_ranks, 7, torch.float64, shares)
+    x, grad_y, mask = (torch.cat([share[n] for share in shares]) if masked or n < 2 else None for n in range(3))
+    torch.manual_seed(7)
+    module = MoE(**fields, dtype=torch.float64)
+    y = module(x, token_mask=mask)
+    loss = aux_loss(module)
+    ((y * grad_y).sum() + 4 * loss).backward()
+    close("loss", sum(result["loss"] for result in results) / 4, loss.detach())
+    router = sum(result["gradients"]["router.weight"] for result in results)
+    close("router", router, module.router.weight.grad)
+    assert module.router.weight.grad.abs().max() > 0.01
+
+
 def test_static_mode_in_a_layer(ranks):
     shares = shares_of([5, 4, 0, 6], 3, torch.float64)
     dynamic = ranks.run(rank_jobs.layer, BASE, 7, torch.float64, shares)
@@ -195,7 +219,7 @@ def test_meshes_copies_and_files(ranks):
     ("fields", "message"),
     [
         ({"num_experts": 6}, "ValueError: ep_group: expected num_experts to be a multiple of the ranks, got E = 6"),
-        ({"num_experts": 2}, "ValueError: ep_group: expected at most num_experts = 2 ranks, got 4"),
+        ({"num_experts": 3}, "ValueError: ep_group: expected at most num_experts = 3 ranks, or a multiple of them"),
         ({"router": "expert_choice", "causal": False}, "ValueError: MoE: router: expected a router whose tokens"),
         ({"accumulate_main_grad": True}, "ValueError: MoE: accumulate_main_grad: expected False with ep_group, or"),
         ({"accumulate_main_grad": True, "expert_grad_scale": "sum"}, "built"),

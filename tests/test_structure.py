@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "functional",
         "parallel",
     },
-    "model_tools": {"layer", "config", "parallel"},
+    "model_tools": {"layer", "config", "parallel", "metrics"},
     "checkpoint": {"layer", "config", "parallel"},
     "dense_ffn": {"config"},
     "replace": {"layer", "config", "parallel", "dense_ffn"},

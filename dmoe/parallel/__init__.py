@@ -12,9 +12,11 @@ from __future__ import annotations
 from dmoe.parallel.agreement import check_agreement
 from dmoe.parallel.clipping import clip_grad_norm, grad_norm
 from dmoe.parallel.collectives import Exchange, all_to_all_rows
-from dmoe.parallel.dispatch import AllToAllDispatcher, Dispatched, Dispatcher, LocalDispatcher, Traffic
-from dmoe.parallel.gradients import average_gradients, data_parallel
-from dmoe.parallel.placement import as_group, local_experts
+from dmoe.parallel.dispatch import AllToAllDispatcher, Dispatched, Dispatcher, LocalDispatcher
+from dmoe.parallel.fsdp import fully_shard_experts
+from dmoe.parallel.gradients import average_gradients, data_parallel, split_parameters
+from dmoe.parallel.placement import as_group, ffn_shard, local_experts
+from dmoe.parallel.traffic import Traffic
 
 __all__ = [
     "AllToAllDispatcher",
@@ -29,6 +31,9 @@ __all__ = [
     "check_agreement",
     "clip_grad_norm",
     "data_parallel",
+    "ffn_shard",
+    "fully_shard_experts",
     "grad_norm",
     "local_experts",
+    "split_parameters",
 ]

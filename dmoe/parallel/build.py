@@ -33,7 +33,13 @@ def build_dispatcher(config: MoEConfig, ep_group: Any) -> Dispatcher:
             "MoE: accumulate_main_grad: expected False with ep_group, or expert_grad_scale='sum', got True with "
             f"{config.expert_grad_scale!r}: what goes straight into main_grad is not scaled"
         )
-    return AllToAllDispatcher(as_group(ep_group), config.num_experts, max_rows_received=config.max_rows_received)
+    return AllToAllDispatcher(
+        as_group(ep_group),
+        config.num_experts,
+        max_rows_received=config.max_rows_received,
+        wire_dtype=config.wire_dtype,
+        wire_backward=config.wire_backward,
+    )
 
 
 def owned_experts(

@@ -114,7 +114,7 @@ def _groups_of(parameter: Any, owners: dict[int, Any]) -> tuple[tuple[ProcessGro
     if mesh is not None:
         names = mesh.mesh_dim_names or (None,) * mesh.ndim
         for dim, (name, placement) in enumerate(zip(names, parameter.placements, strict=True)):
-            if placement.is_shard() and name not in own:
+            if not placement.is_replicate() and name not in own:  # is_shard() is False for a shard of a shard
                 groups.append(mesh.get_group(dim))
     return tuple(groups), share
 

@@ -9,10 +9,14 @@
 A token travels once to each rank that holds any of its experts, however many: with choices spread evenly that is
 ``W * (1 - C(E - E/W, K) / C(E, K))`` copies instead of K. It is expanded to its experts on arrival, by the plan, and
 one row per copy returns.
+
+With more ranks than experts (``W = E * S``) S ranks share each expert, each a slice of its F. A token goes to all S,
+and what they return are terms of one sum, as the results of different experts are: ``combine`` adds them all.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,56 +27,21 @@ from torch import Tensor
 from dmoe.ops.activation import accumulate_dtype
 from dmoe.ops.histogram import histogram
 from dmoe.ops.permute import permute
-from dmoe.ops.tile_table import tile_bound
 from dmoe.ops.unpermute import unpermute
 from dmoe.parallel.agreement import raise_unless_equal
-from dmoe.parallel.collectives import Exchange, explained
-from dmoe.parallel.placement import local_experts
+from dmoe.parallel.collectives import Exchange, RowExchange
+from dmoe.parallel.counting import Counting
+from dmoe.parallel.destinations import choices_of_rows, destinations_of, kept_per_expert, shortened
+from dmoe.parallel.placement import ffn_shard, local_experts
+from dmoe.parallel.traffic import Traffic
+from dmoe.parallel.wire import SCALE_BYTES, WIRE_DTYPES, NarrowExchange, check_wire_dtype
 from dmoe.plan import RoutingPlan, device_tile_rows, plan_token_choice
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """What one forward put on the wire, from this rank to others and back; all counts are Python integers.
-
-    Attributes:
-        rows_sent: token rows that this rank sent to other ranks.
-        rows_kept: those it sent to itself, which cross no wire.
-        rows_received: those that came from other ranks; as many results went back.
-        naive_rows_sent, naive_rows_kept, naive_rows_received: the same with one row for each choice of each token; None
-            in the static mode, where nobody has counted.
-        row_bytes: bytes of one row of x, and of one result.
-        choice_bytes: bytes of one row's gate weights and expert ids.
-        count_bytes: bytes of counts sent to other ranks.
-    """
-
-    rows_sent: int
-    rows_kept: int
-    rows_received: int
-    naive_rows_sent: int | None
-    naive_rows_kept: int | None
-    naive_rows_received: int | None
-    row_bytes: int
-    choice_bytes: int
-    count_bytes: int
-
-    @property
-    def bytes_sent(self) -> int:
-        """Bytes that this rank sent to others in forward: rows with their choices, results, and counts."""
-        there = self.rows_sent * (self.row_bytes + self.choice_bytes)
-        return there + self.rows_received * self.row_bytes + self.count_bytes
-
-    @property
-    def naive_bytes_sent(self) -> int | None:
-        """Bytes of rows and results alone, had each choice sent a copy (whose weight can then stay at home)."""
-        if self.naive_rows_sent is None or self.naive_rows_received is None:
-            return None
-        return (self.naive_rows_sent + self.naive_rows_received) * self.row_bytes
+_WIRES = (None, *((kind, narrow_gradients) for kind in WIRE_DTYPES for narrow_gradients in (False, True)))
 
 
 @dataclass(frozen=True)
@@ -172,21 +141,41 @@ class AllToAllDispatcher:
 
     Args:
         group: the ranks, of which this process is one.
-        num_experts: E, of all ranks together; a multiple of the ranks.
+        num_experts: E, of all ranks together; a multiple of the ranks, or the ranks are a multiple of them.
         max_rows_received: the static mode: no shape depends on data and the host waits for nothing, at the price of
             padding. Every pair of ranks exchanges ``ceil(max_rows_received / W)`` rows; a token beyond that on its way
             to a rank is not sent there, and adds nothing from there (its gate weights are not renormalised). ``W``
             times the most tokens of any rank is enough for every routing. None: as many rows as there are.
+        wire_dtype: ``"fp8"`` or ``"int8"``: tokens travel to the experts as one byte per number and a float32 scale per
+            row (see :mod:`dmoe.parallel.wire`), those that stay on this rank rounded like the others. Their gate
+            weights, and the results, keep their dtype. None: so do the tokens.
+        wire_backward: whether the tokens' gradients travel back like that, too.
+
+    Attributes:
+        local_experts: the experts that live here, whole or in part.
+        ffn_shard: which slice of them, and of how many: ``(index, count)`` is columns ``[index * F / count,
+            (index + 1) * F / count)`` of each one's F. What ``combine`` gets is then their part of the sum over F.
 
     Raises:
-        ValueError: experts that cannot be divided evenly, or a negative bound.
+        ValueError: experts that cannot be divided evenly, a negative bound, or an unknown ``wire_dtype``.
     """
 
-    def __init__(self, group: ProcessGroup, num_experts: int, *, max_rows_received: int | None = None) -> None:
+    def __init__(
+        self,
+        group: ProcessGroup,
+        num_experts: int,
+        *,
+        max_rows_received: int | None = None,
+        wire_dtype: str | None = None,
+        wire_backward: bool = False,
+    ) -> None:
+        check_wire_dtype(wire_dtype, wire_backward)
         self.group, self.num_experts, self.max_rows_received = group, num_experts, max_rows_received
+        self.wire_dtype, self.wire_backward = wire_dtype, wire_backward
         self.world_size, self.rank = dist.get_world_size(group), dist.get_rank(group)
         self.local_experts = local_experts(num_experts, self.world_size, self.rank)
-        self.ffn_shard = (0, 1)
+        self.ffn_shard = ffn_shard(num_experts, self.world_size, self.rank)
+        self._shards = self.ffn_shard[1]
         if max_rows_received is not None and max_rows_received < 0:
             raise ValueError(
                 f"AllToAllDispatcher: max_rows_received: expected at least 0, or None, got {max_rows_received}"
@@ -194,7 +183,13 @@ class AllToAllDispatcher:
 
     def __deepcopy__(self, memo: Any) -> AllToAllDispatcher:
         """The same group: a copy of a layer talks to the same ranks."""
-        return AllToAllDispatcher(self.group, self.num_experts, max_rows_received=self.max_rows_received)
+        return AllToAllDispatcher(
+            self.group,
+            self.num_experts,
+            max_rows_received=self.max_rows_received,
+            wire_dtype=self.wire_dtype,
+            wire_backward=self.wire_backward,
+        )
 
     def __reduce__(self) -> Any:
         raise TypeError(
@@ -214,7 +209,7 @@ class AllToAllDispatcher:
 
     @property
     def num_local_experts(self) -> int:
-        """E / W."""
+        """E / W, at least 1."""
         return len(self.local_experts)
 
     def dispatch(
@@ -233,33 +228,34 @@ class AllToAllDispatcher:
         x, choices, gates = self._checked(x, expert_indices, gate_weights, plan)
         top_k, each, ranks = choices.shape[1], self.num_local_experts, self.world_size
         bound = None if self.max_rows_received is None else -(-self.max_rows_received // ranks)
-        destinations = once_per_rank(choices, each, ranks)
+        destinations = destinations_of(choices, each, ranks, self._shards)
         way = plan_token_choice(destinations, ranks, capacity=bound, binned=bound is not None)
         counting = None if bound is not None else self._start_counting(x, choices, gates, way)
 
         # While counts travel: a row for each (token, rank), and a row with that rank's choices and their weights.
         rows = permute(x, way.row_to_token, way.token_offsets, way.token_rows)
-        chosen = self._choices_of_rows(choices, gates, way)
+        chosen = choices_of_rows(choices, gates, way, each, self._shards)
 
         if counting is None:
             assert bound is not None
             send_counts = recv_counts = (bound,) * ranks
-            traffic, kept = self._static_traffic(x, chosen, bound), _kept_per_expert(choices, destinations, way, each)
+            traffic = self._static_traffic(x, chosen, bound)
+            kept = kept_per_expert(choices, destinations, way, each, self._shards)
             used, assignments = bound * ranks, bound * ranks * top_k
         else:
             send_counts, recv_counts, assignments, traffic = self._counted(counting, x, chosen)
             used, kept = sum(send_counts), None
 
         # The choices first: the plan is made while the rows are still under way.
-        of_choices = Exchange(send_counts, recv_counts, self.group, "expert choices")
-        of_rows = Exchange(send_counts, recv_counts, self.group, "token rows")
+        of_choices = self._exchange(send_counts, recv_counts, "expert choices")
+        of_rows = self._exchange(send_counts, recv_counts, "token rows", narrow=True)
         choices_under_way, rows_under_way = of_choices.start(chosen), of_rows.start(rows)
         arrived = of_choices.finish(choices_under_way)
         tile_rows = device_tile_rows(x.device, assignments, each)
         ids = arrived[:, top_k:].to(torch.int32)
         return Dispatched(
             x=of_rows.finish(rows_under_way),
-            plan=_shortened(plan_token_choice(ids, each, tile_rows=tile_rows), assignments),
+            plan=shortened(plan_token_choice(ids, each, tile_rows=tile_rows), assignments),
             gate_weights=arrived[:, :top_k],
             way_back=WayBack(
                 way.row_to_token[:used],
@@ -269,7 +265,7 @@ class AllToAllDispatcher:
                 send_counts,
                 recv_counts,
             ),
-            traffic=traffic,
+            traffic=replace(traffic, wire_row_bytes=self._wire_row_bytes(x)),
             kept_per_expert=kept,
         )
 
@@ -285,9 +281,22 @@ class AllToAllDispatcher:
             expected = "what dispatch returned" if way is None else f"{sum(way.recv_counts)} rows"
             raise ValueError(f"combine: expected {expected}, got y of shape {tuple(y.shape)}")
         y = _Tied.apply(y, dispatched.x, dispatched.gate_weights)
-        back = Exchange(way.recv_counts, way.send_counts, self.group, "results")
+        back = self._exchange(way.recv_counts, way.send_counts, "results")
         rows = back.finish(back.start(y))
         return unpermute(rows, None, way.row_to_token, way.row_to_slot, way.token_offsets, way.token_rows)
+
+    def _exchange(
+        self, send_counts: Sequence[int], recv_counts: Sequence[int], what: str, *, narrow: bool = False
+    ) -> RowExchange:
+        """How rows of one kind travel; ``narrow``: those that ``wire_dtype`` is about."""
+        exchange = Exchange(send_counts, recv_counts, self.group, what)
+        if not narrow or self.wire_dtype is None:
+            return exchange
+        return NarrowExchange(exchange, self.wire_dtype, self.wire_backward)
+
+    def _wire_row_bytes(self, x: Tensor) -> int:
+        """Bytes of one token on its way to its experts."""
+        return x.shape[1] * x.element_size() if self.wire_dtype is None else x.shape[1] + SCALE_BYTES
 
     def _checked(
         self, x: Tensor, expert_indices: Tensor | None, gate_weights: Tensor, plan: RoutingPlan | None
@@ -317,33 +326,22 @@ class AllToAllDispatcher:
             choices = choices.masked_fill(plan.token_to_rows < 0, self.num_experts)
         return x, choices, gate_weights.to(accumulate_dtype(x.dtype))
 
-    def _choices_of_rows(self, choices: Tensor, gates: Tensor, way: RoutingPlan) -> Tensor:
-        """What travels beside each row: K gate weights, then K ids of its rank's experts; ``(R, 2 K)``.
-
-        An id of ``num_local_experts`` says "not here", and its weight is not read. Ids travel as numbers in the dtype
-        of the weights, exact in float32 up to 2**24, so that both are one exchange.
-        """
-        each, index = self.num_local_experts, (way.row_to_token, way.token_offsets, way.token_rows)
-        position = torch.arange(way.num_rows, dtype=torch.int32, device=choices.device)
-        rank = torch.searchsorted(way.expert_offsets[1:].contiguous(), position, right=True)
-        local = permute(choices, *index) - (rank * each).unsqueeze(1)
-        here = (local >= 0) & (local < each) & (way.row_to_token >= 0).unsqueeze(1)
-        weights = permute(gates, *index)
-        return torch.cat([weights, local.masked_fill(~here, each).to(weights.dtype)], 1)
-
-    def _start_counting(self, x: Tensor, choices: Tensor, gates: Tensor, way: RoutingPlan) -> _Counting:
+    def _start_counting(self, x: Tensor, choices: Tensor, gates: Tensor, way: RoutingPlan) -> Counting:
         """Tell every rank how many rows and assignments it will get, and what kind of rows."""
-        to_rank = (choices // self.num_local_experts).flatten()
-        assignments = histogram(to_rank, self.world_size + 1)[: self.world_size]
-        kind = [x.shape[1], choices.shape[1], _DTYPES.index(x.dtype), _needs_gradient(x, gates)]
+        owners = self.world_size // self._shards
+        assignments = histogram((choices // self.num_local_experts).flatten(), owners + 1)[:owners]
+        assignments = assignments.repeat_interleave(self._shards, output_size=self.world_size)
+        wire = _WIRES.index(None if self.wire_dtype is None else (self.wire_dtype, self.wire_backward))
+        dtype = _DTYPES.index(x.dtype) + len(_DTYPES) * wire
+        kind = [x.shape[1], choices.shape[1], dtype, _needs_gradient(x, gates)]
         kinds = torch.tensor(kind, device="cpu").expand(self.world_size, -1)
         if x.is_cuda:
             kinds = kinds.contiguous().pin_memory().to(x.device, non_blocking=True)
         counts = torch.stack([way.tokens_per_expert, assignments], 1).long()
-        return _Counting(torch.cat([counts, kinds], 1), self.group)
+        return Counting(torch.cat([counts, kinds], 1), self.group)
 
     def _counted(
-        self, counting: _Counting, x: Tensor, chosen: Tensor
+        self, counting: Counting, x: Tensor, chosen: Tensor
     ) -> tuple[tuple[int, ...], tuple[int, ...], int, Traffic]:
         """Rows to and from each rank, how many assignments arrive, and what that amounts to in bytes."""
         sent, received = counting.read()
@@ -380,42 +378,6 @@ class AllToAllDispatcher:
         )
 
 
-class _Counting:
-    """The exchange of counts, one row of integers for each rank, and its one way to the host."""
-
-    def __init__(self, counts: Tensor, group: ProcessGroup) -> None:
-        self.bytes_sent = counts[0].numel() * counts.element_size() * (counts.shape[0] - 1)
-        self._group = group
-        received = torch.empty_like(counts)
-        start = lambda: dist.all_to_all_single(received, counts, group=group, async_op=True)  # noqa: E731
-        work = explained(start, "the exchange of counts", group)
-        self._both: Tensor | tuple[Tensor, Tensor] = (counts, received)
-        self._ready: Any = work
-        if counts.is_cuda:  # a stream of its own waits and copies, so that this one can go on with the rows
-            side = torch.cuda.Stream(counts.device)
-            side.wait_stream(torch.cuda.current_stream(counts.device))
-            with torch.cuda.stream(side):
-                work.wait()
-                both = torch.stack([counts, received])
-                self._both = torch.empty(both.shape, dtype=both.dtype, pin_memory=True)
-                self._both.copy_(both, non_blocking=True)
-                self._ready = torch.cuda.Event()
-                self._ready.record(side)
-            for tensor in (counts, received):
-                tensor.record_stream(side)
-
-    def read(self) -> tuple[list[list[int]], list[list[int]]]:
-        """Wait for the counts: those sent and those received, by rank."""
-        if isinstance(self._both, Tensor):
-            self._ready.synchronize()
-            both = self._both
-        else:
-            explained(self._ready.wait, "the exchange of counts", self._group)
-            both = torch.stack(self._both)
-        sent, received = both.tolist()
-        return sent, received
-
-
 class _Tied(torch.autograd.Function):
     """Identity on the first input, whose backward reaches the others whatever lies between.
 
@@ -432,46 +394,6 @@ class _Tied(torch.autograd.Function):
         return (grad, *(None for _ in ctx.needs_input_grad[1:]))
 
 
-def once_per_rank(choices: Tensor, num_local_experts: int, num_ranks: int) -> Tensor:
-    """The ranks that each token goes to, each once, in ascending order; ``num_ranks`` fills up.
-
-    Args:
-        choices: ``(T, K)`` int32 in [0, E]; E marks a choice that takes no expert.
-        num_local_experts: E / W.
-        num_ranks: W.
-
-    Returns:
-        ``(T, min(K, W))`` int32 in [0, W].
-    """
-    ranks = choices // num_local_experts
-    if num_ranks < ranks.shape[1]:
-        every = torch.arange(num_ranks, dtype=ranks.dtype, device=ranks.device)
-        chosen = (ranks.unsqueeze(2) == every).any(1)
-        return torch.where(chosen, every, num_ranks)
-    ranks = ranks.sort(1).values
-    again = ranks[:, 1:] == ranks[:, :-1]
-    return torch.cat([ranks[:, :1], ranks[:, 1:].masked_fill(again, num_ranks)], 1)
-
-
-def _kept_per_expert(choices: Tensor, destinations: Tensor, way: RoutingPlan, num_local_experts: int) -> Tensor:
-    """Choices of each expert whose token found room on its way, ``(E,)``."""
-    num_experts = way.num_experts * num_local_experts
-    lost = way.token_rows.view(destinations.shape) < 0
-    nowhere = torch.where(lost, destinations, -1)  # fillers match choices of no expert, which are none to lose
-    gone = ((choices // num_local_experts).unsqueeze(2) == nowhere.unsqueeze(1)).any(2)
-    return histogram(choices.masked_fill(gone, num_experts).flatten(), num_experts + 1)[:num_experts]
-
-
-def _shortened(plan: RoutingPlan, num_rows: int) -> RoutingPlan:
-    """A plan with no more rows than are in use: all K choices of a row are rarely on one rank."""
-    tiles = plan.tiles
-    if tiles is not None:
-        tiles = tiles[: tile_bound(num_rows, plan.num_experts, plan.tile_rows)]
-    return replace(
-        plan, row_to_token=plan.row_to_token[:num_rows], row_to_slot=plan.row_to_slot[:num_rows], tiles=tiles
-    )
-
-
 def _needs_gradient(x: Tensor, gates: Tensor) -> int:
     """Bit 0: x's backward will exchange gradients; bit 1: the gate weights' will."""
     return (x.requires_grad + 2 * gates.requires_grad) if torch.is_grad_enabled() else 0
@@ -481,7 +403,13 @@ def _check_kinds(received: list[list[int]]) -> None:
     """Ranks whose rows differ would wait for each other in the exchange to come, or in backward's."""
     needs = ("none", "x", "gate_weights", "x and gate_weights")
     kinds = [
-        {"H": str(hidden), "K": str(top_k), "dtype": str(_DTYPES[dtype]), "requires_grad": needs[gradient]}
+        {
+            "H": str(hidden),
+            "K": str(top_k),
+            "dtype": str(_DTYPES[dtype % len(_DTYPES)]),
+            "wire_dtype, wire_backward": str(_WIRES[dtype // len(_DTYPES)]),
+            "requires_grad": needs[gradient],
+        }
         for _, _, hidden, top_k, dtype, gradient in received
     ]
     raise_unless_equal("dispatch", kinds, {})

@@ -22,6 +22,18 @@ def is_sharded(parameter: Tensor) -> bool:
     return bool(getattr(parameter, "expert", False)) and not getattr(parameter, "allreduce", True)
 
 
+def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """What every rank has, and the experts that other ranks have others of: for optimizers that spread their state.
+
+    ``ZeroRedundancyOptimizer`` sends each parameter from one rank to all others, so it may have the first list only::
+
+        replicated, experts = split_parameters(model)
+        optimizers = [ZeroRedundancyOptimizer(replicated, torch.optim.AdamW, lr=lr), torch.optim.AdamW(experts, lr=lr)]
+    """
+    parameters = list(model.parameters())
+    return [p for p in parameters if not is_sharded(p)], [p for p in parameters if is_sharded(p)]
+
+
 def average_gradients(parameters: Iterable[Tensor], group: ProcessGroup | None, bucket_bytes: int = 2**25) -> None:
     """Mean of each gradient over the ranks of a group, in place; a parameter without one counts as zeros.
 

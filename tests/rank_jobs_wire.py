@@ -1,0 +1,98 @@
+"""Jobs of a :class:`rank_pool.RankPool` for rows that travel narrow or in two hops; arguments as in rank_jobs.py."""
+
+from __future__ import annotations
+
+import copy
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+
+from dmoe.experts import ExpertWeights, run_experts
+from dmoe.parallel import AllToAllDispatcher, Exchange
+from dmoe.parallel.wire import NarrowExchange
+
+
+class Wire:
+    """Counts what really goes to other ranks inside: calls, messages and bytes, by the group that they went over."""
+
+    def __init__(self):
+        self.by_group = {}
+
+    def __enter__(self):
+        real = dist.all_to_all_single
+
+        def counting(output, input, output_splits=None, input_splits=None, group=None, async_op=False):
+            ranks, me = dist.get_world_size(group), dist.get_rank(group)
+            splits = input_splits or [input.shape[0] // ranks] * ranks
+            row = input[:1].numel() * input.element_size() if input.shape[0] else 0
+            entry = self.by_group.setdefault(group, {"calls": 0, "messages": 0, "bytes": 0})
+            entry["calls"] += 1
+            entry["messages"] += ranks - 1
+            entry["bytes"] += row * (sum(splits) - splits[me])
+            return real(output, input, output_splits, input_splits, group=group, async_op=async_op)
+
+        self._patch = patch.object(dist, "all_to_all_single", counting)
+        self._patch.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self._patch.__exit__(*error)
+
+    def sum(self, name):
+        return sum(entry[name] for entry in self.by_group.values())
+
+
+def gradients(x, exchange, factor):
+    """What arrives, the gradients of ``sum(factor * received ** 3)``, and those of the sum of these gradients."""
+    x = x.clone().requires_grad_()
+    y = exchange.finish(exchange.start(x))
+    loss = (y**3 * factor).sum()
+    (once,) = torch.autograd.grad(loss, x, retain_graph=True)
+    (again,) = torch.autograd.grad(loss, x, create_graph=True)
+    (twice,) = torch.autograd.grad(again.sum(), x)
+    return y.detach(), once, again.detach(), twice
+
+
+def narrow(group, rows, counts, factors, kind, narrow_gradients):
+    """A narrow exchange and its gradients; the arguments as in rank_jobs.exchange_gradients."""
+    me = dist.get_rank(group)
+    exchange = NarrowExchange(Exchange(counts[me], [sent[me] for sent in counts], group), kind, narrow_gradients)
+    return gradients(rows[me], exchange, factors[me])
+
+
+def experts(group, shares, weights, options, dispatcher_options):
+    """Dispatch, experts and combine, forward and backward. Weights are all experts', a share is (x, ids, gates, dy)."""
+    x, ids, gates, grad_y = shares[dist.get_rank(group)]
+    dispatcher = copy.deepcopy(AllToAllDispatcher(group, weights[1].shape[0], **dispatcher_options))
+    mine = slice(dispatcher.local_experts.start, dispatcher.local_experts.stop)
+    own = [None if w is None else w[mine].clone().requires_grad_() for w in weights]
+    x, gates = x.clone().requires_grad_(), gates.clone().requires_grad_()
+    with Wire() as wire:
+        arrived = dispatcher.dispatch(x, ids, gates)
+        y = run_experts(
+            arrived.x, arrived.plan, arrived.gate_weights, ExpertWeights(*own, gated=options["gated"]), **options["run"]
+        )
+        y = dispatcher.combine(y, arrived)
+    with Wire() as wire_back:
+        (y * grad_y).sum().backward()
+    return {
+        "y": y.detach(),
+        "x": x.grad,
+        "gates": gates.grad,
+        "weights": [None if w is None else w.grad for w in own],
+        "arrived": arrived.x.detach(),
+        "traffic": arrived.traffic,
+        "kept": arrived.kept_per_expert,
+        "bytes_sent": arrived.traffic.bytes_sent,
+        "wire": list(wire.by_group.values()),
+        "wire_bytes": wire.sum("bytes"),
+        "wire_bytes_back": wire_back.sum("bytes"),
+    }
+
+
+def differing_wires(group, by_rank):
+    """Dispatch with another wire on some ranks."""
+    wire_dtype, wire_backward = by_rank[dist.get_rank(group)]
+    dispatcher = AllToAllDispatcher(group, 4, wire_dtype=wire_dtype, wire_backward=wire_backward)
+    dispatcher.dispatch(torch.zeros(3, 2), torch.zeros(3, 1, dtype=torch.int64), torch.zeros(3, 1))
