@@ -200,6 +200,25 @@ def test_autocast_halves_the_bytes_of_rows(ranks):
         assert result["wire"] == result["bytes_sent"] < wide["wire"]
 
 
+@pytest.mark.parametrize(("wire_dtype", "worst"), [("fp8", 0.06), ("int8", 0.03)])
+@pytest.mark.parametrize("back", [False, True])
+def test_a_narrow_wire_in_a_layer(ranks, wire_dtype, worst, back):
+    """Relative error of outputs and gradients in the norm; bytes as measured: H + 4 instead of 8 H there."""
+    shares = shares_of([40, 9, 0, 30], 3, torch.float64)
+    exact = ranks.run(rank_jobs.layer, BASE, 7, torch.float64, shares)
+    narrow = ranks.run(
+        rank_jobs.layer, {**BASE, "wire_dtype": wire_dtype, "wire_backward": back}, 7, torch.float64, shares
+    )
+    for name in ("y", "x"):
+        one, other = (torch.cat([result[name] for result in results]) for results in (exact, narrow))
+        assert 0 < (one - other).norm() / one.norm() < (2 if name == "x" and back else 1) * worst, name
+    for one, other in zip(exact, narrow, strict=True):
+        assert other["wire"] == other["bytes_sent"]
+        saved = one["bytes_sent"] - other["bytes_sent"]
+        assert saved % (8 * H - (H + 4)) == 0
+        assert (saved > 0) == (one["x"].shape[0] > 0)
+
+
 def test_meshes_copies_and_files(ranks):
     torch.manual_seed(0)
     shares = [torch.randn(3, H, dtype=torch.float64) for _ in range(4)]
