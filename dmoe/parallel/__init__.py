@@ -16,15 +16,21 @@ from dmoe.parallel.dispatch import AllToAllDispatcher, Dispatched, Dispatcher, L
 from dmoe.parallel.fsdp import fully_shard_experts
 from dmoe.parallel.gradients import average_gradients, data_parallel, split_parameters
 from dmoe.parallel.placement import as_group, ffn_shard, local_experts
-from dmoe.parallel.traffic import Traffic
+from dmoe.parallel.traffic import Hop, Traffic
+from dmoe.parallel.two_level import TwoLevel, TwoLevelExchange, mesh_group
+from dmoe.parallel.wire import NarrowExchange, pack_rows, unpack_rows
 
 __all__ = [
     "AllToAllDispatcher",
     "Dispatched",
     "Dispatcher",
     "Exchange",
+    "Hop",
     "LocalDispatcher",
+    "NarrowExchange",
     "Traffic",
+    "TwoLevel",
+    "TwoLevelExchange",
     "all_to_all_rows",
     "as_group",
     "average_gradients",
@@ -35,5 +41,8 @@ __all__ = [
     "fully_shard_experts",
     "grad_norm",
     "local_experts",
+    "mesh_group",
+    "pack_rows",
     "split_parameters",
+    "unpack_rows",
 ]

@@ -40,6 +40,11 @@ class RowExchange(Protocol):
         ...
 
     @property
+    def num_rows(self) -> int:
+        """Rows of the result."""
+        ...
+
+    @property
     def hops(self) -> tuple[Exchange, ...]:
         """The all-to-alls that this is made of, in their order."""
         ...
@@ -129,6 +134,11 @@ class Exchange(Halves):
         self._work: Any = None
 
     @property
+    def num_rows(self) -> int:
+        """Rows of the result."""
+        return sum(self.recv_counts) if self._room is None else self._room
+
+    @property
     def hops(self) -> tuple[Exchange, ...]:
         """Itself alone."""
         return (self,)
@@ -156,7 +166,7 @@ class Exchange(Halves):
         """The buffer where rows will arrive; see :class:`Halves`."""
         check_rows(x, self)
         arriving = sum(self.recv_counts)
-        received = x.new_empty(arriving if self._room is None else self._room, x.shape[1])
+        received = x.new_empty(self.num_rows, x.shape[1])
         received[arriving:].zero_()
         self._work = self._explained(
             lambda: dist.all_to_all_single(
@@ -211,7 +221,7 @@ class _Finish(torch.autograd.Function):
         return grad, None  # _Start does not read it: what it returns is under way, and has another shape
 
 
-def check_rows(x: Tensor, exchange: Exchange) -> None:
+def check_rows(x: Tensor, exchange: Any) -> None:
     """Refuse what cannot be sent, with a ValueError: no matrix, or too few rows."""
     if x.dim() != 2 or x.shape[0] < sum(exchange.send_counts):
         raise ValueError(

@@ -13,38 +13,78 @@ from dmoe.parallel.collectives import explained
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+    from dmoe.parallel.two_level import TwoLevel
+
 
 class Counting:
-    """The exchange of counts, one row of integers for each rank, and its one way to the host."""
+    """The exchange of counts, one row of integers for each rank, and its one way to the host.
 
-    def __init__(self, counts: Tensor, group: ProcessGroup) -> None:
-        self.bytes_sent = counts[0].numel() * counts.element_size() * (counts.shape[0] - 1)
-        self._group = group
-        received = torch.empty_like(counts)
-        start = lambda: dist.all_to_all_single(received, counts, group=group, async_op=True)  # noqa: E731
-        work = explained(start, "the exchange of counts", group)
-        self._both: Tensor | tuple[Tensor, Tensor] = (counts, received)
-        self._ready: Any = work
+    Args:
+        counts: ``(W, C)`` int64: what each rank is told.
+        group: the ranks.
+        levels: two hops instead of one.
+
+    Attributes:
+        held: with ``levels``, after :meth:`read`: what passed this rank, a row for each rank of its node and each node.
+    """
+
+    def __init__(self, counts: Tensor, group: ProcessGroup, levels: TwoLevel | None = None) -> None:
+        self._counts, self._group, self._levels = counts, group, levels
+        self.held: list[list[int]] | None = None
+        first = counts
+        if levels is not None:  # by (l', n'), as the rows will be
+            self._group = levels.inner
+            grid = counts.view(levels.num_nodes, levels.ranks_per_node, -1)
+            first = grid.transpose(0, 1).reshape(levels.ranks_per_node, -1)
+        self._arriving = torch.empty_like(first)
+        self._work = self._exchange(self._arriving, first, self._group)
+        self._on_host: Tensor | None = None
+        self._ready: Any = None
         if counts.is_cuda:  # a stream of its own waits and copies, so that this one can go on with the rows
             side = torch.cuda.Stream(counts.device)
             side.wait_stream(torch.cuda.current_stream(counts.device))
             with torch.cuda.stream(side):
-                work.wait()
-                both = torch.stack([counts, received])
-                self._both = torch.empty(both.shape, dtype=both.dtype, pin_memory=True)
-                self._both.copy_(both, non_blocking=True)
+                everything = self._rest()
+                self._on_host = torch.empty(everything.shape, dtype=everything.dtype, pin_memory=True)
+                self._on_host.copy_(everything, non_blocking=True)
                 self._ready = torch.cuda.Event()
                 self._ready.record(side)
-            for tensor in (counts, received):
+            for tensor in (counts, first, self._arriving):
                 tensor.record_stream(side)
 
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of counts sent to other ranks, in all hops."""
+        columns = self._counts.shape[1] * self._counts.element_size()
+        if self._levels is None:
+            return (self._counts.shape[0] - 1) * columns
+        nodes, each = self._levels.num_nodes, self._levels.ranks_per_node
+        return ((each - 1) * nodes + (nodes - 1) * each) * columns
+
+    def _exchange(self, received: Tensor, sent: Tensor, group: ProcessGroup) -> Any:
+        start = lambda: dist.all_to_all_single(received, sent, group=group, async_op=True)  # noqa: E731
+        return explained(start, "the exchange of counts", group)
+
+    def _rest(self) -> Tensor:
+        """Wait, and where there is a second hop go it: counts sent and received, and then those in between."""
+        explained(self._work.wait, "the exchange of counts", self._group)
+        if self._levels is None:
+            return torch.stack([self._counts, self._arriving])
+        nodes, each, group = self._levels.num_nodes, self._levels.ranks_per_node, self._levels.outer
+        held = self._arriving.view(each, nodes, -1)
+        second = held.transpose(0, 1).reshape(nodes, -1)
+        received = torch.empty_like(second)
+        work = self._exchange(received, second, group)
+        explained(work.wait, "the exchange of counts", group)
+        return torch.stack([self._counts, received.view_as(self._counts), held.reshape(self._counts.shape)])
+
     def read(self) -> tuple[list[list[int]], list[list[int]]]:
-        """Wait for the counts: those sent and those received, by rank."""
-        if isinstance(self._both, Tensor):
-            self._ready.synchronize()
-            both = self._both
+        """Wait for the counts: those sent and those received, by rank. Then ``held`` is filled, too."""
+        if self._on_host is None:
+            everything = self._rest()
         else:
-            explained(self._ready.wait, "the exchange of counts", self._group)
-            both = torch.stack(self._both)
-        sent, received = both.tolist()
+            self._ready.synchronize()
+            everything = self._on_host
+        sent, received, *held = everything.tolist()
+        self.held = held[0] if held else None
         return sent, received

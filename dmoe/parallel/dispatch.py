@@ -33,7 +33,8 @@ from dmoe.parallel.collectives import Exchange, RowExchange
 from dmoe.parallel.counting import Counting
 from dmoe.parallel.destinations import choices_of_rows, destinations_of, kept_per_expert, shortened
 from dmoe.parallel.placement import ffn_shard, local_experts
-from dmoe.parallel.traffic import Traffic
+from dmoe.parallel.traffic import Hop, Traffic
+from dmoe.parallel.two_level import TwoLevel, TwoLevelExchange
 from dmoe.parallel.wire import SCALE_BYTES, WIRE_DTYPES, NarrowExchange, check_wire_dtype
 from dmoe.plan import RoutingPlan, device_tile_rows, plan_token_choice
 
@@ -53,6 +54,8 @@ class WayBack:
         token_offsets: ``(T + 1,)`` int32, where a token's rows start in ``token_rows``.
         token_rows: a token's rows in the order of the ranks, -1 where none was sent.
         send_counts, recv_counts: rows to and from each rank.
+        held_counts: rows that passed this rank between two hops, see
+            :class:`dmoe.parallel.two_level.TwoLevelExchange`; not looked at otherwise.
     """
 
     row_to_token: Tensor
@@ -61,6 +64,7 @@ class WayBack:
     token_rows: Tensor
     send_counts: tuple[int, ...]
     recv_counts: tuple[int, ...]
+    held_counts: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -150,6 +154,8 @@ class AllToAllDispatcher:
             row (see :mod:`dmoe.parallel.wire`), those that stay on this rank rounded like the others. Their gate
             weights, and the results, keep their dtype. None: so do the tokens.
         wire_backward: whether the tokens' gradients travel back like that, too.
+        two_level: rows travel in two hops, inside a node and between nodes, over these groups: the ranks of ``group``
+            in the order of the nodes. The results are the same. None: straight to each rank.
 
     Attributes:
         local_experts: the experts that live here, whole or in part.
@@ -157,7 +163,8 @@ class AllToAllDispatcher:
             (index + 1) * F / count)`` of each one's F. What ``combine`` gets is then their part of the sum over F.
 
     Raises:
-        ValueError: experts that cannot be divided evenly, a negative bound, or an unknown ``wire_dtype``.
+        ValueError: experts that cannot be divided evenly, a negative bound, an unknown ``wire_dtype``, or groups that
+            are not those of the nodes of ``group``.
     """
 
     def __init__(
@@ -168,10 +175,13 @@ class AllToAllDispatcher:
         max_rows_received: int | None = None,
         wire_dtype: str | None = None,
         wire_backward: bool = False,
+        two_level: TwoLevel | None = None,
     ) -> None:
         check_wire_dtype(wire_dtype, wire_backward)
         self.group, self.num_experts, self.max_rows_received = group, num_experts, max_rows_received
-        self.wire_dtype, self.wire_backward = wire_dtype, wire_backward
+        self.wire_dtype, self.wire_backward, self.two_level = wire_dtype, wire_backward, two_level
+        if two_level is not None:
+            two_level.check_against(group)
         self.world_size, self.rank = dist.get_world_size(group), dist.get_rank(group)
         self.local_experts = local_experts(num_experts, self.world_size, self.rank)
         self.ffn_shard = ffn_shard(num_experts, self.world_size, self.rank)
@@ -189,6 +199,7 @@ class AllToAllDispatcher:
             max_rows_received=self.max_rows_received,
             wire_dtype=self.wire_dtype,
             wire_backward=self.wire_backward,
+            two_level=self.two_level,
         )
 
     def __reduce__(self) -> Any:
@@ -238,17 +249,18 @@ class AllToAllDispatcher:
 
         if counting is None:
             assert bound is not None
-            send_counts = recv_counts = (bound,) * ranks
+            send_counts = recv_counts = held_counts = (bound,) * ranks
             traffic = self._static_traffic(x, chosen, bound)
             kept = kept_per_expert(choices, destinations, way, each, self._shards)
             used, assignments = bound * ranks, bound * ranks * top_k
         else:
             send_counts, recv_counts, assignments, traffic = self._counted(counting, x, chosen)
             used, kept = sum(send_counts), None
+            held_counts = () if counting.held is None else tuple(count[0] for count in counting.held)
 
         # The choices first: the plan is made while the rows are still under way.
-        of_choices = self._exchange(send_counts, recv_counts, "expert choices")
-        of_rows = self._exchange(send_counts, recv_counts, "token rows", narrow=True)
+        of_choices = self._exchange(send_counts, recv_counts, held_counts, "expert choices")
+        of_rows = self._exchange(send_counts, recv_counts, held_counts, "token rows", narrow=True)
         choices_under_way, rows_under_way = of_choices.start(chosen), of_rows.start(rows)
         arrived = of_choices.finish(choices_under_way)
         tile_rows = device_tile_rows(x.device, assignments, each)
@@ -264,8 +276,9 @@ class AllToAllDispatcher:
                 way.token_rows,
                 send_counts,
                 recv_counts,
+                held_counts,
             ),
-            traffic=replace(traffic, wire_row_bytes=self._wire_row_bytes(x)),
+            traffic=replace(traffic, wire_row_bytes=self._wire_row_bytes(x), hops=_hops(of_rows)),
             kept_per_expert=kept,
         )
 
@@ -281,15 +294,26 @@ class AllToAllDispatcher:
             expected = "what dispatch returned" if way is None else f"{sum(way.recv_counts)} rows"
             raise ValueError(f"combine: expected {expected}, got y of shape {tuple(y.shape)}")
         y = _Tied.apply(y, dispatched.x, dispatched.gate_weights)
-        back = self._exchange(way.recv_counts, way.send_counts, "results")
+        back = self._exchange(way.recv_counts, way.send_counts, way.held_counts, "results", back=True)
         rows = back.finish(back.start(y))
         return unpermute(rows, None, way.row_to_token, way.row_to_slot, way.token_offsets, way.token_rows)
 
     def _exchange(
-        self, send_counts: Sequence[int], recv_counts: Sequence[int], what: str, *, narrow: bool = False
+        self,
+        send_counts: Sequence[int],
+        recv_counts: Sequence[int],
+        held_counts: Sequence[int],
+        what: str,
+        *,
+        narrow: bool = False,
+        back: bool = False,
     ) -> RowExchange:
-        """How rows of one kind travel; ``narrow``: those that ``wire_dtype`` is about."""
-        exchange = Exchange(send_counts, recv_counts, self.group, what)
+        """How rows of one kind travel; ``narrow``: those that ``wire_dtype`` is about; ``back``: from the experts."""
+        exchange: RowExchange
+        if self.two_level is None:
+            exchange = Exchange(send_counts, recv_counts, self.group, what)
+        else:
+            exchange = TwoLevelExchange(send_counts, recv_counts, held_counts, self.two_level, what, back=back)
         if not narrow or self.wire_dtype is None:
             return exchange
         return NarrowExchange(exchange, self.wire_dtype, self.wire_backward)
@@ -338,7 +362,7 @@ class AllToAllDispatcher:
         if x.is_cuda:
             kinds = kinds.contiguous().pin_memory().to(x.device, non_blocking=True)
         counts = torch.stack([way.tokens_per_expert, assignments], 1).long()
-        return Counting(torch.cat([counts, kinds], 1), self.group)
+        return Counting(torch.cat([counts, kinds], 1), self.group, self.two_level)
 
     def _counted(
         self, counting: Counting, x: Tensor, chosen: Tensor
@@ -392,6 +416,10 @@ class _Tied(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return (grad, *(None for _ in ctx.needs_input_grad[1:]))
+
+
+def _hops(exchange: RowExchange) -> tuple[Hop, ...]:
+    return tuple(Hop(len(hop.send_counts) - 1, hop.rows_sent, hop.rows_received) for hop in exchange.hops)
 
 
 def _needs_gradient(x: Tensor, gates: Tensor) -> int:

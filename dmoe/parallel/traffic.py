@@ -6,6 +6,21 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Hop:
+    """One of the all-to-alls in a row that bring rows to their rank; counts as in :class:`Traffic`.
+
+    Attributes:
+        others: other ranks of the hop's group: messages in each exchange of this rank, empty ones included.
+        rows_there: rows that this rank sends to others on the way to the experts: its own, and those that it hands on.
+        rows_back: results that it sends to others on the way back.
+    """
+
+    others: int
+    rows_there: int
+    rows_back: int
+
+
+@dataclass(frozen=True)
 class Traffic:
     """What one forward put on the wire, from this rank to others and back; all counts are Python integers.
 
@@ -19,6 +34,7 @@ class Traffic:
         choice_bytes: bytes of one row's gate weights and expert ids.
         count_bytes: bytes of counts sent to other ranks.
         wire_row_bytes: bytes of one row of x on its way there; None: ``row_bytes``.
+        hops: those of the way there, each of which is gone back; empty: one, straight to each rank.
     """
 
     rows_sent: int
@@ -31,13 +47,24 @@ class Traffic:
     choice_bytes: int
     count_bytes: int
     wire_row_bytes: int | None = None
+    hops: tuple[Hop, ...] = ()
 
     @property
     def bytes_sent(self) -> int:
-        """Bytes that this rank sent to others in forward: rows with their choices, results, and counts."""
+        """Bytes that this rank sent to others in forward: rows with their choices, results, and counts.
+
+        Over more hops than one, what it handed on for others is among them.
+        """
         wire_row_bytes = self.row_bytes if self.wire_row_bytes is None else self.wire_row_bytes
-        there = self.rows_sent * (wire_row_bytes + self.choice_bytes)
-        return there + self.rows_received * self.row_bytes + self.count_bytes
+        there, back = self.rows_sent, self.rows_received
+        if self.hops:
+            there, back = sum(hop.rows_there for hop in self.hops), sum(hop.rows_back for hop in self.hops)
+        return there * (wire_row_bytes + self.choice_bytes) + back * self.row_bytes + self.count_bytes
+
+    @property
+    def messages_per_exchange(self) -> int | None:
+        """Messages from this rank to others in each exchange (counts, choices, rows, results); None if unknown."""
+        return sum(hop.others for hop in self.hops) if self.hops else None
 
     @property
     def naive_bytes_sent(self) -> int | None:

@@ -117,6 +117,11 @@ class NarrowExchange(Halves):
         return self.carrier.recv_counts
 
     @property
+    def num_rows(self) -> int:
+        """Rows of the result."""
+        return self.carrier.num_rows
+
+    @property
     def hops(self) -> tuple[Exchange, ...]:
         """Those of the carrier."""
         return self.carrier.hops
@@ -128,8 +133,8 @@ class NarrowExchange(Halves):
 
     def launch(self, x: Tensor) -> Tensor:
         """A placeholder without memory: the bytes lie elsewhere; see :class:`dmoe.parallel.collectives.Halves`."""
-        under_way = self._bytes = self.carrier.start(pack_rows(x, self.kind))
-        return x.new_zeros(()).expand(under_way.shape[0], x.shape[1])
+        self._bytes = self.carrier.start(pack_rows(x, self.kind))
+        return x.new_zeros(()).expand(self.num_rows, x.shape[1])
 
     def land(self, under_way: Tensor) -> Tensor:
         """The rows, rounded; see :class:`dmoe.parallel.collectives.Halves`."""
