@@ -25,7 +25,7 @@ from torch.testing import assert_close
 
 SETTINGS = Settings(
     layers=2, hidden=16, heads=2, ffn=8, experts=4, top_k=2, batch=6, seq_len=16, steps=12, warmup=2, eval_every=4,
-    eval_bytes=176, dtype="float32", balance=0.3, clip=0.5,
+    eval_bytes=144, dtype="float32", balance=0.3, clip=0.5,
 )  # fmt: skip
 FIELDS = dataclasses.asdict(SETTINGS)
 

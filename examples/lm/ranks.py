@@ -8,6 +8,7 @@ too: it goes on with any N and W.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -77,7 +78,10 @@ class Ranks:
         if self.count == 1:
             return model
         replicas = self.mesh["replicas"].get_group() if self.count > self.expert_parallel else None
-        return data_parallel(model, expert_replicas=replicas, broadcast_buffers=False)
+        # Buffers are constants, and need no broadcast in every forward; newer releases of torch call that otherwise.
+        known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+        option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        return data_parallel(model, expert_replicas=replicas, **{option: False})
 
     def clip(self, model: nn.Module, max_norm: float) -> None:
         """Clip the gradient by its norm over all ranks."""
