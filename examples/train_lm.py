@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     options = parser.parse_args(arguments)
     try:
-        with ranks.join(options.expert_parallel, _device(options.device)) as (team, device):
+        with ranks.join(options.expert_parallel, _device(options.device), options.parallel) as (team, device):
             return _run(options, team, device)
     except UsageError as error:
         rank = os.environ.get("RANK", "0")  # torchrun's; most often all ranks say the same
@@ -102,6 +102,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--expert-parallel", type=int, default=1, metavar="W", help="under torchrun: ranks that the experts are spread "
         "over; they divide the ranks there are, and all train on parts of one batch. Not part of a run: [1]",
     )  # fmt: skip
+    group.add_argument("--parallel", choices=["ddp", "fsdp2"], default="ddp", help="under torchrun: what is whole on "
+                       "every rank, or cut over them [ddp]")  # fmt: skip
     group.add_argument("--out", type=Path, default=Path("runs/lm"), metavar="DIR", help="[runs/lm]")
     group.add_argument("--resume", action="store_true", help="go on with the run in --out, with the settings it has")
     group.add_argument("--overwrite", action="store_true", help="begin anew even where --out has an unfinished run")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from rank_jobs import plain
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
@@ -27,10 +28,10 @@ def runs_of(settings, text, ranks=ALONE):
     return corpus, [Run(name, settings, corpus, CPU, ranks) for name in names]
 
 
-def train_lm(group, fields, text, expert_parallel, folder, stop_at=None, resume=False):
+def train_lm(group, fields, text, expert_parallel, folder, stop_at=None, resume=False, parallel="ddp"):
     """Trains up to ``stop_at``, where only the last rank wishes to stop, and saves. Curves, routing, sizes."""
     settings = Settings(**fields)
-    ranks = form(expert_parallel, CPU)
+    ranks = form(expert_parallel, CPU, parallel)
     corpus, runs = runs_of(settings, text, ranks)
     for run in runs:
         run.warm_up()
@@ -52,5 +53,6 @@ def train_lm(group, fields, text, expert_parallel, folder, stop_at=None, resume=
         "routing": runs[0].routing,
         "sizes": count_parameters(runs[0].model, settings),
         "text": "".join(generate(runs[0], "def", length=20)),
+        "numbers here": sum(plain(value).numel() for value in runs[0].model.state_dict().values()),
         "experts here": {runs[0].model.get_parameter(name).shape[0] for name in experts},
     }

@@ -61,14 +61,19 @@ def close_curves(actual, expected):
 TOLERANCE = 2e-6  # float32; 8e-8 was seen
 
 
-@pytest.mark.parametrize("expert_parallel", [1, 2, 4])
-def test_ranks_train_as_one_process_does(ranks, text, alone, tmp_path, expert_parallel):
+@pytest.mark.parametrize(
+    ("expert_parallel", "parallel"), [(1, "ddp"), (2, "ddp"), (4, "ddp"), (1, "fsdp2"), (2, "fsdp2"), (4, "fsdp2")]
+)
+def test_ranks_train_as_one_process_does(ranks, text, alone, tmp_path, expert_parallel, parallel):
     expected, _ = alone
     said = "".join(generate(expected, "def", length=20))
-    results = ranks.run(jobs.train_lm, FIELDS, text, expert_parallel, str(tmp_path))
+    results = ranks.run(jobs.train_lm, FIELDS, text, expert_parallel, str(tmp_path), None, False, parallel)
     saved = checkpoint.load(tmp_path)["runs"]["moe"]
     for result in results:
-        assert result["experts here"] == {4 // expert_parallel}
+        if parallel == "ddp":
+            assert result["experts here"] == {4 // expert_parallel}
+        else:  # cut further over replicas: in all, each rank has a quarter of everything
+            assert result["numbers here"] == result["sizes"]["total"] // 4
         assert result["sizes"] == count_parameters(expected.model, SETTINGS)
         assert result["text"] == said
         close_curves(result["curves"][0], expected.curve)
@@ -80,13 +85,23 @@ def test_ranks_train_as_one_process_does(ranks, text, alone, tmp_path, expert_pa
         assert_close(saved["model"][name], value, rtol=0, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, None), (None, 4), (4, 2)])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((2, "ddp"), None),
+        (None, (4, "ddp")),
+        ((4, "ddp"), (2, "ddp")),
+        ((2, "fsdp2"), None),
+        (None, (1, "fsdp2")),
+        ((4, "ddp"), (2, "fsdp2")),
+    ],
+)
 def test_a_run_goes_on_with_another_number_of_ranks(ranks, text, alone, tmp_path, before, after):
     expected, halfway = alone
     folder = str(halfway)
     if before is not None:
         folder = str(tmp_path)
-        for result in ranks.run(jobs.train_lm, FIELDS, text, before, folder, 5):
+        for result in ranks.run(jobs.train_lm, FIELDS, text, before[0], folder, 5, False, before[1]):
             assert result["steps"] == [5]  # on all ranks, though the last one alone wished to stop
         assert checkpoint.progress(tmp_path) == (5, 12)
     if after is None:
@@ -99,7 +114,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(ranks, text, alone, tmp_path
         start = tmp_path / "start"
         start.mkdir()
         (tmp_path / "copy.pt").rename(start / checkpoint.FILE)
-        (result, *_) = ranks.run(jobs.train_lm, FIELDS, text, after, str(start), None, True)
+        (result, *_) = ranks.run(jobs.train_lm, FIELDS, text, after[0], str(start), None, True, after[1])
         (curve,), routing = result["curves"], result["routing"]
     close_curves(curve, expected.curve)
     assert [entry["step"] for entry in routing] == list(range(1, 13))
@@ -133,6 +148,8 @@ def test_what_ranks_cannot_share_is_refused(capsys):
         check(dataclasses.replace(SETTINGS, compile=True), Ranks(count=2))
     assert train_lm.main(["--expert-parallel", "2", "--device", "cpu"]) == 2
     assert "--expert-parallel 2 needs as many ranks: torchrun --nproc-per-node 2" in capsys.readouterr().err
+    assert train_lm.main(["--parallel", "fsdp2", "--device", "cpu"]) == 2
+    assert "--parallel fsdp2 needs several ranks: torchrun" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("batch", [1, 4, 7])

@@ -1,9 +1,9 @@
 """The processes that train one model together, as `torchrun --nproc-per-node N` starts them; or one alone.
 
 They stand in a grid of N / W replicas by W expert-parallel ranks: the experts of each layer are spread over the W ranks
-of a row, and everything else is on all N, averaged by DDP. The N ranks share one batch and see each its own sequences
-of it, so that the loss is that of one process with this batch, but for rounding. A checkpoint is that of one process,
-too: it goes on with any N and W.
+of a row, and everything else is on all N, averaged by DDP, or cut over them by FSDP2. The N ranks share one batch and
+see each its own sequences of it, so that the loss is that of one process with this batch, but for rounding. A
+checkpoint is that of one process, too: it goes on with any N and W, under either.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -21,9 +21,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from dmoe import is_expert_param
 from dmoe.checkpoint import merge_states, split_state
 from dmoe.parallel import clip_grad_norm, data_parallel, local_experts
 
+from . import fsdp
 from .settings import Settings, UsageError
 
 
@@ -39,6 +41,8 @@ class Ranks:
     """W."""
     mesh: Any = None
     """``(replicas, ep)``; None for one process."""
+    everyone: Any = None
+    """The same ranks in one dimension, for FSDP2; None with DDP, which keeps all but experts whole on each rank."""
     control: Any = None
     """A group of all for what hosts tell each other: never NCCL, which would make them wait for their GPUs."""
 
@@ -53,12 +57,16 @@ class Ranks:
             print(text, flush=True)
 
     def moe_options(self) -> dict[str, Any]:
-        """What each MoE layer needs to know. Experts are plain tensors, which this file's checkpoints are made of."""
+        """What each MoE layer needs to know."""
         if self.count == 1:
             return {}
         # Balanced is to be the batch of all ranks, as it is in one process, not each rank's few sequences.
         options = {"load_balancing_over": "global", "loss_group": dist.group.WORLD}
-        return options if self.expert_parallel == 1 else {**options, "ep_group": self.mesh["ep"], "dtensor": False}
+        return (
+            options
+            if self.expert_parallel == 1
+            else {**options, "ep_group": self.mesh["ep"], "dtensor": self.everyone is not None}
+        )
 
     def experts(self, settings: Settings) -> slice:
         """The experts of every layer that live here."""
@@ -77,11 +85,19 @@ class Ranks:
         """The model for training forwards, whose backward averages gradients."""
         if self.count == 1:
             return model
+        if self.everyone is not None:
+            fsdp.shard(model, self.everyone, self.mesh["replicas"] if self.expert_parallel > 1 else None)
+            return model
         replicas = self.mesh["replicas"].get_group() if self.count > self.expert_parallel else None
         # Buffers are constants, and need no broadcast in every forward; newer releases of torch call that otherwise.
         known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
         option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        return data_parallel(model, expert_replicas=replicas, **{option: False})
+        options: dict[str, Any] = {option: False}
+        return data_parallel(model, expert_replicas=replicas, **options)
+
+    def no_grad(self) -> AbstractContextManager[Any]:
+        """For forwards outside training; FSDP2 cannot train with what it gathered in inference mode."""
+        return torch.inference_mode() if self.everyone is None else torch.no_grad()
 
     def clip(self, model: nn.Module, max_norm: float) -> None:
         """Clip the gradient by its norm over all ranks."""
@@ -116,6 +132,8 @@ class Ranks:
 
     def merged(self, state: dict[str, Any], has_experts: bool) -> dict[str, Any]:
         """On rank 0 the state of the whole model and its optimizer, as of one process; nothing on the others."""
+        if self.everyone is not None:
+            return fsdp.whole(state, self.first)
         if not has_experts or self.expert_parallel == 1:
             return state if self.first else {}
         states: list[Any] = [None] * self.count
@@ -123,8 +141,11 @@ class Ranks:
         dist.gather_object(mine, states if self.first else None, dst=0, group=self.control)
         return merge_states(states[: self.expert_parallel]) if self.first else {}
 
-    def part(self, state: dict[str, Any], has_experts: bool) -> dict[str, Any]:
-        """This rank's part of what `merged` gave."""
+    def part(self, state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """This rank's part of what `merged` gave, for its model and optimizer."""
+        if self.everyone is not None:
+            return fsdp.parts(state, model, optimizer)
+        has_experts = any(map(is_expert_param, model.parameters()))
         if not has_experts or self.expert_parallel == 1:
             return state
         return split_state(state, self.expert_parallel)[self.rank % self.expert_parallel]
@@ -134,14 +155,20 @@ class Ranks:
         if self.count == 1:
             return list(program)
         start = ["torchrun", "--nproc-per-node", str(self.count), *program[1:]]
-        return [*start, "--expert-parallel", str(self.expert_parallel)]
+        start += ["--expert-parallel", str(self.expert_parallel)]
+        return start if self.everyone is None else [*start, "--parallel", "fsdp2"]
 
 
 ALONE = Ranks()
 
 
-def form(expert_parallel: int, device: torch.device) -> Ranks:
+def form(expert_parallel: int, device: torch.device, parallel: str = "ddp") -> Ranks:
     """The ranks of the process group that this process is in.
+
+    Args:
+        expert_parallel: W.
+        device: of this rank.
+        parallel: ``ddp`` or ``fsdp2``.
 
     Raises:
         UsageError: they cannot be divided.
@@ -153,11 +180,12 @@ def form(expert_parallel: int, device: torch.device) -> Ranks:
         return ALONE
     shape = (count // expert_parallel, expert_parallel)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicas", "ep"))
-    return Ranks(count, rank, expert_parallel, mesh, dist.new_group(backend="gloo"))
+    everyone = init_device_mesh(device.type, (count,), mesh_dim_names=("ranks",)) if parallel == "fsdp2" else None
+    return Ranks(count, rank, expert_parallel, mesh, everyone, dist.new_group(backend="gloo"))
 
 
 @contextmanager
-def join(expert_parallel: int, device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
+def join(expert_parallel: int, device: torch.device, parallel: str = "ddp") -> Iterator[tuple[Ranks, torch.device]]:
     """The ranks that torchrun started, and this one's device; this process alone without torchrun.
 
     Raises:
@@ -168,6 +196,8 @@ def join(expert_parallel: int, device: torch.device) -> Iterator[tuple[Ranks, to
             raise UsageError(
                 f"--expert-parallel {expert_parallel} needs as many ranks: torchrun --nproc-per-node {expert_parallel}"
             )
+        if parallel != "ddp":
+            raise UsageError(f"--parallel {parallel} needs several ranks: torchrun --nproc-per-node N")
         yield ALONE, device
         return
     if device.type == "cuda":
@@ -178,7 +208,7 @@ def join(expert_parallel: int, device: torch.device) -> Iterator[tuple[Ranks, to
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
     try:
-        yield form(expert_parallel, device), device
+        yield form(expert_parallel, device, parallel), device
     finally:
         dist.destroy_process_group()
 

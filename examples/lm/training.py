@@ -108,7 +108,7 @@ class Run:
         count = 0
         s = self.settings
         batches = held_out_batches(self.corpus, max_bytes=s.eval_bytes, batch=s.batch, seq_len=s.seq_len)
-        with torch.inference_mode():
+        with self.ranks.no_grad():
             for inputs, targets in batches:
                 rows, counted = self.ranks.rows(len(inputs))
                 loss = self._cross_entropy(self.model, inputs[rows], targets[rows])
@@ -141,7 +141,7 @@ class Run:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from what `state_dict` gave."""
         parts = {name: state[name] for name in ("model", "optimizer")}
-        parts = self.ranks.part(parts, bool(self.model.moe_layers))
+        parts = self.ranks.part(parts, self.model, self.optimizer)
         self.model.load_state_dict(parts["model"])
         self.optimizer.load_state_dict(parts["optimizer"])
         self.step, self.seconds = state["step"], state["seconds"]
