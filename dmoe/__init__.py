@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dmoe import functional, losses, metrics, ops, parallel
+from dmoe import checkpoint, functional, losses, metrics, ops, parallel
 from dmoe.config import MoEConfig
 from dmoe.experts import ExpertWeights
 from dmoe.info import info
@@ -26,6 +26,7 @@ __all__ = [
     "MoEConfig",
     "RoutingPlan",
     "aux_loss",
+    "checkpoint",
     "functional",
     "info",
     "is_expert_param",

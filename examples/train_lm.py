@@ -4,6 +4,7 @@
     python examples/train_lm.py                                  # on the Python standard library's own sources
     python examples/train_lm.py --data ~/notes --compare-dense   # on your text, next to a dense twin of equal FLOPs
     python examples/train_lm.py --resume                         # on from where Ctrl-C ended it
+    torchrun --nproc-per-node 4 examples/train_lm.py --expert-parallel 2   # the same on 4 ranks, 2 to a set of experts
 
 Read `lm/model.py` for the model, `lm/training.py` for the loop.
 """
@@ -12,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -20,12 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lm import checkpoint, report
+from lm import checkpoint, ranks, report
 from lm.data import load_corpus
 from lm.generate import generate
 from lm.model import count_parameters
+from lm.ranks import Ranks
 from lm.settings import Settings, UsageError
-from lm.training import Run, StopOnSignal, train
+from lm.stopping import StopOnSignal
+from lm.training import Run, train
 
 CHECKPOINT_SECONDS = 60.0  # a crash costs at most about this much work
 
@@ -35,9 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     options = parser.parse_args(arguments)
     try:
-        return _run(options)
+        with ranks.join(options.expert_parallel, _device(options.device), options.parallel) as (team, device):
+            return _run(options, team, device)
     except UsageError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")  # torchrun's; most often all ranks say the same
+        print(f"{'' if rank == '0' else f'[rank {rank}] '}{parser.prog}: error: {error}", file=sys.stderr)
         return 2
 
 
@@ -91,6 +98,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--minutes", type=float, metavar="X", help="lower --steps so that training, all models together, takes at most "
         "about this long on this machine",
     )  # fmt: skip
+    group.add_argument(
+        "--expert-parallel", type=int, default=1, metavar="W", help="under torchrun: ranks that the experts are spread "
+        "over; they divide the ranks there are, and all train on parts of one batch. Not part of a run: [1]",
+    )  # fmt: skip
+    group.add_argument("--parallel", choices=["ddp", "fsdp2"], default="ddp", help="under torchrun: what is whole on "
+                       "every rank, or cut over them [ddp]")  # fmt: skip
     group.add_argument("--out", type=Path, default=Path("runs/lm"), metavar="DIR", help="[runs/lm]")
     group.add_argument("--resume", action="store_true", help="go on with the run in --out, with the settings it has")
     group.add_argument("--overwrite", action="store_true", help="begin anew even where --out has an unfinished run")
@@ -100,8 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(options: argparse.Namespace) -> int:
-    device = _device(options.device)
+def _run(options: argparse.Namespace, team: Ranks, device: torch.device) -> int:
     given = {
         field.name: getattr(options, field.name) for field in dataclasses.fields(Settings) if field.name in options
     }
@@ -112,46 +124,57 @@ def _run(options: argparse.Namespace) -> int:
     else:
         saved = None
         settings = Settings(**given)
-        settings = dataclasses.replace(settings, dtype=_dtype(settings.dtype, device))
+        settings = dataclasses.replace(settings, dtype=team.agreed(_dtype(settings.dtype, device)))
         _refuse_to_lose_work(options)
+    ranks.check(settings, team)
     corpus = load_corpus(settings.data, settings.data_bytes, settings.seq_len)
-    print(f"text: {corpus.name}, {corpus.files} files, {len(corpus.train):,} bytes to train on, "
-          f"{len(corpus.held_out):,} held out")  # fmt: skip
+    team.say(f"text: {corpus.name}, {corpus.files} files, {len(corpus.train):,} bytes to train on, "
+             f"{len(corpus.held_out):,} held out")  # fmt: skip
+    if team.count > 1:
+        team.say(f"ranks: {team.count}, the experts of each layer over {team.expert_parallel} of them")
     names = ["moe", "dense"] if settings.compare_dense else ["moe"]
-    runs = [Run(name, settings, corpus, device) for name in names]
-    seconds = sum(run.warm_up(8 if options.minutes else 1) for run in runs)
+    runs = [Run(name, settings, corpus, device, team) for name in names]
+    seconds = team.agreed(sum(run.warm_up(8 if options.minutes else 1) for run in runs))
     if saved is not None:
         checkpoint.restore(saved, corpus, runs)
     elif options.minutes is not None:
-        settings = _fit_steps(settings, options.minutes, seconds)
+        settings = _fit_steps(settings, options.minutes, seconds, team)
         for run in runs:
             run.settings = settings
     for run in runs:
         sizes = count_parameters(run.model, settings)
-        print(f"{run.name:>5}: {sizes['total']:,} parameters, {sizes['active']:,} active for a byte")
+        team.say(f"{run.name:>5}: {sizes['total']:,} parameters, {sizes['active']:,} active for a byte")
     options.out.mkdir(parents=True, exist_ok=True)
     with StopOnSignal() as stop:
         last_saved = time.monotonic()
 
+        def signalled() -> int:
+            return team.highest(stop.signal or 0)  # one rank's wish is that of all, in the same step
+
         def on_turn() -> None:
             nonlocal last_saved
-            if time.monotonic() - last_saved >= CHECKPOINT_SECONDS:
+            if team.agreed(time.monotonic() - last_saved >= CHECKPOINT_SECONDS):
                 checkpoint.save(options.out, settings, corpus, runs)
                 last_saved = time.monotonic()
 
-        train(runs, on_turn, stop)
+        train(runs, on_turn, lambda: signalled() > 0)
         path = checkpoint.save(options.out, settings, corpus, runs)
-    if stop.signal is not None and any(run.step < settings.steps for run in runs):
+        number = signalled()
+    if number and any(run.step < settings.steps for run in runs):
         steps = ", ".join(f"{run.name} at step {run.step} of {settings.steps}" for run in runs)
-        again = shlex.join([sys.executable, sys.argv[0], "--out", str(options.out), "--resume"])
-        same = ", to the same bits," if device.type == "cpu" else ""  # attention's backward on a GPU adds in any order
-        print(f"\n{stop.signal.name}: saved {path} ({steps}).\nGo on{same} with:\n  {again}")
-        return 128 + stop.signal
-    _finish(options, report.summarise(settings, corpus, runs), runs[0])
+        again = shlex.join(team.command([sys.executable, sys.argv[0], "--out", str(options.out), "--resume"]))
+        # Attention's backward on a GPU adds in any order.
+        same = ", to the same bits," if device.type == "cpu" and team.count == 1 else ""
+        team.say(f"\n{signal.Signals(number).name}: saved {path} ({steps}).\nGo on{same} with:\n  {again}")
+        return 128 + number
+    if team.first:
+        _finish(options, report.summarise(settings, corpus, runs))
+    if options.generate is not None:
+        _speak(options, runs[0])
     return 0
 
 
-def _finish(options: argparse.Namespace, summary: dict[str, Any], run: Run) -> None:
+def _finish(options: argparse.Namespace, summary: dict[str, Any]) -> None:
     json_path, png_path = report.write(options.out, summary)
     print()
     for name, model in summary["models"].items():
@@ -161,10 +184,17 @@ def _finish(options: argparse.Namespace, summary: dict[str, Any], run: Run) -> N
     if "comparison" in summary:
         print(f"moe - dense: {summary['comparison']['held_out_bpb_moe_minus_dense']:+.4f} bits per byte")
     print(f"report: {png_path}  {json_path}")
-    if options.generate is not None:
+
+
+def _speak(options: argparse.Namespace, run: Run) -> None:
+    """All ranks run the model, as its experts may be anywhere; rank 0 prints."""
+    first = run.ranks.first
+    if first:
         print(f"\n{options.generate}", end="")
-        for piece in generate(run, options.generate):
+    for piece in generate(run, options.generate):
+        if first:
             print(piece, end="", flush=True)
+    if first:
         print()
 
 
@@ -215,14 +245,16 @@ def _refuse_to_lose_work(options: argparse.Namespace) -> None:
         )
 
 
-def _fit_steps(settings: Settings, minutes: float, seconds_per_step: float) -> Settings:
+def _fit_steps(settings: Settings, minutes: float, seconds_per_step: float, team: Ranks = ranks.ALONE) -> Settings:
     """Fewer steps if the wanted ones would take longer than ``minutes``."""
     if not minutes > 0:
         raise UsageError(f"--minutes must be positive, got {minutes}")
     fitting = max(1, int(60 * minutes / seconds_per_step))
     if fitting >= settings.steps:
         return settings
-    print(f"--minutes {minutes:g}: {fitting} steps instead of {settings.steps}, at {seconds_per_step:.2f} s for a step")
+    team.say(
+        f"--minutes {minutes:g}: {fitting} steps instead of {settings.steps}, at {seconds_per_step:.2f} s for a step"
+    )
     shrink = fitting / settings.steps
     return dataclasses.replace(
         settings,

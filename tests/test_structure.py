@@ -55,6 +55,7 @@ OUTSIDE: dict[str, set[str]] = {room: {"torch"} for room in MAY_IMPORT} | {
     "kernels": {"torch", "triton"},
     "ops": {"torch", "stk"},
     "compat": {"torch", "stk"},
+    "checkpoint": {"torch", "tqdm"},
     "tune": {"torch", "tqdm"},
 }
 

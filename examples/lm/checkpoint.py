@@ -20,7 +20,11 @@ FILE = "checkpoint.pt"
 
 
 def save(folder: Path, settings: Settings, corpus: Corpus, runs: Sequence[Run]) -> Path:
-    """Writes ``folder/checkpoint.pt`` so that a crash at any moment leaves the old file or the new one, whole."""
+    """Writes ``folder/checkpoint.pt`` so that a crash at any moment leaves the old file or the new one, whole.
+
+    All ranks call this; rank 0 writes, and the others wait until it has.
+    """
+    ranks = runs[0].ranks
     content = {
         "format": FORMAT,
         "settings": settings.to_dict(),
@@ -28,6 +32,14 @@ def save(folder: Path, settings: Settings, corpus: Corpus, runs: Sequence[Run]) 
         "runs": {run.name: run.state_dict() for run in runs},
     }
     target = folder / FILE
+    if ranks.first:
+        _write(content, target)
+    ranks.highest(0)
+    return target
+
+
+def _write(content: dict[str, Any], target: Path) -> None:
+    folder = target.parent
     descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=f".{FILE}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -38,7 +50,6 @@ def save(folder: Path, settings: Settings, corpus: Corpus, runs: Sequence[Run]) 
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    return target
 
 
 def load(folder: Path) -> dict[str, Any]:

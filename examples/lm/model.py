@@ -7,9 +7,12 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+import dmoe
 from dmoe import MoE
 
+from .ranks import ALONE, Ranks
 from .settings import Settings
 
 VOCABULARY = 256  # every byte is a token
@@ -69,7 +72,7 @@ class ByteLM(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, settings: Settings, *, dense: bool = False) -> None:
+    def __init__(self, settings: Settings, *, dense: bool = False, ranks: Ranks = ALONE) -> None:
         super().__init__()
         s = settings
 
@@ -84,6 +87,7 @@ class ByteLM(nn.Module):
                 gate_normalization=1.0,  # a token's gate weights sum to 1: the output is as large as one FFN's
                 num_moe_layers=s.layers,
                 load_balancing_coefficient=s.balance,
+                **ranks.moe_options(),
             )
 
         self.embedding = nn.Embedding(VOCABULARY, s.hidden)
@@ -93,12 +97,13 @@ class ByteLM(nn.Module):
         cos, sin = _rotary_table(s.seq_len, s.hidden // s.heads)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        self._initialise(s.layers)
+        self._initialise(s, ranks)
 
-    def _initialise(self, layers: int) -> None:
+    def _initialise(self, settings: Settings, ranks: Ranks) -> None:
         """One rule for both twins: normal, with the variance of 1 / inputs; what ends a residual branch starts small.
 
-        Experts hold their weights as ``nn.Linear`` does, inputs last, so the rule reads the same for them.
+        Experts hold their weights as ``nn.Linear`` does, inputs last, so the rule reads the same for them. Each rank
+        draws all of them and keeps its own: the values do not depend on how many ranks there are.
         """
         with torch.no_grad():
             for name, parameter in self.named_parameters():
@@ -106,8 +111,14 @@ class ByteLM(nn.Module):
                     continue
                 std = parameter.shape[-1] ** -0.5
                 if name.endswith(("attention.out.weight", "down_proj", "down_proj.weight")):
-                    std /= math.sqrt(2 * layers)
-                parameter.normal_(std=1.0 if parameter is self.embedding.weight else std)
+                    std /= math.sqrt(2 * settings.layers)
+                std = 1.0 if parameter is self.embedding.weight else std
+                if dmoe.is_expert_param(parameter):
+                    whole = torch.empty(settings.experts, *parameter.shape[1:]).normal_(std=std)
+                    here = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+                    here.copy_(whole[ranks.experts(settings)])
+                else:
+                    parameter.normal_(std=std)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """``(B, S)`` int64 bytes to ``(B, S, 256)`` logits; S is at most ``seq_len``."""
@@ -125,13 +136,21 @@ class ByteLM(nn.Module):
 
 
 def count_parameters(model: ByteLM, settings: Settings) -> dict[str, int]:
-    """Numbers of parameters: all, those that one token uses, and those of the FFNs and routers among the latter."""
-    total = sum(parameter.numel() for parameter in model.parameters())
+    """Numbers of parameters: all, those that one token uses, and those of the FFNs and routers among the latter.
+
+    On all ranks together: experts that live elsewhere count.
+    """
+
+    def size(parameter: Tensor) -> int:
+        here = parameter.shape[0] if dmoe.is_expert_param(parameter) else 1
+        return parameter.numel() // here * (settings.experts if dmoe.is_expert_param(parameter) else 1)
+
+    total = sum(map(size, model.parameters()))
     routers = experts = ffn = 0
     for module in model.modules():
         if isinstance(module, MoE):
-            weights = {name: parameter.numel() for name, parameter in module.named_parameters()}
-            router = sum(size for name, size in weights.items() if name.startswith("router"))
+            weights = {name: size(parameter) for name, parameter in module.named_parameters()}
+            router = sum(number for name, number in weights.items() if name.startswith("router"))
             routers += router
             experts += sum(weights.values()) - router
         elif isinstance(module, DenseFFN):

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import math
-import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 import dmoe
 
 from .data import Corpus, held_out_batches, training_batch
 from .model import ByteLM
+from .ranks import ALONE, Ranks
 from .settings import Settings, UsageError
 
 LOG_EVERY = 10  # steps between two looks at the loss; each makes the host wait for the device
@@ -30,15 +29,19 @@ FLOOR = 0.1  # the learning rate at the end, as a share of its peak
 class Run:
     """One model in training: its weights, its optimizer, the steps it has made, and what was measured on the way."""
 
-    def __init__(self, name: str, settings: Settings, corpus: Corpus, device: torch.device) -> None:
+    def __init__(
+        self, name: str, settings: Settings, corpus: Corpus, device: torch.device, ranks: Ranks = ALONE
+    ) -> None:
         self.name = name
+        self.ranks = ranks
         self.settings = settings
         self.corpus = corpus
         self.device = device
         _seed(settings.seed, "initialisation")
-        self.model = ByteLM(settings, dense=name == "dense").to(device)
+        self.model = ByteLM(settings, dense=name == "dense", ranks=ranks).to(device)
         if settings.compile:
             self.model.compile()
+        self.trained = ranks.wrap(self.model)
         self.optimizer = _optimizer(self.model, settings)
         self.step = 0
         self.seconds = 0.0
@@ -47,6 +50,7 @@ class Run:
         """One entry for each evaluation: step, seconds, held_out_bpb, train_bpb (of the steps since the last one)."""
         self.routing: list[dict[str, Any]] = []
         """One entry for each stretch of steps: step, load (layers, experts) relative to the mean, entropy (layers,)."""
+        # These are this rank's share; their sum over ranks is the measure of the batch.
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self._loss_steps = 0
         shape = (len(self.model.moe_layers), settings.experts)
@@ -80,21 +84,22 @@ class Run:
             stretch = min(target, first - first % LOG_EVERY + LOG_EVERY)
             while self.step < stretch and not should_stop():
                 self._train_step()
-            loss = float(self._loss_sum) / max(1, self._loss_steps)  # waits for the device
+            loss = float(self.ranks.sum(self._loss_sum)) / max(1, self._loss_steps)  # waits for the device
             self.seconds += self._clock() - start
             if not math.isfinite(loss):
                 raise UsageError(f"{self.name}: the loss is {loss} at step {self.step}. Lower --lr or --clip")
             self._show(bar, loss, self.step - first)
         if self.step == target and (not self.curve or self.curve[-1]["step"] < target):
-            bits = float(self._loss_sum) / self._loss_steps / math.log(2)
+            bits = float(self.ranks.sum(self._loss_sum)) / self._loss_steps / math.log(2)
             self._loss_sum.zero_()
             self._loss_steps = 0
             point = {"step": self.step, "seconds": self.seconds, "held_out_bpb": self.evaluate(), "train_bpb": bits}
             self.curve.append(point)
-            bar.write(
-                f"{self.name:>5}  step {self.step:5d}  {self.seconds:6.1f} s  "
-                f"held-out {point['held_out_bpb']:.4f}  train {bits:.4f} bits per byte"
-            )
+            if self.ranks.first:
+                bar.write(
+                    f"{self.name:>5}  step {self.step:5d}  {self.seconds:6.1f} s  "
+                    f"held-out {point['held_out_bpb']:.4f}  train {bits:.4f} bits per byte"
+                )
 
     def evaluate(self) -> float:
         """Bits per byte on the held-out text: the mean over its windows of -log2 p(next byte)."""
@@ -103,41 +108,49 @@ class Run:
         count = 0
         s = self.settings
         batches = held_out_batches(self.corpus, max_bytes=s.eval_bytes, batch=s.batch, seq_len=s.seq_len)
-        with torch.inference_mode():
+        with self.ranks.no_grad():
             for inputs, targets in batches:
-                nats += self._cross_entropy(inputs, targets) * targets.numel()
+                rows, counted = self.ranks.rows(len(inputs))
+                loss = self._cross_entropy(self.model, inputs[rows], targets[rows])
+                nats += loss * (counted * targets.shape[1])
                 count += targets.numel()
         self.model.train()
-        return float(nats) / count / math.log(2)
+        return float(self.ranks.sum(nats)) / count / math.log(2)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the rest of the run depends on. Batches and random numbers come from the seed and the step."""
+        """All that the rest of the run depends on. Batches and random numbers come from the seed and the step.
+
+        Rank 0's is that of the whole run, as one process has it; the other ranks have to ask for it, too.
+        """
+        parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            **self.ranks.merged(parts, bool(self.model.moe_layers)),
             "step": self.step,
             "seconds": self.seconds,
             "curve": self.curve,
             "routing": self.routing,
             "sums": {
-                "loss": self._loss_sum,
+                "loss": self.ranks.sum(self._loss_sum),
                 "loss_steps": self._loss_steps,
-                "load": self._load,
-                "entropy": self._entropy,
+                "load": self.ranks.sum(self._load),
+                "entropy": self.ranks.sum(self._entropy),
                 "routed_steps": self._routed_steps,
             },
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from what `state_dict` gave."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        parts = {name: state[name] for name in ("model", "optimizer")}
+        parts = self.ranks.part(parts, self.model, self.optimizer)
+        self.model.load_state_dict(parts["model"])
+        self.optimizer.load_state_dict(parts["optimizer"])
         self.step, self.seconds = state["step"], state["seconds"]
         self.curve, self.routing = list(state["curve"]), list(state["routing"])
         sums = state["sums"]
-        self._loss_sum.copy_(sums["loss"])
-        self._load.copy_(sums["load"])
-        self._entropy.copy_(sums["entropy"])
+        if self.ranks.first:
+            self._loss_sum.copy_(sums["loss"])
+            self._load.copy_(sums["load"])
+            self._entropy.copy_(sums["entropy"])
         self._loss_steps, self._routed_steps = sums["loss_steps"], sums["routed_steps"]
 
     def _train_step(self) -> None:
@@ -147,25 +160,27 @@ class Run:
         self._record_routing()
 
     def _update(self, step: int, rate: float) -> Tensor:
-        """Moves the weights by the batch of ``step``; returns its cross-entropy in nats, detached."""
+        """Moves the weights by the batch of ``step``; returns this rank's share of its cross-entropy, in nats."""
         s = self.settings
         # Whatever a layer draws in this step depends on the step alone: not on a resume, nor on the other model.
         _seed(s.seed, f"step {step}")
         inputs, targets = training_batch(self.corpus, seed=s.seed, step=step, batch=s.batch, seq_len=s.seq_len)
-        task_loss = self._cross_entropy(inputs, targets)
-        loss = task_loss + dmoe.aux_loss(self.model) if self.model.moe_layers else task_loss
+        rows, counted = self.ranks.rows(s.batch)
+        task_loss = self._cross_entropy(self.trained, inputs[rows], targets[rows]) * (counted / s.batch)
+        loss = task_loss * self.ranks.count  # the ranks' gradients are averaged, and these are to be added
+        loss = loss + dmoe.aux_loss(self.model) if self.model.moe_layers else loss
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), s.clip)
+        self.ranks.clip(self.model, s.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return task_loss.detach()
 
-    def _cross_entropy(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def _cross_entropy(self, model: torch.nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         inputs, targets = self._to_device(inputs), self._to_device(targets)
         with self._autocast():
-            logits = self.model(inputs)
+            logits = model(inputs)
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
     def _to_device(self, tensor: Tensor) -> Tensor:
@@ -183,16 +198,17 @@ class Run:
         layers = self.model.moe_layers
         if not layers:
             return
+        share = self.ranks.rows(self.settings.batch)[1] / self.settings.batch
         for index, layer in enumerate(layers):
             metrics = layer.last_metrics
             if metrics is None:
                 raise RuntimeError(f"layer {index} kept no metrics of a training step")
             self._load[index] += metrics.tokens_per_expert
-            self._entropy[index] += metrics.entropy
+            self._entropy[index] += metrics.entropy * share
         self._routed_steps += 1
         if self._routed_steps == self.routing_every:
-            load = self._load / self._load.sum(dim=1, keepdim=True) * self.settings.experts
-            entropy = self._entropy / self._routed_steps
+            load, entropy = self.ranks.sum(self._load), self.ranks.sum(self._entropy) / self._routed_steps
+            load = load / load.sum(dim=1, keepdim=True) * self.settings.experts
             self.routing.append({"step": self.step, "load": load.tolist(), "entropy": entropy.tolist()})
             self._load.zero_()
             self._entropy.zero_()
@@ -207,6 +223,7 @@ class Run:
         layers = self.model.moe_layers
         if layers and layers[0].last_metrics is not None:
             loads = torch.stack([layer.last_metrics.tokens_per_expert for layer in layers if layer.last_metrics])
+            loads = self.ranks.sum(loads)
             shown["busiest expert"] = f"{float((loads.amax(dim=1) / loads.float().mean(dim=1)).max()):.1f}x mean"
         bar.set_description(f"{self.name:>5}", refresh=False)
         bar.set_postfix(shown, refresh=False)
@@ -226,11 +243,14 @@ def train(runs: Sequence[Run], on_turn: Callable[[], None], should_stop: Callabl
     Args:
         runs: at equal or neighbouring turns, as a checkpoint may have left them.
         on_turn: called after each turn of all runs, when they stand at the same step.
-        should_stop: asked between steps; true ends the training early.
+        should_stop: asked between steps, on all ranks alike; true ends the training early.
     """
     s = runs[0].settings
     done = sum(run.step for run in runs)
-    with tqdm(total=s.steps * len(runs), initial=done, unit="step", dynamic_ncols=True, mininterval=0.5) as bar:
+    silent = not runs[0].ranks.first
+    with tqdm(
+        total=s.steps * len(runs), initial=done, unit="step", dynamic_ncols=True, mininterval=0.5, disable=silent
+    ) as bar:
         target = min(run.step for run in runs)
         while target < s.steps or any(not run.curve or run.curve[-1]["step"] < s.steps for run in runs):
             target = min(s.steps, target - target % s.eval_every + s.eval_every)
@@ -249,39 +269,6 @@ def learning_rate(step: int, settings: Settings) -> float:
         return s.lr * (step + 1) / warmup
     progress = (step - warmup) / max(1, s.steps - warmup)
     return s.lr * (FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * progress)) / 2)
-
-
-class StopOnSignal:
-    """Turns Ctrl-C and SIGTERM into a wish to stop, which the training loop grants between two steps.
-
-    A second signal ends the process at once, as it would have without this.
-    """
-
-    def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> StopOnSignal:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._restore()
-
-    def __call__(self) -> bool:
-        """Whether a signal came."""
-        return self.signal is not None
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number)
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, previous in self._previous.items():
-            signal.signal(number, previous)
 
 
 def _optimizer(model: ByteLM, settings: Settings) -> torch.optim.AdamW:

@@ -1,0 +1,18 @@
+"""Plain checkpoint files of expert-parallel ranks: merged into one, split, looked at.
+
+    python -m dmoe.checkpoint merge whole.pt rank0.pt rank1.pt
+    python -m dmoe.checkpoint split whole.pt 4 rank{rank}.pt
+    python -m dmoe.checkpoint inspect rank*.pt
+
+Files are ``torch.save``'s, of a model's ``state_dict()`` or of dicts and lists around it, with optimizers' states. With
+``MoE(ep_group=...)`` each rank's holds E / W experts of each layer, and everything else alike; the merged one is that
+of the same model in one process. Parameters that are DTensors are the business of ``torch.distributed.checkpoint``.
+"""
+
+from __future__ import annotations
+
+from dmoe.checkpoint.files import read_file, write_file
+from dmoe.checkpoint.inspection import LayerPart, inspect_state
+from dmoe.checkpoint.states import merge_states, split_state
+
+__all__ = ["LayerPart", "inspect_state", "merge_states", "read_file", "split_state", "write_file"]

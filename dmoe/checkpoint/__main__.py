@@ -1,0 +1,165 @@
+"""``python -m dmoe.checkpoint merge|split|inspect``; see the package for what the files hold."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import dmoe.checkpoint
+from dmoe.checkpoint.files import in_rank_order, read_file, refuse_existing, write_file
+from dmoe.checkpoint.inspection import inspect_state, report
+from dmoe.checkpoint.slots import Widths
+from dmoe.checkpoint.states import Cut, merge_states
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the program; returns its exit status: 0, or 2 for what the user can put right."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except (OSError, ValueError, TypeError) as error:
+        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        print(f"{parser.prog}: error: {text}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dmoe.checkpoint",
+        description=dmoe.checkpoint.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="merge|split|inspect")
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], help: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=help, description=help)
+        added.set_defaults(run=run)
+        return added
+
+    def sharing(added: argparse.ArgumentParser) -> None:
+        added.add_argument(
+            "--shards",
+            type=int,
+            default=1,
+            metavar="S",
+            help="every S consecutive ranks hold slices along F of the same experts [1]",
+        )
+        added.add_argument(
+            "--widths",
+            action="append",
+            default=[],
+            metavar="[LAYER=]F,F,...",
+            help="F of every expert, where they differ; for one layer: blocks.0.ffn.experts=F,F,...; may be repeated",
+        )
+        added.add_argument("--overwrite", action="store_true", help="replace files that exist")
+
+    merge = command("merge", _merge, "One file for one process from those of all ranks.")
+    merge.add_argument("out", metavar="OUT")
+    merge.add_argument("files", nargs="+", metavar="FILE")
+    merge.add_argument(
+        "--ignore",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="what may differ between ranks, as 'rng*' or 'model/step'; the first rank's is kept; may be repeated",
+    )
+    _as_given(merge)
+    sharing(merge)
+    split = command("split", _split, "A file for each of W ranks from that of one process.")
+    split.add_argument("file", metavar="IN")
+    split.add_argument("ranks", type=int, metavar="W", help="files to write, shards included")
+    split.add_argument("pattern", metavar="OUT_PATTERN", help="with {rank} in it, as part-{rank}.pt")
+    sharing(split)
+    inspect = command("inspect", _inspect, "What experts are in files, and which rank holds which.")
+    inspect.add_argument("files", nargs="+", metavar="FILE")
+    _as_given(inspect)
+    return parser
+
+
+def _as_given(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--as-given",
+        action="store_true",
+        help="the files are in the order of the ranks [by the number in their names, if they differ in it alone]",
+    )
+
+
+def _merge(options: argparse.Namespace) -> None:
+    files = _ordered(options)
+    out = Path(options.out)
+    if os.path.realpath(out) in map(os.path.realpath, files):
+        raise ValueError(f"merge: {out}: expected another file to write than those to read")
+    refuse_existing([out], options.overwrite)
+    widths = _widths(options.widths)
+    states = [read_file(file) for file in files]
+    whole = merge_states(
+        states, shards=options.shards, widths=widths, ignore=options.ignore, progress=_bar("merging", "tensor")
+    )
+    write_file(out, whole, overwrite=options.overwrite)
+    print(f"{out}: merged {', '.join(files)}, as ranks 0 to {len(files) - 1}")
+
+
+def _split(options: argparse.Namespace) -> None:
+    if "{rank}" not in options.pattern:
+        raise ValueError(f"split: OUT_PATTERN: expected {{rank}} in it, got {options.pattern}")
+    outs = [Path(options.pattern.replace("{rank}", str(rank))) for rank in range(max(0, options.ranks))]
+    if os.path.realpath(options.file) in map(os.path.realpath, outs):
+        raise ValueError(f"split: {options.pattern}: expected other files to write than the one to read")
+    refuse_existing(outs, options.overwrite)
+    cut = Cut(read_file(options.file), options.ranks, shards=options.shards, widths=_widths(options.widths))
+    for rank in _bar("writing", "file")(range(options.ranks), options.ranks):
+        write_file(outs[rank], cut.part(rank), overwrite=options.overwrite)
+    print(f"{', '.join(map(str, outs))}: split {options.file}")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    files = _ordered(options)
+    found = []
+    for file in files:
+        parts = inspect_state(read_file(file))
+        if not parts:
+            raise ValueError(f"inspect: {file}: expected a checkpoint with MoE layers, got none of their parameters")
+        found.append(parts)
+    print(report(files, found))
+
+
+def _ordered(options: argparse.Namespace) -> list[str]:
+    return list(options.files) if options.as_given else in_rank_order(options.files)
+
+
+def _widths(given: Sequence[str]) -> Widths:
+    """One list for all layers, or lists by layer."""
+    by_layer: dict[str, list[int]] = {}
+    for text in given:
+        layer, _, numbers = text.rpartition("=")
+        try:
+            by_layer[layer] = [int(number) for number in numbers.split(",")]
+        except ValueError:
+            raise ValueError(f"--widths: expected [LAYER=]F,F,... with integers, got {text}") from None
+    if "" in by_layer and len(given) > 1:
+        raise ValueError(f"--widths: expected one list for all layers, or LAYER= before each, got {' '.join(given)}")
+    return by_layer.get("", by_layer or None)
+
+
+def _bar(name: str, unit: str) -> Callable[[Iterable[Any], int], Iterable[Any]]:
+    """A progress bar on a terminal, where tqdm is installed."""
+
+    def wrap(items: Iterable[Any], total: int) -> Iterable[Any]:
+        try:
+            from tqdm import tqdm
+        except ImportError:  # a courtesy
+            return items
+        return tqdm(items, desc=name, total=total, unit=unit, disable=None, leave=False)
+
+    return wrap
+
+
+if __name__ == "__main__":
+    sys.exit(main())
