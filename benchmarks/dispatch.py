@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from _ep_bytes import Wire, copies_closed_form, counted_rows
 from _ep_movement import CONTESTANTS, HAS_WIRE_DTYPE, Case, Rank
-from _ep_ranks import RankFailed, Ranks
+from _ep_ranks import RankFailedError, Ranks
 from _harness import (
     COLOURS,
     CheckError,
@@ -204,12 +204,12 @@ def report(results: list[dict[str, Any]], env: dict[str, Any], name: str) -> str
         f"![speed over the naive all-to-all]({name}.png)",
         f"E = {EXPERTS} experts, float32, T tokens on each rank, one machine: gloo's TCP over the loopback device. The "
         "naive all-to-all sends one row for each choice of each token, as MegaBlocks does, in plain PyTorch; `naive, "
-        "dmoe's gathers` is the same with dmoe's gather and weighted sum, so that the rows on the wire are what is left "
-        "to differ. Before timing, outputs and all gradients agreed in float64 within a relative norm of 1e-12.",
+        "dmoe's gathers` is the same with dmoe's gather and weighted sum, so that the rows on the wire are what is "
+        "left to differ. Before timing, outputs and all gradients agreed in float64 within a relative norm of 1e-12.",
         "## Bytes",
         "10^6 bytes that one rank sends to others in a forward (rows, their choices, results, counts), mean over the "
-        "ranks. On the wire, in the dispatcher's metrics and as `_ep_bytes.py` predicts: the same number on every rank, "
-        "else there is no report. Copies: rows of one token, that to its own rank included; the closed form holds for "
+        "ranks. On the wire, in the dispatcher's metrics and as `_ep_bytes.py` predicts: the same number on every "
+        "rank, else there is no report. Copies: rows of one token, that to its own rank included; the closed form holds for "
         "the uniform routing.",
         _bytes(movement),
     ]
@@ -221,10 +221,16 @@ def report(results: list[dict[str, Any]], env: dict[str, Any], name: str) -> str
         f"{env['cores']} cores carry all ranks and both ends of every connection, and other programs ran beside: "
         "believe the ratios rather than the times."
     )
-    for title, entries in (("Movement alone", movement), ("With experts of width F", layers)):
+    what = {
+        "Movement alone": "An expert scales its rows. The naive all-to-all brings a row for each choice, so it scales "
+        "K rows for a token; dmoe scales a row once with the sum over its local experts.",
+        "With experts of width F": "Gated experts, F = 256, by the same grouped products for all: what dmoe saved on "
+        "the wire it now expands on arrival.",
+    }
+    for (title, meaning), entries in zip(what.items(), (movement, layers), strict=True):
         if entries:
-            parts += [f"## {title}", notes, _times(entries), _aims(entries)]
-            notes = "As above."
+            parts += [f"## {title}", f"{meaning} {notes}", _times(entries), _aims(entries)]
+            notes = "Figures as above."
     return "\n\n".join(parts) + "\n"
 
 
@@ -280,24 +286,18 @@ def write_csv(results: list[dict[str, Any]], path: Path) -> None:
     """One line for each case and contestant."""
     with path.open("w", newline="") as file:
         out = csv.writer(file, lineterminator="\n")
-        out.writerow(
-            "ranks tokens hidden ffn experts top_k routing contestant bytes_forward bytes_backward copies "
-            "copies_closed_form forward_s forward_backward_s speed_over_naive p10 p90 rounds".split()
-        )
+        keys = ["ranks", "tokens", "hidden", "ffn", "experts", "top_k", "routing"]
+        sizes = ["bytes_forward", "bytes_backward", "copies", "copies_closed_form"]
+        times = ["forward_s", "forward_backward_s", "speed_over_naive", "p10", "p90", "rounds"]
+        out.writerow([*keys, "contestant", *sizes, *times])
         for entry in results:
             case = entry["case"]
-            for name, times in entry["timings"].items():
+            for name, seconds in entry["timings"].items():
                 ratio = entry["ratios"][name]["forward + backward"]
                 copies = entry["copies"]["naive" if "naive" in name else "measured"]
-                keys = ("ranks", "tokens", "hidden", "ffn", "experts", "top_k", "routing")
                 sent = (round(1e6 * megabytes(entry, name, phase)) for phase in ("forward", "backward"))
-                figures = (
-                    times["forward"].median,
-                    times["forward + backward"].median,
-                    ratio.median,
-                    ratio.p10,
-                    ratio.p90,
-                )
+                medians = (seconds["forward"].median, seconds["forward + backward"].median)
+                figures = (*medians, ratio.median, ratio.p10, ratio.p90)
                 expected = entry["copies"]["closed form"]
                 line = [*(case[key] for key in keys), name, *sent, f"{copies:.4f}", f"{expected:.4f}"]
                 out.writerow([*line, *(f"{figure:.5g}" for figure in figures), ratio.rounds])
@@ -337,5 +337,5 @@ def plot(results: list[dict[str, Any]], env: dict[str, Any], path: Path) -> None
 if __name__ == "__main__":
     try:
         main()
-    except (CheckError, RankFailed) as error:
+    except (CheckError, RankFailedError) as error:
         raise SystemExit(f"nothing is reported: {error}") from error
