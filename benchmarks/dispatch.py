@@ -209,8 +209,8 @@ def report(results: list[dict[str, Any]], env: dict[str, Any], name: str) -> str
         "## Bytes",
         "10^6 bytes that one rank sends to others in a forward (rows, their choices, results, counts), mean over the "
         "ranks. On the wire, in the dispatcher's metrics and as `_ep_bytes.py` predicts: the same number on every "
-        "rank, else there is no report. Copies: rows of one token, that to its own rank included; the closed form holds for "
-        "the uniform routing.",
+        "rank, else there is no report. Copies: rows of one token, that to its own rank included; the closed form "
+        "holds for the uniform routing.",
         _bytes(movement),
     ]
     if not HAS_WIRE_DTYPE:
