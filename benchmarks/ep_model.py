@@ -1,7 +1,7 @@
 """How many bytes and milliseconds does expert parallelism cost on 8 to 4,096 GPUs? A model, no measurement.
 
     python benchmarks/ep_model.py [--gpus 8,64,4096] [--tokens 4096,128] [--routings uniform,zipf:0.5]
-    python benchmarks/ep_model.py --recorded ids.pt --experts 64   # torch.save([rank 0's expert_indices, ...], "ids.pt")
+    python benchmarks/ep_model.py --recorded ids.pt --experts 64   # torch.save([ids of rank 0, ...], "ids.pt")
     python benchmarks/ep_model.py --links mine.json                # a copy of ep_links.json with other figures
 
 **Rows.** A token goes once to each rank that holds any of its experts (deduplicated), or once for each of its K choices
@@ -320,11 +320,11 @@ def report(results: Sequence[dict[str, Any]], machine: Machine, about: dict[str,
     parts = [
         "# What expert parallelism costs on more GPUs than one has",
         f"A model, not a measurement: `ep_model.py`, whose docstring has the formulas; {versions}; {about['date']}. "
-        "Its rows and bytes are what the dispatcher sends, checked byte for byte on 2 and 4 gloo ranks; its seconds follow "
-        "from the link table and nothing else.",
+        "Its rows and bytes are what the dispatcher sends, checked byte for byte on 2 and 4 gloo ranks; its seconds "
+        "follow from the link table and nothing else.",
         f"![milliseconds over GPUs]({name}.png)",
-        f"One layer's forward: H = {first['hidden']}, F = {first['ffn']}, K = {first['top_k']}, {first['shared']} shared "
-        f"experts. Nodes of {machine.node}; "
+        f"One layer's forward: H = {first['hidden']}, F = {first['ffn']}, K = {first['top_k']}, {first['shared']} "
+        f"shared experts. Nodes of {machine.node}; "
         + "; ".join(
             f"{link.name} {link.bandwidth / 1e9:g} GB/s each way, {link.latency * 1e6:g} us a message"
             for link in (machine.inside, machine.between)
