@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -37,6 +38,32 @@ def moved(group, choices_by_rank, num_experts, hidden, dtype, options):
             y.sum().backward()
         found |= {"naive_forward": forward, "naive_backward": wire.bytes_sent - forward}
     return found
+
+
+def moved_in_two_levels(group, choices_by_rank, num_experts, hidden, size):
+    """Bytes by hop over nodes of ``size`` ranks, counts apart: on the wire by group, and in the metrics."""
+    from dmoe.parallel import TwoLevel
+
+    world, me = dist.get_world_size(group), dist.get_rank(group)
+    inner = [dist.new_group(list(range(n, n + size))) for n in range(0, world, size)]
+    outer = [dist.new_group(list(range(place, world, size))) for place in range(size)]
+    two_level = TwoLevel(inner=inner[me // size], outer=outer[me % size])
+    kinds = {two_level.inner: "inside", two_level.outer: "between"}
+    sent, real = {"inside": 0, "between": 0, "calls": 0}, dist.all_to_all_single
+
+    def counting(output, input, output_splits=None, input_splits=None, group=None, async_op=False):
+        if input.dtype == torch.uint8:  # rows travel as bytes, counts as integers
+            splits = input_splits or [input.shape[0] // dist.get_world_size(group)] * dist.get_world_size(group)
+            sent[kinds[group]] += input.shape[1] * (sum(splits) - splits[dist.get_rank(group)])
+            sent["calls"] += 1
+        return real(output, input, output_splits, input_splits, group=group, async_op=async_op)
+
+    ids = choices_by_rank[me]
+    dispatcher = AllToAllDispatcher(group, num_experts, two_level=two_level)
+    with patch.object(dist, "all_to_all_single", counting):
+        arrived = dispatcher.dispatch(torch.randn(len(ids), hidden), ids, torch.rand(ids.shape))
+        dispatcher.combine(arrived.x, arrived)
+    return sent, arrived.traffic
 
 
 class Fragile:

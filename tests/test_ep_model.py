@@ -111,6 +111,22 @@ def test_predicted_bytes_with_more_ranks_than_experts(ranks):
     assert [of_rank["naive_metrics"] for of_rank in found] == naive.forward(naive_rows).tolist()
 
 
+@pytest.mark.skipif(not hasattr(dmoe.parallel, "TwoLevel"), reason="there is no two-level dispatch here")
+@pytest.mark.parametrize("kind", ["uniform", "one rank", "idle"])
+def test_predicted_bytes_of_two_levels(ranks, kind):
+    choices = routing(kind, 4, 8)
+    phases = links.two_level(rows_and_bytes.counted_rows(choices, 8), 2)
+    wire = rows_and_bytes.Wire.deduplicated(H, K, "fp32")
+    found = ranks.run(jobs.moved_in_two_levels, choices, 8, H, 2)
+    for rank, (sent, traffic) in enumerate(found):
+        for name, phase, hop in zip(("inside", "between"), phases, traffic.hops, strict=True):
+            there, back = (int(getattr(phase, f"{name}_{way}")[rank]) for way in ("sent", "received"))
+            assert (hop.rows_there, hop.rows_back) == (there, back)
+            assert sent[name] == there * (wire.row + wire.choices) + back * wire.result
+            assert hop.others == phase.inside_messages + phase.between_messages
+        assert traffic.bytes_sent - traffic.count_bytes == sent["inside"] + sent["between"]
+
+
 # ------------------------------------------------------------------------------------------------------- rows
 
 
