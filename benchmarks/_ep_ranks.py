@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import wait
 from typing import Any
+from unittest.mock import patch
 
 from _workers import _serve
 
@@ -24,9 +26,18 @@ class Ranks:
         world: ranks.
         threads: PyTorch's threads in each.
         limit: seconds in which a call has to answer.
+        environment: variables of the new processes, beside those of this one.
     """
 
-    def __init__(self, factory: Callable[..., Any], world: int, *, threads: int, limit: float) -> None:
+    def __init__(
+        self,
+        factory: Callable[..., Any],
+        world: int,
+        *,
+        threads: int,
+        limit: float,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self._folder, self._limit = tempfile.TemporaryDirectory(), limit
         self._pipes, self._processes = [], []
         context = multiprocessing.get_context("spawn")
@@ -34,7 +45,8 @@ class Ranks:
             here, there = context.Pipe()
             arguments = (there, factory, (rank, world, self._folder.name), threads)
             process = context.Process(target=_serve, args=arguments, daemon=True)
-            process.start()
+            with patch.dict(os.environ, environment or {}):
+                process.start()
             there.close()
             self._pipes.append(here)
             self._processes.append(process)
