@@ -443,7 +443,7 @@ def plot(results: Sequence[dict[str, Any]], machine: Machine, path: Path) -> Non
         ends_of.append(ends)
     axes[0].set_ylabel("ms of one layer's forward: counts, dispatch, combine")
     figure.suptitle(f"A model of expert parallelism: {machine.name}, nodes of {machine.node}", x=0.07, ha="left")
-    figure.subplots_adjust(wspace=0.5, top=0.86)
+    figure.subplots_adjust(wspace=0.6, top=0.86)
     figure.canvas.draw()
     for axis, ends in zip(axes, ends_of, strict=True):
         label_lines(axis, ends, gap=0.05)

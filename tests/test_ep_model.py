@@ -377,8 +377,8 @@ def test_the_benchmark_refuses_bytes_that_differ():
 
 
 def test_a_rank_that_fails_is_named():
-    for method, message in (("raises_on", "rank 1 of 2: .*no such tokens"), ("ends_on", "rank 1 of 2: .*exit code 3")):
-        with Ranks(jobs.Fragile, 2, threads=1, limit=60) as both:
-            assert both.call("fine") == [(0, 2), (1, 2)]
+    with Ranks(jobs.Fragile, 2, threads=1, limit=60) as both:
+        assert both.call("fine") == [(0, 2), (1, 2)]
+        for method, message in (("raises_on", "rank 1 of 2: .*no such tokens"), ("ends_on", "rank 1 of 2: .*code 3")):
             with pytest.raises(RankFailedError, match=rf"(?s){method} failed:\n{message}"):
                 both.call(method, 1)
