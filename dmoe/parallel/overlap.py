@@ -89,7 +89,8 @@ def run_overlapped(
     Args:
         dispatcher: of all experts.
         experts: ``experts(chunk, arrived)`` computes ``(R', H)`` with the rank's experts ``chunk_of(...)``; the plan in
-            ``arrived`` is over these alone.
+            ``arrived`` is over these alone. Cut weights with ``torch.chunk``: its backward joins the chunks' gradients
+            once, where that of slices writes all of the weight for each.
         x, expert_indices, gate_weights, plan: as :meth:`AllToAllDispatcher.dispatch` takes them.
         degree: the number of chunks, a divisor of the experts of each rank. 1 does not overlap.
 
