@@ -67,8 +67,8 @@ def choices_in_chunk(choices: Tensor, num_experts: int, num_local_experts: int, 
     """
     each = num_local_experts // degree
     rank, local = choices // num_local_experts, choices % num_local_experts
-    here = (local // each == chunk) & (choices < num_experts)
-    return torch.where(here, rank * each + local % each, num_experts // degree)
+    # E is the first expert of a rank behind the last one, and so it is after the renumbering.
+    return torch.where(local // each == chunk, rank * each + local % each, num_experts // degree)
 
 
 def run_overlapped(
