@@ -7,7 +7,14 @@ from dmoe.config import MoEConfig
 from dmoe.experts import ExpertWeights
 from dmoe.info import info
 from dmoe.layer import MoE
-from dmoe.model_tools import aux_loss, is_expert_param, moe_layers, set_aux_loss_scale, update_selection_bias
+from dmoe.model_tools import (
+    aux_loss,
+    is_expert_param,
+    moe_layers,
+    reduce_metrics,
+    set_aux_loss_scale,
+    update_selection_bias,
+)
 from dmoe.plan import RoutingPlan, plan_expert_choice, plan_token_choice
 from dmoe.replace import replace_ffn
 
@@ -29,6 +36,7 @@ __all__ = [
     "parallel",
     "plan_expert_choice",
     "plan_token_choice",
+    "reduce_metrics",
     "replace_ffn",
     "set_aux_loss_scale",
     "update_selection_bias",

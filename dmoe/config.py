@@ -71,6 +71,9 @@ class MoEConfig:
     Losses
         load_balancing_coefficient, router_z_loss_coefficient: factors of the two losses; 0 switches one off.
         load_balancing_choices: count all K choices (``all``) or only the ``first`` (GShard, fairseq).
+        load_balancing_over: what is to be balanced: the ``local`` batch of a rank (Switch, GShard); each ``sequence``,
+            the last of x's leading dimensions (DeepSeek-V3); or the ``global`` batch of all ranks of the layer's
+            ``loss_group`` (Megatron-Core's ``global_aux_loss``), whose counts are summed without the host waiting.
         aux_loss: ``explicit``: the caller adds ``dmoe.aux_loss(model)`` to the task's loss; ``attached``: the gradient
             joins at the layer's output, for training loops that cannot be edited.
         num_moe_layers: the losses are divided by this, so the coefficient means the same at any depth (MegaBlocks).
@@ -92,6 +95,11 @@ class MoEConfig:
         max_rows_received: the static mode, without any wait of the host: the most token rows that a rank receives,
             ``ceil(max_rows_received / W)`` from each rank. What is beyond is dropped and counted, see
             :class:`dmoe.parallel.AllToAllDispatcher`. None: as many as there are.
+        wire_dtype: ``fp8`` or ``int8``: tokens travel to their experts as one byte per number and a float32 scale per
+            row; results come back in their own dtype. None: so do the tokens.
+        wire_backward: the tokens' gradients travel like that, too.
+        overlap_degree: into how many chunks each rank's experts are cut, of which one computes while the next one's
+            tokens travel. A token that chose experts of several chunks on one rank travels there once for each.
     """
 
     hidden_size: int
@@ -136,6 +144,7 @@ class MoEConfig:
     load_balancing_coefficient: float = 0.01
     router_z_loss_coefficient: float = 0.0
     load_balancing_choices: Literal["all", "first"] = "all"
+    load_balancing_over: Literal["local", "sequence", "global"] = "local"
     aux_loss: Literal["explicit", "attached"] = "explicit"
     num_moe_layers: int = 1
 
@@ -145,6 +154,9 @@ class MoEConfig:
 
     expert_grad_scale: Literal["mean", "sum", "sqrt_world_size"] = "mean"
     max_rows_received: int | None = None
+    wire_dtype: Literal["fp8", "int8"] | None = None
+    wire_backward: bool = False
+    overlap_degree: int = 1
 
     def __post_init__(self) -> None:
         if isinstance(self.ffn_hidden_size, Sequence) and not isinstance(self.ffn_hidden_size, str):
@@ -201,7 +213,7 @@ class MoEConfig:
                 self._require(integer or (value is None and hint is not int), field.name, "an integer")
 
     def _check_experts(self) -> None:
-        for name in ("hidden_size", "num_experts", "top_k", "num_moe_layers", "num_groups"):
+        for name in ("hidden_size", "num_experts", "top_k", "num_moe_layers", "num_groups", "overlap_degree"):
             self._require(getattr(self, name) >= 1, name, "at least 1")
         if isinstance(self.ffn_hidden_size, tuple):
             whole = all(
@@ -287,6 +299,9 @@ class MoEConfig:
         self._require(self.min_capacity >= 0, "min_capacity", "at least 0")
         bound = self.max_rows_received
         self._require(bound is None or bound >= 0, "max_rows_received", "at least 0, or None")
+        self._require(
+            not self.wire_backward or self.wire_dtype is not None, "wire_backward", "False without wire_dtype"
+        )
         for name in ("load_balancing_coefficient", "router_z_loss_coefficient", "selection_bias_update_rate"):
             self._require(0 <= getattr(self, name) < math.inf, name, "at least 0")
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.config import Activation, GateWeightOn, MoEConfig
+from dmoe.expert_slice import ExpertSlice, local_part, scaled
 from dmoe.ops._checks import check_tensors
 from dmoe.ops._library import has_triton
 from dmoe.ops.activation import accumulate_dtype
@@ -18,6 +19,8 @@ from dmoe.ops.block_sparse_mlp import block_sparse_mlp
 from dmoe.ops.moe_mlp import has_tangent, moe_mlp
 from dmoe.ops.philox import draw_seed
 from dmoe.plan import RoutingPlan, device_tile_rows, plan_token_choice
+
+_F_DIM = {"up_proj": -2, "up_bias": -1, "down_proj": -1, "down_bias": None}  # which of an expert's dimensions is F
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,24 @@ class ExpertWeights:
     def hidden_size(self) -> int:
         """H."""
         return self.up_proj.shape[-1]
+
+    def part(self, experts: slice) -> ExpertWeights:
+        """Consecutive experts of these: views, but for experts of different widths."""
+        if not self.ffn_sizes:
+            cut: dict[str, Any] = {n: None if (t := getattr(self, n)) is None else t[experts] for n in _F_DIM}
+            return replace(self, **cut)
+        first, last, _ = experts.indices(len(self.ffn_sizes))
+        start, length = sum(self.ffn_sizes[:first]), sum(self.ffn_sizes[first:last])
+        down_bias = None if self.down_bias is None else self.down_bias[experts]
+        up_bias = None if self.up_bias is None else self.up_bias.narrow(-1, start, length).contiguous()
+        return replace(
+            self,
+            up_proj=self.up_proj.narrow(-2, start, length).contiguous(),
+            down_proj=self.down_proj.narrow(-1, start, length).contiguous(),
+            up_bias=up_bias,
+            down_bias=down_bias,
+            ffn_sizes=self.ffn_sizes[first:last],
+        )
 
 
 def run_experts(
@@ -272,27 +293,6 @@ def _check(x: Tensor, plan: RoutingPlan, gate_weights: Tensor, weights: ExpertWe
         )
 
 
-class _ScaledGradient(torch.autograd.Function):
-    """Identity whose backward multiplies by a number: on the weights, so that no other gradient is scaled."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, scale: float) -> Tensor:
-        ctx.scale = scale
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.scale, None
-
-
-def scaled_gradients(weights: ExpertWeights, scale: float) -> ExpertWeights:
-    """The same weights, whose gradients are multiplied by ``scale``."""
-    if scale == 1:
-        return weights
-    given = {name: getattr(weights, name) for name in ("up_proj", "down_proj", "up_bias", "down_bias")}
-    return replace(weights, **{n: _ScaledGradient.apply(t, scale) for n, t in given.items() if t is not None})
-
-
 class Experts(nn.Module):
     """Owns the weights of E experts. Parameter names are part of the checkpoint: see :class:`ExpertWeights`.
 
@@ -300,9 +300,8 @@ class Experts(nn.Module):
         config: sizes, activation, bias and dropout.
         routed: whether tokens are routed to these experts, so that their parameters differ between expert-parallel
             ranks (``param.expert``, see :func:`dmoe.is_expert_param`); False for a shared expert.
-        owned: the experts that live here, when others live on other ranks: a range in [0, E). Their parameters are
-            marked ``allreduce = False`` (DeepSpeed, Megatron): no other rank has gradients for them. None is all.
-        grad_scale: backward multiplies the parameters' gradients by this.
+        owned: what lives here, when the rest lives on other ranks. The parameters are then marked ``allreduce = False``
+            (DeepSpeed, Megatron): not every rank has gradients for them. None is all experts.
         device, dtype: of the parameters, as in ``nn.Linear``.
 
     Attributes:
@@ -318,19 +317,18 @@ class Experts(nn.Module):
         config: MoEConfig,
         *,
         routed: bool = True,
-        owned: range | None = None,
-        grad_scale: float = 1.0,
+        owned: ExpertSlice | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.grad_scale = config, grad_scale
-        self.distributed = owned is not None
-        self.owned = range(config.num_experts) if owned is None else owned
-        self.ffn_sizes = config.ffn_sizes[self.owned.start : self.owned.stop]
+        self.config, self.routed, self.distributed = config, routed, owned is not None
+        self.owned = owned = ExpertSlice(range(config.num_experts)) if owned is None else owned
+        widths = config.ffn_sizes[owned.experts.start : owned.experts.stop]
+        self.ffn_sizes = tuple(width // owned.num_shards for width in widths)
         self.seed: int | None = None
         uniform = isinstance(config.ffn_hidden_size, int)
-        hidden, experts = config.hidden_size, len(self.owned)
+        hidden, experts = config.hidden_size, len(owned.experts)
         halves = (2,) if config.gated else ()
         up: tuple[int, ...]
         down: tuple[int, ...]
@@ -340,20 +338,21 @@ class Experts(nn.Module):
         else:
             up, down = (*halves, sum(self.ffn_sizes)), (hidden, sum(self.ffn_sizes))
 
-        def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
+        def parameter(*shape: int, shard_dim: int | None) -> nn.Parameter:
+            return nn.Parameter(owned.distributed(torch.empty(*shape, device=device, dtype=dtype), shard_dim))
 
         self.up_name = "gate_up_proj" if config.gated else "up_proj"
-        self.register_parameter(self.up_name, parameter(*up, hidden))
-        self.down_proj = parameter(*down)
+        self.up_bias_name = self.up_name.removesuffix("proj") + "bias"
+        self.register_parameter(self.up_name, parameter(*up, hidden, shard_dim=len(up) - 1))
+        self.down_proj = parameter(*down, shard_dim=2)
         with_bias = config.bias == "expert"
-        self.register_parameter(self.up_name.removesuffix("proj") + "bias", parameter(*up) if with_bias else None)
-        self.register_parameter("down_bias", parameter(experts, hidden) if with_bias else None)
-        self.routed = routed
-        self._mark()
+        self.register_parameter(self.up_bias_name, parameter(*up, shard_dim=len(up) - 1) if with_bias else None)
+        self.register_parameter("down_bias", parameter(experts, hidden, shard_dim=None) if with_bias else None)
+        self.mark_parameters()
         self.reset_parameters()
 
-    def _mark(self) -> None:
+    def mark_parameters(self) -> None:
+        """Set ``expert`` and ``allreduce`` on each parameter, as after something replaced them."""
         for param in self.parameters():
             param.expert = self.routed  # type: ignore[attr-defined]
             if self.distributed:
@@ -362,23 +361,38 @@ class Experts(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Marks again: a deep copy of a parameter is without its attributes."""
         super().__setstate__(state)
-        self._mark()
+        self.mark_parameters()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._mark()  # load_state_dict(assign=True) brings parameters of its own
+        self.mark_parameters()  # load_state_dict(assign=True) brings parameters of its own
         self.seed = None  # the values come from elsewhere now
 
     def weights(self) -> ExpertWeights:
-        """The parameters as one value."""
+        """What lives here of the parameters, as one value."""
+
+        def here(parameter: Tensor | None) -> Tensor | None:
+            return None if parameter is None else local_part(parameter)
+
         return ExpertWeights(
-            up_proj=getattr(self, self.up_name),
-            down_proj=self.down_proj,
-            up_bias=getattr(self, self.up_name.removesuffix("proj") + "bias"),
-            down_bias=self.down_bias,
+            up_proj=local_part(getattr(self, self.up_name)),
+            down_proj=local_part(self.down_proj),
+            up_bias=here(getattr(self, self.up_bias_name)),
+            down_bias=here(self.down_bias),
             gated=self.config.gated,
             ffn_sizes=() if isinstance(self.config.ffn_hidden_size, int) else self.ffn_sizes,
         )
+
+    def _weights_at_work(self) -> ExpertWeights:
+        """Those weights with their gradients scaled, and one shard's share of the down bias."""
+        weights, scale, shards = self.weights(), self.owned.grad_scale, self.owned.num_shards
+        if scale == 1 and shards == 1:
+            return weights
+        given = {name: tensor for name in _F_DIM if (tensor := getattr(weights, name)) is not None}
+        # Every shard adds its part of the sum over F; the bias, which all of them hold, has to come out once.
+        forward_scale = dict.fromkeys(given, 1.0) | {"down_bias": 1 / shards}
+        at_work: dict[str, Any] = {name: scaled(tensor, forward_scale[name], scale) for name, tensor in given.items()}
+        return replace(weights, **at_work)
 
     def expert_slices(self, expert: int) -> list[tuple[str, Tensor, int]]:
         """Each parameter's part for one expert, counted among those owned: its field in :class:`ExpertWeights`, a view,
@@ -394,9 +408,10 @@ class Experts(nn.Module):
         else:
             up, down = weights.up_proj[expert], weights.down_proj[expert]
             up_bias = None if weights.up_bias is None else weights.up_bias[expert]
-        slices = [("up_proj", up, config.hidden_size), ("down_proj", down, width)]
+        fan_in = width * self.owned.num_shards
+        slices = [("up_proj", up, config.hidden_size), ("down_proj", down, fan_in)]
         if up_bias is not None and weights.down_bias is not None:
-            slices += [("up_bias", up_bias, config.hidden_size), ("down_bias", weights.down_bias[expert], width)]
+            slices += [("up_bias", up_bias, config.hidden_size), ("down_bias", weights.down_bias[expert], fan_in)]
         return slices
 
     @torch.no_grad()
@@ -409,10 +424,13 @@ class Experts(nn.Module):
         if self.down_proj.is_meta:
             return
         seed = self.seed = int(torch.randint(2**62, (), device="cpu").item())  # whatever the default device is
-        for position, expert in enumerate(self.owned):
+        for position, expert in enumerate(self.owned.experts):
             generator = torch.Generator(device="cpu").manual_seed((seed + expert * 0x9E3779B97F4A7C15) % 2**63)
             for name, tensor, fan_in in self.expert_slices(position):
-                fresh = torch.empty(tensor.shape, dtype=torch.float32, device="cpu")
+                shape, dim = list(tensor.shape), _F_DIM[name]
+                if dim is not None:
+                    shape[dim] *= self.owned.num_shards
+                fresh = torch.empty(shape, dtype=torch.float32, device="cpu")
                 if self.config.init_std is None:
                     bound = 1 / math.sqrt(fan_in)
                     fresh.uniform_(-bound, bound, generator=generator)
@@ -420,6 +438,9 @@ class Experts(nn.Module):
                     fresh.normal_(0, self.config.init_std, generator=generator)
                 else:
                     fresh.zero_()
+                if dim is not None:
+                    columns = self.owned.columns(shape[dim])
+                    fresh = fresh.narrow(dim, columns.start, columns.stop - columns.start)
                 tensor.copy_(fresh)
 
     def _main_grads(self) -> tuple[Tensor | None, Tensor | None] | None:
@@ -438,14 +459,21 @@ class Experts(nn.Module):
             buffers.append(buffer)
         return None if buffers == [None, None] else (buffers[0], buffers[1])
 
-    def forward(self, x: Tensor, plan: RoutingPlan, gate_weights: Tensor, residual: Tensor | None = None) -> Tensor:
-        """``(T, H)`` through the experts; see :func:`run_experts`."""
-        config = self.config
+    def forward(
+        self,
+        x: Tensor,
+        plan: RoutingPlan,
+        gate_weights: Tensor,
+        residual: Tensor | None = None,
+        part: slice | None = None,
+    ) -> Tensor:
+        """``(T, H)`` through the experts, or through a ``part`` of those that live here; see :func:`run_experts`."""
+        config, weights = self.config, self._weights_at_work()
         return run_experts(
             x,
             plan,
             gate_weights,
-            scaled_gradients(self.weights(), self.grad_scale),
+            weights if part is None else weights.part(part),
             activation=config.activation,
             gate_weight_on=config.gate_weight_on,
             activation_dropout=config.activation_dropout if self.training else 0.0,
@@ -460,7 +488,10 @@ class Experts(nn.Module):
         """Sizes and activation for ``print(model)``."""
         c = self.config
         kind = f"gated {c.activation}" if c.gated else c.activation
-        here = "" if len(self.owned) == c.num_experts else f" (here {self.owned.start} to {self.owned.stop - 1})"
+        owned = self.owned
+        here = f" (here {owned.experts.start} to {owned.experts.stop - 1}" if self.distributed else ""
+        if here:
+            here += f", part {owned.shard} of {owned.num_shards} of F)" if owned.num_shards > 1 else ")"
         sizes = f"hidden_size={c.hidden_size}, ffn_hidden_size={c.ffn_hidden_size}"
         return f"num_experts={c.num_experts}{here}, {sizes}, {kind}"
 

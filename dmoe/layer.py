@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -22,10 +22,15 @@ from torch import Tensor, nn
 from dmoe.buffers import Float32Buffers
 from dmoe.config import MoEConfig
 from dmoe.experts import Experts, SharedExpert
-from dmoe.losses import attach_loss, load_balancing_loss, router_z_loss
+from dmoe.losses import attach_loss, load_balancing_loss, router_z_loss, sequence_load_balancing_loss
 from dmoe.metrics import RoutingMetrics, routing_entropy
-from dmoe.parallel import AllToAllDispatcher, Dispatched, Dispatcher, LocalDispatcher, as_group, check_agreement
+from dmoe.parallel import AllToAllDispatcher, Dispatched, as_group, check_agreement
+from dmoe.parallel.build import build_dispatcher, owned_experts
+from dmoe.parallel.overlap import chunk_of, run_overlapped
+from dmoe.parallel.statistics import LoadOfRanks
 from dmoe.routing import Routing, build_router
+
+_Results: TypeAlias = tuple[Tensor, tuple[Dispatched, ...], Tensor | None]  # y, what was dispatched, kept per expert
 
 
 class MoE(Float32Buffers):
@@ -39,6 +44,16 @@ class MoE(Float32Buffers):
         ep_group: expert parallelism: a ``torch.distributed`` process group, or a ``DeviceMesh`` of one dimension, over
             whose W ranks the experts are spread in blocks of E / W. Router and shared expert are on every rank; each
             rank brings tokens of its own, any number of them. Capacities and losses are counted over these.
+            With more ranks than experts (W = E * S) S ranks in a row share an expert, each with a slice of its F.
+        expert_tp_group: tensor parallelism of each expert: the ranks, or a mesh of one dimension, that hold slices of
+            the same experts' F. They form a grid with ``ep_group``, ranks of which are next to each other in a mesh
+            ``("ep", "expert_tp")``; each has tokens of its own.
+        ep_levels: two hops, inside a node and between nodes: a ``DeviceMesh`` of (nodes, ranks of a node), or the two
+            groups as a :class:`dmoe.parallel.TwoLevel` beside ``ep_group``.
+        loss_group: the ranks whose tokens are one batch for ``load_balancing_over="global"``; None is ``ep_group``.
+        dtensor: whether the experts' parameters are ``DTensor`` on the mesh of ``ep_group``, as
+            ``torch.distributed.checkpoint`` and FSDP2 need to know which part of them is here. False keeps plain
+            tensors, for frameworks that know by themselves. Experts of different widths are always plain.
         device, dtype: of the parameters, as in ``nn.Linear``.
         **fields: fields of :class:`dmoe.MoEConfig`, instead of ``config``.
 
@@ -62,6 +77,10 @@ class MoE(Float32Buffers):
         config: MoEConfig | None = None,
         *,
         ep_group: Any = None,
+        expert_tp_group: Any = None,
+        ep_levels: Any = None,
+        loss_group: Any = None,
+        dtensor: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **fields: Any,
@@ -75,13 +94,14 @@ class MoE(Float32Buffers):
             )
         self.config = config = config or MoEConfig(**fields)
         where: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.dispatcher = _dispatcher(config, ep_group)
+        self.dispatcher = build_dispatcher(config, ep_group, expert_tp_group, ep_levels)
+        if ep_group is None and isinstance(self.dispatcher, AllToAllDispatcher):  # all ranks of a mesh of levels
+            ep_group = self.dispatcher.group
+        loss_group = ep_group if loss_group is None else loss_group
+        self.load_of_ranks = None if loss_group is None else LoadOfRanks(as_group(loss_group, "loss_group"))
         self.router = build_router(config, **where)
-        if isinstance(self.dispatcher, AllToAllDispatcher):
-            scale = _GRAD_SCALES[config.expert_grad_scale](self.dispatcher.world_size)
-            self.experts = Experts(config, owned=self.dispatcher.local_experts, grad_scale=scale, **where)
-        else:
-            self.experts = Experts(config, **where)
+        owned = owned_experts(config, self.dispatcher, ep_group, device=device, dtensor=dtensor)
+        self.experts = Experts(config, owned=owned, **where)
         self.shared_expert = SharedExpert(config, **where) if config.shared_ffn_hidden_size else None
         self.output_bias = nn.Parameter(torch.zeros(config.hidden_size, **where)) if config.bias == "output" else None
         self.register_float32("aux_loss_scale", 1.0, device=device, persistent=False)
@@ -134,32 +154,70 @@ class MoE(Float32Buffers):
             token_ids=None if token_ids is None else token_ids.reshape(-1),
             expert_indices=None if expert_indices is None else expert_indices.reshape(-1, self.config.top_k),
         )
-        arrived = self.dispatcher.dispatch(tokens, routing.expert_indices, routing.gate_weights, routing.plan)
-        shared = None if self.shared_expert is None else self.shared_expert(tokens)
-        moved = arrived.way_back is not None  # otherwise the experts' own sum takes in the shared one
-        y = self.experts(arrived.x, arrived.plan, arrived.gate_weights, residual=None if moved else shared)
-        y = self.dispatcher.combine(y, arrived)
-        y = y + shared if moved and shared is not None else y
-        y = self._with_aux_loss(y, routing)
-        self.last_metrics = _metrics(routing, arrived)
+        in_chunks = self.config.overlap_degree > 1 and isinstance(self.dispatcher, AllToAllDispatcher)
+        y, arrived, kept = (self._in_chunks if in_chunks else self._at_once)(tokens, routing)
+        y = self._with_aux_loss(y, routing, math.prod(x.shape[:-2]))
+        self.last_metrics = _metrics(routing, arrived, kept)
         y = y.view(*x.shape[:-1], y.shape[-1])
         if self.output_bias is None:
             return y
         return (y, self.output_bias) if self.config.return_bias else y + self.output_bias.to(y.dtype)
 
-    def router_losses(self, routing: Routing) -> Tensor | None:
-        """Sum of this layer's auxiliary losses times their coefficients, a scalar; None when there is none."""
+    def _at_once(self, tokens: Tensor, routing: Routing) -> _Results:
+        """Dispatch, experts, combine; the shared expert computes while tokens travel."""
+        going = self.dispatcher.start_dispatch(tokens, routing.expert_indices, routing.gate_weights, routing.plan)
+        shared = None if self.shared_expert is None else self.shared_expert(tokens)
+        arrived = self.dispatcher.finish_dispatch(going)
+        moved = arrived.way_back is not None  # otherwise the experts' own sum takes in the shared one
+        y = self.experts(arrived.x, arrived.plan, arrived.gate_weights, residual=None if moved else shared)
+        y = self.dispatcher.combine(y, arrived)
+        y = y + shared if moved and shared is not None else y
+        return y, (arrived,), arrived.kept_per_expert
+
+    def _in_chunks(self, tokens: Tensor, routing: Routing) -> _Results:
+        """The same in chunks of experts, one of which travels while another computes."""
+        degree, shared = self.config.overlap_degree, []
+        assert isinstance(self.dispatcher, AllToAllDispatcher)
+        num_owned = len(self.experts.owned.experts)
+
+        def experts(chunk: int, arrived: Dispatched) -> Tensor:
+            if self.shared_expert is not None and chunk == 0:
+                shared.append(self.shared_expert(tokens))
+            part = chunk_of(num_owned, degree, chunk)
+            return self.experts(arrived.x, arrived.plan, arrived.gate_weights, part=part)
+
+        done = run_overlapped(
+            self.dispatcher, experts, tokens, routing.expert_indices, routing.gate_weights, routing.plan, degree=degree
+        )
+        return done.y + shared[0] if shared else done.y, done.chunks, done.kept_per_expert
+
+    def router_losses(self, routing: Routing, num_sequences: int = 1) -> Tensor | None:
+        """Sum of this layer's auxiliary losses times their coefficients, a scalar; None when there is none.
+
+        ``num_sequences``: equally long ones that the tokens are, for ``load_balancing_over="sequence"``.
+        """
         config, total = self.config, None
         if routing.router_probs is not None and config.load_balancing_coefficient:
             first = routing.first_choices_per_expert
             counts = routing.plan.tokens_per_expert if first is None else first
-            balance = load_balancing_loss(routing.router_probs, counts, routing.token_mask)
+            balance = self._balance(routing, counts, num_sequences)
             total = balance * (config.load_balancing_coefficient / config.num_moe_layers)
         if routing.log_z is not None:
             z_loss = router_z_loss(routing.log_z, routing.token_mask)
             z_loss = z_loss * (config.router_z_loss_coefficient / config.num_moe_layers)
             total = z_loss if total is None else total + z_loss
         return total
+
+    def _balance(self, routing: Routing, counts: Tensor, num_sequences: int) -> Tensor:
+        probs, mask, over = routing.router_probs, routing.token_mask, self.config.load_balancing_over
+        assert probs is not None
+        if over == "sequence" and routing.expert_indices is not None:
+            chosen = routing.expert_indices[:, : 1 if self.config.load_balancing_choices == "first" else None]
+            return sequence_load_balancing_loss(probs, chosen, num_sequences, mask)
+        if over == "global" and self.load_of_ranks is not None:
+            counts, tokens = self.load_of_ranks.sum(counts, len(probs) if mask is None else mask.sum())
+            return load_balancing_loss(probs, counts, mask, num_tokens=tokens)
+        return load_balancing_loss(probs, counts, mask)
 
     def take_aux_loss(self) -> Tensor | None:
         """The losses of the last training forward, once: reading them clears them. :func:`dmoe.aux_loss` calls this.
@@ -183,15 +241,16 @@ class MoE(Float32Buffers):
         """
         load = getattr(self.router, "load_since_update", None)
         if load is not None and isinstance(self.dispatcher, AllToAllDispatcher):
-            dist.all_reduce(load, group=self.dispatcher.group)
+            for group in self.dispatcher.groups:
+                dist.all_reduce(load, group=group)
         self.router.update_selection_bias()  # type: ignore[operator]  # every router has one: routing.Router
 
-    def _with_aux_loss(self, y: Tensor, routing: Routing) -> Tensor:
+    def _with_aux_loss(self, y: Tensor, routing: Routing, num_sequences: int) -> Tensor:
         """Record the losses for the caller, or hang them on the output."""
         if not self.training:
             self._aux_loss = None
             return y
-        loss = self.router_losses(routing)
+        loss = self.router_losses(routing, num_sequences)
         if loss is None:
             return y
         if self.config.aux_loss == "attached":
@@ -224,7 +283,10 @@ class MoE(Float32Buffers):
         options = {field.name: getattr(self.config, field.name) for field in dataclasses.fields(self.config)}
         weights = {"dtype of x": dtype, "dtype of the experts": self.experts.down_proj.dtype}
         hints = {"seed": "call torch.manual_seed with one value on all ranks before the layer is built"}
-        check_agreement("MoE", {**options, **weights, "seed": self.experts.seed}, self.dispatcher.group, hints)
+        levels = self.dispatcher.two_level
+        hops = {"ep_levels": None if levels is None else (levels.num_nodes, levels.ranks_per_node)}
+        for group in self.dispatcher.groups:
+            check_agreement("MoE", {**options, **weights, **hops, "seed": self.experts.seed}, group, hints)
         self._ranks_agree = True
 
     def _check(
@@ -265,37 +327,19 @@ def _inside_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-_GRAD_SCALES = {"mean": lambda ranks: 1 / ranks, "sum": lambda ranks: 1.0, "sqrt_world_size": lambda ranks: ranks**-0.5}
-
-
-def _dispatcher(config: MoEConfig, ep_group: Any) -> Dispatcher:
-    """How tokens reach the experts, and which options that leaves."""
-    if ep_group is None:
-        return LocalDispatcher(config.num_experts)
-    if config.router == "expert_choice":
-        raise ValueError(
-            "MoE: router: expected a router whose tokens choose with ep_group, got 'expert_choice': its experts would "
-            "pick from the tokens of one rank at a time"
-        )
-    if config.accumulate_main_grad and config.expert_grad_scale != "sum":
-        raise ValueError(
-            "MoE: accumulate_main_grad: expected False with ep_group, or expert_grad_scale='sum', got True with "
-            f"{config.expert_grad_scale!r}: what goes straight into main_grad is not scaled"
-        )
-    return AllToAllDispatcher(as_group(ep_group), config.num_experts, max_rows_received=config.max_rows_received)
-
-
 @torch.no_grad()
-def _metrics(routing: Routing, arrived: Dispatched) -> RoutingMetrics:
+def _metrics(routing: Routing, arrived: tuple[Dispatched, ...], kept: Tensor | None) -> RoutingMetrics:
     probs = routing.router_probs
     if probs is None:
         experts = routing.plan.num_experts
         entropy = routing.gate_weights.new_full((), math.log(experts))
     else:
         entropy = routing_entropy(probs.detach(), routing.token_mask)
-    kept = routing.plan.kept_per_expert if arrived.kept_per_expert is None else arrived.kept_per_expert
+    kept = routing.plan.kept_per_expert if kept is None else kept
     metrics = RoutingMetrics(routing.plan.tokens_per_expert, kept, entropy)
-    if arrived.traffic is None:
+    traffic = [each.traffic for each in arrived if each.traffic is not None]
+    if not traffic:
         return metrics
-    sent, naive = arrived.traffic.bytes_sent, arrived.traffic.naive_bytes_sent
-    return dataclasses.replace(metrics, bytes_sent=sent, naive_bytes_sent=naive)
+    naive = [each.naive_bytes_sent for each in traffic]
+    total = None if None in naive else sum(number for number in naive if number is not None)
+    return dataclasses.replace(metrics, bytes_sent=sum(each.bytes_sent for each in traffic), naive_bytes_sent=total)

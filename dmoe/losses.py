@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 
-def load_balancing_loss(router_probs: Tensor, tokens_per_expert: Tensor, token_mask: Tensor | None = None) -> Tensor:
+def load_balancing_loss(
+    router_probs: Tensor,
+    tokens_per_expert: Tensor,
+    token_mask: Tensor | None = None,
+    *,
+    num_tokens: Tensor | None = None,
+) -> Tensor:
     """Switch-style balance penalty ``E * sum_e(f_e * p_e)`` (Fedus et al. 2021, eq. 4).
 
     ``f_e`` is the share of assignments that went to expert e and ``p_e`` the mean router probability.
@@ -18,6 +24,9 @@ def load_balancing_loss(router_probs: Tensor, tokens_per_expert: Tensor, token_m
         tokens_per_expert: assignments per expert before any drop, ``(E,)`` integer. A constant: counts have no
         gradient.
         token_mask: ``(T,)`` bool, True for tokens that count; None counts all.
+        num_tokens: what the sum of the probabilities is divided by, a scalar; None is the number of tokens that count.
+            With ``tokens_per_expert`` of a global batch it is the mean number of tokens of a rank: the mean of the
+            ranks' losses is then the loss of that batch, and so are their gradients.
 
     Returns:
         A scalar in float32 (float64 for float64), dimensionless: 1 under even routing, E at most, 0 for no token. The
@@ -26,7 +35,7 @@ def load_balancing_loss(router_probs: Tensor, tokens_per_expert: Tensor, token_m
     Raises:
         ValueError: the two disagree on E.
     """
-    num_tokens, num_experts = router_probs.shape
+    num_tokens_here, num_experts = router_probs.shape
     if tokens_per_expert.shape != (num_experts,):
         raise ValueError(
             f"load_balancing_loss: tokens_per_expert: expected shape ({num_experts},) as router_probs "
@@ -36,10 +45,47 @@ def load_balancing_loss(router_probs: Tensor, tokens_per_expert: Tensor, token_m
     counts = tokens_per_expert.to(wide)
     share = counts / counts.sum().clamp(min=1)
     if token_mask is None:
-        return (router_probs.sum(0, dtype=wide) * (share * (num_experts / max(num_tokens, 1)))).sum()
-    # One masked row may hold NaN; 0 * NaN would spread it to every expert.
-    total = router_probs.masked_fill(~token_mask.unsqueeze(1), 0).sum(0, dtype=wide)
-    return (total * (share * (num_experts / token_mask.sum().to(wide).clamp(min=1)))).sum()
+        total, tokens = router_probs.sum(0, dtype=wide), torch.full_like(share[0], num_tokens_here)
+    else:  # One masked row may hold NaN; 0 * NaN would spread it to every expert.
+        total, tokens = router_probs.masked_fill(~token_mask.unsqueeze(1), 0).sum(0, dtype=wide), token_mask.sum()
+    tokens = (tokens if num_tokens is None else num_tokens).to(wide)
+    return (total * share).sum() * (num_experts / torch.where(tokens > 0, tokens, 1))
+
+
+def sequence_load_balancing_loss(
+    router_probs: Tensor, expert_indices: Tensor, num_sequences: int, token_mask: Tensor | None = None
+) -> Tensor:
+    """Mean over sequences of each one's :func:`load_balancing_loss` (DeepSeek-V3, section 2.1.2).
+
+    Args:
+        router_probs: ``(B * S, E)``, sequence after sequence. Carries the gradient.
+        expert_indices: ``(B * S, K)`` integer, the choices that count, E where there is none.
+        num_sequences: B.
+        token_mask: ``(B * S,)`` bool, True for tokens that count; a sequence without any adds 0.
+
+    Returns:
+        A scalar in float32 (float64 for float64), dimensionless: 1 under even routing; 0 for no sequence.
+
+    Raises:
+        ValueError: tokens that are no B sequences of one length.
+    """
+    num_tokens, num_experts = router_probs.shape
+    if num_tokens and (num_sequences < 1 or num_tokens % num_sequences):
+        raise ValueError(
+            f"sequence_load_balancing_loss: expected {num_tokens} tokens in equally long sequences, got {num_sequences}"
+        )
+    wide = torch.promote_types(router_probs.dtype, torch.float32)
+    if not num_tokens:
+        return router_probs.sum(dtype=wide)
+    by_sequence = (num_sequences, num_tokens // num_sequences)
+    mask = router_probs.new_ones(num_tokens, dtype=torch.bool) if token_mask is None else token_mask
+    probs = router_probs.masked_fill(~mask.unsqueeze(1), 0).view(*by_sequence, num_experts).sum(1, dtype=wide)
+    counts = probs.new_zeros(num_sequences, num_experts + 1)
+    ids = expert_indices.long().view(num_sequences, -1)
+    counts = counts.scatter_add(1, ids, torch.ones_like(ids, dtype=wide))[:, :num_experts]  # sums of ones: exact
+    tokens = mask.view(by_sequence).sum(1).clamp(min=1)
+    share = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    return ((share * probs).sum(1) / tokens).sum() * (num_experts / num_sequences)
 
 
 def router_z_loss(log_z: Tensor, token_mask: Tensor | None = None) -> Tensor:

@@ -17,7 +17,8 @@ class RoutingMetrics:
         kept_per_expert: rows each expert computed, ``(E,)`` integer.
         entropy: mean entropy of the router's probabilities over the tokens that count, nats, scalar.
         bytes_sent: bytes that this rank sent to others in forward: rows with their choices, results, and counts. A
-            Python integer; None without expert parallelism.
+            Python integer, or a scalar tensor when summed over ranks (:func:`dmoe.reduce_metrics`); None without expert
+            parallelism.
         naive_bytes_sent: bytes of the rows and results alone, had each choice of a token sent a copy; None without
             expert parallelism, and in its static mode.
     """
@@ -25,8 +26,8 @@ class RoutingMetrics:
     tokens_per_expert: Tensor
     kept_per_expert: Tensor
     entropy: Tensor
-    bytes_sent: int | None = None
-    naive_bytes_sent: int | None = None
+    bytes_sent: int | Tensor | None = None
+    naive_bytes_sent: int | Tensor | None = None
 
     @property
     def load(self) -> Tensor:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dmoe.layer import MoE
+from dmoe.metrics import RoutingMetrics
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoE]:
@@ -59,6 +66,52 @@ def update_selection_bias(model: nn.Module) -> None:
     """Move the selection bias of every layer that has one (DeepSeek-V3); call it after the optimizer step."""
     for layer in moe_layers(model).values():
         layer.update_selection_bias()
+
+
+@torch.no_grad()
+def reduce_metrics(model: nn.Module, group: ProcessGroup | None = None) -> dict[str, RoutingMetrics]:
+    """The last forward's metrics of every MoE layer, over all ranks of a group: one all-reduce for the whole model.
+
+    Call it when you log, on every rank; a step without it pays nothing. The host waits only where it reads a result.
+
+    Args:
+        model: any module, the same on all ranks.
+        group: ``torch.distributed`` ranks; None is all of them.
+
+    Returns:
+        By layer name: counts and bytes summed (bytes as scalar int64 tensors; None where the layer counts none), the
+        entropy's mean over ranks weighted by their assignments. Layers that have not run are left out.
+
+    """
+    found = {name: layer.last_metrics for name, layer in moe_layers(model).items()}
+    ran = {name: metrics for name, metrics in found.items() if metrics is not None}
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return ran
+    pieces: list[Tensor] = []
+    for metrics in ran.values():
+        counts = torch.stack([metrics.tokens_per_expert, metrics.kept_per_expert]).double()  # exact up to 2**53
+        weight = counts[0].sum()
+        traffic = [metrics.bytes_sent, metrics.naive_bytes_sent]
+        none = [float("nan") if number is None else float(number) for number in traffic]
+        own = torch.tensor(none, dtype=torch.float64, device="cpu").to(counts.device, non_blocking=True)
+        pieces += [counts.flatten(), (metrics.entropy.double() * weight).view(1), own]
+    if not pieces:
+        return ran
+    everything = torch.cat([piece.to(pieces[0].device) for piece in pieces])
+    dist.all_reduce(everything, group=group)
+    reduced, position = {}, 0
+    for name, metrics in ran.items():
+        experts = metrics.tokens_per_expert.shape[0]
+        part = everything[position : position + 2 * experts + 3]
+        position += 2 * experts + 3
+        tokens, kept = (counts.long() for counts in part[: 2 * experts].view(2, experts))
+        entropy = (part[-3] / part[:experts].sum().clamp(min=1)).to(metrics.entropy.dtype)
+        sent, naive = (
+            None if here is None else total.long()
+            for here, total in zip((metrics.bytes_sent, metrics.naive_bytes_sent), part[-2:], strict=True)
+        )
+        reduced[name] = RoutingMetrics(tokens, kept, entropy, sent, naive)
+    return reduced
 
 
 def is_expert_param(parameter: Tensor) -> bool:

@@ -15,7 +15,7 @@ from dmoe.parallel import AllToAllDispatcher, Exchange, all_to_all_rows
 
 
 class Wire:
-    """Counts the bytes that really go to other ranks inside, and who is called how often."""
+    """Counts the bytes that really go to other ranks of a group (None: of any), and who is called how often."""
 
     def __init__(self, group):
         self.group, self.bytes_sent, self.calls = group, 0, 0
@@ -24,7 +24,7 @@ class Wire:
         real = dist.all_to_all_single
 
         def counting(output, input, output_splits=None, input_splits=None, group=None, async_op=False):
-            assert group is self.group
+            assert self.group is None or group is self.group
             ranks, me = dist.get_world_size(group), dist.get_rank(group)
             splits = input_splits or [input.shape[0] // ranks] * ranks
             row = input[:1].numel() * input.element_size() if input.shape[0] else 0
@@ -122,15 +122,45 @@ def mismatched(group, by_rank):
     AllToAllDispatcher(group, 4).dispatch(x, ids, torch.zeros(3, top_k))
 
 
-def _layer(group, fields, seed, dtype=torch.float64):
+def plain(tensor):
+    """What this rank has of a parameter or its gradient."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+_MESHES = {}
+
+
+def mesh_of(world, columns):
+    """A mesh of (world / columns, columns) ranks, made once: every new group costs time."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if (world, columns) not in _MESHES:
+        shape = (world // columns, columns)
+        _MESHES[world, columns] = init_device_mesh("cpu", shape, mesh_dim_names=("rows", "columns"))
+    return _MESHES[world, columns]
+
+
+def groups_of(group, arrangement):
+    """Arguments of the layer: experts over all ranks, or in a grid with tensor parallelism, or in two hops."""
+    if arrangement == "flat":
+        return {"ep_group": group}
+    kind, columns = arrangement
+    mesh = mesh_of(dist.get_world_size(group), columns)
+    if kind == "levels":
+        return {"ep_levels": mesh}
+    return {"ep_group": mesh["rows"], "expert_tp_group": mesh["columns"]}
+
+
+def _layer(group, fields, seed, dtype=torch.float64, arrangement="flat"):
     torch.manual_seed(seed)
-    return MoE(**fields, ep_group=group, dtype=dtype)
+    return MoE(**fields, **groups_of(group, arrangement), dtype=dtype)
 
 
-def layer(group, fields, seed, dtype, shares, autocast=None):
+def layer(group, fields, seed, dtype, shares, autocast=None, arrangement="flat"):
     """A layer's forward and backward on this rank's share (x, dy, mask): results, gradients, metrics."""
-    module = _layer(group, fields, seed, dtype)
-    x, grad_y, mask = shares[dist.get_rank(group)]
+    module = _layer(group, fields, seed, dtype, arrangement)
+    group = group if arrangement == "flat" else None
+    x, grad_y, mask = shares[dist.get_rank()]
     x = x.clone().requires_grad_()
     with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None), Wire(group) as wire:
         y = module(x, token_mask=mask)
@@ -142,8 +172,8 @@ def layer(group, fields, seed, dtype, shares, autocast=None):
         "y": y.detach(),
         "x": x.grad,
         "loss": loss.detach(),
-        "parameters": {name: p.detach() for name, p in module.named_parameters()},
-        "gradients": {name: p.grad for name, p in module.named_parameters()},
+        "parameters": {name: plain(p.detach()) for name, p in module.named_parameters()},
+        "gradients": {name: plain(p.grad) for name, p in module.named_parameters()},
         "marks": {name: (p.expert, p.allreduce) for name, p in module.experts.named_parameters()},
         "wire": sent,
         "bytes_sent": metrics.bytes_sent,
@@ -167,7 +197,7 @@ def train(group, fields, seed, batches, steps):
                 parameter.grad /= dist.get_world_size(group)
         optimizer.step()
         module.update_selection_bias()
-    return module.state_dict()
+    return {name: plain(value) for name, value in module.state_dict().items()}
 
 
 def disagree(group, fields_by_rank, seeds, dtypes):
@@ -214,7 +244,7 @@ def by_mesh(group, fields, seed, x):
         told = str(error)
     share = x[dist.get_rank()]
     inner = _layer(square["ep"], fields, seed)
-    sizes = inner.experts.down_proj.shape[0]
+    sizes = len(inner.experts.owned.experts)
     return module(share), twin(share), inner(share), sizes, told, constructor_error(None, fields, square)
 
 

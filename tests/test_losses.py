@@ -8,14 +8,15 @@ import warnings
 import oracle
 import pytest
 import torch
+from helpers import small_config
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import dmoe
-from dmoe import MoE
-from dmoe.losses import attach_loss, load_balancing_loss, router_z_loss
+from dmoe import MoE, aux_loss
+from dmoe.losses import attach_loss, load_balancing_loss, router_z_loss, sequence_load_balancing_loss
 
 
 @given(st.integers(0, 9), st.integers(1, 6), st.integers(1, 3), st.booleans(), st.booleans(), st.integers(0, 2**20))
@@ -227,3 +228,54 @@ def test_attach_loss_is_the_identity():
     out.sum().backward()
     assert torch.equal(y.grad, torch.ones(3))
     assert w.grad.item() == 30
+
+
+@given(
+    sequences=st.integers(1, 4),
+    length=st.integers(1, 5),
+    experts=st.integers(1, 5),
+    masked=st.booleans(),
+    seed=st.integers(0, 2**20),
+)
+def test_sequence_balance_is_the_mean_over_sequences(sequences, length, experts, masked, seed):
+    torch.manual_seed(seed)
+    top_k = 1 + seed % experts
+    probs = torch.rand(sequences, length, experts, dtype=torch.float64).softmax(-1)
+    ids = torch.rand(sequences, length, experts).argsort(-1)[..., :top_k]
+    mask = torch.rand(sequences, length) < 0.6 if masked else torch.ones(sequences, length, dtype=torch.bool)
+    expected = 0.0
+    for s in range(sequences):
+        tokens = [t for t in range(length) if mask[s, t]]
+        for e in range(experts):
+            chosen = sum(int(i) == e for t in tokens for i in ids[s, t])
+            if tokens:
+                mean = sum(probs[s, t, e].item() for t in tokens) / len(tokens)
+                expected += experts * chosen / (len(tokens) * top_k) * mean / sequences
+    probs[~mask] = torch.nan
+    ids = ids.masked_fill(~mask.unsqueeze(-1), experts)
+    actual = sequence_load_balancing_loss(
+        probs.flatten(0, 1), ids.flatten(0, 1), sequences, mask.flatten() if masked else None
+    )
+    assert actual.item() == pytest.approx(expected, rel=1e-12, abs=1e-14)
+
+
+def test_sequences_have_to_be_of_one_length():
+    with pytest.raises(ValueError, match="sequence_load_balancing_loss: expected 7 tokens in equally long sequences"):
+        sequence_load_balancing_loss(torch.ones(7, 2), torch.zeros(7, 1), 2)
+    assert sequence_load_balancing_loss(torch.ones(0, 2), torch.zeros(0, 1), 3) == 0
+
+
+@pytest.mark.parametrize("choices", ["all", "first"])
+def test_a_layer_balances_each_sequence(choices):
+    torch.manual_seed(0)
+    layer = MoE(small_config(load_balancing_over="sequence", load_balancing_choices=choices))
+    other = MoE(small_config(load_balancing_choices=choices))
+    other.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 3, 5, 8)
+    layer(x)
+    together = aux_loss(layer)
+    alone = []
+    for one in x.flatten(0, 1):
+        other(one)
+        alone.append(aux_loss(other))
+    torch.testing.assert_close(together, torch.stack(alone).mean())

@@ -25,7 +25,7 @@ def test_work_between_the_halves_lies_between_launch_and_wait(ranks, grid):
     ranks.run(make_groups)
     results = ranks.run(jobs.in_halves, grid, case.shares, case.weights, case.options)
     # With tensor parallelism the steps to the other slices of F lie outside the halves.
-    forward = ["start counts", "wait for counts"] + (["start counts"] if grid[1] > 1 else [])
+    forward = ["start counts", "wait for counts"] + (["start counts", "wait for counts"] if grid[1] > 1 else [])
     forward += [CHOICES[0], ROWS[0], "work in dispatch", CHOICES[1]]
     forward += [CHOICES[0], ROWS[1], ROWS[0], CHOICES[1]] if grid[1] > 1 else []
     forward += [ROWS[1], "experts", *(ROWS if grid[1] > 1 else []), ROWS[0], "work in combine", ROWS[1]]

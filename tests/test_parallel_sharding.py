@@ -75,10 +75,14 @@ def test_a_token_goes_to_every_rank_of_its_experts_once_and_every_byte_is_counte
         own, sent = counts(rank, ep), sum(counts(rank, to) for to in range(eps))
         on = came[tp] if tps > 1 else 0 * own  # in the second step
         traffic = result["traffic"]
-        assert [traffic.rows_kept, traffic.naive_rows_kept] == (own + on).tolist()
-        assert [traffic.rows_sent, traffic.naive_rows_sent] == (sent - own + on * (tps - 1)).tolist()
-        assert [traffic.rows_received, traffic.naive_rows_received] == (sum(came) - own).tolist()
-        there, back = traffic.rows_sent * (H + 2 * top_k) * 8, traffic.rows_received * H * 8
+        off = sent - own + on * (tps - 1)
+        assert [traffic.rows_kept, traffic.naive_rows_kept] == own.tolist()
+        assert [traffic.rows_sent + traffic.tp_rows_sent, traffic.naive_rows_sent] == off.tolist()
+        assert traffic.tp_rows_sent == on[0] * (tps - 1)
+        assert [traffic.rows_received + traffic.tp_rows_received, traffic.naive_rows_received] == (
+            sum(came) - own
+        ).tolist()
+        there, back = off[0] * (H + 2 * top_k) * 8, (sum(came) - own)[0] * H * 8
         of_counts = (eps - 1 + (tps - 1) * eps) * 6 * 8
         assert result["bytes_sent"] == result["wire"] == there + back + of_counts
         assert result["calls"] == (4 if tps == 1 else 8)  # counts, choices, rows, results; twice in two steps

@@ -10,27 +10,46 @@
 from __future__ import annotations
 
 from dmoe.parallel.agreement import check_agreement
+from dmoe.parallel.clipping import clip_grad_norm, grad_norm
 from dmoe.parallel.collectives import Exchange, all_to_all_rows
-from dmoe.parallel.dispatch import AllToAllDispatcher, Traffic
+from dmoe.parallel.dispatch import AllToAllDispatcher
+from dmoe.parallel.fsdp import fully_shard_experts
+from dmoe.parallel.gradients import average_gradients, data_parallel, split_parameters
 from dmoe.parallel.interface import Dispatched, Dispatcher, LocalDispatcher, Returning, UnderWay
 from dmoe.parallel.overlap import Overlapped, chunk_of, run_overlapped
 from dmoe.parallel.placement import as_group, ffn_shard, local_experts
+from dmoe.parallel.traffic import Hop, Traffic
+from dmoe.parallel.two_level import TwoLevel, TwoLevelExchange, mesh_group
+from dmoe.parallel.wire import NarrowExchange, pack_rows, unpack_rows
 
 __all__ = [
     "AllToAllDispatcher",
     "Dispatched",
     "Dispatcher",
     "Exchange",
+    "Hop",
     "LocalDispatcher",
+    "NarrowExchange",
     "Overlapped",
     "Returning",
     "Traffic",
+    "TwoLevel",
+    "TwoLevelExchange",
     "UnderWay",
     "all_to_all_rows",
     "as_group",
+    "average_gradients",
     "check_agreement",
     "chunk_of",
+    "clip_grad_norm",
+    "data_parallel",
     "ffn_shard",
+    "fully_shard_experts",
+    "grad_norm",
     "local_experts",
+    "mesh_group",
+    "pack_rows",
     "run_overlapped",
+    "split_parameters",
+    "unpack_rows",
 ]

@@ -14,8 +14,9 @@ computed between the halves is differentiated while the gradients travel.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -25,8 +26,83 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class Exchange:
-    """One all-to-all of rows. All ranks of the group must start their exchanges in the same order.
+class RowExchange(Protocol):
+    """Rows to and from other ranks in two halves, whichever way they travel."""
+
+    @property
+    def send_counts(self) -> tuple[int, ...]:
+        """Rows for each rank."""
+        ...
+
+    @property
+    def recv_counts(self) -> tuple[int, ...]:
+        """Rows from each rank."""
+        ...
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the result."""
+        ...
+
+    @property
+    def hops(self) -> tuple[Exchange, ...]:
+        """The all-to-alls that this is made of, in their order."""
+        ...
+
+    def start(self, x: Tensor) -> Tensor:
+        """Begin to send the rows of x, ``(R, C)``; only :meth:`finish` may read what this returns."""
+        ...
+
+    def finish(self, under_way: Tensor) -> Tensor:
+        """Wait for the rows: those of rank 0 first."""
+        ...
+
+    def reversed(self, room: int | None = None) -> RowExchange:
+        """The way of the gradients: every row back to where it came from, and zeros behind them up to ``room`` rows."""
+        ...
+
+
+class Halves(ABC):
+    """Two halves of which autograd knows: the gradient is ``reversed()``, in its two halves."""
+
+    _input_rows = 0
+    _gradient: tuple[RowExchange, Tensor] | None = None  # under way between the halves of backward
+
+    @abstractmethod
+    def reversed(self, room: int | None = None) -> RowExchange:
+        """See :class:`RowExchange`."""
+
+    @abstractmethod
+    def launch(self, x: Tensor) -> Tensor:
+        """Begin to send x, and return a tensor of the result's shape and dtype; autograd is off."""
+
+    @abstractmethod
+    def land(self, under_way: Tensor) -> Tensor:
+        """Wait, and return the result; autograd is off."""
+
+    def start(self, x: Tensor) -> Tensor:
+        """Begin to send the rows of x, and return a placeholder for those that come: only :meth:`finish` may read it.
+
+        Args:
+            x: ``(R, C)``; R is at least the sum of ``send_counts``, and rows beyond that stay here.
+
+        Raises:
+            ValueError: x has too few rows, or is not a matrix.
+            RuntimeError: the exchange failed.
+        """
+        return _Start.apply(x, self)
+
+    def finish(self, under_way: Tensor) -> Tensor:
+        """Wait for the rows, ``(sum(recv_counts), C)``; on a GPU it is the stream that waits, not the host.
+
+        Raises:
+            RuntimeError: the exchange failed, because a rank died or did not come.
+        """
+        return _Finish.apply(under_way, self)
+
+
+class Exchange(Halves):
+    """One all-to-all of rows, of any dtype. All ranks of the group must start their exchanges in the same order.
 
     Args:
         send_counts: rows for each rank of the group: the first ``send_counts[0]`` rows of the input go to rank 0, and
@@ -34,10 +110,16 @@ class Exchange:
         recv_counts: rows from each rank; they arrive in the order of the ranks.
         group: the ranks.
         what: a name for the rows in error messages.
+        room: rows of the result, at least those that arrive: zeros behind them. None: no more than these.
     """
 
     def __init__(
-        self, send_counts: Sequence[int], recv_counts: Sequence[int], group: ProcessGroup, what: str = "rows"
+        self,
+        send_counts: Sequence[int],
+        recv_counts: Sequence[int],
+        group: ProcessGroup,
+        what: str = "rows",
+        room: int | None = None,
     ) -> None:
         ranks = dist.get_world_size(group)
         if len(send_counts) != ranks or len(recv_counts) != ranks:
@@ -48,10 +130,18 @@ class Exchange:
         if min(*send_counts, *recv_counts) < 0:
             raise ValueError(f"all_to_all_rows: expected counts of at least 0, got {send_counts} and {recv_counts}")
         self.send_counts, self.recv_counts = tuple(send_counts), tuple(recv_counts)
-        self.group, self.what = group, what
+        self.group, self.what, self._room = group, what, room
         self._work: Any = None
-        self._input_rows = 0
-        self._gradient: tuple[Exchange, Tensor] | None = None  # under way between the halves of backward
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the result."""
+        return sum(self.recv_counts) if self._room is None else self._room
+
+    @property
+    def hops(self) -> tuple[Exchange, ...]:
+        """Itself alone."""
+        return (self,)
 
     @property
     def rows_sent(self) -> int:
@@ -68,38 +158,19 @@ class Exchange:
         """Rows that come from other ranks."""
         return sum(self.recv_counts) - self.recv_counts[dist.get_rank(self.group)]
 
-    def start(self, x: Tensor) -> Tensor:
-        """Begin to send the rows of x, and return the buffer where rows will arrive: only :meth:`finish` may read it.
+    def reversed(self, room: int | None = None) -> Exchange:
+        """The same with sender and receiver exchanged; see :class:`RowExchange`."""
+        return Exchange(self.recv_counts, self.send_counts, self.group, f"gradients of {self.what}", room)
 
-        Args:
-            x: ``(R, C)``, any dtype; R is at least the sum of ``send_counts``, and rows beyond that stay here.
-
-        Raises:
-            ValueError: x has too few rows, or is not a matrix.
-            RuntimeError: the exchange failed.
-        """
-        if x.dim() != 2 or x.shape[0] < sum(self.send_counts):
-            raise ValueError(
-                f"all_to_all_rows: {self.what}: expected shape (R, C) with R >= {sum(self.send_counts)}, the sum of "
-                f"send_counts, got {tuple(x.shape)}"
-            )
-        return _Start.apply(x, self)
-
-    def finish(self, under_way: Tensor) -> Tensor:
-        """Wait for the rows, ``(sum(recv_counts), C)``; on a GPU it is the stream that waits, not the host.
-
-        Raises:
-            RuntimeError: the exchange failed, because a rank died or did not come.
-        """
-        return _Finish.apply(under_way, self)
-
-    def _launch(self, x: Tensor, num_rows: int) -> Tensor:
-        """Start to send x, and return a buffer of ``num_rows`` rows: in front what arrives, then zeros."""
-        received = x.new_empty(num_rows, x.shape[1])
-        received[sum(self.recv_counts) :].zero_()
+    def launch(self, x: Tensor) -> Tensor:
+        """The buffer where rows will arrive; see :class:`Halves`."""
+        check_rows(x, self)
+        arriving = sum(self.recv_counts)
+        received = x.new_empty(self.num_rows, x.shape[1])
+        received[arriving:].zero_()
         self._work = self._explained(
             lambda: dist.all_to_all_single(
-                received[: sum(self.recv_counts)].view(torch.uint8),
+                received[:arriving].view(torch.uint8),
                 _as_bytes(x[: sum(self.send_counts)]),
                 list(self.recv_counts),
                 list(self.send_counts),
@@ -109,50 +180,54 @@ class Exchange:
         )
         return received
 
-    def _wait(self) -> None:
+    def land(self, under_way: Tensor) -> Tensor:
+        """That buffer, filled; see :class:`Halves`."""
         work, self._work = self._work, None
-        if work is not None:
-            self._explained(work.wait)
+        self._explained(work.wait)
+        return under_way.view_as(under_way)
 
     def _explained(self, call: Any) -> Any:
         return explained(call, f"the all-to-all of {self.what}", self.group)
 
-    def _reversed(self) -> Exchange:
-        return Exchange(self.recv_counts, self.send_counts, self.group, f"gradients of {self.what}")
-
 
 class _Start(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, exchange: Exchange) -> Tensor:
-        ctx.exchange, exchange._input_rows = exchange, x.shape[0]
-        return exchange._launch(x, sum(exchange.recv_counts))
+    def forward(ctx: Any, x: Tensor, exchange: Halves) -> Tensor:
+        ctx.exchange, exchange._input_rows = exchange, x.shape[0] if x.dim() else 0
+        return exchange.launch(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         exchange = ctx.exchange
         if exchange._gradient is None:  # to be differentiated again: in steps that autograd knows
-            reverse = exchange._reversed()
-            received = reverse.finish(reverse.start(grad))
-            return torch.nn.functional.pad(received, (0, 0, 0, exchange._input_rows - received.shape[0])), None
-        (reverse, received), exchange._gradient = exchange._gradient, None
-        reverse._wait()
-        return received, None
+            reverse = exchange.reversed(exchange._input_rows)
+            return reverse.finish(reverse.start(grad)), None
+        (reverse, under_way), exchange._gradient = exchange._gradient, None
+        return reverse.finish(under_way), None
 
 
 class _Finish(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, under_way: Tensor, exchange: Exchange) -> Tensor:
+    def forward(ctx: Any, under_way: Tensor, exchange: Halves) -> Tensor:
         ctx.exchange = exchange
-        exchange._wait()
-        return under_way.view_as(under_way)
+        return exchange.land(under_way)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         exchange = ctx.exchange
         if not torch.is_grad_enabled():
-            reverse = exchange._reversed()
-            exchange._gradient = reverse, reverse._launch(grad, exchange._input_rows)
+            reverse = exchange.reversed(exchange._input_rows)
+            exchange._gradient = reverse, reverse.start(grad)
         return grad, None  # _Start does not read it: what it returns is under way, and has another shape
+
+
+def check_rows(x: Tensor, exchange: Any) -> None:
+    """Refuse what cannot be sent, with a ValueError: no matrix, or too few rows."""
+    if x.dim() != 2 or x.shape[0] < sum(exchange.send_counts):
+        raise ValueError(
+            f"all_to_all_rows: {exchange.what}: expected shape (R, C) with R >= {sum(exchange.send_counts)}, the sum "
+            f"of send_counts, got {tuple(x.shape)}"
+        )
 
 
 def all_to_all_rows(
@@ -182,13 +257,13 @@ def _as_bytes(rows: Tensor) -> Tensor:
     return rows.view(torch.uint8)
 
 
-def explained(call: Any, what: str, group: ProcessGroup) -> Any:
+def explained(call: Any, what: str, group: ProcessGroup | None) -> Any:
     """Run a collective call; what the backend says when it fails gets a sentence on where and why."""
     try:
         return call()
     except RuntimeError as error:  # torch.distributed's own errors are all of this kind
         raise RuntimeError(
-            f"dmoe: {what} failed on rank {dist.get_rank(group)} of {dist.get_world_size(group)} of the "
-            "expert-parallel group. Most likely another rank died, or did not reach this exchange within the group's "
+            f"dmoe: {what} failed on rank {dist.get_rank(group)} of {dist.get_world_size(group)} of its "
+            "group. Most likely another rank died, or did not reach this exchange within the group's "
             f"timeout: look for the first error in the logs of the others. The backend says: {error}"
         ) from error

@@ -93,3 +93,30 @@ def shortened(plan: RoutingPlan, num_rows: int) -> RoutingPlan:
     return replace(
         plan, row_to_token=plan.row_to_token[:num_rows], row_to_slot=plan.row_to_slot[:num_rows], tiles=tiles
     )
+
+
+def choices_of_plan(plan: RoutingPlan | None, gate_weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Experts that chose tokens, as choices of the tokens: each token has a place for every expert.
+
+    Args:
+        plan: of T tokens and E experts, in which a token has any number of experts.
+        gate_weights: one per assignment of ``plan``, ``(N,)``. Carries the gradient.
+
+    Returns:
+        ``(T, E)`` int32, expert e or E in column e; and their weights, ``(T, E)``, 0 where there is none.
+
+    Raises:
+        ValueError: no plan.
+    """
+    if plan is None:
+        raise ValueError("dispatch: expected expert_indices (T, K), or the plan of experts that chose, got neither")
+    tokens, experts = plan.num_tokens, plan.num_experts
+    unused = plan.token_rows < 0
+    row = plan.token_rows.clamp(min=0)
+    expert = torch.searchsorted(plan.expert_offsets[1:].contiguous(), row, right=True).clamp(max=experts - 1)
+    token = row if plan.num_rows == 0 else plan.row_to_token[row.long()].clamp(min=0)
+    place = (token.long() * experts + expert).masked_fill(unused, tokens * experts)
+    ids = torch.full((tokens * experts + 1,), experts, dtype=torch.int32, device=place.device)
+    ids = ids.scatter(0, place, expert.int())[:-1]
+    weights = gate_weights.new_zeros(tokens * experts + 1).scatter(0, place, gate_weights.flatten())[:-1]
+    return ids.view(tokens, experts), weights.view(tokens, experts)

@@ -24,7 +24,8 @@ that is differentiated while gradients travel::
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -36,11 +37,15 @@ from dmoe.ops.histogram import histogram
 from dmoe.ops.permute import permute
 from dmoe.ops.unpermute import unpermute
 from dmoe.parallel.agreement import raise_unless_equal
-from dmoe.parallel.collectives import Exchange, explained
-from dmoe.parallel.destinations import choices_of_rows, destinations_of, kept_per_expert, shortened
+from dmoe.parallel.collectives import Exchange, RowExchange
+from dmoe.parallel.counting import Counting
+from dmoe.parallel.destinations import choices_of_plan, choices_of_rows, destinations_of, kept_per_expert, shortened
 from dmoe.parallel.interface import Dispatched, Prepared, Returning, UnderWay, WayBack
 from dmoe.parallel.placement import ffn_shard, local_experts
 from dmoe.parallel.tensor_parallel import TensorParallel
+from dmoe.parallel.traffic import Hop, Traffic
+from dmoe.parallel.two_level import TwoLevel, TwoLevelExchange
+from dmoe.parallel.wire import SCALE_BYTES, WIRE_DTYPES, NarrowExchange, check_wire_dtype
 from dmoe.plan import RoutingPlan, device_tile_rows, plan_token_choice
 
 if TYPE_CHECKING:
@@ -48,46 +53,7 @@ if TYPE_CHECKING:
 
 _Moved: TypeAlias = tuple[int, int, int]
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """What one forward put on the wire, from this rank to others and back; all counts are Python integers.
-
-    Attributes:
-        rows_sent: token rows that this rank sent to other ranks. With tensor parallelism all rows are the sum of two
-            steps, to the ranks of the experts and on to those with other slices of them.
-        rows_kept: those it sent to itself, which cross no wire.
-        rows_received: those that came from other ranks; as many results went back.
-        naive_rows_sent, naive_rows_kept, naive_rows_received: the same with one row for each choice of each token (and
-            for each rank that holds a slice of the chosen expert); None in the static mode, where nobody has counted.
-        row_bytes: bytes of one row of x, and of one result.
-        choice_bytes: bytes of one row's gate weights and expert ids.
-        count_bytes: bytes of counts sent to other ranks.
-    """
-
-    rows_sent: int
-    rows_kept: int
-    rows_received: int
-    naive_rows_sent: int | None
-    naive_rows_kept: int | None
-    naive_rows_received: int | None
-    row_bytes: int
-    choice_bytes: int
-    count_bytes: int
-
-    @property
-    def bytes_sent(self) -> int:
-        """Bytes that this rank sent to others in forward: rows with their choices, results, and counts."""
-        there = self.rows_sent * (self.row_bytes + self.choice_bytes)
-        return there + self.rows_received * self.row_bytes + self.count_bytes
-
-    @property
-    def naive_bytes_sent(self) -> int | None:
-        """Bytes of rows and results alone, had each choice sent a copy (whose weight can then stay at home)."""
-        if self.naive_rows_sent is None or self.naive_rows_received is None:
-            return None
-        return (self.naive_rows_sent + self.naive_rows_received) * self.row_bytes
+_WIRES = (None, *((kind, narrow_gradients) for kind in WIRE_DTYPES for narrow_gradients in (False, True)))
 
 
 class AllToAllDispatcher:
@@ -104,6 +70,13 @@ class AllToAllDispatcher:
             padding. Every pair of ranks exchanges ``ceil(max_rows_received / W)`` rows; a token beyond that on its way
             to a rank is not sent there, and adds nothing from there (its gate weights are not renormalised). ``W``
             times the most tokens of any rank is enough for every routing. None: as many rows as there are.
+        wire_dtype: ``"fp8"`` or ``"int8"``: tokens travel to the experts as one byte per number and a float32 scale per
+            row (see :mod:`dmoe.parallel.wire`), those that stay on this rank rounded like the others. Their gate
+            weights, and the results, keep their dtype, as does the step between tensor-parallel ranks. None: so do the
+            tokens.
+        wire_backward: whether the tokens' gradients travel back like that, too.
+        two_level: rows travel in two hops, inside a node and between nodes, over these groups: the ranks of ``group``
+            in the order of the nodes. The results are the same. None: straight to each rank.
         tp_group: tensor parallelism: ranks with the same experts, of which each holds a slice of their F, in the order
             of the ranks. The ranks form a grid of which ``group`` is this rank's row and ``tp_group`` its column. Each
             rank has tokens of its own; its experts see those that came to any rank of ``tp_group``, and
@@ -115,7 +88,8 @@ class AllToAllDispatcher:
             (index + 1) * F / count)`` of each one's F. What ``combine`` gets is then their part of the sum over F.
 
     Raises:
-        ValueError: experts that cannot be divided evenly, a negative bound, or groups that form no grid.
+        ValueError: experts that cannot be divided evenly, a negative bound, an unknown ``wire_dtype``, groups that form
+            no grid, or that are not those of the nodes of ``group``.
     """
 
     def __init__(
@@ -125,9 +99,16 @@ class AllToAllDispatcher:
         tp_group: ProcessGroup | None = None,
         *,
         max_rows_received: int | None = None,
+        wire_dtype: str | None = None,
+        wire_backward: bool = False,
+        two_level: TwoLevel | None = None,
     ) -> None:
+        check_wire_dtype(wire_dtype, wire_backward)
         self.group, self.num_experts, self.max_rows_received = group, num_experts, max_rows_received
+        self.wire_dtype, self.wire_backward, self.two_level = wire_dtype, wire_backward, two_level
         self.tp_group, self._tensor = tp_group, None
+        if two_level is not None:
+            two_level.check_against(group)
         self.world_size, self.rank = dist.get_world_size(group), dist.get_rank(group)
         self.local_experts = local_experts(num_experts, self.world_size, self.rank)
         self.ffn_shard = ffn_shard(num_experts, self.world_size, self.rank)
@@ -152,13 +133,36 @@ class AllToAllDispatcher:
 
     def for_experts(self, num_experts: int) -> AllToAllDispatcher:
         """One with the same groups and options, for so many experts."""
-        return AllToAllDispatcher(self.group, num_experts, self.tp_group, max_rows_received=self.max_rows_received)
+        return AllToAllDispatcher(
+            self.group,
+            num_experts,
+            self.tp_group,
+            max_rows_received=self.max_rows_received,
+            wire_dtype=self.wire_dtype,
+            wire_backward=self.wire_backward,
+            two_level=self.two_level,
+        )
 
     def __reduce__(self) -> Any:
         raise TypeError(
             "AllToAllDispatcher: a process group cannot be written to a file or sent to another process; save the "
             "layer's state_dict(), and give a new layer its ep_group"
         )
+
+    @property
+    def groups(self) -> tuple[ProcessGroup, ...]:
+        """The groups over which sums go that are to reach all ranks that share the experts."""
+        return (self.group,) if self.tp_group is None else (self.group, self.tp_group)
+
+    @property
+    def ranks(self) -> list[int]:
+        """The ranks of ``group``, and of ``tp_group``, as the whole run counts them."""
+        return sorted({rank for group in self.groups for rank in dist.get_process_group_ranks(group)})
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks whose tokens the experts see, those of ``tp_group`` included."""
+        return self.world_size * (1 if self._tensor is None else self._tensor.size)
 
     @property
     def num_local_experts(self) -> int:
@@ -220,7 +224,7 @@ class AllToAllDispatcher:
         chosen = choices_of_rows(choices, prepared.gates, way, each, self._shards)
 
         if bound is not None:
-            send_counts = recv_counts = (bound,) * ranks
+            send_counts = recv_counts = held_counts = (bound,) * ranks
             gathered = (bound * ranks,) * (1 if self._tensor is None else self._tensor.size)
             traffic = self._static_traffic(x, chosen, send_counts, gathered)
             kept = kept_per_expert(choices, prepared.destinations, way, each, self._shards)
@@ -228,10 +232,12 @@ class AllToAllDispatcher:
         else:
             send_counts, recv_counts, gathered, assignments, traffic = self._counted(prepared.counting, x, chosen)
             used, kept = sum(send_counts), None
+            held = prepared.counting.held
+            held_counts = () if held is None else tuple(count[0] for count in held)
 
         # The choices first: the plan is made while the rows are still under way.
-        of_choices = Exchange(send_counts, recv_counts, self.group, "expert choices")
-        of_rows = Exchange(send_counts, recv_counts, self.group, "token rows")
+        of_choices = self._exchange(send_counts, recv_counts, held_counts, "expert choices")
+        of_rows = self._exchange(send_counts, recv_counts, held_counts, "token rows", narrow=True)
         return UnderWay(
             choices=(of_choices, of_choices.start(chosen)),
             rows=(of_rows, of_rows.start(rows)),
@@ -243,9 +249,10 @@ class AllToAllDispatcher:
                 way.token_rows,
                 send_counts,
                 recv_counts,
+                held_counts,
                 gathered,
             ),
-            traffic=traffic,
+            traffic=replace(traffic, wire_row_bytes=self._wire_row_bytes(x), hops=_hops(of_rows)),
             kept_per_expert=kept,
         )
 
@@ -295,7 +302,7 @@ class AllToAllDispatcher:
         y = _Tied.apply(y, dispatched.x, dispatched.gate_weights)
         if self._tensor is not None:
             y = self._tensor.summed(y, way.gathered)
-        back = Exchange(way.recv_counts, way.send_counts, self.group, "results")
+        back = self._exchange(way.recv_counts, way.send_counts, way.held_counts, "results", back=True)
         return Returning((back, back.start(y)), way)
 
     def finish_combine(self, returning: Returning) -> Tensor:
@@ -308,14 +315,36 @@ class AllToAllDispatcher:
         rows = back.finish(under_way)
         return unpermute(rows, None, way.row_to_token, way.row_to_slot, way.token_offsets, way.token_rows)
 
+    def _exchange(
+        self,
+        send_counts: Sequence[int],
+        recv_counts: Sequence[int],
+        held_counts: Sequence[int],
+        what: str,
+        *,
+        narrow: bool = False,
+        back: bool = False,
+    ) -> RowExchange:
+        """How rows of one kind travel; ``narrow``: those that ``wire_dtype`` is about; ``back``: from the experts."""
+        exchange: RowExchange
+        if self.two_level is None:
+            exchange = Exchange(send_counts, recv_counts, self.group, what)
+        else:
+            exchange = TwoLevelExchange(send_counts, recv_counts, held_counts, self.two_level, what, back=back)
+        if not narrow or self.wire_dtype is None:
+            return exchange
+        return NarrowExchange(exchange, self.wire_dtype, self.wire_backward)
+
+    def _wire_row_bytes(self, x: Tensor) -> int:
+        """Bytes of one token on its way to its experts."""
+        return x.shape[1] * x.element_size() if self.wire_dtype is None else x.shape[1] + SCALE_BYTES
+
     def _checked(
         self, x: Tensor, expert_indices: Tensor | None, gate_weights: Tensor, plan: RoutingPlan | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x in the dtype of the wire, the choices with those that the plan dropped marked E, the weights as summed."""
         if expert_indices is None:
-            raise ValueError(
-                "dispatch: expected expert_indices (T, K), got None: experts that choose tokens stay local"
-            )
+            (expert_indices, gate_weights), plan = choices_of_plan(plan, gate_weights), None
         if x.dim() != 2 or expert_indices.dim() != 2 or expert_indices.shape[0] != x.shape[0]:
             raise ValueError(
                 f"dispatch: expected x (T, H) and expert_indices (T, K), got {tuple(x.shape)} and "
@@ -336,48 +365,63 @@ class AllToAllDispatcher:
             choices = choices.masked_fill(plan.token_to_rows < 0, self.num_experts)
         return x, choices, gate_weights.to(accumulate_dtype(x.dtype))
 
-    def _start_counting(self, x: Tensor, choices: Tensor, gates: Tensor, way: RoutingPlan) -> _Counting:
+    def _start_counting(self, x: Tensor, choices: Tensor, gates: Tensor, way: RoutingPlan) -> Counting:
         """Tell every rank how many rows and assignments it will get, and what kind of rows."""
         owners = self.world_size // self._shards
         assignments = histogram((choices // self.num_local_experts).flatten(), owners + 1)[:owners]
         assignments = assignments.repeat_interleave(self._shards, output_size=self.world_size)
-        kind = [x.shape[1], choices.shape[1], _DTYPES.index(x.dtype), _needs_gradient(x, gates)]
+        wire = _WIRES.index(None if self.wire_dtype is None else (self.wire_dtype, self.wire_backward))
+        dtype = _DTYPES.index(x.dtype) + len(_DTYPES) * wire
+        kind = [x.shape[1], choices.shape[1], dtype, _needs_gradient(x, gates)]
         kinds = torch.tensor(kind, device="cpu").expand(self.world_size, -1)
         if x.is_cuda:
             kinds = kinds.contiguous().pin_memory().to(x.device, non_blocking=True)
         counts = torch.stack([way.tokens_per_expert, assignments], 1).long()
-        return _Counting(torch.cat([counts, kinds], 1), self.group, self.tp_group)
+        return Counting(torch.cat([counts, kinds], 1), self.group, self.two_level, self.tp_group)
 
     def _counted(
-        self, counting: _Counting, x: Tensor, chosen: Tensor
+        self, counting: Counting, x: Tensor, chosen: Tensor
     ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int, Traffic]:
         """Rows to and from each rank and in the end here, how many assignments these have, and all that in bytes."""
-        sent, *received = counting.read()
+        sent, received = counting.read()
         _check_kinds(received)
         here = received[0 if self._tensor is None else self._tensor.rank]
         (send_rows, send_choices), (recv_rows, recv_choices) = (
             tuple(tuple(count[n] for count in counts) for n in (0, 1)) for counts in (sent, here)
         )
         rows, choices = (tuple(sum(count[n] for count in counts) for counts in received) for n in (0, 1))
-        naive = self._moved(send_choices, recv_choices, choices)
-        traffic = self._traffic(x, chosen, self._moved(send_rows, recv_rows, rows), naive, counting.bytes_sent)
+        (sent_on, came_on), (naive_sent_on, naive_came_on) = self._gathered(rows), self._gathered(choices)
+        naive_sent, naive_kept, naive_came = self._moved(send_choices, recv_choices)
+        naive = naive_sent + naive_sent_on, naive_kept, naive_came + naive_came_on
+        moved = self._moved(send_rows, recv_rows)
+        traffic = self._traffic(x, chosen, moved, (sent_on, came_on), naive, counting.bytes_sent)
         return send_rows, recv_rows, rows, sum(choices), traffic
 
     def _static_traffic(self, x: Tensor, chosen: Tensor, counts: tuple[int, ...], gathered: tuple[int, ...]) -> Traffic:
         """What the static mode sends, whatever the routing."""
-        return self._traffic(x, chosen, self._moved(counts, counts, gathered), (None, None, None), 0)
+        moved = self._moved(counts, counts)
+        return self._traffic(x, chosen, moved, self._gathered(gathered), (None, None, None), 0)
 
-    def _moved(self, sent: tuple[int, ...], received: tuple[int, ...], gathered: tuple[int, ...]) -> _Moved:
-        """Rows sent to others, kept and received from others, in the exchange and in the gather behind it."""
+    def _moved(self, sent: tuple[int, ...], received: tuple[int, ...]) -> _Moved:
+        """Rows sent to others, kept and received from others."""
         me = self.rank
-        away, kept, came = sum(sent) - sent[me], sent[me], sum(received) - received[me]
+        return sum(sent) - sent[me], sent[me], sum(received) - received[me]
+
+    def _gathered(self, gathered: tuple[int, ...]) -> tuple[int, int]:
+        """Rows sent to others, and received from others, in the step between tensor-parallel ranks."""
         if self._tensor is None:
-            return away, kept, came
+            return 0, 0
         own = gathered[self._tensor.rank]
-        return away + own * (self._tensor.size - 1), kept + own, came + sum(gathered) - own
+        return own * (self._tensor.size - 1), sum(gathered) - own
 
     def _traffic(
-        self, x: Tensor, chosen: Tensor, moved: _Moved, naive: _Moved | tuple[None, None, None], count_bytes: int
+        self,
+        x: Tensor,
+        chosen: Tensor,
+        moved: _Moved,
+        gathered: tuple[int, int],
+        naive: _Moved | tuple[None, None, None],
+        count_bytes: int,
     ) -> Traffic:
         (sent, kept, received), (naive_sent, naive_kept, naive_received) = moved, naive
         return Traffic(
@@ -390,56 +434,9 @@ class AllToAllDispatcher:
             row_bytes=x.shape[1] * x.element_size(),
             choice_bytes=chosen.shape[1] * chosen.element_size(),
             count_bytes=count_bytes,
+            tp_rows_sent=gathered[0],
+            tp_rows_received=gathered[1],
         )
-
-
-class _Counting:
-    """The exchange of counts, one row of integers for each rank, and its one way to the host.
-
-    With ``tp_group`` its ranks also tell each other what they received: on a GPU without the host between the two.
-    """
-
-    def __init__(self, counts: Tensor, group: ProcessGroup, tp_group: ProcessGroup | None = None) -> None:
-        row, times = counts[0].numel() * counts.element_size(), dist.get_world_size(tp_group) if tp_group else 1
-        self.bytes_sent = row * (counts.shape[0] - 1 + (times - 1) * counts.shape[0])
-        self._group, self._tp_group, self._times = group, tp_group, times
-        received = torch.empty_like(counts)
-        start = lambda: dist.all_to_all_single(received, counts, group=group, async_op=True)  # noqa: E731
-        work = explained(start, "the exchange of counts", group)
-        self._both: Tensor | tuple[Tensor, Tensor] = (counts, received)
-        self._ready: Any = work
-        if counts.is_cuda:  # a stream of its own waits and copies, so that this one can go on with the rows
-            side = torch.cuda.Stream(counts.device)
-            side.wait_stream(torch.cuda.current_stream(counts.device))
-            with torch.cuda.stream(side):
-                work.wait()
-                both = self._gathered(counts, received)
-                self._both = torch.empty(both.shape, dtype=both.dtype, pin_memory=True)
-                self._both.copy_(both, non_blocking=True)
-                self._ready = torch.cuda.Event()
-                self._ready.record(side)
-            for tensor in (counts, received):
-                tensor.record_stream(side)
-
-    def read(self) -> list[list[list[int]]]:
-        """Wait for the counts: those sent, by rank, and those received; or received by each rank of ``tp_group``."""
-        if isinstance(self._both, Tensor):
-            self._ready.synchronize()
-            both = self._both
-        else:
-            explained(self._ready.wait, "the exchange of counts", self._group)
-            both = self._gathered(*self._both)
-        return both.tolist()
-
-    def _gathered(self, counts: Tensor, received: Tensor) -> Tensor:
-        """Counts sent, and below them those received, by every rank of ``tp_group``: ``(1 + P, W, ...)``."""
-        if self._tp_group is None:
-            return torch.stack([counts, received])
-        copies = received.repeat(self._times, 1)  # one for each rank: torch 2.13 renames the collective that gathers
-        all_received = torch.empty_like(copies)
-        gather = lambda: dist.all_to_all_single(all_received, copies, group=self._tp_group)  # noqa: E731
-        explained(gather, "the gather of counts", self._tp_group)
-        return torch.cat([counts, all_received]).view(1 + self._times, *counts.shape)
 
 
 class _Tied(torch.autograd.Function):
@@ -458,6 +455,10 @@ class _Tied(torch.autograd.Function):
         return (grad, *(None for _ in ctx.needs_input_grad[1:]))
 
 
+def _hops(exchange: RowExchange) -> tuple[Hop, ...]:
+    return tuple(Hop(len(hop.send_counts) - 1, hop.rows_sent, hop.rows_received) for hop in exchange.hops)
+
+
 def _needs_gradient(x: Tensor, gates: Tensor) -> int:
     """Bit 0: x's backward will exchange gradients; bit 1: the gate weights' will."""
     return (x.requires_grad + 2 * gates.requires_grad) if torch.is_grad_enabled() else 0
@@ -467,7 +468,13 @@ def _check_kinds(received: list[list[list[int]]]) -> None:
     """Ranks whose rows differ would wait for each other in the exchange to come, or in backward's."""
     needs = ("none", "x", "gate_weights", "x and gate_weights")
     kinds = [
-        {"H": str(hidden), "K": str(top_k), "dtype": str(_DTYPES[dtype]), "requires_grad": needs[gradient]}
+        {
+            "H": str(hidden),
+            "K": str(top_k),
+            "dtype": str(_DTYPES[dtype % len(_DTYPES)]),
+            "wire_dtype, wire_backward": str(_WIRES[dtype // len(_DTYPES)]),
+            "requires_grad": needs[gradient],
+        }
         for counts in received
         for _, _, hidden, top_k, dtype, gradient in counts
     ]

@@ -10,8 +10,8 @@ from torch import Tensor
 from dmoe.plan import RoutingPlan, device_tile_rows, plan_token_choice
 
 if TYPE_CHECKING:
-    from dmoe.parallel.collectives import Exchange
-    from dmoe.parallel.dispatch import Traffic
+    from dmoe.parallel.collectives import RowExchange
+    from dmoe.parallel.traffic import Traffic
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class WayBack:
         token_offsets: ``(T + 1,)`` int32, where a token's rows start in ``token_rows``.
         token_rows: a token's rows in the order of the ranks, -1 where none was sent.
         send_counts, recv_counts: rows to and from each rank.
+        held_counts: rows that passed this rank between two hops, see
+            :class:`dmoe.parallel.two_level.TwoLevelExchange`; not looked at otherwise.
         gathered: rows that came to each rank of the tensor-parallel group, all of which are here; one number without.
     """
 
@@ -32,6 +34,7 @@ class WayBack:
     token_rows: Tensor
     send_counts: tuple[int, ...]
     recv_counts: tuple[int, ...]
+    held_counts: tuple[int, ...]
     gathered: tuple[int, ...]
 
 
@@ -87,8 +90,8 @@ class UnderWay:
         way_back, traffic, kept_per_expert: as in :class:`Dispatched`.
     """
 
-    choices: tuple[Exchange, Tensor]
-    rows: tuple[Exchange, Tensor]
+    choices: tuple[RowExchange, Tensor]
+    rows: tuple[RowExchange, Tensor]
     assignments: int
     way_back: WayBack
     traffic: Traffic
@@ -104,7 +107,7 @@ class Returning:
         way_back: as in :class:`Dispatched`.
     """
 
-    rows: tuple[Exchange, Tensor]
+    rows: tuple[RowExchange, Tensor]
     way_back: WayBack
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dmoe.parallel.destinations import choices_of_plan
 from dmoe.parallel.dispatch import AllToAllDispatcher
 from dmoe.parallel.interface import Dispatched
 from dmoe.plan import RoutingPlan
@@ -75,7 +76,7 @@ def run_overlapped(
     dispatcher: AllToAllDispatcher,
     experts: Callable[[int, Dispatched], Tensor],
     x: Tensor,
-    expert_indices: Tensor,
+    expert_indices: Tensor | None,
     gate_weights: Tensor,
     plan: RoutingPlan | None = None,
     *,
@@ -99,7 +100,9 @@ def run_overlapped(
     """
     num_experts, num_local = dispatcher.num_experts, dispatcher.num_local_experts
     chunk_of(num_local, degree, 0)
-    if plan is not None and plan.capacity is not None:
+    if expert_indices is None:
+        expert_indices, gate_weights = choices_of_plan(plan, gate_weights)
+    elif plan is not None and plan.capacity is not None:
         expert_indices = expert_indices.masked_fill(plan.token_to_rows < 0, num_experts)
     one = dispatcher.for_experts(num_experts // degree)
     prepared = [

@@ -10,11 +10,12 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-def as_group(ep_group: Any) -> ProcessGroup:
+def as_group(ep_group: Any, name: str = "ep_group") -> ProcessGroup:
     """The process group that ``ep_group`` is, or that a one-dimensional mesh stands for.
 
     Args:
         ep_group: a ``torch.distributed.ProcessGroup`` that this rank belongs to, or a ``DeviceMesh`` of one dimension.
+        name: what the user calls it, for error messages.
 
     Raises:
         TypeError: anything else, such as the placeholder that ``new_group`` gives to ranks outside the group.
@@ -26,14 +27,14 @@ def as_group(ep_group: Any) -> ProcessGroup:
         if isinstance(ep_group, DeviceMesh):
             if ep_group.ndim != 1:
                 raise ValueError(
-                    f"ep_group: expected a DeviceMesh of one dimension, got {ep_group.ndim} "
+                    f"{name}: expected a DeviceMesh of one dimension, got {ep_group.ndim} "
                     f"{ep_group.mesh_dim_names or ''}; pass one of them, as mesh['ep']"
                 )
             return ep_group.get_group()
         if isinstance(ep_group, dist.ProcessGroup) and dist.get_rank(ep_group) >= 0:
             return ep_group
     raise TypeError(
-        "ep_group: expected a torch.distributed ProcessGroup that this rank belongs to, or a one-dimensional "
+        f"{name}: expected a torch.distributed ProcessGroup that this rank belongs to, or a one-dimensional "
         f"DeviceMesh, got {type(ep_group).__name__}"
     )
 

@@ -1,0 +1,82 @@
+"""Which part of all experts lives on a rank, and its parameters as parts of global tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+@dataclass(frozen=True)
+class ExpertSlice:
+    """The experts of one rank under expert parallelism.
+
+    Attributes:
+        experts: those that live here, a range in [0, E).
+        shard: which part of their F lives here: columns ``[shard * F / num_shards, (shard + 1) * F / num_shards)``.
+        num_shards: parts that each F is cut into.
+        mesh: the ranks as a mesh of ``(E / len(experts),)`` ranks, or ``(E / len(experts), num_shards)``: parameters
+            are then ``DTensor`` on it, which checkpoints and FSDP2 understand. None: plain tensors.
+        grad_scale: backward multiplies the parameters' gradients by this.
+    """
+
+    experts: range
+    shard: int = 0
+    num_shards: int = 1
+    mesh: DeviceMesh | None = None
+    grad_scale: float = 1.0
+
+    def columns(self, width: int) -> slice:
+        """The part of an expert's ``width`` columns that lives here."""
+        each = width // self.num_shards
+        return slice(self.shard * each, (self.shard + 1) * each)
+
+    def distributed(self, local: Tensor, shard_dim: int | None) -> Tensor:
+        """This rank's part of a parameter ``(E, ...)``, as a ``DTensor`` of the whole; without a mesh as it is.
+
+        Args:
+            local: ``(len(experts), ...)``.
+            shard_dim: the dimension that ``num_shards`` cuts; None where every shard has all of it.
+        """
+        if self.mesh is None:
+            return local
+        from torch.distributed.tensor import DTensor, Replicate, Shard
+
+        shape = list(local.shape)
+        shape[0] *= self.mesh.size(0)
+        placements: list[Any] = [Shard(0)]
+        if self.mesh.ndim == 2:
+            placements.append(Replicate() if shard_dim is None else Shard(shard_dim))
+            if shard_dim is not None:
+                shape[shard_dim] *= self.mesh.size(1)
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(local, self.mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """A ``DTensor``'s part on this rank, through which gradients reach it; any other tensor as it is."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
+
+
+class _ScaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, forward_scale: float, backward_scale: float) -> Tensor:
+        ctx.scale = backward_scale
+        return tensor.view_as(tensor) if forward_scale == 1 else tensor * forward_scale
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad if ctx.scale == 1 else grad * ctx.scale, None, None
+
+
+def scaled(tensor: Tensor, forward_scale: float, backward_scale: float) -> Tensor:
+    """``tensor * forward_scale``, whose gradient is multiplied by ``backward_scale`` instead."""
+    if forward_scale == 1 and backward_scale == 1:
+        return tensor
+    return _ScaledGradient.apply(tensor, forward_scale, backward_scale)

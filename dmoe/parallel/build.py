@@ -1,0 +1,89 @@
+"""From a config and the user's groups: the dispatcher, and which part of the experts lives on this rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dmoe.config import MoEConfig
+from dmoe.expert_slice import ExpertSlice
+from dmoe.parallel.dispatch import AllToAllDispatcher
+from dmoe.parallel.interface import Dispatcher, LocalDispatcher
+from dmoe.parallel.mesh import expert_mesh
+from dmoe.parallel.overlap import chunk_of
+from dmoe.parallel.placement import as_group
+from dmoe.parallel.two_level import TwoLevel, mesh_group
+
+_GRAD_SCALES = {"mean": lambda ranks: 1 / ranks, "sum": lambda ranks: 1.0, "sqrt_world_size": lambda ranks: ranks**-0.5}
+
+
+def build_dispatcher(
+    config: MoEConfig, ep_group: Any, expert_tp_group: Any = None, ep_levels: Any = None
+) -> Dispatcher:
+    """How tokens reach the experts; the groups are those of :class:`dmoe.MoE`.
+
+    Raises:
+        ValueError, TypeError: groups that are none, or options that need all experts in one place.
+    """
+    if ep_levels is not None and not isinstance(ep_levels, TwoLevel):
+        if not hasattr(ep_levels, "ndim"):
+            raise TypeError(
+                "MoE: ep_levels: expected a two-dimensional DeviceMesh or a dmoe.parallel.TwoLevel, got "
+                f"{type(ep_levels).__name__}"
+            )
+        mesh, ep_levels = ep_levels, TwoLevel.of_mesh(ep_levels)
+        ep_group = mesh_group(mesh) if ep_group is None else ep_group
+    if ep_group is None:
+        for name, given in (("expert_tp_group", expert_tp_group), ("ep_levels", ep_levels)):
+            if given is not None:
+                raise ValueError(f"MoE: {name}: expected None without ep_group, got {type(given).__name__}")
+        return LocalDispatcher(config.num_experts)
+    if config.accumulate_main_grad and config.expert_grad_scale != "sum":
+        raise ValueError(
+            "MoE: accumulate_main_grad: expected False with ep_group, or expert_grad_scale='sum', got True with "
+            f"{config.expert_grad_scale!r}: what goes straight into main_grad is not scaled"
+        )
+    if config.accumulate_main_grad and config.overlap_degree > 1:
+        raise ValueError(
+            f"MoE: overlap_degree: expected 1 with accumulate_main_grad, got {config.overlap_degree}: each chunk would "
+            "add to the whole buffer"
+        )
+    dispatcher = AllToAllDispatcher(
+        as_group(ep_group),
+        config.num_experts,
+        None if expert_tp_group is None else as_group(expert_tp_group, "expert_tp_group"),
+        max_rows_received=config.max_rows_received,
+        wire_dtype=config.wire_dtype,
+        wire_backward=config.wire_backward,
+        two_level=ep_levels,
+    )
+    chunk_of(dispatcher.num_local_experts, config.overlap_degree, 0)  # says so where they cannot be cut
+    return dispatcher
+
+
+def owned_experts(
+    config: MoEConfig, dispatcher: Dispatcher, ep_group: Any, *, device: torch.device | str | None, dtensor: bool
+) -> ExpertSlice | None:
+    """What lives on this rank; None when all experts do.
+
+    Raises:
+        ValueError: a width that the shards of an expert do not divide, or options that need whole experts.
+    """
+    if not isinstance(dispatcher, AllToAllDispatcher):
+        return None
+    shard, num_shards = dispatcher.ffn_shard
+    if odd := [width for width in config.ffn_sizes if width % num_shards]:
+        raise ValueError(
+            f"MoE: ffn_hidden_size: expected multiples of {num_shards}, the ranks that share an expert, got {odd[0]}"
+        )
+    if num_shards > 1 and config.expert_dropout:
+        raise ValueError(
+            f"MoE: expert_dropout: expected 0 where {num_shards} ranks share an expert, got {config.expert_dropout}: "
+            "each would drop other numbers of one sum"
+        )
+    mesh = None
+    if dtensor and isinstance(config.ffn_hidden_size, int):
+        mesh = expert_mesh(ep_group, dispatcher.group, num_shards, device, dispatcher.tp_group)
+    scale = _GRAD_SCALES[config.expert_grad_scale](dispatcher.num_ranks)
+    return ExpertSlice(dispatcher.local_experts, shard, num_shards, mesh, scale)

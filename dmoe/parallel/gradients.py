@@ -1,0 +1,158 @@
+"""Gradients over ranks: what every rank has is averaged over all, an expert's only over the ranks that hold it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dmoe.expert_slice import local_part
+from dmoe.parallel.collectives import explained
+from dmoe.parallel.dispatch import AllToAllDispatcher
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether other ranks hold other values of this parameter: an expert's under expert parallelism."""
+    return bool(getattr(parameter, "expert", False)) and not getattr(parameter, "allreduce", True)
+
+
+def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """What every rank has, and the experts that other ranks have others of: for optimizers that spread their state.
+
+    ``ZeroRedundancyOptimizer`` sends each parameter from one rank to all others, so it may have the first list only::
+
+        replicated, experts = split_parameters(model)
+        optimizers = [ZeroRedundancyOptimizer(replicated, torch.optim.AdamW, lr=lr), torch.optim.AdamW(experts, lr=lr)]
+    """
+    parameters = list(model.parameters())
+    return [p for p in parameters if not is_sharded(p)], [p for p in parameters if is_sharded(p)]
+
+
+def average_gradients(parameters: Iterable[Tensor], group: ProcessGroup | None, bucket_bytes: int = 2**25) -> None:
+    """Mean of each gradient over the ranks of a group, in place; a parameter without one counts as zeros.
+
+    Args:
+        parameters: the same on all ranks of the group, in the same order.
+        group: the ranks; None is all of them.
+        bucket_bytes: gradients of one dtype travel together in buckets of about this size.
+    """
+    ranks = dist.get_world_size(group)
+    if ranks == 1:
+        return
+    buckets: list[list[Tensor]] = []
+    size = 0
+    for parameter in parameters:
+        if not parameter.requires_grad:
+            continue
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        grad = local_part(parameter.grad.detach())
+        if not buckets or size + grad.nbytes > bucket_bytes or buckets[-1][0].dtype != grad.dtype:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(grad)
+        size += grad.nbytes
+    under_way = []
+    for bucket in buckets:
+        flat = torch.cat([grad.reshape(-1) for grad in bucket])
+        flat /= ranks  # before the sum, which could overflow in half precision
+        work = explained(
+            lambda flat=flat: dist.all_reduce(flat, group=group, async_op=True), "the all-reduce of gradients", group
+        )
+        under_way.append((bucket, flat, work))
+    for bucket, flat, work in under_way:
+        explained(work.wait, "the all-reduce of gradients", group)
+        for grad, mean in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
+            grad.copy_(mean.view_as(grad))
+
+
+class ExpertReplicas:
+    """Averages the experts' gradients over their replicas at the end of every backward that DDP synchronises.
+
+    Args:
+        module: the model, wrapped in ``DistributedDataParallel``.
+        parameters: the experts'.
+        group: the ranks that hold the same experts.
+    """
+
+    def __init__(
+        self, module: nn.parallel.DistributedDataParallel, parameters: list[nn.Parameter], group: ProcessGroup
+    ) -> None:
+        self._module, self._parameters, self._group, self._queued = module, parameters, group, False
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(self._on_gradient)
+
+    def _on_gradient(self, parameter: Tensor) -> None:
+        if self._module.require_backward_grad_sync and not self._queued:
+            self._queued = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._average)
+
+    def _average(self) -> None:
+        self._queued = False
+        average_gradients(self._parameters, self._group)
+
+
+def data_parallel(
+    model: nn.Module,
+    *,
+    process_group: ProcessGroup | None = None,
+    expert_replicas: ProcessGroup | None = None,
+    **ddp_options: Any,
+) -> nn.parallel.DistributedDataParallel:
+    """``DistributedDataParallel`` that leaves expert-parallel experts out of its all-reduce.
+
+    Everything else is averaged over ``process_group`` as ever. The experts' gradients already sum over the tokens of
+    their expert-parallel ranks, scaled by the config's ``expert_grad_scale``; over ``expert_replicas`` they are
+    averaged here, when backward ends (not inside ``no_sync()``).
+
+    Args:
+        model: with layers built with ``ep_group``; without any this is plain DDP.
+        process_group: all ranks that train the model; None is all ranks.
+        expert_replicas: the ranks that hold the same experts as this one: with a mesh ``("replicas", "ep")`` that is
+            ``mesh["replicas"].get_group()``. None when each expert is held once.
+        **ddp_options: of ``DistributedDataParallel``.
+
+    Raises:
+        ValueError: experts that are left alone, or replicas that do not add up to all ranks.
+    """
+    experts = [(name, parameter) for name, parameter in model.named_parameters() if is_sharded(parameter)]
+    if experts:
+        _check_replicas(model, process_group, expert_replicas)
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            model, [name for name, _ in experts]
+        )
+    wrapped = nn.parallel.DistributedDataParallel(model, process_group=process_group, **ddp_options)
+    if experts and expert_replicas is not None and dist.get_world_size(expert_replicas) > 1:
+        ExpertReplicas(wrapped, [parameter for _, parameter in experts], expert_replicas)
+    return wrapped
+
+
+def dispatchers(model: nn.Module) -> list[tuple[nn.Module, AllToAllDispatcher]]:
+    """Every expert-parallel layer of a model with its dispatcher."""
+    found = [(module, getattr(module, "dispatcher", None)) for module in model.modules()]
+    return [(module, held) for module, held in found if isinstance(held, AllToAllDispatcher)]
+
+
+def _check_replicas(model: nn.Module, process_group: ProcessGroup | None, expert_replicas: ProcessGroup | None) -> None:
+    ranks = dist.get_world_size(process_group)
+    replicas = 1 if expert_replicas is None else dist.get_world_size(expert_replicas)
+    for _, dispatcher in dispatchers(model):
+        if dispatcher.num_ranks * replicas != ranks:
+            raise ValueError(
+                f"data_parallel: expert_replicas: expected a group of {ranks} / {dispatcher.num_ranks} ranks, those "
+                f"that hold the same experts, as {ranks} ranks train the model and {dispatcher.num_ranks} share its "
+                f"experts; got {'None' if expert_replicas is None else f'a group of {replicas}'}"
+            )
+        if expert_replicas is not None:
+            both = set(dispatcher.ranks) & set(dist.get_process_group_ranks(expert_replicas))
+            if both != {dist.get_rank()}:
+                raise ValueError(
+                    "data_parallel: expert_replicas: expected ranks that hold the same experts, of which this rank is "
+                    f"the only one in its expert-parallel group, got a group that shares ranks {sorted(both)} with it"
+                )

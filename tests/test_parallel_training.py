@@ -1,0 +1,203 @@
+"""Training steps over ranks: gradients of experts and of the rest, their replicas, and clipping."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import rank_jobs_training as jobs
+import torch
+from test_parallel_layer import BASE, close, part_of
+
+H = BASE["hidden_size"]
+FIELDS = {**BASE, "bias": "expert", "load_balancing_coefficient": 0.1}
+
+
+def batches_for(tokens_by_rank, steps, micro, seed=1):
+    torch.manual_seed(seed)
+    return [
+        [[torch.randn(n, H, dtype=torch.float64) for _ in range(micro)] for n in tokens_by_rank] for _ in range(steps)
+    ]
+
+
+def by_hand(fields, batches, max_norm):
+    """One process: the mean over ranks of their summed micro batches' gradients."""
+    model = jobs.Net(fields)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    norms = []
+    for step in batches:
+        optimizer.zero_grad()
+        for micro_batches in step:
+            for x in micro_batches:
+                (jobs.loss_of(model, model, x) / len(step)).backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm))
+        optimizer.step()
+    return model, norms
+
+
+@pytest.mark.parametrize(("replicas", "experts"), [(1, 4), (2, 4), (4, 4), (1, 2), (2, 1)])
+@pytest.mark.parametrize("micro", [1, 2])
+def test_steps_with_replicas_equal_one_process(ranks, replicas, experts, micro):
+    """EP alone, EP x DP, DP alone, experts cut in two; gradient accumulation; clipped by the norm of everything."""
+    fields = {**FIELDS, "num_experts": experts, "top_k": min(experts, 2)}
+    batches = batches_for((6, 3, 0, 8), 3, micro)
+    results = ranks.run(jobs.train, fields, replicas, batches, 0.5, micro > 1)
+    model, norms = by_hand(fields, batches, 0.5)
+    world = 4 // replicas
+    largest = max(p.grad.abs().max() for p in model.parameters())
+    for rank, (values, norms_there, largest_there, owned) in enumerate(results):
+        assert len(owned) == max(1, experts // world)
+        close("norms", norms_there, torch.stack(norms))
+        close("largest", largest_there, largest)
+        for name, value in model.state_dict().items():
+            close(name, values[name], share(model, name, value, rank % world, world))
+    assert (torch.stack(norms) > 0.5).all()  # clipping was at work
+
+
+@pytest.mark.parametrize(
+    ("replicas", "message"),
+    [
+        ("none", "data_parallel: expert_replicas: expected a group of 4 / 2 ranks, those that hold the same experts"),
+        ("the other way", "of which this rank is the only one in its expert-parallel group, got a group that shares"),
+    ],
+)
+def test_replicas_that_do_not_fit_are_named(ranks, replicas, message):
+    for told in ranks.run(jobs.wrongly_wrapped, BASE, replicas):
+        assert len(told) == 1
+        assert message in told[0]
+
+
+def test_norms_of_a_model_on_one_rank():
+    from dmoe.parallel import clip_grad_norm, grad_norm
+
+    model = jobs.Net(BASE)
+    assert grad_norm(model) == 0
+    jobs.loss_of(model, model, torch.randn(5, H, dtype=torch.float64)).backward()
+    for order in (1.0, 2.0, 3.5, math.inf):
+        close(
+            str(order),
+            grad_norm(model, order),
+            torch.nn.utils.get_total_norm([p.grad for p in model.parameters()], order),
+        )
+    with pytest.raises(ValueError, match="grad_norm: norm_type: expected a number above 0, or inf, got 0"):
+        grad_norm(model, 0)
+    model.first.weight.grad[0, 0] = math.nan
+    before = model.last.weight.grad.clone()
+    with pytest.raises(
+        RuntimeError, match=r"clip_grad_norm: expected a finite norm of order 2\.0 of the gradients, got"
+    ):
+        clip_grad_norm(model, 1.0, error_if_nonfinite=True)
+    assert torch.equal(model.last.weight.grad, before)
+
+
+def share(model, name, value, rank, world):
+    """What a rank holds of a value of the whole model."""
+    return part_of(model.moe, name.removeprefix("moe."), value, rank, world) if ".experts." in name else value
+
+
+def whole(model, results, name):
+    """A value put together from the ranks' parts, when each part is held once."""
+    together = torch.empty_like(model.state_dict()[name])
+    for rank, values in enumerate(results):
+        share(model, name, together, rank, len(results)).copy_(values[name])
+    return together
+
+
+@pytest.mark.parametrize("experts", [4, 2])
+def test_a_checkpoint_of_four_ranks_loads_on_one_two_and_four(ranks, tmp_path, experts):
+    """With two experts each of them is cut in two on four ranks, and whole on two."""
+    fields = {**FIELDS, "num_experts": experts}
+    batches = batches_for((6, 3, 1, 8), 3, 1)
+    folder = str(tmp_path / "checkpoint")
+    saved = ranks.run(jobs.save, fields, 1, batches, folder)
+    model = jobs.Net(fields)
+    for replicas in (4, 2, 1):
+        world = 4 // replicas
+        loaded = ranks.run(jobs.load, fields, replicas, batches, folder)
+        for rank, (before, losses, after) in enumerate(loaded):
+            close("losses", losses, saved[rank][1])
+            for name in model.state_dict():
+                mine = share(model, name, whole(model, [s[0] for s in saved], name), rank % world, world)
+                assert torch.equal(before[name], mine), name
+                close(
+                    name,
+                    after[name],
+                    share(model, name, whole(model, [s[2] for s in saved], name), rank % world, world),
+                )
+
+
+def test_a_checkpoint_of_ranks_loads_in_one_process_and_the_other_way(ranks, tmp_path):
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    batches = batches_for((6, 3, 1, 8), 2, 1)
+    there, here = str(tmp_path / "ranks"), str(tmp_path / "one")
+    saved = ranks.run(jobs.save, FIELDS, 1, batches, there)
+    model = jobs.Net(FIELDS)
+    state = {"model": {name: torch.full_like(value, torch.nan) for name, value in model.state_dict().items()}}
+    dcp.load(state, checkpoint_id=there, no_dist=True)
+    for name, value in state["model"].items():
+        assert torch.equal(value, whole(model, [s[0] for s in saved], name)), name
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    jobs.loss_of(model, model, batches[0][0][0]).backward()
+    optimizer.step()
+    model_state, moments = get_state_dict(model, optimizer)
+    dcp.save({"model": model_state, "optimizer": moments}, checkpoint_id=here, no_dist=True)
+    for rank, (before, _, _) in enumerate(ranks.run(jobs.load, FIELDS, 1, batches, here)):
+        for name, value in model.state_dict().items():
+            assert torch.equal(before[name], share(model, name, value, rank, 4)), name
+
+
+def test_plain_tensors_would_bring_back_the_wrong_experts(ranks, tmp_path):
+    """Why parameters are DTensors: with plain ones every rank writes, and reads, tensors of one name."""
+    batches = batches_for((6, 3, 1, 8), 2, 1)
+    folder = str(tmp_path / "checkpoint")
+    saved = ranks.run(jobs.save, FIELDS, 1, batches, folder, False)
+    loaded = ranks.run(jobs.load, FIELDS, 1, batches, folder, False)
+    right = [
+        torch.equal(a[0]["moe.experts.down_proj"], b[0]["moe.experts.down_proj"])
+        for a, b in zip(saved, loaded, strict=True)
+    ]
+    assert not all(right)
+
+
+@pytest.mark.parametrize(("replicas", "experts"), [(2, 4), (4, 4), (4, 2), (2, 2)])
+def test_steps_under_fsdp_equal_one_process(ranks, replicas, experts):
+    fields = {**FIELDS, "num_experts": experts, "ffn_hidden_size": 8, "hidden_size": 8, "top_k": 1}
+    torch.manual_seed(0)
+    batches = [[[torch.randn(n, 8, dtype=torch.float64)] for n in (6, 3, 2, 8)] for _ in range(3)]
+    model, norms = by_hand(fields, batches, 0.5)
+    for values, norms_there, cuts, marks in ranks.run(jobs.train_with_fsdp, fields, replicas, batches, 0.5):
+        close("norms", norms_there, torch.stack(norms))
+        for name, value in model.state_dict().items():
+            close(name, values[name], value)
+        assert marks == {(True, False)}
+        inner = replicas > experts // (4 // replicas)
+        assert ("dim=1" in cuts["down_proj"]) == inner, cuts
+
+
+def test_steps_with_zero_equal_one_process(ranks):
+    batches = batches_for((6, 3, 0, 8), 3, 1)
+    model, _ = by_hand(FIELDS, batches, 0.5)
+    for rank, values in enumerate(ranks.run(jobs.train_with_zero, FIELDS, batches, 0.5)):
+        for name, value in model.state_dict().items():
+            close(name, values[name], share(model, name, value, rank, 4))
+
+
+@pytest.mark.parametrize("capacity", [None, 1])
+def test_metrics_over_ranks(ranks, capacity):
+    torch.manual_seed(0)
+    shares = [torch.randn(n, H, dtype=torch.float64) for n in (6, 3, 0, 8)]
+    fields = {**BASE, "capacity": capacity}
+    results = ranks.run(jobs.metrics, fields, shares)
+    for _, reduced, calls in results:
+        assert calls == 1
+        assert torch.equal(reduced.tokens_per_expert, sum(own.tokens_per_expert for own, _, _ in results))
+        assert torch.equal(reduced.kept_per_expert, sum(own.kept_per_expert for own, _, _ in results))
+        assert reduced.tokens_per_expert.sum() == 17 * 2
+        entropy = sum(own.entropy * n for (own, _, _), n in zip(results, (6, 3, 0, 8), strict=True)) / 17
+        close("entropy", reduced.entropy, entropy)
+        assert reduced.bytes_sent == sum(own.bytes_sent for own, _, _ in results)
+        assert reduced.naive_bytes_sent == sum(own.naive_bytes_sent for own, _, _ in results)
+        assert (reduced.dropped_share > 0) == (capacity is not None)
