@@ -20,11 +20,10 @@ from _ep_bytes import draw_choices
 from _harness import relative_error, stopwatch
 from torch import Tensor
 
-from dmoe.experts import ExpertWeights, run_experts
+from dmoe import ExpertWeights, plan_token_choice, run_experts
 from dmoe.ops.permute import permute
 from dmoe.ops.unpermute import unpermute
 from dmoe.parallel import AllToAllDispatcher, Dispatched
-from dmoe.plan import plan_token_choice
 
 HAS_WIRE_DTYPE = "wire_dtype" in inspect.signature(AllToAllDispatcher.__init__).parameters
 # name: (which all-to-all, options of dmoe's dispatcher)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dmoe import checkpoint, functional, losses, metrics, ops, parallel
 from dmoe.config import MoEConfig
-from dmoe.experts import ExpertWeights
+from dmoe.experts import ExpertWeights, run_experts
 from dmoe.info import info
 from dmoe.layer import MoE
 from dmoe.model_tools import (
@@ -39,6 +39,7 @@ __all__ = [
     "plan_token_choice",
     "reduce_metrics",
     "replace_ffn",
+    "run_experts",
     "set_aux_loss_scale",
     "update_selection_bias",
 ]

@@ -109,23 +109,25 @@ class ExpertWeights:
         """H."""
         return self.up_proj.shape[-1]
 
-    def part(self, experts: slice) -> ExpertWeights:
-        """Consecutive experts of these: views, but for experts of different widths."""
-        if not self.ffn_sizes:
-            cut: dict[str, Any] = {n: None if (t := getattr(self, n)) is None else t[experts] for n in _F_DIM}
-            return replace(self, **cut)
-        first, last, _ = experts.indices(len(self.ffn_sizes))
-        start, length = sum(self.ffn_sizes[:first]), sum(self.ffn_sizes[first:last])
-        down_bias = None if self.down_bias is None else self.down_bias[experts]
-        up_bias = None if self.up_bias is None else self.up_bias.narrow(-1, start, length).contiguous()
-        return replace(
-            self,
-            up_proj=self.up_proj.narrow(-2, start, length).contiguous(),
-            down_proj=self.down_proj.narrow(-1, start, length).contiguous(),
-            up_bias=up_bias,
-            down_bias=down_bias,
-            ffn_sizes=self.ffn_sizes[first:last],
-        )
+    def parts(self, count: int) -> list[ExpertWeights]:
+        """As many groups of consecutive experts as ``count``, which divides E: views, but for experts of other widths.
+
+        All at once, so that backward puts their gradients together in one copy.
+        """
+        each = self.num_experts // count
+        sizes = [each] * count
+        if self.ffn_sizes:
+            by_part = [self.ffn_sizes[first : first + each] for first in range(0, self.num_experts, each)]
+            sizes = [sum(widths) for widths in by_part]
+        cut: list[dict[str, Any]] = [{} for _ in range(count)]
+        for name, f_dim in _F_DIM.items():
+            tensor: Tensor | None = getattr(self, name)
+            packed = bool(self.ffn_sizes) and f_dim is not None
+            lengths = sizes if packed else [each] * count
+            pieces = [None] * count if tensor is None else tensor.split(lengths, f_dim if packed and f_dim else 0)
+            for part, piece in zip(cut, pieces, strict=True):
+                part[name] = piece.contiguous() if packed and piece is not None else piece
+        return [replace(self, **part, ffn_sizes=by_part[n] if self.ffn_sizes else ()) for n, part in enumerate(cut)]
 
 
 def run_experts(
@@ -394,6 +396,10 @@ class Experts(nn.Module):
         at_work: dict[str, Any] = {name: scaled(tensor, forward_scale[name], scale) for name, tensor in given.items()}
         return replace(weights, **at_work)
 
+    def in_parts(self, count: int) -> list[ExpertWeights]:
+        """The weights at work in ``count`` groups of consecutive experts, for :meth:`forward` one by one."""
+        return self._weights_at_work().parts(count)
+
     def expert_slices(self, expert: int) -> list[tuple[str, Tensor, int]]:
         """Each parameter's part for one expert, counted among those owned: its field in :class:`ExpertWeights`, a view,
         the fan-in of its layer.
@@ -465,15 +471,15 @@ class Experts(nn.Module):
         plan: RoutingPlan,
         gate_weights: Tensor,
         residual: Tensor | None = None,
-        part: slice | None = None,
+        weights: ExpertWeights | None = None,
     ) -> Tensor:
-        """``(T, H)`` through the experts, or through a ``part`` of those that live here; see :func:`run_experts`."""
-        config, weights = self.config, self._weights_at_work()
+        """``(T, H)`` through the experts, or through those of :meth:`in_parts`; see :func:`run_experts`."""
+        config = self.config
         return run_experts(
             x,
             plan,
             gate_weights,
-            weights if part is None else weights.part(part),
+            self._weights_at_work() if weights is None else weights,
             activation=config.activation,
             gate_weight_on=config.gate_weight_on,
             activation_dropout=config.activation_dropout if self.training else 0.0,

@@ -26,7 +26,7 @@ from dmoe.losses import attach_loss, load_balancing_loss, router_z_loss, sequenc
 from dmoe.metrics import RoutingMetrics, routing_entropy
 from dmoe.parallel import AllToAllDispatcher, Dispatched, as_group, check_agreement
 from dmoe.parallel.build import build_dispatcher, owned_experts
-from dmoe.parallel.overlap import chunk_of, run_overlapped
+from dmoe.parallel.overlap import run_overlapped
 from dmoe.parallel.statistics import LoadOfRanks
 from dmoe.routing import Routing, build_router
 
@@ -178,13 +178,12 @@ class MoE(Float32Buffers):
         """The same in chunks of experts, one of which travels while another computes."""
         degree, shared = self.config.overlap_degree, []
         assert isinstance(self.dispatcher, AllToAllDispatcher)
-        num_owned = len(self.experts.owned.experts)
+        weights = self.experts.in_parts(degree)
 
         def experts(chunk: int, arrived: Dispatched) -> Tensor:
             if self.shared_expert is not None and chunk == 0:
                 shared.append(self.shared_expert(tokens))
-            part = chunk_of(num_owned, degree, chunk)
-            return self.experts(arrived.x, arrived.plan, arrived.gate_weights, part=part)
+            return self.experts(arrived.x, arrived.plan, arrived.gate_weights, weights=weights[chunk])
 
         done = run_overlapped(
             self.dispatcher, experts, tokens, routing.expert_indices, routing.gate_weights, routing.plan, degree=degree
