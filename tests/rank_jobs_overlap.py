@@ -9,7 +9,7 @@ import torch.distributed as dist
 from rank_jobs_sharding import Wire, dispatcher_of, own_weights
 
 from dmoe.experts import ExpertWeights, run_experts
-from dmoe.parallel import chunk_of, run_overlapped
+from dmoe.parallel import run_overlapped
 
 
 class Noted:
@@ -77,13 +77,12 @@ def chunked(group, grid, shares, weights, options, degree, max_rows_received=Non
     dispatcher = dispatcher_of(weights[1].shape[0], grid, max_rows_received)
     leaves, own = own_weights(weights, dispatcher, options["gated"])
     x, gates = x.clone().requires_grad_(), gates.clone().requires_grad_()
-    order = []
+    order, whole = [], (own.up_proj, own.down_proj, own.up_bias, own.down_bias)
+    parts = list(zip(*([None] * degree if w is None else w.chunk(degree) for w in whole), strict=True))
 
     def experts(chunk, arrived):
         order.append(f"experts {chunk}")
-        here = chunk_of(dispatcher.num_local_experts, degree, chunk)
-        of_chunk = [None if w is None else w[here] for w in (own.up_proj, own.down_proj, own.up_bias, own.down_bias)]
-        part = ExpertWeights(*of_chunk, gated=own.gated)
+        part = ExpertWeights(*parts[chunk], gated=own.gated)
         y = run_experts(arrived.x, arrived.plan, arrived.gate_weights, part, **options["run"])
         if y.requires_grad:
             y.register_hook(lambda grad: order.append(f"experts {chunk}"))

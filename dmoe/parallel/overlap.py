@@ -68,8 +68,8 @@ def choices_in_chunk(choices: Tensor, num_experts: int, num_local_experts: int, 
     """
     each = num_local_experts // degree
     rank, local = choices // num_local_experts, choices % num_local_experts
-    here = (local // each == chunk) & (choices < num_experts)
-    return torch.where(here, rank * each + local % each, num_experts // degree)
+    # E is the first expert of a rank behind the last one, and so it is after the renumbering.
+    return torch.where(local // each == chunk, rank * each + local % each, num_experts // degree)
 
 
 def run_overlapped(
@@ -90,7 +90,8 @@ def run_overlapped(
     Args:
         dispatcher: of all experts.
         experts: ``experts(chunk, arrived)`` computes ``(R', H)`` with the rank's experts ``chunk_of(...)``; the plan in
-            ``arrived`` is over these alone.
+            ``arrived`` is over these alone. Cut weights with ``torch.chunk``: its backward joins the chunks' gradients
+            once, where that of slices writes all of the weight for each.
         x, expert_indices, gate_weights, plan: as :meth:`AllToAllDispatcher.dispatch` takes them.
         degree: the number of chunks, a divisor of the experts of each rank. 1 does not overlap.
 
