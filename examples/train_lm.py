@@ -4,7 +4,7 @@
     python examples/train_lm.py                                  # on the Python standard library's own sources
     python examples/train_lm.py --data ~/notes --compare-dense   # on your text, next to a dense twin of equal FLOPs
     python examples/train_lm.py --resume                         # on from where Ctrl-C ended it
-    torchrun --nproc-per-node 4 examples/train_lm.py --expert-parallel 2   # the same on 4 ranks, 2 to a set of experts
+    torchrun --nproc-per-node 4 examples/train_lm.py --expert-parallel 2   # on 4 ranks, with the experts spread over 2
 
 Read `lm/model.py` for the model, `lm/training.py` for the loop.
 """

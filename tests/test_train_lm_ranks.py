@@ -24,7 +24,7 @@ from lm.training import train
 from torch.testing import assert_close
 
 SETTINGS = Settings(
-    layers=2, hidden=16, heads=2, ffn=8, experts=4, top_k=2, batch=6, seq_len=16, steps=12, warmup=2, eval_every=4,
+    layers=2, hidden=16, heads=2, ffn=8, experts=4, top_k=2, batch=6, seq_len=16, steps=8, warmup=2, eval_every=4,
     eval_bytes=144, dtype="float32", balance=0.3, clip=0.5,
 )  # fmt: skip
 FIELDS = dataclasses.asdict(SETTINGS)
@@ -77,7 +77,7 @@ def test_ranks_train_as_one_process_does(ranks, text, alone, tmp_path, expert_pa
         assert result["sizes"] == count_parameters(expected.model, SETTINGS)
         assert result["text"] == said
         close_curves(result["curves"][0], expected.curve)
-        assert [entry["step"] for entry in result["routing"]] == list(range(1, 13))
+        assert [entry["step"] for entry in result["routing"]] == list(range(1, 9))
         for entry, other in zip(result["routing"], expected.routing, strict=True):
             for name in ("entropy", "load"):
                 assert_close(torch.tensor(entry[name]), torch.tensor(other[name]), rtol=0, atol=1e-5)
@@ -103,7 +103,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(ranks, text, alone, tmp_path
         folder = str(tmp_path)
         for result in ranks.run(jobs.train_lm, FIELDS, text, before[0], folder, 5, False, before[1]):
             assert result["steps"] == [5]  # on all ranks, though the last one alone wished to stop
-        assert checkpoint.progress(tmp_path) == (5, 12)
+        assert checkpoint.progress(tmp_path) == (5, 8)
     if after is None:
         corpus, (run,) = jobs.runs_of(SETTINGS, text)
         checkpoint.restore(checkpoint.load(Path(folder)), corpus, [run])
@@ -117,7 +117,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(ranks, text, alone, tmp_path
         (result, *_) = ranks.run(jobs.train_lm, FIELDS, text, after[0], str(start), None, True, after[1])
         (curve,), routing = result["curves"], result["routing"]
     close_curves(curve, expected.curve)
-    assert [entry["step"] for entry in routing] == list(range(1, 13))
+    assert [entry["step"] for entry in routing] == list(range(1, 9))
 
 
 def test_a_file_of_ranks_is_that_of_one_process(ranks, text, alone, tmp_path):

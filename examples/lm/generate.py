@@ -22,7 +22,7 @@ def generate(run: Run, prompt: str, length: int = 400, temperature: float = 0.7)
     tokens = list(prompt.encode() or b"\n")
     bfloat16 = s.dtype == "bfloat16"
     run.model.eval()
-    with run.ranks.no_grad(), torch.autocast(run.device.type, torch.bfloat16) if bfloat16 else nullcontext():
+    with torch.inference_mode(), torch.autocast(run.device.type, torch.bfloat16) if bfloat16 else nullcontext():
         for _ in range(length):
             window = torch.tensor([tokens[-s.seq_len :]], device=run.device)
             logits = run.model(window)[0, -1].float().cpu()

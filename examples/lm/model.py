@@ -7,7 +7,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 import dmoe
 from dmoe import MoE
@@ -115,7 +114,7 @@ class ByteLM(nn.Module):
                 std = 1.0 if parameter is self.embedding.weight else std
                 if dmoe.is_expert_param(parameter):
                     whole = torch.empty(settings.experts, *parameter.shape[1:]).normal_(std=std)
-                    here = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+                    here = parameter.to_local() if hasattr(parameter, "to_local") else parameter
                     here.copy_(whole[ranks.experts(settings)])
                 else:
                     parameter.normal_(std=std)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -25,7 +25,6 @@ from dmoe import is_expert_param
 from dmoe.checkpoint import merge_states, split_state
 from dmoe.parallel import clip_grad_norm, data_parallel, local_experts
 
-from . import fsdp
 from .settings import Settings, UsageError
 
 
@@ -61,12 +60,10 @@ class Ranks:
         if self.count == 1:
             return {}
         # Balanced is to be the batch of all ranks, as it is in one process, not each rank's few sequences.
-        options = {"load_balancing_over": "global", "loss_group": dist.group.WORLD}
-        return (
-            options
-            if self.expert_parallel == 1
-            else {**options, "ep_group": self.mesh["ep"], "dtensor": self.everyone is not None}
-        )
+        options: dict[str, Any] = {"load_balancing_over": "global", "loss_group": dist.group.WORLD}
+        if self.expert_parallel > 1:
+            options |= {"ep_group": self.mesh["ep"], "dtensor": self.everyone is not None}
+        return options
 
     def experts(self, settings: Settings) -> slice:
         """The experts of every layer that live here."""
@@ -86,6 +83,8 @@ class Ranks:
         if self.count == 1:
             return model
         if self.everyone is not None:
+            from . import fsdp  # takes a second, which one process need not wait
+
             fsdp.shard(model, self.everyone, self.mesh["replicas"] if self.expert_parallel > 1 else None)
             return model
         replicas = self.mesh["replicas"].get_group() if self.count > self.expert_parallel else None
@@ -94,10 +93,6 @@ class Ranks:
         option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         options: dict[str, Any] = {option: False}
         return data_parallel(model, expert_replicas=replicas, **options)
-
-    def no_grad(self) -> AbstractContextManager[Any]:
-        """For forwards outside training; FSDP2 cannot train with what it gathered in inference mode."""
-        return torch.inference_mode() if self.everyone is None else torch.no_grad()
 
     def clip(self, model: nn.Module, max_norm: float) -> None:
         """Clip the gradient by its norm over all ranks."""
@@ -133,6 +128,8 @@ class Ranks:
     def merged(self, state: dict[str, Any], has_experts: bool) -> dict[str, Any]:
         """On rank 0 the state of the whole model and its optimizer, as of one process; nothing on the others."""
         if self.everyone is not None:
+            from . import fsdp
+
             return fsdp.whole(state, self.first)
         if not has_experts or self.expert_parallel == 1:
             return state if self.first else {}
@@ -144,6 +141,8 @@ class Ranks:
     def part(self, state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """This rank's part of what `merged` gave, for its model and optimizer."""
         if self.everyone is not None:
+            from . import fsdp
+
             return fsdp.parts(state, model, optimizer)
         has_experts = any(map(is_expert_param, model.parameters()))
         if not has_experts or self.expert_parallel == 1:

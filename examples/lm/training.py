@@ -108,7 +108,7 @@ class Run:
         count = 0
         s = self.settings
         batches = held_out_batches(self.corpus, max_bytes=s.eval_bytes, batch=s.batch, seq_len=s.seq_len)
-        with self.ranks.no_grad():
+        with torch.inference_mode():
             for inputs, targets in batches:
                 rows, counted = self.ranks.rows(len(inputs))
                 loss = self._cross_entropy(self.model, inputs[rows], targets[rows])
