@@ -240,7 +240,7 @@ def report(results: list[dict[str, Any]], env: dict[str, Any], name: str, memory
     }
     for (title, meaning), entries in zip(what.items(), (movement, layers), strict=True):
         if entries:
-            parts += [f"## {title}", f"{meaning} {notes}", _times(entries), _aims(entries)]
+            parts += [f"## {title}", f"{meaning} {notes}", _times(entries), _aims(entries), *_remark(entries)]
             notes = "Figures as above."
     return "\n\n".join(parts) + "\n"
 
@@ -286,6 +286,12 @@ def _aims(entries: list[dict[str, Any]]) -> str:
     ]
     aim = f"{AIM} times at K = 8"
     return f"Below the aim of {aim}:\n\n" + "\n".join(missed) if missed else f"The aim, {aim}, is met in every case."
+
+
+def _remark(entries: list[dict[str, Any]]) -> list[str]:
+    """A warning where a budget or a busy machine left few rounds."""
+    few = sum(entry["ratios"]["dmoe"]["forward"].rounds < 5 for entry in entries)
+    return [f"{few} of {len(entries)} cases have fewer than five rounds: their ratios say little."] if few else []
 
 
 def _shape(entry: dict[str, Any]) -> str:
