@@ -25,7 +25,10 @@ def grid(replicas, ep, tp=1):
 
 
 def distributed(fields, world, replicas, tp=1, **options):
-    """The model on this rank, plain and as DDP has it."""
+    """The model on this rank, plain and as DDP has it. ``replicas="nodes"``: rows in two hops, on two nodes."""
+    if replicas == "nodes":
+        inner = Net(fields, ep_levels=grid(2, world // 2), **options)
+        return inner, data_parallel(inner)
     mesh = grid(replicas, world // replicas // tp, tp)
     inner = Net(fields, ep_group=mesh["ep"], expert_tp_group=mesh["expert_tp"] if tp > 1 else None, **options)
     return inner, data_parallel(inner, expert_replicas=mesh["replicas"].get_group() if replicas > 1 else None)

@@ -181,6 +181,31 @@ def test_steps_under_fsdp_equal_one_process(ranks, replicas, experts):
         assert ("dim=1" in cuts["down_proj"]) == inner, cuts
 
 
+@pytest.mark.parametrize(
+    ("replicas", "options"),
+    [
+        (1, {"overlap_degree": 2}),
+        (1, {"max_rows_received": 32}),
+        ("nodes", {}),
+        ("nodes", {"overlap_degree": 2, "max_rows_received": 32, "shared_ffn_hidden_size": 3}),
+        (1, {"router": "expert_choice", "causal": False}),
+        (2, {"router": "uniform"}),
+    ],
+    ids=str,
+)
+def test_steps_in_other_modes_equal_one_process(ranks, replicas, options):
+    """Overlap, the static mode with room enough, two hops, and routers that do not choose top-k."""
+    fields = {**FIELDS, "num_experts": 8, **options}
+    batches = batches_for((6, 3, 1, 8), 3, 1)
+    results = ranks.run(jobs.train, fields, replicas, 1, batches, 0.5)
+    model, norms = by_hand({**fields, "overlap_degree": 1}, batches, 0.5)
+    world = 2 if replicas == 2 else 4
+    for rank, (values, norms_there, _, _) in enumerate(results):
+        close("norms", norms_there, torch.stack(norms))
+        for name, value in model.state_dict().items():
+            close(name, values[name], share(model, name, value, rank % world, world))
+
+
 def test_steps_with_zero_equal_one_process(ranks):
     batches = batches_for((6, 3, 0, 8), 3, 1)
     model, _ = by_hand(FIELDS, batches, 0.5)
