@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dmoe import checkpoint, functional, losses, metrics, ops, parallel
 from dmoe.config import MoEConfig
-from dmoe.experts import ExpertWeights, run_experts
+from dmoe.expert_weights import ExpertWeights
+from dmoe.experts import run_experts
 from dmoe.info import info
 from dmoe.layer import MoE
 from dmoe.model_tools import (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dmoe.config import Activation, GateWeightOn, MoEConfig
 from dmoe.expert_slice import ExpertSlice, local_part, scaled
+from dmoe.expert_weights import F_DIM, ExpertWeights
 from dmoe.ops._checks import check_tensors
 from dmoe.ops._library import has_triton
 from dmoe.ops.activation import accumulate_dtype
@@ -19,115 +20,6 @@ from dmoe.ops.block_sparse_mlp import block_sparse_mlp
 from dmoe.ops.moe_mlp import has_tangent, moe_mlp
 from dmoe.ops.philox import draw_seed
 from dmoe.plan import RoutingPlan, device_tile_rows, plan_token_choice
-
-_F_DIM = {"up_proj": -2, "up_bias": -1, "down_proj": -1, "down_bias": None}  # which of an expert's dimensions is F
-
-
-@dataclass(frozen=True)
-class ExpertWeights:
-    """Weights of all experts, in ``nn.Linear``'s [out, in] order.
-
-    Attributes:
-        up_proj: ``(E, 2, F, H)`` gate then up when ``gated``, else ``(E, F, H)``. With ``ffn_sizes`` the experts stand
-            side by side: ``(2, sum F, H)`` or ``(sum F, H)``.
-        down_proj: ``(E, H, F)``, or ``(H, sum F)``.
-        up_bias: ``up_proj``'s shape without H, or None.
-        down_bias: ``(E, H)``, or None.
-        gated: whether ``up_proj`` holds a gate.
-        ffn_sizes: each expert's width where they differ; empty for ``down_proj``'s common F.
-
-    Raises:
-        TypeError: something that is no tensor, or no floating-point one.
-        ValueError: shapes, dtypes or devices that do not fit together.
-    """
-
-    up_proj: Tensor
-    down_proj: Tensor
-    up_bias: Tensor | None = None
-    down_bias: Tensor | None = None
-    gated: bool = True
-    ffn_sizes: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        self._check_kinds()
-        hidden, halves = self.up_proj.shape[-1], (2,) if self.gated else ()
-        up: tuple[int, ...]
-        down: tuple[int, ...]
-        if self.ffn_sizes:
-            experts, total = len(self.ffn_sizes), sum(self.ffn_sizes)
-            up, down = (*halves, total), (hidden, total)
-        else:
-            experts, width = self.down_proj.shape[0], self.down_proj.shape[-1]
-            up, down = (experts, *halves, width), (experts, hidden, width)
-        expected = {
-            "up_proj": (self.up_proj, (*up, hidden)),
-            "down_proj": (self.down_proj, down),
-            "up_bias": (self.up_bias, up),
-            "down_bias": (self.down_bias, (experts, hidden)),
-        }
-        for name, (tensor, shape) in expected.items():
-            if tensor is None:
-                continue
-            if tuple(tensor.shape) != tuple(shape):
-                raise ValueError(
-                    f"ExpertWeights: {name}: expected shape {tuple(shape)} (gated={self.gated}, "
-                    f"{experts} experts), got {tuple(tensor.shape)}"
-                )
-            if tensor.dtype != self.up_proj.dtype or tensor.device != self.up_proj.device:
-                raise ValueError(
-                    f"ExpertWeights: {name}: expected {self.up_proj.dtype} on {self.up_proj.device} as up_proj, got "
-                    f"{tensor.dtype} on {tensor.device}"
-                )
-
-    def _check_kinds(self) -> None:
-        check_tensors("ExpertWeights", up_proj=self.up_proj, down_proj=self.down_proj)
-        check_tensors(
-            "ExpertWeights", **{n: t for n in ("up_bias", "down_bias") if (t := getattr(self, n)) is not None}
-        )
-        if not self.up_proj.is_floating_point():
-            raise TypeError(f"ExpertWeights: up_proj: expected a floating-point tensor, got {self.up_proj.dtype}")
-        if any(not isinstance(size, int) or size < 1 for size in self.ffn_sizes):
-            raise ValueError(
-                f"ExpertWeights: ffn_sizes: expected integers of at least 1, one for each expert, got {self.ffn_sizes}"
-            )
-        form = "(H, sum F)" if self.ffn_sizes else "(E, H, F)"
-        if self.down_proj.dim() != (2 if self.ffn_sizes else 3):
-            raise ValueError(
-                f"ExpertWeights: down_proj: expected {form} with ffn_sizes={self.ffn_sizes}, got shape "
-                f"{tuple(self.down_proj.shape)}"
-            )
-        if self.up_proj.dim() == 0:
-            raise ValueError("ExpertWeights: up_proj: expected H as the last dimension, got shape ()")
-
-    @property
-    def num_experts(self) -> int:
-        """E."""
-        return len(self.ffn_sizes) or self.down_proj.shape[0]
-
-    @property
-    def hidden_size(self) -> int:
-        """H."""
-        return self.up_proj.shape[-1]
-
-    def parts(self, count: int) -> list[ExpertWeights]:
-        """As many groups of consecutive experts as ``count``, which divides E: views, but for experts of other widths.
-
-        All at once, so that backward puts their gradients together in one copy.
-        """
-        each = self.num_experts // count
-        sizes = [each] * count
-        if self.ffn_sizes:
-            by_part = [self.ffn_sizes[first : first + each] for first in range(0, self.num_experts, each)]
-            sizes = [sum(widths) for widths in by_part]
-        cut: list[dict[str, Any]] = [{} for _ in range(count)]
-        for name, f_dim in _F_DIM.items():
-            tensor: Tensor | None = getattr(self, name)
-            packed = bool(self.ffn_sizes) and f_dim is not None
-            lengths = sizes if packed else [each] * count
-            pieces = [None] * count if tensor is None else tensor.split(lengths, f_dim if packed and f_dim else 0)
-            for part, piece in zip(cut, pieces, strict=True):
-                part[name] = piece.contiguous() if packed and piece is not None else piece
-        return [replace(self, **part, ffn_sizes=by_part[n] if self.ffn_sizes else ()) for n, part in enumerate(cut)]
 
 
 def run_experts(
@@ -390,7 +282,7 @@ class Experts(nn.Module):
         weights, scale, shards = self.weights(), self.owned.grad_scale, self.owned.num_shards
         if scale == 1 and shards == 1:
             return weights
-        given = {name: tensor for name in _F_DIM if (tensor := getattr(weights, name)) is not None}
+        given = {name: tensor for name in F_DIM if (tensor := getattr(weights, name)) is not None}
         # Every shard adds its part of the sum over F; the bias, which all of them hold, has to come out once.
         forward_scale = dict.fromkeys(given, 1.0) | {"down_bias": 1 / shards}
         at_work: dict[str, Any] = {name: scaled(tensor, forward_scale[name], scale) for name, tensor in given.items()}
@@ -433,7 +325,7 @@ class Experts(nn.Module):
         for position, expert in enumerate(self.owned.experts):
             generator = torch.Generator(device="cpu").manual_seed((seed + expert * 0x9E3779B97F4A7C15) % 2**63)
             for name, tensor, fan_in in self.expert_slices(position):
-                shape, dim = list(tensor.shape), _F_DIM[name]
+                shape, dim = list(tensor.shape), F_DIM[name]
                 if dim is not None:
                     shape[dim] *= self.owned.num_shards
                 fresh = torch.empty(shape, dtype=torch.float32, device="cpu")

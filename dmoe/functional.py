@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from dmoe.config import Activation, DropOrder, GateWeightOn
-from dmoe.experts import ExpertWeights, run_experts
+from dmoe.expert_weights import ExpertWeights
+from dmoe.experts import run_experts
 from dmoe.ops._checks import check_tensors
 from dmoe.plan import device_tile_rows, plan_token_choice
 

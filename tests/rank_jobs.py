@@ -9,8 +9,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from dmoe import MoE, aux_loss
-from dmoe.experts import ExpertWeights, run_experts
+from dmoe import ExpertWeights, MoE, aux_loss, run_experts
 from dmoe.parallel import AllToAllDispatcher, Exchange, all_to_all_rows
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from rank_jobs_sharding import Wire, dispatcher_of, own_weights
 
-from dmoe.experts import ExpertWeights, run_experts
+from dmoe import ExpertWeights, run_experts
 from dmoe.parallel import run_overlapped
 
 

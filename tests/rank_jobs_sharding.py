@@ -7,7 +7,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from dmoe.experts import ExpertWeights, run_experts
+from dmoe import ExpertWeights, run_experts
 from dmoe.parallel import AllToAllDispatcher
 from dmoe.parallel.tensor_parallel import TensorParallel
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from dmoe.experts import ExpertWeights, run_experts
+from dmoe import ExpertWeights, run_experts
 from dmoe.parallel import AllToAllDispatcher, Exchange, NarrowExchange, TwoLevel, TwoLevelExchange, mesh_group
 
 

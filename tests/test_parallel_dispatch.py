@@ -17,7 +17,7 @@ from rank_pool import RankError
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from dmoe.experts import ExpertWeights, run_experts
+from dmoe import ExpertWeights, run_experts
 from dmoe.parallel import AllToAllDispatcher, LocalDispatcher, local_experts
 from dmoe.parallel.destinations import once_per_rank
 

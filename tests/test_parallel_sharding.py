@@ -23,7 +23,7 @@ from sharding_cases import (
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from dmoe.experts import ExpertWeights, run_experts
+from dmoe import ExpertWeights, run_experts
 from dmoe.parallel import AllToAllDispatcher, ffn_shard, local_experts
 
 pytestmark = pytest.mark.usefixtures("_no_generated_products")

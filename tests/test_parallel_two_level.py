@@ -16,7 +16,7 @@ from test_parallel_dispatch import F, H, case_of
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from dmoe.experts import ExpertWeights, run_experts
+from dmoe import ExpertWeights, run_experts
 from dmoe.parallel import AllToAllDispatcher, TwoLevel
 from dmoe.parallel.two_level import Pieces
 

@@ -26,8 +26,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plan": {"ops", "config"},
     "routing": {"ops", "plan", "config", "buffers"},
     "expert_slice": set(),
-    "experts": {"ops", "plan", "config", "expert_slice"},
-    "functional": {"ops", "plan", "config", "experts", "routing"},
+    "expert_weights": {"ops"},
+    "experts": {"ops", "plan", "config", "expert_slice", "expert_weights"},
+    "functional": {"ops", "plan", "config", "experts", "expert_weights", "routing"},
     "parallel": {"ops", "plan", "config", "expert_slice"},
     "layer": {
         "ops",
@@ -47,8 +48,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "dense_ffn": {"config"},
     "replace": {"layer", "config", "parallel", "dense_ffn"},
     "info": {"ops"},
-    "tune": {"kernels", "ops", "plan", "experts"},
-    "compat": {"layer", "config", "ops", "plan", "losses", "experts", "functional", "routing", "model_tools"},
+    "tune": {"kernels", "ops", "plan", "experts", "expert_weights"},
+    "compat": {
+        "layer",
+        "config",
+        "ops",
+        "plan",
+        "losses",
+        "experts",
+        "expert_weights",
+        "functional",
+        "routing",
+        "model_tools",
+    },
 }
 # Packages from outside, besides the standard library.
 OUTSIDE: dict[str, set[str]] = {room: {"torch"} for room in MAY_IMPORT} | {

@@ -19,9 +19,9 @@ SCHEMA = (
 class Call(NamedTuple):
     """One call.
 
-    What :class:`dmoe.experts.ExpertWeights` and :class:`dmoe.plan.RoutingPlan` hold, and the options. ``residual`` is
-    added to y. ``up_main_grad`` and ``down_main_grad`` are float32 buffers in the shapes of the projections that
-    backward adds their gradients to, instead of returning them.
+    What :class:`dmoe.ExpertWeights` and :class:`dmoe.plan.RoutingPlan` hold, and the options. ``residual`` is added to
+    y. ``up_main_grad`` and ``down_main_grad`` are float32 buffers in the shapes of the projections that backward adds
+    their gradients to, instead of returning them.
     """
 
     x: Tensor

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from dmoe.compat.megablocks.layers import common
 from dmoe.compat.megablocks.layers.arguments import Arguments
 from dmoe.config import Activation
-from dmoe.experts import ExpertWeights, run_experts
+from dmoe.expert_weights import ExpertWeights
+from dmoe.experts import run_experts
 from dmoe.ops.cumsum import inclusive_cumsum
 from dmoe.ops.grouped_gemm import grouped_gemm
 from dmoe.ops.histogram import histogram
