@@ -324,7 +324,8 @@ def plot(results: list[dict[str, Any]], env: dict[str, Any], path: Path) -> None
     """Speed over the naive all-to-all, a panel for each kind of case, beside the share of bytes saved."""
     panels = [(t, [e for e in results if bool(e["case"]["ffn"]) == w]) for t, w in (("movement", 0), ("experts", 1))]
     panels = [(title, entries) for title, entries in panels if entries]
-    figure, axes = new_figure(len(panels), width=6.4 * len(panels), height=4.6)
+    most = max(len(entries) for _, entries in panels)
+    figure, axes = new_figure(len(panels), width=(1.6 + 0.52 * most) * len(panels), height=4.6)
     for axis, (title, entries) in zip(axes, panels, strict=True):
         axis.axhline(AIM, color="#999999", lw=1, ls="--", zorder=1)
         axis.axhline(1, color="#333333", lw=1, zorder=1)
@@ -340,7 +341,7 @@ def plot(results: list[dict[str, Any]], env: dict[str, Any], path: Path) -> None
         saved = [megabytes(e, "naive", "forward") / megabytes(e, "dmoe", "forward") for e in entries]
         axis.plot(range(len(entries)), saved, "_", ms=16, color=COLOURS[3], label="bytes, naive / dmoe")
         labels = [_shape(entry).replace(", ", "\n") for entry in entries]
-        axis.set_xticks(range(len(entries)), labels, fontsize=8)
+        axis.set_xticks(range(len(entries)), labels, fontsize=7)
         axis.set_xlabel("W, T, H, K, routing (downwards)")
         axis.set_title(title + (", F = 256" if title == "experts" else " alone"))
         axis.set_ylim(bottom=0)

@@ -194,6 +194,16 @@ def test_drawn_choices_are_distinct_and_as_popular_as_asked():
     assert rows_and_bytes.draw_choices(0, 8, 3, zipf=1.0, seed=1).shape == (0, 3)
 
 
+def test_rows_of_a_routing_from_other_ranks_are_shares_of_its_tokens():
+    ids = tuple(routing("uniform", 4, 8))
+    setting = ep_model.Setting(2, 1000, H, 4, 8, K, 0, "recorded")
+    tokens = [set(token) for choices in ids for token in choices.tolist()]
+    rows = ep_model.Routing("recorded", ids).rows(setting, naive=False)
+    for rank in range(2):
+        share = sum(bool(token & set(range(4 * rank, 4 * rank + 4))) for token in tokens) / len(tokens)
+        assert rows[:, rank].tolist() == pytest.approx([1000 * share] * 2)
+
+
 def test_chunks_of_experts_are_counted_one_by_one():
     ids = tuple(routing("uniform", 4, 8))
     setting = ep_model.Setting(4, 0, H, 4, 8, K, 0, "recorded")
