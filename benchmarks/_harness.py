@@ -240,7 +240,8 @@ def describe(env: Mapping[str, Any]) -> str:
 def write_json(
     path: Path, env: Mapping[str, Any], settings: Mapping[str, Any], cases: Sequence[Mapping[str, Any]]
 ) -> None:
-    """All figures, with what they depend on."""
+    """All figures, with what they depend on: paths are the machine's, and stay out."""
+    settings = {name: value for name, value in settings.items() if name != "out"}
 
     def plain(value: Any) -> Any:
         return asdict(value) if isinstance(value, Timing) else str(value)

@@ -99,7 +99,7 @@ def main() -> None:
     env = environment(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     base = args.out / stem("dispatch", env)
-    write_json(base.with_suffix(".json"), env, {k: v for k, v in vars(args).items() if k != "out"}, results)
+    write_json(base.with_suffix(".json"), env, vars(args), results)
     write_csv(results, base.with_suffix(".csv"))
     text = report(results, env, base.name, args.memory)
     base.with_suffix(".md").write_text(text)
