@@ -18,6 +18,7 @@ class ExpertSlice:
 
     Attributes:
         experts: those that live here, a range in [0, E).
+        num_experts: E.
         shard: which part of their F lives here: columns ``[shard * F / num_shards, (shard + 1) * F / num_shards)``.
         num_shards: parts that each F is cut into.
         mesh: the ranks as a mesh of ``(E / len(experts),)`` ranks, or ``(E / len(experts), num_shards)``: parameters
@@ -26,6 +27,7 @@ class ExpertSlice:
     """
 
     experts: range
+    num_experts: int
     shard: int = 0
     num_shards: int = 1
     mesh: DeviceMesh | None = None
@@ -56,6 +58,25 @@ class ExpertSlice:
                 shape[shard_dim] *= self.mesh.size(1)
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(local, self.mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+
+    def part_of(self, value: Tensor, parameter: Tensor, shard_dim: int | None) -> Tensor:
+        """What a parameter is to be loaded with: this rank's part, when ``value`` is the whole, ``(E, ...)``.
+
+        A value that is a ``DTensor``, or of another shape than the whole and the part, is returned as it is.
+        """
+        here = local_part(parameter.detach())
+        if hasattr(value, "to_local"):
+            return value
+        whole = list(here.shape)
+        whole[0] = self.num_experts
+        if shard_dim is not None:
+            whole[shard_dim] *= self.num_shards
+        if list(value.shape) == whole:
+            value = value[self.experts.start : self.experts.stop]
+            if shard_dim is not None:
+                columns = self.columns(whole[shard_dim])
+                value = value.narrow(shard_dim, columns.start, columns.stop - columns.start)
+        return self.distributed(value.contiguous(), shard_dim) if value.shape == here.shape else value
 
 
 def local_part(tensor: Tensor) -> Tensor:

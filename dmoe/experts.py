@@ -217,7 +217,7 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.routed, self.distributed = config, routed, owned is not None
-        self.owned = owned = ExpertSlice(range(config.num_experts)) if owned is None else owned
+        self.owned = owned = ExpertSlice(range(config.num_experts), config.num_experts) if owned is None else owned
         widths = config.ffn_sizes[owned.experts.start : owned.experts.stop]
         self.ffn_sizes = tuple(width // owned.num_shards for width in widths)
         self.seed: int | None = None
@@ -245,6 +245,12 @@ class Experts(nn.Module):
         self.mark_parameters()
         self.reset_parameters()
 
+    def _shard_dim(self, name: str) -> int | None:
+        """Which dimension of a parameter of equally wide experts is F."""
+        if name == "down_bias":
+            return None
+        return 2 if name == "down_proj" or self.config.gated else 1
+
     def mark_parameters(self) -> None:
         """Set ``expert`` and ``allreduce`` on each parameter, as after something replaced them."""
         for param in self.parameters():
@@ -252,13 +258,22 @@ class Experts(nn.Module):
             if self.distributed:
                 param.allreduce = False  # type: ignore[attr-defined]
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Experts:
+        super()._apply(fn, recurse)
+        self.mark_parameters()  # to(), double(), to_empty() may make parameters of their own
+        return self
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Marks again: a deep copy of a parameter is without its attributes."""
         super().__setstate__(state)
         self.mark_parameters()
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        for name, parameter in self.named_parameters() if self.distributed else ():
+            value = state_dict.get(prefix + name)  # whose dict is load_state_dict's own
+            if isinstance(value, Tensor) and isinstance(self.config.ffn_hidden_size, int):
+                state_dict[prefix + name] = self.owned.part_of(value, parameter, self._shard_dim(name))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.mark_parameters()  # load_state_dict(assign=True) brings parameters of its own
         self.seed = None  # the values come from elsewhere now
 

@@ -59,8 +59,9 @@ class MoE(Float32Buffers):
 
     With ``ep_group`` every rank seeds PyTorch's default generator alike before it builds the layer (or all load the
     same values afterwards): then the initial values are those of the layer on one rank. The constructor talks to
-    nobody; the first forward asks whether all ranks run the same layer. From then on each call of one rank's forward,
-    and of its backward, needs the same call on all of them.
+    nobody (but where ``ep_levels`` is a mesh of some of the run's ranks, whose group has to be made); the first forward
+    asks whether all ranks run the same layer. From then on each call of one rank's forward, and of its backward, needs
+    the same call on all of them.
 
     Attributes:
         last_metrics: :class:`dmoe.metrics.RoutingMetrics` of the last forward, or None.
@@ -97,6 +98,7 @@ class MoE(Float32Buffers):
         self.dispatcher = build_dispatcher(config, ep_group, expert_tp_group, ep_levels)
         if ep_group is None and isinstance(self.dispatcher, AllToAllDispatcher):  # all ranks of a mesh of levels
             ep_group = self.dispatcher.group
+        self.bias_ranks = None if loss_group is None else LoadOfRanks(as_group(loss_group, "loss_group"))
         loss_group = ep_group if loss_group is None else loss_group
         self.load_of_ranks = None if loss_group is None else LoadOfRanks(as_group(loss_group, "loss_group"))
         self.router = build_router(config, **where)
@@ -236,11 +238,13 @@ class MoE(Float32Buffers):
     def update_selection_bias(self) -> None:
         """Move the router's selection bias, if it has one; call it after the optimizer step, on every rank.
 
-        The load is that of all ranks of ``ep_group``, so that their biases stay equal.
+        The load is that of all ranks that train the layer, so that their biases stay equal: those of ``loss_group``, or
+        that :func:`dmoe.parallel.data_parallel` was told, or of ``ep_group`` (and ``expert_tp_group``).
         """
         load = getattr(self.router, "load_since_update", None)
-        if load is not None and isinstance(self.dispatcher, AllToAllDispatcher):
-            for group in self.dispatcher.groups:
+        if load is not None:
+            ep = self.dispatcher.groups if isinstance(self.dispatcher, AllToAllDispatcher) else ()
+            for group in ep if self.bias_ranks is None else (self.bias_ranks.group,):
                 dist.all_reduce(load, group=group)
         self.router.update_selection_bias()  # type: ignore[operator]  # every router has one: routing.Router
 
@@ -278,14 +282,26 @@ class MoE(Float32Buffers):
 
     def _check_ranks(self, dtype: torch.dtype) -> None:
         """Ask the other ranks, once, whether they run the same layer."""
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "MoE: expected one forward before a CUDA graph is captured: the first one asks the other ranks whether "
+                "they run the same layer"
+            )
         assert isinstance(self.dispatcher, AllToAllDispatcher)
         options = {field.name: getattr(self.config, field.name) for field in dataclasses.fields(self.config)}
         weights = {"dtype of x": dtype, "dtype of the experts": self.experts.down_proj.dtype}
         hints = {"seed": "call torch.manual_seed with one value on all ranks before the layer is built"}
         levels = self.dispatcher.two_level
         hops = {"ep_levels": None if levels is None else (levels.num_nodes, levels.ranks_per_node)}
-        for group in self.dispatcher.groups:
-            check_agreement("MoE", {**options, **weights, **hops, "seed": self.experts.seed}, group, hints)
+        groups = {
+            "ranks of expert_tp_group": self.dispatcher.num_ranks // self.dispatcher.world_size,
+            "ranks of loss_group": None
+            if self.load_of_ranks is None
+            else dist.get_world_size(self.load_of_ranks.group),
+            "frozen parameters": [name for name, parameter in self.named_parameters() if not parameter.requires_grad],
+        }
+        fields = {**options, **weights, **hops, **groups, "seed": self.experts.seed}
+        check_agreement("MoE", fields, self.dispatcher.groups, hints)
         self._ranks_agree = True
 
     def _check(

@@ -7,30 +7,49 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
+from dmoe.parallel.collectives import outside_graphs
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-def check_agreement(operation: str, fields: Mapping[str, Any], group: ProcessGroup, hints: Mapping[str, str]) -> None:
+@outside_graphs
+def check_agreement(
+    operation: str,
+    fields: Mapping[str, Any],
+    group: ProcessGroup | Sequence[ProcessGroup],
+    hints: Mapping[str, str],
+) -> None:
     """Compare ``fields`` over the ranks of a group; every rank must call this, and every rank gets the same answer.
 
     Args:
         operation: whose fields these are, for the message.
         fields: what has to be equal: short values with a telling ``repr``.
-        group: the ranks.
+        group: the ranks; or several groups, asked one after the other: what one finds is told to the next.
         hints: by field, what to do when the ranks differ in it.
 
     Raises:
         ValueError: on every rank, naming each field that differs, its values, and the ranks that hold them.
     """
     mine = {name: repr(value) for name, value in fields.items()}
-    everyone: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, mine, group=group)
-    raise_unless_equal(operation, everyone, hints)
+    problem = None
+    for each in group if isinstance(group, Sequence) else (group,):
+        everyone: list[Any] = [None] * dist.get_world_size(each)
+        dist.all_gather_object(everyone, (mine, problem), group=each)
+        found = difference(operation, [record for record, _ in everyone], hints)
+        problem = problem or next((told for _, told in everyone if told), found)
+    if problem:
+        raise ValueError(problem)
 
 
 def raise_unless_equal(operation: str, by_rank: Sequence[Mapping[str, str]], hints: Mapping[str, str]) -> None:
-    """Raise one sentence about every field in which the ranks' records differ.
+    """Raise what :func:`difference` says, if anything."""
+    if problem := difference(operation, by_rank, hints):
+        raise ValueError(problem)
+
+
+def difference(operation: str, by_rank: Sequence[Mapping[str, str]], hints: Mapping[str, str]) -> str | None:
+    """One sentence about every field in which the ranks' records differ; None when there is none.
 
     Args:
         operation: for the message.
@@ -45,11 +64,12 @@ def raise_unless_equal(operation: str, by_rank: Sequence[Mapping[str, str]], hin
         if len(holders) > 1:
             said = ", ".join(f"{value} on {_ranks(ranks)}" for value, ranks in holders.items())
             differing.append(f"{name}: {said}" + (f" ({hints[name]})" if name in hints else ""))
-    if differing:
-        raise ValueError(
-            f"{operation}: the ranks of the expert-parallel group disagree: {'; '.join(differing)}. Ranks are counted "
-            "inside the group"
-        )
+    if not differing:
+        return None
+    return (
+        f"{operation}: the ranks of the expert-parallel group disagree: {'; '.join(differing)}. Ranks are counted "
+        "inside the group"
+    )
 
 
 def _ranks(ranks: list[int]) -> str:

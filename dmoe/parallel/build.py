@@ -86,4 +86,4 @@ def owned_experts(
     if dtensor and isinstance(config.ffn_hidden_size, int):
         mesh = expert_mesh(ep_group, dispatcher.group, num_shards, device, dispatcher.tp_group)
     scale = _GRAD_SCALES[config.expert_grad_scale](dispatcher.num_ranks)
-    return ExpertSlice(dispatcher.local_experts, shard, num_shards, mesh, scale)
+    return ExpertSlice(dispatcher.local_experts, config.num_experts, shard, num_shards, mesh, scale)

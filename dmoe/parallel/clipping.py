@@ -39,17 +39,19 @@ def grad_norm(model: nn.Module, norm_type: float = 2.0) -> Tensor:
     owners = _owners(model)
     parts: dict[tuple[ProcessGroup, ...], list[Tensor]] = {}
     for parameter in model.parameters():
+        groups, share = _groups_of(parameter, owners)
+        norms = parts.setdefault(groups, [])  # also without a gradient here: other ranks may have one
         if parameter.grad is None:
             continue
-        groups, share = _groups_of(parameter, owners)
         norm = torch.linalg.vector_norm(local_part(parameter.grad), norm_type, dtype=_wide(parameter.dtype))
-        parts.setdefault(groups, []).append(norm if math.isinf(norm_type) else norm**norm_type * share)
-    if not parts:
+        norms.append(norm if math.isinf(norm_type) else norm**norm_type * share)
+    first = next(model.parameters(), None)
+    if first is None:
         return torch.zeros(())
-    highest, home = max((norm.dtype for norms in parts.values() for norm in norms), key=lambda d: d.itemsize), None
+    home, highest = first.device, _wide(max((p.dtype for p in model.parameters()), key=lambda dtype: dtype.itemsize))
     totals = []
     for groups, norms in parts.items():
-        home = norms[0].device if home is None else home
+        norms = norms or [torch.zeros((), device=home)]
         stacked = torch.stack([norm.to(home, highest) for norm in norms])
         total = stacked.max() if math.isinf(norm_type) else stacked.sum()
         for group in groups:

@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+# Of a function that talks to other ranks: what travels is in no compiled graph, for its buffers are being filled. The
+# public torch.compiler.disable would import dynamo with dmoe, which takes seconds.
+outside_graphs: Any = torch._disable_dynamo  # type: ignore[attr-defined]
+
+
 class RowExchange(Protocol):
     """Rows to and from other ranks in two halves, whichever way they travel."""
 

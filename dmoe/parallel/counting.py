@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,12 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from dmoe.parallel.two_level import TwoLevel
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all layers: each stream has memory of its own in PyTorch's allocator."""
+    return torch.cuda.Stream(device)
 
 
 class Counting:
@@ -49,7 +56,7 @@ class Counting:
         self._on_host: Tensor | None = None
         self._ready: Any = None
         if counts.is_cuda:  # a stream of its own waits and copies, so that this one can go on with the rows
-            side = torch.cuda.Stream(counts.device)
+            side = _side_stream(counts.device)
             side.wait_stream(torch.cuda.current_stream(counts.device))
             with torch.cuda.stream(side):
                 everything = self._rest()

@@ -37,7 +37,7 @@ from dmoe.ops.histogram import histogram
 from dmoe.ops.permute import permute
 from dmoe.ops.unpermute import unpermute
 from dmoe.parallel.agreement import raise_unless_equal
-from dmoe.parallel.collectives import Exchange, RowExchange
+from dmoe.parallel.collectives import Exchange, RowExchange, outside_graphs
 from dmoe.parallel.counting import Counting
 from dmoe.parallel.destinations import choices_of_plan, choices_of_rows, destinations_of, kept_per_expert, shortened
 from dmoe.parallel.interface import Dispatched, Prepared, Returning, UnderWay, WayBack
@@ -194,6 +194,7 @@ class AllToAllDispatcher:
         """
         return self.launch_dispatch(self.prepare_dispatch(x, expert_indices, gate_weights, plan))
 
+    @outside_graphs
     def prepare_dispatch(
         self, x: Tensor, expert_indices: Tensor | None, gate_weights: Tensor, plan: RoutingPlan | None = None
     ) -> Prepared:
@@ -214,6 +215,7 @@ class AllToAllDispatcher:
         """Rows between two ranks in the static mode."""
         return None if self.max_rows_received is None else -(-self.max_rows_received // self.world_size)
 
+    @outside_graphs
     def launch_dispatch(self, prepared: Prepared) -> UnderWay:
         """The rest of :meth:`start_dispatch`."""
         x, choices, way, bound = prepared.x, prepared.choices, prepared.way, self._bound
@@ -256,6 +258,7 @@ class AllToAllDispatcher:
             kept_per_expert=kept,
         )
 
+    @outside_graphs
     def finish_dispatch(self, under_way: UnderWay) -> Dispatched:
         """Wait for the rows; on a GPU it is the stream that waits, not the host.
 
@@ -290,6 +293,7 @@ class AllToAllDispatcher:
         """
         return self.finish_combine(self.start_combine(y, dispatched))
 
+    @outside_graphs
     def start_combine(self, y: Tensor, dispatched: Dispatched) -> Returning:
         """As :meth:`combine`, until the results are on their way to the ranks that the tokens are from.
 
@@ -305,6 +309,7 @@ class AllToAllDispatcher:
         back = self._exchange(way.recv_counts, way.send_counts, way.held_counts, "results", back=True)
         return Returning((back, back.start(y)), way)
 
+    @outside_graphs
     def finish_combine(self, returning: Returning) -> Tensor:
         """Wait for the results, and sum those of each token, ``(T, H)``.
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dmoe.expert_slice import local_part
 from dmoe.parallel.collectives import explained
 from dmoe.parallel.dispatch import AllToAllDispatcher
+from dmoe.parallel.statistics import LoadOfRanks
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -77,7 +78,7 @@ class ExpertReplicas:
 
     Args:
         module: the model, wrapped in ``DistributedDataParallel``.
-        parameters: the experts'.
+        parameters: the experts'. Those that are frozen now have no gradients to wait for; unfreeze, then wrap.
         group: the ranks that hold the same experts.
     """
 
@@ -86,6 +87,8 @@ class ExpertReplicas:
     ) -> None:
         self._module, self._parameters, self._group, self._queued = module, parameters, group, False
         for parameter in parameters:
+            if not parameter.requires_grad:
+                continue
             parameter.register_post_accumulate_grad_hook(self._on_gradient)
 
     def _on_gradient(self, parameter: Tensor) -> None:
@@ -109,7 +112,8 @@ def data_parallel(
 
     Everything else is averaged over ``process_group`` as ever. The experts' gradients already sum over the tokens of
     their expert-parallel ranks, scaled by the config's ``expert_grad_scale``; over ``expert_replicas`` they are
-    averaged here, when backward ends (not inside ``no_sync()``).
+    averaged here, when backward ends (not inside ``no_sync()``). Selection biases of routers follow the load of all
+    ranks of ``process_group`` from then on.
 
     Args:
         model: with layers built with ``ep_group``; without any this is plain DDP.
@@ -124,9 +128,14 @@ def data_parallel(
     experts = [(name, parameter) for name, parameter in model.named_parameters() if is_sharded(parameter)]
     if experts:
         _check_replicas(model, process_group, expert_replicas)
+    loads = [name for name, _ in model.named_buffers() if name.rpartition(".")[2] == "load_since_update"]
+    if experts or loads:  # DDP would send rank 0's to all, in every forward
         nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-            model, [name for name, _ in experts]
+            model, [*(name for name, _ in experts), *loads]
         )
+    for module in model.modules():
+        if hasattr(module, "bias_ranks") and module.bias_ranks is None:
+            module.bias_ranks = LoadOfRanks(dist.group.WORLD if process_group is None else process_group)
     wrapped = nn.parallel.DistributedDataParallel(model, process_group=process_group, **ddp_options)
     if experts and expert_replicas is not None and dist.get_world_size(expert_replicas) > 1:
         ExpertReplicas(wrapped, [parameter for _, parameter in experts], expert_replicas)

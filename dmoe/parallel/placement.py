@@ -33,6 +33,8 @@ def as_group(ep_group: Any, name: str = "ep_group") -> ProcessGroup:
             return ep_group.get_group()
         if isinstance(ep_group, dist.ProcessGroup) and dist.get_rank(ep_group) >= 0:
             return ep_group
+        if ep_group is dist.GroupMember.NON_GROUP_MEMBER:
+            raise TypeError(f"{name}: expected a group that this rank belongs to, and rank {dist.get_rank()} does not")
     raise TypeError(
         f"{name}: expected a torch.distributed ProcessGroup that this rank belongs to, or a one-dimensional "
         f"DeviceMesh, got {type(ep_group).__name__}"

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dmoe.parallel.collectives import explained
+from dmoe.parallel.collectives import explained, outside_graphs
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -33,6 +33,7 @@ class LoadOfRanks:
             "state_dict(), and give a new layer its loss_group"
         )
 
+    @outside_graphs
     def sum(self, tokens_per_expert: Tensor, num_tokens: Tensor | int) -> tuple[Tensor, Tensor]:
         """Assignments of each expert over all ranks, and the mean number of tokens of a rank.
 
