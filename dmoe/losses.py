@@ -45,11 +45,15 @@ def load_balancing_loss(
     counts = tokens_per_expert.to(wide)
     share = counts / counts.sum().clamp(min=1)
     if token_mask is None:
-        total, tokens = router_probs.sum(0, dtype=wide), torch.full_like(share[0], num_tokens_here)
+        total = router_probs.sum(0, dtype=wide)
     else:  # One masked row may hold NaN; 0 * NaN would spread it to every expert.
-        total, tokens = router_probs.masked_fill(~token_mask.unsqueeze(1), 0).sum(0, dtype=wide), token_mask.sum()
-    tokens = (tokens if num_tokens is None else num_tokens).to(wide)
-    return (total * share).sum() * (num_experts / torch.where(tokens > 0, tokens, 1))
+        total = router_probs.masked_fill(~token_mask.unsqueeze(1), 0).sum(0, dtype=wide)
+    if num_tokens is None:
+        if token_mask is None:
+            return (total * (share * (num_experts / max(num_tokens_here, 1)))).sum()
+        num_tokens = token_mask.sum()
+    tokens = num_tokens.to(wide)
+    return (total * (share * (num_experts / torch.where(tokens > 0, tokens, 1)))).sum()
 
 
 def sequence_load_balancing_loss(
