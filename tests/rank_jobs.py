@@ -8,35 +8,10 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from wire_counter import Wire
 
 from dmoe import ExpertWeights, MoE, aux_loss, run_experts
 from dmoe.parallel import AllToAllDispatcher, Exchange, all_to_all_rows
-
-
-class Wire:
-    """Counts the bytes that really go to other ranks of a group (None: of any), and who is called how often."""
-
-    def __init__(self, group):
-        self.group, self.bytes_sent, self.calls = group, 0, 0
-
-    def __enter__(self):
-        real = dist.all_to_all_single
-
-        def counting(output, input, output_splits=None, input_splits=None, group=None, async_op=False):
-            assert self.group is None or group is self.group
-            ranks, me = dist.get_world_size(group), dist.get_rank(group)
-            splits = input_splits or [input.shape[0] // ranks] * ranks
-            row = input[:1].numel() * input.element_size() if input.shape[0] else 0
-            self.bytes_sent += row * (sum(splits) - splits[me])
-            self.calls += 1
-            return real(output, input, output_splits, input_splits, group=group, async_op=async_op)
-
-        self._patch = patch.object(dist, "all_to_all_single", counting)
-        self._patch.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        self._patch.__exit__(*error)
 
 
 def exchange(group, rows, counts):

@@ -4,24 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from rank_jobs_training import Net
 
-from dmoe import MoE, aux_loss
-
-
-class Net(nn.Module):
-    """A dense layer, a mixture with a shared expert, a dense layer."""
-
-    def __init__(self, fields, **options):
-        super().__init__()
-        torch.manual_seed(3)
-        hidden = fields["hidden_size"]
-        self.first = nn.Linear(hidden, hidden, dtype=torch.float64)
-        self.moe = MoE(**fields, **options, dtype=torch.float64)
-        self.last = nn.Linear(hidden, hidden, dtype=torch.float64)
-
-    def forward(self, x):
-        return self.last(self.moe(torch.tanh(self.first(x))))
+from dmoe import aux_loss
 
 
 def make_optimizer(model, form):

@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from rank_jobs import Wire
+from wire_counter import Wire
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 

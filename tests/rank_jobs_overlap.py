@@ -6,7 +6,8 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from rank_jobs_sharding import Wire, dispatcher_of, own_weights
+from rank_jobs_sharding import dispatcher_of, own_weights
+from wire_counter import Wire
 
 from dmoe import ExpertWeights, run_experts
 from dmoe.parallel import run_overlapped

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from unittest.mock import patch
-
 import torch
 import torch.distributed as dist
+from wire_counter import Wire
 
 from dmoe import ExpertWeights, run_experts
 from dmoe.parallel import AllToAllDispatcher
@@ -19,31 +18,6 @@ def make_groups(group):
     members = [(0,), (1,), (2,), (3,), (0, 1), (2, 3), (0, 2), (1, 3), (0, 1, 2, 3)]
     if not _GROUPS:
         _GROUPS.update({ranks: dist.new_group(list(ranks)) for ranks in members})
-
-
-class Wire:
-    """Counts the bytes that really go to other ranks inside, in whichever group, and the calls."""
-
-    def __init__(self):
-        self.bytes_sent, self.calls = 0, 0
-
-    def __enter__(self):
-        exchange = dist.all_to_all_single
-
-        def exchanging(output, input, output_splits=None, input_splits=None, group=None, async_op=False):
-            ranks, me = dist.get_world_size(group), dist.get_rank(group)
-            splits = input_splits or [input.shape[0] // ranks] * ranks
-            row = input[:1].numel() * input.element_size() if input.shape[0] else 0
-            self.bytes_sent += row * (sum(splits) - splits[me])
-            self.calls += 1
-            return exchange(output, input, output_splits, input_splits, group=group, async_op=async_op)
-
-        self._patch = patch.object(dist, "all_to_all_single", exchanging)
-        self._patch.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        self._patch.__exit__(*error)
 
 
 def dispatcher_of(num_experts, grid, max_rows_received=None):

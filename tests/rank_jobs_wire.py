@@ -8,39 +8,10 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from wire_counter import Wire
 
 from dmoe import ExpertWeights, run_experts
 from dmoe.parallel import AllToAllDispatcher, Exchange, NarrowExchange, TwoLevel, TwoLevelExchange, mesh_group
-
-
-class Wire:
-    """Counts what really goes to other ranks inside: calls, messages and bytes, by the group that they went over."""
-
-    def __init__(self):
-        self.by_group = {}
-
-    def __enter__(self):
-        real = dist.all_to_all_single
-
-        def counting(output, input, output_splits=None, input_splits=None, group=None, async_op=False):
-            ranks, me = dist.get_world_size(group), dist.get_rank(group)
-            splits = input_splits or [input.shape[0] // ranks] * ranks
-            row = input[:1].numel() * input.element_size() if input.shape[0] else 0
-            entry = self.by_group.setdefault(group, {"calls": 0, "messages": 0, "bytes": 0})
-            entry["calls"] += 1
-            entry["messages"] += ranks - 1
-            entry["bytes"] += row * (sum(splits) - splits[me])
-            return real(output, input, output_splits, input_splits, group=group, async_op=async_op)
-
-        self._patch = patch.object(dist, "all_to_all_single", counting)
-        self._patch.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        self._patch.__exit__(*error)
-
-    def sum(self, name):
-        return sum(entry[name] for entry in self.by_group.values())
 
 
 def gradients(x, exchange, factor):
