@@ -7,7 +7,6 @@ the same way, to be weighted and summed where the token lives.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +24,12 @@ from dmoe.ops.permute import permute
 from dmoe.ops.unpermute import unpermute
 from dmoe.parallel import AllToAllDispatcher, Dispatched
 
-HAS_WIRE_DTYPE = "wire_dtype" in inspect.signature(AllToAllDispatcher.__init__).parameters
 # name: (which all-to-all, options of dmoe's dispatcher)
 CONTESTANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dmoe": ("dmoe", {}),
     "naive": ("naive", {}),
     "naive, dmoe's gathers": ("naive, dmoe's gathers", {}),
-    **({"dmoe fp8": ("dmoe", {"wire_dtype": "fp8"})} if HAS_WIRE_DTYPE else {}),
+    "dmoe fp8": ("dmoe", {"wire_dtype": "fp8"}),
 }
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from _ep_bytes import Wire, copies_closed_form, counted_rows
-from _ep_movement import CONTESTANTS, HAS_WIRE_DTYPE, Case, Rank
+from _ep_movement import CONTESTANTS, Case, Rank
 from _ep_ranks import RankFailedError, Ranks
 from _harness import (
     COLOURS,
@@ -75,8 +75,6 @@ def main() -> None:
     if not set(names) <= set(CONTESTANTS):
         parser.error(f"--contestants: expected some of {list(CONTESTANTS)}, got {names}")
     names = list(dict.fromkeys(names))
-    if not HAS_WIRE_DTYPE:
-        print("no fp8 line: this AllToAllDispatcher has no wire_dtype")
     cases = [Case(w, TOKENS[w], h, f, EXPERTS, k, zipf) for w in worlds for h, f, k, zipf in SHAPES]
     cases = [case for case in cases if args.cases in case.label and (not args.quick or case.hidden == 1024)]
     if not cases:
@@ -224,8 +222,6 @@ def report(results: list[dict[str, Any]], env: dict[str, Any], name: str, memory
         "holds for the uniform routing.",
         _bytes(movement),
     ]
-    if not HAS_WIRE_DTYPE:
-        parts.append("The dispatcher of this run has no narrow wire, so there is no fp8 line.")
     notes = (
         "Median milliseconds of forward + backward; ratios are the naive one's seconds over dmoe's, the median over "
         "rounds in which both ran, in brackets the 10th and 90th percentile. "

@@ -12,15 +12,13 @@ import pytest
 import rank_jobs_ep_model as jobs
 import torch
 
-import dmoe.parallel
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import _ep_bytes as rows_and_bytes
 import _ep_links as links
 import dispatch
 import ep_model
-from _ep_movement import HAS_WIRE_DTYPE, Case
+from _ep_movement import Case
 from _ep_ranks import RankFailedError, Ranks
 from _harness import CheckError
 
@@ -81,7 +79,6 @@ def test_predicted_bytes_are_those_on_the_wire(ranks, world, kind, dtype):
         assert result["bytes_sent"]["naive bf16"]["busiest"] == max(of_rank["naive_forward"] for of_rank in found)
 
 
-@pytest.mark.skipif(not HAS_WIRE_DTYPE, reason="this AllToAllDispatcher has no wire_dtype")
 @pytest.mark.parametrize("wire_dtype", ["fp8", "int8"])
 @pytest.mark.parametrize("world", [2, 4])
 def test_predicted_bytes_of_a_narrow_wire(ranks, world, wire_dtype):
@@ -96,10 +93,6 @@ def test_predicted_bytes_of_a_narrow_wire(ranks, world, wire_dtype):
 
 
 def test_predicted_bytes_with_more_ranks_than_experts(ranks):
-    try:
-        dmoe.parallel.local_experts(2, 4, 0)
-    except ValueError:
-        pytest.skip("experts are not split over ranks here")
     choices = [ids[:, :2] % 2 for ids in routing("idle", 4, 4)]
     rows = rows_and_bytes.counted_rows(choices, 2)
     naive_rows = rows_and_bytes.counted_rows(choices, 2, naive=True)
@@ -111,7 +104,6 @@ def test_predicted_bytes_with_more_ranks_than_experts(ranks):
     assert [of_rank["naive_metrics"] for of_rank in found] == naive.forward(naive_rows).tolist()
 
 
-@pytest.mark.skipif(not hasattr(dmoe.parallel, "TwoLevel"), reason="there is no two-level dispatch here")
 @pytest.mark.parametrize("kind", ["uniform", "one rank", "idle"])
 def test_predicted_bytes_of_two_levels(ranks, kind):
     choices = routing(kind, 4, 8)
