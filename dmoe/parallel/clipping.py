@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dmoe.expert_slice import local_part
+from dmoe.ops.activation import accumulate_dtype
 from dmoe.parallel.collectives import explained
 from dmoe.parallel.gradients import dispatchers, is_sharded
 
@@ -43,12 +44,13 @@ def grad_norm(model: nn.Module, norm_type: float = 2.0) -> Tensor:
         norms = parts.setdefault(groups, [])  # also without a gradient here: other ranks may have one
         if parameter.grad is None:
             continue
-        norm = torch.linalg.vector_norm(local_part(parameter.grad), norm_type, dtype=_wide(parameter.dtype))
+        norm = torch.linalg.vector_norm(local_part(parameter.grad), norm_type, dtype=accumulate_dtype(parameter.dtype))
         norms.append(norm if math.isinf(norm_type) else norm**norm_type * share)
     first = next(model.parameters(), None)
     if first is None:
         return torch.zeros(())
-    home, highest = first.device, _wide(max((p.dtype for p in model.parameters()), key=lambda dtype: dtype.itemsize))
+    widest = max((each.dtype for each in model.parameters()), key=lambda dtype: dtype.itemsize)
+    home, highest = first.device, accumulate_dtype(widest)
     totals = []
     for groups, norms in parts.items():
         norms = norms or [torch.zeros((), device=home)]
@@ -123,7 +125,3 @@ def _groups_of(parameter: Any, owners: dict[int, Any]) -> tuple[tuple[ProcessGro
 
 def _reduce(total: Tensor, op: Any, group: ProcessGroup) -> None:
     explained(lambda: dist.all_reduce(total, op, group=group), "the all-reduce of a norm", group)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
