@@ -313,7 +313,16 @@ class Experts(nn.Module):
         return None if hasattr(self, "unshard") else self._weights_at_work().deferred()
 
     def in_parts(self, count: int) -> list[ExpertWeights]:
-        """The weights at work in ``count`` groups of consecutive experts, for :meth:`forward` one by one."""
+        """The weights at work in ``count`` groups of consecutive experts, for :meth:`forward` one by one.
+
+        Raises:
+            ValueError: FSDP keeps the weights, which it gathers for one forward and no more.
+        """
+        if hasattr(self, "unshard"):
+            raise ValueError(
+                f"Experts: overlap_degree: expected 1 for experts that FSDP shards, got {count}: their weights are "
+                "gathered for one forward, not for each chunk"
+            )
         return self._weights_at_work().parts(count)
 
     def expert_slices(self, expert: int) -> list[tuple[str, Tensor, int]]:
