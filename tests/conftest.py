@@ -7,6 +7,7 @@ import os
 import hypothesis
 import pytest
 import torch
+import torch.distributed as dist
 from rank_pool import RankPool
 
 if torch.cuda.is_available():  # cuBLAS wants this before its first call, or deterministic mode refuses its products
@@ -39,6 +40,16 @@ def _poisoned_empty(monkeypatch):
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _no_group_left(request):
+    """A process group that a test leaves behind fails others, far away."""
+    before = dist.is_initialized()
+    yield
+    if dist.is_initialized() and not before and "gpu" not in request.keywords:  # those share one per file
+        dist.destroy_process_group()
+        pytest.fail("a process group is left behind")
 
 
 @pytest.fixture(scope="session")
