@@ -25,9 +25,11 @@ bench: $(VENV)/ready
 clean:
 	rm -rf $(VENV) build dmoe/_C.so *.egg-info
 
-# torch first, then without build isolation: pip would otherwise fetch another torch to build against.
+# torch first, then without build isolation: pip would otherwise fetch another torch to build against. torch for CUDA
+# brings the one Triton that it accepts; where it brings none, this one is as good as pinned.
 $(VENV)/ready: pyproject.toml constraints.txt $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch numpy setuptools wheel
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) triton==3.9.0
 	DMOE_BUILD=required $(PIP) --no-build-isolation --editable '.[test,dev,examples]'
 	touch $@
