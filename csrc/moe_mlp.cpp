@@ -128,6 +128,11 @@ struct Problem {
     return row_major(down + down_at(e), hidden, experts[e].width, down_stride());
   }
 
+  // Zeros in the rows that dropped assignments left unused.
+  void clear_unused(T* rows, int64_t columns) const {
+    if (experts_count > 0) std::fill(rows + offsets[experts_count] * columns, rows + rows_bound * columns, T(0.0f));
+  }
+
   int64_t assignment(int64_t row) const { return token_offsets[row_to_token[row]] + row_to_slot[row]; }
   A gate(int64_t row) const { return gates[assignment(row)]; }
 
@@ -279,10 +284,7 @@ void forward(const Arguments& args, T* y, T* pre) {
       forward_block<T, decltype(activation)>(p, blocks[task], pre, rows);
     });
   });
-  if (pre != nullptr && p.experts_count > 0) {  // rows that dropped assignments left unused
-    const int64_t used = p.offsets[p.experts_count];
-    std::fill(pre + used * p.pre_width, pre + p.rows_bound * p.pre_width, T(0.0f));
-  }
+  if (pre != nullptr) p.clear_unused(pre, p.pre_width);
   p.combine(rows, args.gate_on == GateOn::kOutput, args.residual ? p.data(*args.residual) : nullptr, y);
 }
 
@@ -301,6 +303,7 @@ template <typename T>
 struct Gradients {
   T *x, *up, *down, *up_bias, *down_bias;
   Accumulate<T>* gate;
+  T *pre = nullptr, *hidden = nullptr;  // by row of the plan, for the weights' half of a backward in two
 };
 
 // Buffers of the experts of one wave, by padded row: what the weight gradients sum over.
@@ -383,6 +386,24 @@ void backward_block(const Problem<T>& p, const Block& block, const T* grad_y, co
     if (token < 0) continue;
     const T* grad_row = grad_rows + (block.begin + r) * p.hidden;
     row_gate[block.begin + r] = dot<T>(p.x + token * p.hidden, grad_row, room.data(), p.hidden);
+  }
+}
+
+// A block's rows as the weights' half takes them: experts stand as wide as the widest, with zeros behind their width.
+template <typename T>
+void keep_block(const Problem<T>& p, const Block& block, const Wave<T>& wave, const Gradients<T>& grads) {
+  const Expert& expert = p.experts[block.expert];
+  const int64_t f = expert.width, parts = p.args.gated ? 2 : 1, local = block.begin - expert.begin;
+  const auto keep = [&](const T* from, T* to) {
+    std::memcpy(to, from, f * sizeof(T));
+    std::fill(to + f, to + p.width, T(0.0f));
+  };
+  for (int64_t r = 0; r < block.rows; ++r) {
+    keep(wave.hidden + expert.padded_begin * p.width + (local + r) * f, grads.hidden + (block.begin + r) * p.width);
+    for (int64_t part = 0; part < parts; ++part) {
+      keep(wave.grad_pre + expert.padded_begin * p.pre_width + ((local + r) * parts + part) * f,
+           grads.pre + (block.begin + r) * p.pre_width + part * p.width);
+    }
   }
 }
 
@@ -496,6 +517,7 @@ void backward(const Arguments& args, const T* grad_y, const T* pre, bool of_weig
       const vector<Block> blocks = p.blocks(first, last);
       parallel_tasks(static_cast<int64_t>(blocks.size()), [&](int64_t task) {
         backward_block<T, decltype(activation)>(p, blocks[task], grad_y, pre, wave, grad_rows, row_gate.data());
+        if (grads.pre != nullptr) keep_block<T>(p, blocks[task], wave, grads);
       });
       if (!of_weights) continue;
       const vector<GradTask> tasks = gradient_tasks(p, first, last);
@@ -509,6 +531,7 @@ void backward(const Arguments& args, const T* grad_y, const T* pre, bool of_weig
     for (int64_t j = begin; j < end; ++j) grads.gate[j] = p.token_rows[j] < 0 ? A(0) : row_gate[p.token_rows[j]];
   });
   p.combine(grad_rows, args.gate_on == GateOn::kInput, nullptr, grads.x);
+  if (grads.pre != nullptr) p.clear_unused(grads.pre, p.pre_width), p.clear_unused(grads.hidden, p.width);
 }
 
 // ------------------------------------------------------------------------------------------------------ entry points
@@ -618,24 +641,30 @@ Tensor moe_mlp_inference(DMOE_MOE_MLP_PARAMETERS) {
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(Tensor grad_y, Tensor pre_activation,
-                                                                            bool of_weights,
-                                                                            DMOE_MOE_MLP_PARAMETERS) {
-  const Arguments args = DMOE_MOE_MLP_ARGUMENTS;
+void check_backward(const Tensor& grad_y, const Tensor& pre_activation, const Tensor& x) {
   check_contiguous("moe_mlp_backward", "grad_y", grad_y);
   check_contiguous("moe_mlp_backward", "pre_activation", pre_activation);
   check_dtype("moe_mlp_backward", "grad_y", grad_y, x.scalar_type());
   DMOE_CHECK(grad_y.numel() == x.numel(), "moe_mlp_backward: grad_y: expected the shape of x, ", shape_of(x), ", got ",
              shape_of(grad_y));
-  const auto like = [](const Tensor& tensor) {
-    vector<int64_t> sizes;
-    for (int64_t i = 0; i < tensor.dim(); ++i) sizes.push_back(tensor.size(i));
-    return large_empty(tensor, sizes);
-  };
+}
+
+Tensor large_empty_like(const Tensor& tensor) {
+  vector<int64_t> sizes;
+  for (int64_t i = 0; i < tensor.dim(); ++i) sizes.push_back(tensor.size(i));
+  return large_empty(tensor, sizes);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(Tensor grad_y, Tensor pre_activation,
+                                                                            bool of_weights,
+                                                                            DMOE_MOE_MLP_PARAMETERS) {
+  const Arguments args = DMOE_MOE_MLP_ARGUMENTS;
+  check_backward(grad_y, pre_activation, x);
   const auto wanted = [&](const optional<Tensor>& tensor) {
-    return tensor && of_weights ? like(*tensor) : torch::stable::new_empty(x, {0});
+    return tensor && of_weights ? large_empty_like(*tensor) : torch::stable::new_empty(x, {0});
   };
-  Tensor grad_x = like(x), grad_gate = like(gate_weights), grad_up = wanted(up_proj), grad_down = wanted(down_proj);
+  Tensor grad_x = large_empty_like(x), grad_gate = large_empty_like(gate_weights);
+  Tensor grad_up = wanted(up_proj), grad_down = wanted(down_proj);
   Tensor grad_up_bias = wanted(up_bias), grad_down_bias = wanted(down_bias);
   dispatch(args, [&](auto zero) {
     using T = decltype(zero);
@@ -647,6 +676,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(Tens
   return {grad_x, grad_gate, grad_up, grad_down, grad_up_bias, grad_down_bias};
 }
 
+// The half without the weights' gradients, which grouped_gemm_weight makes of what this returns last.
+std::tuple<Tensor, Tensor, Tensor, Tensor> moe_mlp_backward_data(Tensor grad_y, Tensor pre_activation,
+                                                                 DMOE_MOE_MLP_PARAMETERS) {
+  const Arguments args = DMOE_MOE_MLP_ARGUMENTS;
+  check_backward(grad_y, pre_activation, x);
+  Tensor grad_x = large_empty_like(x), grad_gate = large_empty_like(gate_weights), grad_pre = large_empty_like(pre_activation);
+  Tensor hidden = large_empty(x, {row_to_token.size(0), widest(args)});
+  dispatch(args, [&](auto zero) {
+    using T = decltype(zero);
+    Gradients<T> grads{};
+    grads.x = out<T>(grad_x), grads.gate = out<Accumulate<T>>(grad_gate);
+    grads.pre = out<T>(grad_pre), grads.hidden = out<T>(hidden);
+    backward<T>(args, static_cast<const T*>(grad_y.const_data_ptr()),
+                static_cast<const T*>(pre_activation.const_data_ptr()), false, grads);
+  });
+  return {grad_x, grad_gate, grad_pre, hidden};
+}
+
 }  // namespace
 }  // namespace dmoe
 
@@ -654,4 +701,5 @@ STABLE_TORCH_LIBRARY_IMPL(dmoe, CPU, m) {
   m.impl("moe_mlp", TORCH_BOX(&dmoe::moe_mlp));
   m.impl("moe_mlp_inference", TORCH_BOX(&dmoe::moe_mlp_inference));
   m.impl("moe_mlp_backward", TORCH_BOX(&dmoe::moe_mlp_backward));
+  m.impl("moe_mlp_backward_data", TORCH_BOX(&dmoe::moe_mlp_backward_data));
 }

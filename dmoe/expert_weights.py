@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from dmoe.ops._checks import check_tensors
+from dmoe.ops.moe_mlp import WEIGHTS
+from dmoe.ops.moe_mlp_deferred import Later, defer
 
 F_DIM = {"up_proj": -2, "up_bias": -1, "down_proj": -1, "down_bias": None}  # which of an expert's dimensions is F
 
@@ -24,6 +26,7 @@ class ExpertWeights:
         down_bias: ``(E, H)``, or None.
         gated: whether ``up_proj`` holds a gate.
         ffn_sizes: each expert's width where they differ; empty for ``down_proj``'s common F.
+        later: what takes the weights' gradients when these are :meth:`deferred`; None otherwise.
 
     Raises:
         TypeError: something that is no tensor, or no floating-point one.
@@ -36,6 +39,7 @@ class ExpertWeights:
     down_bias: Tensor | None = None
     gated: bool = True
     ffn_sizes: tuple[int, ...] = ()
+    later: Later | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self._check_kinds()
@@ -98,10 +102,20 @@ class ExpertWeights:
         """H."""
         return self.up_proj.shape[-1]
 
+    def deferred(self) -> ExpertWeights:
+        """The same weights, whose gradients backward computes where it comes to this call: apart from those of x.
+
+        Called between the two halves of an exchange, before what uses the weights, it puts their gradients under the
+        exchange of backward. See :mod:`dmoe.ops.moe_mlp_deferred`.
+        """
+        tensors, later = defer(*(getattr(self, name) for name in WEIGHTS))
+        given: dict[str, Any] = dict(zip(WEIGHTS, tensors, strict=True))
+        return self if later is None else replace(self, **given, later=later)
+
     def parts(self, count: int) -> list[ExpertWeights]:
         """As many groups of consecutive experts as ``count``, which divides E: views, but for experts of other widths.
 
-        All at once, so that backward puts their gradients together in one copy.
+        All at once, so that backward puts their gradients together in one copy. None of them is deferred.
         """
         each = self.num_experts // count
         sizes = [each] * count
@@ -116,4 +130,5 @@ class ExpertWeights:
             pieces = [None] * count if tensor is None else tensor.split(lengths, f_dim if packed and f_dim else 0)
             for part, piece in zip(cut, pieces, strict=True):
                 part[name] = piece.contiguous() if packed and piece is not None else piece
-        return [replace(self, **part, ffn_sizes=by_part[n] if self.ffn_sizes else ()) for n, part in enumerate(cut)]
+        widths_of = by_part if self.ffn_sizes else [()] * count
+        return [replace(self, **part, ffn_sizes=widths_of[n], later=None) for n, part in enumerate(cut)]

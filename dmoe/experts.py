@@ -18,6 +18,7 @@ from dmoe.ops.activation import accumulate_dtype
 from dmoe.ops.block_sparse import block_size_for
 from dmoe.ops.block_sparse_mlp import block_sparse_mlp
 from dmoe.ops.moe_mlp import has_tangent, moe_mlp
+from dmoe.ops.moe_mlp_deferred import moe_mlp_deferred
 from dmoe.ops.philox import draw_seed
 from dmoe.plan import RoutingPlan, device_tile_rows, plan_token_choice
 
@@ -65,7 +66,7 @@ def run_experts(
     _check_extras(x, weights, residual, main_grads, recompute, backend)
     gate_weights = gate_weights.to(accumulate_dtype(x.dtype))
     seed = draw_seed(x.device) if activation_dropout or expert_dropout else None
-    arguments = (
+    arguments: tuple[Any, ...] = (
         x.contiguous(),
         gate_weights.contiguous(),
         weights.up_proj.contiguous(),
@@ -89,16 +90,17 @@ def run_experts(
     if backend == "block_sparse" or (backend is None and plain and _block_sparse_by_default(x, weights)):
         y = block_sparse_mlp(*arguments)
         return y if residual is None else y + residual.to(y.dtype)
-    return moe_mlp(
+    arguments = (
         *arguments,
         None if residual is None else residual.contiguous(),
         plan.tiles,
         plan.experts_by_load,
         plan.tile_rows,
         *(main_grads or (None, None)),
-        backend=backend,
-        recompute=recompute,
     )
+    if weights.later is not None and backend != "reference" and torch.is_grad_enabled():
+        return moe_mlp_deferred(weights.later, *arguments, recompute=recompute)
+    return moe_mlp(*arguments, backend=backend, recompute=recompute)
 
 
 def _block_sparse_by_default(x: Tensor, weights: ExpertWeights) -> bool:
@@ -303,8 +305,24 @@ class Experts(nn.Module):
         at_work: dict[str, Any] = {name: scaled(tensor, forward_scale[name], scale) for name, tensor in given.items()}
         return replace(weights, **at_work)
 
+    def weights_ahead(self) -> ExpertWeights | None:
+        """The weights at work for a :meth:`forward` to come, their gradients computed where backward comes to this.
+
+        None where the weights are not here yet: FSDP gathers them for that forward, and takes their gradients after it.
+        """
+        return None if hasattr(self, "unshard") else self._weights_at_work().deferred()
+
     def in_parts(self, count: int) -> list[ExpertWeights]:
-        """The weights at work in ``count`` groups of consecutive experts, for :meth:`forward` one by one."""
+        """The weights at work in ``count`` groups of consecutive experts, for :meth:`forward` one by one.
+
+        Raises:
+            ValueError: FSDP keeps the weights, which it gathers for one forward and no more.
+        """
+        if hasattr(self, "unshard"):
+            raise ValueError(
+                f"Experts: overlap_degree: expected 1 for experts that FSDP shards, got {count}: their weights are "
+                "gathered for one forward, not for each chunk"
+            )
         return self._weights_at_work().parts(count)
 
     def expert_slices(self, expert: int) -> list[tuple[str, Tensor, int]]:

@@ -171,12 +171,14 @@ class MoE(Float32Buffers):
         return (y, self.output_bias) if self.config.return_bias else y + self.output_bias.to(y.dtype)
 
     def _at_once(self, tokens: Tensor, routing: Routing) -> _Results:
-        """Dispatch, experts, combine; the shared expert computes while tokens travel."""
+        """Dispatch, experts, combine; while tokens travel, the shared expert; while gradients do, those of weights."""
         going = self.dispatcher.start_dispatch(tokens, routing.expert_indices, routing.gate_weights, routing.plan)
+        moved = isinstance(self.dispatcher, AllToAllDispatcher)
+        weights = self.experts.weights_ahead() if moved else None
         shared = None if self.shared_expert is None else self.shared_expert(tokens)
         arrived = self.dispatcher.finish_dispatch(going)
-        moved = arrived.way_back is not None  # otherwise the experts' own sum takes in the shared one
-        y = self.experts(arrived.x, arrived.plan, arrived.gate_weights, residual=None if moved else shared)
+        residual = None if moved else shared  # where nothing moved the experts' own sum takes in the shared one
+        y = self.experts(arrived.x, arrived.plan, arrived.gate_weights, residual, weights)
         y = self.dispatcher.combine(y, arrived)
         y = y + shared if moved and shared is not None else y
         return y, (arrived,), arrived.kept_per_expert
@@ -187,13 +189,23 @@ class MoE(Float32Buffers):
         assert isinstance(self.dispatcher, AllToAllDispatcher)
         weights = self.experts.in_parts(degree)
 
-        def experts(chunk: int, arrived: Dispatched) -> Tensor:
+        def on_the_way(chunk: int) -> None:
+            weights[chunk] = weights[chunk].deferred()
             if self.shared_expert is not None and chunk == 0:
                 shared.append(self.shared_expert(tokens))
+
+        def experts(chunk: int, arrived: Dispatched) -> Tensor:
             return self.experts(arrived.x, arrived.plan, arrived.gate_weights, weights=weights[chunk])
 
         done = run_overlapped(
-            self.dispatcher, experts, tokens, routing.expert_indices, routing.gate_weights, routing.plan, degree=degree
+            self.dispatcher,
+            experts,
+            tokens,
+            routing.expert_indices,
+            routing.gate_weights,
+            routing.plan,
+            degree=degree,
+            on_the_way=on_the_way,
         )
         return done.y + shared[0] if shared else done.y, done.chunks, done.kept_per_expert
 

@@ -97,3 +97,20 @@ def loaded(group, fields, dtensor, state, x):
     layer = build(fields, ep_group=group, dtensor=dtensor)
     layer.load_state_dict(state)
     return layer(x).detach()
+
+
+def without_loss_group(group, fields, where):
+    """A first forward of layers of which one was not told its ``loss_group``."""
+    pairs = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
+    mine = None if dist.get_rank(group) == where else pairs[dist.get_rank(group) // 2]
+    build(fields, ep_group=group, loss_group=mine)(torch.zeros(2, fields["hidden_size"]))
+
+
+def chunks_under_fsdp(group, fields):
+    """A forward in chunks of experts that FSDP shards."""
+    from dmoe.parallel import fully_shard_experts
+
+    mesh = grid(2, 2)
+    layer = build({**fields, "overlap_degree": 2}, ep_group=mesh["ep"])
+    fully_shard_experts(layer, mesh["replicas"])
+    layer(torch.zeros(2, fields["hidden_size"]))

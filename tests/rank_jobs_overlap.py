@@ -9,7 +9,8 @@ import torch.distributed as dist
 from rank_jobs_sharding import dispatcher_of, own_weights
 from wire_counter import Wire
 
-from dmoe import ExpertWeights, run_experts
+from dmoe import ExpertWeights, MoE, run_experts
+from dmoe.ops import moe_mlp_deferred
 from dmoe.parallel import run_overlapped
 
 
@@ -38,6 +39,17 @@ def noting(order, hidden, top_k):
     return patch.object(dist, "all_to_all_single", noted)
 
 
+def noting_weights(order):
+    """Write down where backward computes the gradients of deferred weights."""
+    real = moe_mlp_deferred._weights
+
+    def noted(*arguments):
+        order.append("weights")
+        return real(*arguments)
+
+    return patch.object(moe_mlp_deferred, "_weights", noted)
+
+
 def in_halves(group, grid, share, weights, options):
     """What happens in which order when a caller works between the halves: in forward, in backward; y and x's gradient.
 
@@ -55,9 +67,10 @@ def in_halves(group, grid, share, weights, options):
         y.register_hook(lambda grad: order.append(what))
         return y
 
-    with noting(order, x.shape[1], ids.shape[1]):
+    with noting(order, x.shape[1], ids.shape[1]), noting_weights(order):
         under_way = dispatcher.start_dispatch(x, ids, gates)
         one = work(3, "work in dispatch")
+        own = own.deferred()
         arrived = dispatcher.finish_dispatch(under_way)
         y = run_experts(arrived.x, arrived.plan, arrived.gate_weights, own, **options["run"])
         y.register_hook(lambda grad: order.append("experts"))
@@ -80,17 +93,21 @@ def chunked(group, grid, shares, weights, options, degree, max_rows_received=Non
     x, gates = x.clone().requires_grad_(), gates.clone().requires_grad_()
     order, whole = [], (own.up_proj, own.down_proj, own.up_bias, own.down_bias)
     parts = list(zip(*([None] * degree if w is None else w.chunk(degree) for w in whole), strict=True))
+    deferred = {}
+
+    def on_the_way(chunk):
+        order.append(f"on the way {chunk}")
+        deferred[chunk] = ExpertWeights(*parts[chunk], gated=own.gated).deferred()
 
     def experts(chunk, arrived):
         order.append(f"experts {chunk}")
-        part = ExpertWeights(*parts[chunk], gated=own.gated)
-        y = run_experts(arrived.x, arrived.plan, arrived.gate_weights, part, **options["run"])
+        y = run_experts(arrived.x, arrived.plan, arrived.gate_weights, deferred[chunk], **options["run"])
         if y.requires_grad:
             y.register_hook(lambda grad: order.append(f"experts {chunk}"))
         return y
 
-    with Wire() as wire, noting(order, x.shape[1], ids.shape[1]):
-        result = run_overlapped(dispatcher, experts, x, ids, gates, degree=degree)
+    with Wire() as wire, noting(order, x.shape[1], ids.shape[1]), noting_weights(order):
+        result = run_overlapped(dispatcher, experts, x, ids, gates, degree=degree, on_the_way=on_the_way)
         sent, forward = wire.bytes_sent, order.copy()
         order.clear()
         (result.y * grad_y).sum().backward()
@@ -108,3 +125,15 @@ def chunked(group, grid, shares, weights, options, degree, max_rows_received=Non
         "backward": order,
         "place": (list(dispatcher.local_experts), dispatcher.ffn_shard),
     }
+
+
+def layer(group, fields):
+    """In which order a layer's backward sends, waits and computes its experts' weight gradients."""
+    torch.manual_seed(0)
+    moe = MoE(**fields, ep_group=group, dtype=torch.float64)
+    x, order = torch.randn(5, fields["hidden_size"], dtype=torch.float64, requires_grad=True), []
+    with noting(order, fields["hidden_size"], fields["top_k"]), noting_weights(order):
+        y = moe(x)
+        order.clear()
+        y.sum().backward()
+    return order

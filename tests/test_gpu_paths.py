@@ -16,7 +16,8 @@ from dmoe.ops.tile_table import tile_table, tile_table_ref
 pytestmark = pytest.mark.gpu
 
 TRITON = ("block_sdd", "block_dsd", "block_dds", "block_sparse_mlp", "grouped_gemm", "moe_mlp", "moe_mlp_backward",
-          "moe_mlp_backward_into", "moe_mlp_lean", "router_logits", "router_top_k", "tile_table")  # fmt: skip
+          "moe_mlp_backward_data", "moe_mlp_backward_into", "moe_mlp_backward_weights",
+          "moe_mlp_backward_weights_into", "moe_mlp_lean", "router_logits", "router_top_k", "tile_table")  # fmt: skip
 
 
 def close(got, expected, dtype, name=""):
@@ -85,11 +86,12 @@ def leaves(dtype, experts=5, hidden=96, width=64, tokens=333, top_k=2):
     return x, gates, up, down, indices, grad, residual
 
 
-def run(x, gates, up, down, indices, grad, residual, **options):
+def run(x, gates, up, down, indices, grad, residual, deferred=False, **options):
     """y and the gradients of x, gates, both projections and the residual; what a buffer took instead is None."""
     given = [t.requires_grad_() for t in (x, gates, up, down, residual)]
     plan = plan_token_choice(indices, up.shape[0])
-    y = run_experts(x, plan, gates, ExpertWeights(up, down), residual=residual, **options)
+    weights = ExpertWeights(up, down)
+    y = run_experts(x, plan, gates, weights.deferred() if deferred else weights, residual=residual, **options)
     return [y.detach(), *torch.autograd.grad(y, given, grad, allow_unused=True)]
 
 
@@ -117,6 +119,9 @@ def test_backends_and_options(backend, dtype):
     assert into[4] is None
     for buffer, b in zip(buffers, expected[3:5], strict=True):
         close(buffer - 1, b, dtype, "main_grad")
+    halves = run(*moved(on_device, DEVICE), deferred=True)
+    for a, b in zip(got, halves, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_recomputing_saves_only_the_input():

@@ -66,3 +66,20 @@ def test_the_values_of_one_process_load_on_ranks(ranks, dtensor, experts, bias):
     whole, x = MoE(**fields), torch.randn(5, H)
     for y in ranks.run(jobs.loaded, fields, dtensor, whole.state_dict(), x):
         torch.testing.assert_close(y, whole(x).detach())
+
+
+def test_a_loss_group_missing_on_one_rank_is_told_on_all(ranks):
+    with pytest.raises(RankError) as caught:
+        ranks.run(jobs.without_loss_group, BASE, 2, limit=20)
+    assert set(caught.value.by_rank) == {0, 1, 2, 3}
+    for kind, text in caught.value.by_rank.values():
+        assert kind == "ValueError"
+        assert "ranks of loss_group: 2 on ranks 0, 1, 3, 4 on rank 2" in text
+
+
+def test_chunks_of_experts_that_fsdp_shards_are_refused(ranks):
+    with pytest.raises(RankError) as caught:
+        ranks.run(jobs.chunks_under_fsdp, BASE, limit=20)
+    for kind, text in caught.value.by_rank.values():
+        assert kind == "ValueError"
+        assert "overlap_degree: expected 1 for experts that FSDP shards, got 2" in text

@@ -31,7 +31,7 @@ def test_work_between_the_halves_lies_between_launch_and_wait(ranks, grid):
     forward += [ROWS[1], "experts", *(ROWS if grid[1] > 1 else []), ROWS[0], "work in combine", ROWS[1]]
     backward = [ROWS[0], "work in combine", ROWS[1], *(ROWS if grid[1] > 1 else []), "experts", ROWS[0], CHOICES[0]]
     backward += [ROWS[1], ROWS[0], CHOICES[1], CHOICES[0]] if grid[1] > 1 else []
-    backward += ["work in dispatch", ROWS[1], CHOICES[1]]
+    backward += ["weights", "work in dispatch", ROWS[1], CHOICES[1]]
     y, grad_x, *_ = in_one_process(case)
     for rank, (in_forward, in_backward, mine, grad) in enumerate(results):
         assert in_forward == forward
@@ -98,16 +98,24 @@ def test_a_chunk_travels_while_another_is_computed(ranks):
     launch, arrive = ["wait for counts", CHOICES[0], ROWS[0]], [CHOICES[1], ROWS[1]]
     forward = ["start counts"] * 3 + launch
     for chunk in range(3):
-        forward += (launch if chunk < 2 else []) + arrive + [f"experts {chunk}", ROWS[0]]
+        forward += (launch if chunk < 2 else []) + [f"on the way {chunk}"] + arrive + [f"experts {chunk}", ROWS[0]]
     forward += [ROWS[1]] * 3
     # Backward from the last chunk on: its gradients are on their way to the tokens while the one before is computed.
     backward, back = [ROWS[0]] * 3, [ROWS[0], CHOICES[0]]
     for chunk, before in ((2, []), (1, []), (0, [ROWS[1], CHOICES[1]])):
-        backward += [*before, ROWS[1], f"experts {chunk}", *back]
+        backward += [*before, ROWS[1], f"experts {chunk}", *back, "weights"]
     backward += [ROWS[1], CHOICES[1]] * 2
     for result in chunked(ranks, case, 3):
         assert result["forward"] == forward
         assert result["backward"] == backward
+
+
+@pytest.mark.parametrize("degree", [1, 2])
+def test_a_layers_weight_gradients_come_while_those_of_its_tokens_travel(ranks, degree):
+    fields = {"hidden_size": 6, "ffn_hidden_size": 4, "num_experts": 4, "top_k": 2, "overlap_degree": degree}
+    results, tokens, arrived = [ROWS[0]], [ROWS[1], ROWS[0], CHOICES[0], "weights"], [ROWS[1], CHOICES[1]]
+    for order in ranks.run(jobs.layer, fields, ranks=2):
+        assert order == results * degree + tokens * degree + arrived * degree
 
 
 def test_experts_are_cut_evenly():

@@ -14,6 +14,10 @@ SCHEMA = (
     "float expert_dropout, Tensor? residual=None, Tensor? tiles=None, Tensor? experts_by_load=None, int tile_rows=0, "
     "Tensor? up_main_grad=None, Tensor? down_main_grad=None"
 )
+# The same for an operation that writes into the two buffers.
+SCHEMA_INTO = SCHEMA.replace("Tensor? up_main_grad", "Tensor(a!)? up_main_grad").replace(
+    "Tensor? down_main_grad", "Tensor(b!)? down_main_grad"
+)
 
 
 class Call(NamedTuple):
@@ -48,6 +52,10 @@ class Call(NamedTuple):
     tile_rows: int = 0
     up_main_grad: Tensor | None = None
     down_main_grad: Tensor | None = None
+
+    def with_buffers(self, buffers: Sequence[Tensor | None]) -> Call:
+        """The same with these for the main gradients of up and down projection."""
+        return self._replace(up_main_grad=buffers[0], down_main_grad=buffers[1])
 
     @property
     def num_experts(self) -> int:

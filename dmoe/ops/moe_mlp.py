@@ -14,6 +14,8 @@ more up projection, a sixth of a training step's products (gated: two of nine).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from dmoe.ops._library import define, refuse_double_backward, register_autograd
-from dmoe.ops._moe_mlp_call import SCHEMA, Call
+from dmoe.ops._moe_mlp_call import SCHEMA, SCHEMA_INTO, Call
 from dmoe.ops.moe_mlp_cuda import (
     add_to_main_grads,
     moe_mlp_backward_cuda,
@@ -30,6 +32,8 @@ from dmoe.ops.moe_mlp_cuda import (
     moe_mlp_pre_activation_cuda,
 )
 from dmoe.ops.moe_mlp_ref import moe_mlp_backward_ref, moe_mlp_ref, moe_mlp_twice_differentiable
+
+WEIGHTS = ("up_proj", "down_proj", "up_bias", "down_bias")
 
 
 def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -44,7 +48,7 @@ def _fake_backward(grad_y: Tensor, pre: Tensor, of_weights: bool, *arguments: An
     return tuple(call.x.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape) for tensor in given)
 
 
-def _autocast(op: Any, dtype: torch.dtype, *arguments: Any) -> Any:
+def autocast(op: Any, dtype: torch.dtype, *arguments: Any) -> Any:
     """x and the weights in autocast's dtype; gate weights stay as precise as the router made them."""
 
     def cast(value: Any) -> Any:
@@ -57,21 +61,21 @@ def _autocast(op: Any, dtype: torch.dtype, *arguments: Any) -> Any:
 
 
 _forward = define(
-    f"moe_mlp({SCHEMA}) -> (Tensor, Tensor)", moe_mlp_ref, fake=_fake_forward, cuda=moe_mlp_cuda, autocast=_autocast
+    f"moe_mlp({SCHEMA}) -> (Tensor, Tensor)", moe_mlp_ref, fake=_fake_forward, cuda=moe_mlp_cuda, autocast=autocast
 )
 _inference = define(
     f"moe_mlp_inference({SCHEMA}) -> Tensor",
     lambda *arguments: moe_mlp_ref(*arguments)[0],
     fake=lambda *arguments: _fake_forward(*arguments)[0],
     cuda=moe_mlp_inference_cuda,
-    autocast=_autocast,
+    autocast=autocast,
 )
 _lean = define(
     f"moe_mlp_lean({SCHEMA}) -> Tensor",
     lambda *arguments: _inference(*arguments),
     fake=lambda *arguments: _fake_forward(*arguments)[0],
     cuda=moe_mlp_inference_cuda,
-    autocast=_autocast,
+    autocast=autocast,
 )
 _pre_activation = define(
     f"moe_mlp_pre_activation({SCHEMA}) -> Tensor",
@@ -92,8 +96,7 @@ refuse_double_backward(_backward)
 def _backward_into_ref(grad_y: Tensor, pre: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """:func:`moe_mlp_backward_ref`, or its compiled twin, and then the two additions."""
     call = Call(*arguments)
-    bare = call._replace(up_main_grad=None, down_main_grad=None)
-    grads = _backward(grad_y, pre, True, *bare)
+    grads = _backward(grad_y, pre, True, *call.with_buffers((None, None)))
     add_to_main_grads(call, grads)
     return _without_projections(grads)
 
@@ -104,18 +107,15 @@ def _without_projections(grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 # An operation of its own, because it writes into its arguments, which autograd does not differentiate.
 _backward_into = define(
-    "moe_mlp_backward_into(Tensor grad_y, Tensor pre_activation, "
-    + SCHEMA.replace("Tensor? up_main_grad=None", "Tensor(a!)? up_main_grad=None").replace(
-        "Tensor? down_main_grad=None", "Tensor(b!)? down_main_grad=None"
-    )
-    + ") -> (Tensor, Tensor, Tensor, Tensor)",
+    f"moe_mlp_backward_into(Tensor grad_y, Tensor pre_activation, {SCHEMA_INTO}) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward_into_ref,
     fake=lambda grad_y, pre, *arguments: _without_projections(_fake_backward(grad_y, pre, True, *arguments)),
     cuda=lambda grad_y, pre, *arguments: _without_projections(moe_mlp_backward_cuda(grad_y, pre, True, *arguments)),
 )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], pre: Tensor | None) -> None:
+def save(ctx: Any, inputs: tuple[Any, ...], pre: Tensor | None) -> None:
+    """Keep what backward needs; ``pre`` is None where it is to be computed again."""
     call = Call(*inputs)
     # Neither residual nor buffers are read by backward as they are now: y is linear in the one, the others are sums.
     ctx.main_grads = (call.up_main_grad, call.down_main_grad)
@@ -127,38 +127,66 @@ def _save(ctx: Any, inputs: tuple[Any, ...], pre: Tensor | None) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad_y is None:
-        return (None,) * ctx.num_inputs
-    pre, *saved = ctx.saved_tensors
-    tensors = iter(saved)
-    call = Call(*(next(tensors) if given else other for given, other in zip(ctx.are_tensors, ctx.others, strict=True)))
-    if pre is None:
-        pre = _pre_activation(*call)
-    wanted = dict(zip(Call._fields, ctx.needs_input_grad, strict=False))
-    of_weights = any(wanted[name] for name in ("up_proj", "down_proj", "up_bias", "down_bias"))
-    grad_y = grad_y.contiguous()
-    grads: list[Tensor | None]
-    # A frozen projection's buffer stays as it is.
-    names = ("up_proj", "down_proj")
-    buffers = [buffer if wanted[name] else None for name, buffer in zip(names, ctx.main_grads, strict=True)]
-    if any(buffer is not None for buffer in buffers):
-        into = call._replace(up_main_grad=buffers[0], down_main_grad=buffers[1])
-        grad_x, grad_gate, *grad_biases = _backward_into(grad_y, pre, *into)
-        grads = [grad_x, grad_gate, None, None, *grad_biases]
-    else:
-        grads = list(_backward(grad_y, pre, of_weights, *call))
+@dataclass(frozen=True)
+class Saved:
+    """What :func:`save` kept.
+
+    Attributes:
+        pre: the pre-activation.
+        call: the arguments, without residual and buffers.
+        wanted: by argument, whether its gradient is.
+        buffers: the main gradients' of both projections; a frozen one's stays as it is, and is None here.
+    """
+
+    pre: Tensor
+    call: Call
+    wanted: dict[str, bool]
+    buffers: list[Tensor | None]
+
+    @property
+    def of_weights(self) -> bool:
+        """Whether any weight's gradient is wanted."""
+        return any(self.wanted[name] for name in WEIGHTS)
+
+
+def saved(ctx: Any, needs_input_grad: Sequence[bool]) -> Saved:
+    """What :func:`save` kept for this backward."""
+    pre, *given = ctx.saved_tensors
+    tensors = iter(given)
+    call = Call(
+        *(next(tensors) if is_one else other for is_one, other in zip(ctx.are_tensors, ctx.others, strict=True))
+    )
+    wanted = dict(zip(Call._fields, needs_input_grad, strict=False))
+    buffers = [buffer if wanted[name] else None for name, buffer in zip(WEIGHTS[:2], ctx.main_grads, strict=True)]
+    return Saved(_pre_activation(*call) if pre is None else pre, call, wanted, buffers)
+
+
+def as_wanted(ctx: Any, wanted: dict[str, bool], grad_y: Tensor, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """One gradient for each argument: those given, of the arguments from the first on, where they are wanted."""
     given = {name: grad for name, grad in zip(Call._fields, grads, strict=False) if wanted[name]}
     given["residual"] = grad_y if wanted.get("residual") else None
     return tuple(given.get(name) for name in Call._fields[: ctx.num_inputs])
 
 
+def _differentiate(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_y is None:
+        return (None,) * ctx.num_inputs
+    kept, grad_y = saved(ctx, ctx.needs_input_grad), grad_y.contiguous()
+    grads: list[Tensor | None]
+    if any(buffer is not None for buffer in kept.buffers):
+        grad_x, grad_gate, *grad_biases = _backward_into(grad_y, kept.pre, *kept.call.with_buffers(kept.buffers))
+        grads = [grad_x, grad_gate, None, None, *grad_biases]
+    else:
+        grads = list(_backward(grad_y, kept.pre, kept.of_weights, *kept.call))
+    return as_wanted(ctx, kept.wanted, grad_y, grads)
+
+
 register_autograd(
     _forward,
     lambda ctx, grad_y, grad_pre: _differentiate(ctx, grad_y),
-    lambda ctx, inputs, output: _save(ctx, inputs, output[1]),
+    lambda ctx, inputs, output: save(ctx, inputs, output[1]),
 )
-register_autograd(_lean, _differentiate, lambda ctx, inputs, output: _save(ctx, inputs, None))
+register_autograd(_lean, _differentiate, lambda ctx, inputs, output: save(ctx, inputs, None))
 
 
 def has_tangent(x: Tensor) -> bool:
@@ -185,7 +213,7 @@ def moe_mlp(*arguments: Any, backend: str | None = None, recompute: bool = False
             return moe_mlp_twice_differentiable(*arguments)
         dtype = torch.get_autocast_dtype(device_type)
         with torch.autocast(device_type, enabled=False):
-            return _autocast(moe_mlp_twice_differentiable, dtype, *arguments)
+            return autocast(moe_mlp_twice_differentiable, dtype, *arguments)
     differentiable = any(isinstance(value, Tensor) and value.requires_grad for value in arguments)
     if torch.is_grad_enabled() and differentiable:
         return _lean(*arguments) if recompute else _forward(*arguments)[0]

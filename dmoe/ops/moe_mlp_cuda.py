@@ -2,7 +2,8 @@
 
 forward     up (gathers its tokens, activates), down, combine
 backward    hidden_grad (through down and the activation), weight gradient of down, row_grad (through up), combine,
-            weight gradient of up; one more for each bias, and where a bias or the expert dropout needs it
+            weight gradient of up; one more for each bias, and where a bias or the expert dropout needs it; or in two
+            halves, of the data and of the weights, in this order
 
 Nothing waits for the host: grids come from shapes, and the tile table, on the device, says which rows and which expert
 a program owns. Rows of no token are zeros wherever they could be summed, and are never read elsewhere. Calls that the
@@ -11,14 +12,19 @@ kernels do not serve (float64, experts of different widths, nothing to do, no Tr
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dmoe.ops._library import has_triton
 from dmoe.ops._moe_mlp_call import Call
-from dmoe.ops.moe_mlp_ref import moe_mlp_backward_ref, moe_mlp_ref
+from dmoe.ops.moe_mlp_ref import (
+    moe_mlp_backward_data_ref,
+    moe_mlp_backward_ref,
+    moe_mlp_backward_weights_ref,
+    moe_mlp_ref,
+)
 from dmoe.ops.tile_table import preferred_tile_rows, tile_table
 
 if TYPE_CHECKING:
@@ -126,35 +132,87 @@ def moe_mlp_backward_cuda(grad_y: Tensor, pre: Tensor, of_weights: bool, *argume
     call = Call(*arguments)
     if not _served(call):
         return add_to_main_grads(call, moe_mlp_backward_ref(grad_y, pre, of_weights, *arguments))
+    rows, nothing = _rows(call), [call.x.new_empty(0) for _ in range(4)]  # an operation's results do not share memory
+    grad_out = _grad_out(call, rows, grad_y)
+    grad_pre, hidden, row_grads = _through_down(call, rows, grad_out, pre, with_hidden=of_weights)
+    grad_down, grad_down_bias = nothing[:2]
+    if hidden is not None:
+        grad_down, grad_down_bias = _down_grads(call, rows, grad_out, hidden)
+        del hidden  # its memory may serve the rows that follow
+    grad_x, grad_gate = _to_tokens(call, rows, grad_pre, row_grads)
+    grad_up, grad_up_bias = _up_grads(call, rows, grad_pre) if of_weights else nothing[2:]
+    return grad_x, grad_gate, grad_up, grad_down, grad_up_bias, grad_down_bias
+
+
+def moe_mlp_backward_data_cuda(grad_y: Tensor, pre: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """See :func:`dmoe.ops.moe_mlp_ref.moe_mlp_backward_data_ref`."""
+    call = Call(*arguments)
+    if not _served(call):
+        return moe_mlp_backward_data_ref(grad_y, pre, *arguments)
+    rows = _rows(call)
+    grad_pre, hidden, row_grads = _through_down(call, rows, _grad_out(call, rows, grad_y), pre, with_hidden=True)
+    assert hidden is not None
+    return *_to_tokens(call, rows, grad_pre, row_grads), grad_pre, hidden
+
+
+def moe_mlp_backward_weights_cuda(
+    grad_y: Tensor, grad_pre: Tensor, hidden: Tensor, *arguments: Any
+) -> tuple[Tensor, ...]:
+    """See :func:`dmoe.ops.moe_mlp_ref.moe_mlp_backward_weights_ref`; the buffers as in the whole backward."""
+    call = Call(*arguments)
+    if not _served(call):
+        grads = moe_mlp_backward_weights_ref(grad_y, grad_pre, hidden, *arguments)
+        return add_to_main_grads(call, grads, first=0)
+    rows = _rows(call)
+    grad_down, grad_down_bias = _down_grads(call, rows, _grad_out(call, rows, grad_y), hidden)
+    grad_up, grad_up_bias = _up_grads(call, rows, grad_pre)
+    return grad_up, grad_down, grad_up_bias, grad_down_bias
+
+
+class _GradOut(NamedTuple):
+    """The gradient of the rows' outputs: grad_y itself, to be gathered, or a row each."""
+
+    rows: Tensor
+    gather: bool
+
+
+def _grad_out(call: Call, rows: Rows, grad_y: Tensor) -> _GradOut:
     from dmoe.kernels import moe_mlp as kernels
 
-    rows, x = _rows(call), call.x
-    num_rows, (hidden_size, width) = rows.num_rows, (x.shape[1], call.width)
-    on_input, on_output = call.gate_weight_on == "input", call.gate_weight_on == "output"
-    up, down = call.up_proj.view(call.num_experts, call.pre_width, hidden_size), call.down_proj
+    if not call.expert_dropout:
+        return _GradOut(grad_y, True)
+    masked = call.x.new_empty((rows.num_rows, call.x.shape[1]))
+    kernels.masked_rows(grad_y, masked, rows, kernels.Dropout(call.expert_dropout, call.seed))
+    return _GradOut(masked, False)
 
-    grad_out, gather = grad_y, True
-    if call.expert_dropout:
-        grad_out, gather = x.new_empty((num_rows, hidden_size)), False
-        kernels.masked_rows(grad_y, grad_out, rows, kernels.Dropout(call.expert_dropout, call.seed))
 
-    # Through the down projection and the activation. Each tile's columns give one part of the gate weights' gradient.
+def _through_down(
+    call: Call, rows: Rows, grad_out: _GradOut, pre: Tensor, *, with_hidden: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Through the down projection and the activation: grad_pre, the activation, the gate weights' gradient in parts.
+
+    Each tile's columns give one part; with the gate weight on the input there are none yet.
+    """
+    from dmoe.kernels import moe_mlp as kernels
+
+    x, num_rows, width = call.x, rows.num_rows, call.width
+    on_input = call.gate_weight_on == "input"
     grad_pre = torch.empty_like(pre)
-    hidden = x.new_empty((num_rows, width)) if of_weights else None
+    hidden = x.new_empty((num_rows, width)) if with_hidden else None
     dropout = kernels.Dropout(call.activation_dropout, call.seed)
-    parts = kernels.num_columns(kernels.hidden_grad_name(dropout), x, rows, hidden_size, width)
-    with_bias = call.down_bias is not None and on_output
+    parts = kernels.num_columns(kernels.hidden_grad_name(dropout), x, rows, x.shape[1], width)
+    with_bias = call.down_bias is not None and call.gate_weight_on == "output"
     row_grads = None if on_input else x.new_empty((parts + with_bias, num_rows), dtype=torch.float32)
     kernels.hidden_grad(
-        grad_out,
-        down,
+        grad_out.rows,
+        call.down_proj,
         pre,
         call.gate_weights,
         grad_pre,
         hidden,
         row_grads,
         rows,
-        gather=gather,
+        gather=grad_out.gather,
         gated=call.gated,
         activation=call.activation,
         weighed=not on_input,
@@ -163,36 +221,53 @@ def moe_mlp_backward_cuda(grad_y: Tensor, pre: Tensor, of_weights: bool, *argume
     if with_bias:
         assert call.down_bias is not None
         assert row_grads is not None
-        kernels.bias_dots(grad_out, call.down_bias, row_grads[parts], rows, gather=gather)
+        kernels.bias_dots(grad_out.rows, call.down_bias, row_grads[parts], rows, gather=grad_out.gather)
+    return grad_pre, hidden, row_grads
 
-    grads = [x.new_empty(0) for _ in range(4)]  # an operation's results do not share memory
-    if of_weights:
-        assert hidden is not None
-        grads[1] = _weight_grad(call.down_main_grad, call.down_proj, grad_out, hidden, rows, gather_a=gather)
-        if call.down_bias is not None:
-            grads[3] = torch.empty_like(call.down_bias)
-            weights = call.gate_weights if on_output else None
-            kernels.expert_sums(grad_out, grads[3], rows, gather=gather, gate_weights=weights)
-        del hidden
 
-    # Through the up projection, and back to the tokens.
-    grad_rows = x.new_empty((num_rows, hidden_size))
+def _to_tokens(call: Call, rows: Rows, grad_pre: Tensor, row_grads: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Through the up projection, and back to the tokens: gradients of x and of the gate weights."""
+    from dmoe.kernels import moe_mlp as kernels
+
+    x, on_input = call.x, call.gate_weight_on == "input"
+    grad_rows = x.new_empty((rows.num_rows, x.shape[1]))
     dots = None
     if on_input:
-        parts = kernels.num_columns("row_grad", x, rows, call.pre_width, hidden_size)
-        dots = row_grads = x.new_empty((parts, num_rows), dtype=torch.float32)
+        parts = kernels.num_columns("row_grad", x, rows, call.pre_width, x.shape[1])
+        dots = row_grads = x.new_empty((parts, rows.num_rows), dtype=torch.float32)
+    up = call.up_proj.view(call.num_experts, call.pre_width, x.shape[1])
     kernels.multiply_rows("row_grad", grad_pre, up, grad_rows, rows, trans_b=False, x=x, dots=dots)
     grad_x, grad_gate = torch.empty_like(x), torch.empty_like(call.gate_weights)
     weights = call.gate_weights if on_input else None
     kernels.combine(grad_rows, weights, None, grad_x, rows, row_grads=row_grads, gate_grads=grad_gate)
-    del grad_rows
+    return grad_x, grad_gate
 
-    if of_weights:
-        grads[0] = _weight_grad(call.up_main_grad, call.up_proj, grad_pre, x, rows, gather_b=True, gate_weights=weights)
-        if call.up_bias is not None:
-            grads[2] = torch.empty_like(call.up_bias)
-            kernels.expert_sums(grad_pre, grads[2], rows, gather=False)
-    return grad_x, grad_gate, *grads
+
+def _down_grads(call: Call, rows: Rows, grad_out: _GradOut, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the down projection and its bias."""
+    from dmoe.kernels.moe_mlp import expert_sums
+
+    gather = grad_out.gather
+    grad = _weight_grad(call.down_main_grad, call.down_proj, grad_out.rows, hidden, rows, gather_a=gather)
+    if call.down_bias is None:
+        return grad, call.x.new_empty(0)
+    grad_bias = torch.empty_like(call.down_bias)
+    weights = call.gate_weights if call.gate_weight_on == "output" else None
+    expert_sums(grad_out.rows, grad_bias, rows, gather=gather, gate_weights=weights)
+    return grad, grad_bias
+
+
+def _up_grads(call: Call, rows: Rows, grad_pre: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the up projection and its bias."""
+    from dmoe.kernels.moe_mlp import expert_sums
+
+    weights = call.gate_weights if call.gate_weight_on == "input" else None
+    grad = _weight_grad(call.up_main_grad, call.up_proj, grad_pre, call.x, rows, gather_b=True, gate_weights=weights)
+    if call.up_bias is None:
+        return grad, call.x.new_empty(0)
+    grad_bias = torch.empty_like(call.up_bias)
+    expert_sums(grad_pre, grad_bias, rows, gather=False)
+    return grad, grad_bias
 
 
 def _weight_grad(buffer: Tensor | None, weight: Tensor, a: Tensor, b: Tensor, rows: Rows, **options: Any) -> Tensor:
@@ -207,10 +282,10 @@ def _weight_grad(buffer: Tensor | None, weight: Tensor, a: Tensor, b: Tensor, ro
     return out
 
 
-def add_to_main_grads(call: Call, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Move the projections' gradients into the call's buffers, where it has some."""
+def add_to_main_grads(call: Call, grads: tuple[Tensor, ...], first: int = 2) -> tuple[Tensor, ...]:
+    """Move the projections' gradients, from ``grads[first]`` on, into the call's buffers, where it has some."""
     moved = list(grads)
-    for index, buffer in ((2, call.up_main_grad), (3, call.down_main_grad)):
+    for index, buffer in enumerate((call.up_main_grad, call.down_main_grad), first):
         if buffer is not None and moved[index].numel():
             buffer.add_(moved[index])
             moved[index] = moved[index].new_empty(0)

@@ -132,22 +132,34 @@ def moe_mlp_backward_ref(grad_y: Tensor, pre: Tensor, of_weights: bool, *argumen
 
     Empty tensors stand for biases that do not exist, and for all four without ``of_weights`` (frozen experts).
     """
+    grad_x, grad_gate, grad_pre, hidden = moe_mlp_backward_data_ref(grad_y, pre, *arguments)
+    if not of_weights:
+        return grad_x, grad_gate, *(grad_x.new_empty(0) for _ in range(4))
+    return grad_x, grad_gate, *moe_mlp_backward_weights_ref(grad_y, grad_pre, hidden, *arguments)
+
+
+def _grad_out(call: Call, grad_y: Tensor, assignment: Tensor) -> Tensor:
+    """The gradient of every row's output, without its gate weight, whose own gradient needs the bare value."""
+    grad_out = permute(grad_y, call.row_to_token, call.token_offsets, call.token_rows)
+    wide = accumulate_dtype(call.x.dtype)
+    mask = _dropout(call, EXPERT_DROPOUT, call.expert_dropout, assignment, call.x.shape[1], wide)
+    return grad_out if mask is None else (grad_out * mask).to(call.x.dtype)
+
+
+def moe_mlp_backward_data_ref(grad_y: Tensor, pre: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """Gradients of x and gate weights; and what those of the weights are made of, besides x and grad_y.
+
+    That is the gradient of the pre-activation and the activations as the down projection saw them, a row of the plan
+    each, ``(R, pre_width)`` and ``(R, width)``; zeros beyond the width of an expert that is not the widest.
+    """
     call = Call(*arguments)
     weights = _stacked(call)
     dtype, wide = call.x.dtype, accumulate_dtype(call.x.dtype)
     real, expert, assignment, gate = _row_values(call)
-    offsets, num_experts = call.expert_offsets, call.expert_offsets.shape[0] - 1
 
-    def per_expert_sum(rows: Tensor) -> Tensor:
-        ones = rows.new_ones(rows.shape[0], 1)
-        return grouped_gemm_weight(ones, rows, offsets, num_experts).squeeze(1)
-
-    # Through the combine and the down projection, without the gate weight: its own gradient needs the bare value.
-    grad_out = permute(grad_y, call.row_to_token, call.token_offsets, call.token_rows)
-    mask = _dropout(call, EXPERT_DROPOUT, call.expert_dropout, assignment, call.x.shape[1], wide)
-    if mask is not None:
-        grad_out = (grad_out * mask).to(dtype)
-    grad_hidden = grouped_gemm(grad_out, weights.down, offsets, trans_b=False).to(wide)
+    # Through the combine and the down projection.
+    grad_out = _grad_out(call, grad_y, assignment)
+    grad_hidden = grouped_gemm(grad_out, weights.down, call.expert_offsets, trans_b=False).to(wide)
     hidden = activate(pre, call.activation, call.gated)
     mask = _dropout(call, ACTIVATION_DROPOUT, call.activation_dropout, assignment, call.width, wide)
     grad_hidden = grad_hidden if mask is None else grad_hidden * mask
@@ -160,11 +172,10 @@ def moe_mlp_backward_ref(grad_y: Tensor, pre: Tensor, of_weights: bool, *argumen
 
     # Through the activation and the up projection.
     grad_pre = activate_backward(grad_hidden, pre, call.activation, call.gated).to(dtype)
-    rows = permute(call.x, call.row_to_token, call.token_offsets, call.token_rows)
-    grad_rows = grouped_gemm(grad_pre, weights.up, offsets, trans_b=False)
+    grad_rows = grouped_gemm(grad_pre, weights.up, call.expert_offsets, trans_b=False)
     if call.gate_weight_on == "input":
+        rows = permute(call.x, call.row_to_token, call.token_offsets, call.token_rows)
         grad_gate = (rows.to(wide) * grad_rows).sum(1)
-        rows = (rows * gate).to(dtype)
     to_tokens = call.gate_weights if call.gate_weight_on == "input" else None
     grad_x = unpermute(grad_rows, to_tokens, call.row_to_token, call.row_to_slot, call.token_offsets, call.token_rows)
 
@@ -174,17 +185,34 @@ def moe_mlp_backward_ref(grad_y: Tensor, pre: Tensor, of_weights: bool, *argumen
     else:
         grad_gate = grad_gate.new_zeros(call.token_rows.shape)
     grad_gate = grad_gate.masked_fill(~kept, 0).to(call.gate_weights.dtype).view(call.gate_weights.shape)
-    if not of_weights:
-        return grad_x, grad_gate, *(call.x.new_empty(0) for _ in range(4))
+    return grad_x, grad_gate, grad_pre, hidden.to(dtype)
 
+
+def moe_mlp_backward_weights_ref(
+    grad_y: Tensor, grad_pre: Tensor, hidden: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of both projections and both biases, from what :func:`moe_mlp_backward_data_ref` returned."""
+    call = Call(*arguments)
+    _, _, assignment, gate = _row_values(call)
+    offsets, num_experts = call.expert_offsets, call.num_experts
+
+    def per_expert_sum(rows: Tensor) -> Tensor:
+        ones = rows.new_ones(rows.shape[0], 1)
+        return grouped_gemm_weight(ones, rows, offsets, num_experts).squeeze(1)
+
+    grad_out = _grad_out(call, grad_y, assignment)
+    rows = permute(call.x, call.row_to_token, call.token_offsets, call.token_rows)
+    if call.gate_weight_on == "input":
+        rows = (rows * gate).to(call.x.dtype)
     grad_up = grouped_gemm_weight(grad_pre, rows, offsets, num_experts)
-    grad_down = grouped_gemm_weight(grad_out, hidden.to(dtype), offsets, num_experts)
-    grad_up_bias = grad_down_bias = call.x.new_empty(0)
+    grad_down = grouped_gemm_weight(grad_out, hidden, offsets, num_experts)
+    grad_up_bias, grad_down_bias = call.x.new_empty(0), call.x.new_empty(0)  # results do not share memory
     if call.up_bias is not None:
         grad_up_bias = per_expert_sum(grad_pre)
     if call.down_bias is not None:
-        grad_down_bias = per_expert_sum((grad_out * gate).to(dtype) if call.gate_weight_on == "output" else grad_out)
-    return grad_x, grad_gate, *_as_given(call, grad_up, grad_down, grad_up_bias), grad_down_bias
+        weighted = (grad_out * gate).to(call.x.dtype) if call.gate_weight_on == "output" else grad_out
+        grad_down_bias = per_expert_sum(weighted)
+    return *_as_given(call, grad_up, grad_down, grad_up_bias), grad_down_bias
 
 
 def _as_given(call: Call, up: Tensor, down: Tensor, up_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:

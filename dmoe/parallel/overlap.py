@@ -81,6 +81,7 @@ def run_overlapped(
     plan: RoutingPlan | None = None,
     *,
     degree: int,
+    on_the_way: Callable[[int], None] | None = None,
 ) -> Overlapped:
     """Dispatch, experts and combine, chunk by chunk: a chunk's rows travel while another's are computed.
 
@@ -94,6 +95,7 @@ def run_overlapped(
             once, where that of slices writes all of the weight for each.
         x, expert_indices, gate_weights, plan: as :meth:`AllToAllDispatcher.dispatch` takes them.
         degree: the number of chunks, a divisor of the experts of each rank. 1 does not overlap.
+        on_the_way: ``on_the_way(chunk)`` is called while a chunk's rows travel, before they are waited for.
 
     Raises:
         ValueError: the experts of a rank cannot be cut evenly; and what dispatch and combine raise.
@@ -113,6 +115,8 @@ def run_overlapped(
     under_way = one.launch_dispatch(prepared[0])
     for chunk in range(degree):
         following = one.launch_dispatch(prepared[chunk + 1]) if chunk + 1 < degree else None
+        if on_the_way is not None:
+            on_the_way(chunk)
         arrived.append(one.finish_dispatch(under_way))
         returning.append(one.start_combine(experts(chunk, arrived[chunk]), arrived[chunk]))
         if following is not None:
