@@ -1,0 +1,197 @@
+"""What the fairseq tests run in a process of their own: fairseq changes `dataclasses` and logging of whoever imports it.
+
+Importing this file imports none of it; the functions do, once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import os
+import re
+import sys
+from types import SimpleNamespace
+
+
+def fairseq_moe():
+    from dmoe.integrations import fairseq_moe
+
+    fairseq_moe.compat.apply()
+    fairseq_moe.register()
+    return fairseq_moe
+
+
+class _Records(logging.Handler):
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def emit(self, record):
+        self.lines.append((record.name, record.getMessage()))
+
+
+def run_cli(tool, *flags):
+    """A tool with its flags, as from the shell: exit status, error text, standard output, logged (logger, line)s."""
+    fairseq_moe()
+    from dmoe.integrations.fairseq_moe.__main__ import main
+
+    records, out, err, root = _Records(), io.StringIO(), io.StringIO(), logging.getLogger()
+    argv, level = sys.argv, root.level
+    sys.argv = ["fairseq_moe", tool, *map(str, flags)]
+    root.addHandler(records)
+    root.setLevel(logging.INFO)
+    status = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main()
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int | None) else 1
+        err.write(stop.code if isinstance(stop.code, str) else "")
+    finally:
+        sys.argv = argv
+        root.removeHandler(records)
+        root.setLevel(level)
+    return SimpleNamespace(status=status or 0, err=err.getvalue(), out=out.getvalue(), log=records.lines)
+
+
+def stats_of(done, logger):
+    """The JSON lines of one of fairseq's loggers, as dicts of numbers."""
+    found = [json.loads(line) for name, line in done.log if name == logger and line.startswith("{")]
+    return [{key: float(value) for key, value in line.items()} for line in found]
+
+
+# The single-node command, sizes shrunk and --cpu added.
+COMMAND = """
+    --ddp-backend fully_sharded --memory-efficient-fp16 --checkpoint-activations
+    --task dummy_lm --tokens-per-sample 2048 --arch transformer_lm_gpt --share-decoder-input-output-embed
+    --decoder-layers 24 --decoder-embed-dim 2048 --decoder-ffn-embed-dim 8192 --decoder-attention-heads 32
+    --moe-expert-count 8 --moe-freq 2 --moe-gating-use-fp32 --moe-second-expert-policy all
+    --moe-normalize-expert-grad sqrt_world_size --moe-eval-capacity-token-fraction -1.0
+    --max-sentences-valid 1 --num-workers-valid 0
+    --criterion moe_cross_entropy --moe-gate-loss-wt 0.01 --moe-gate-loss-combine-method sum
+    --optimizer adam --fp16-adam-stats --adam-betas (0.9,_0.98) --clip-norm 0.0 --lr 0.0005 --warmup-updates 750
+    --dropout 0.1 --attention-dropout 0.1 --batch-size 4 --update-freq 1 --max-update 250 --disable-validation
+    --log-format json --log-interval 10
+"""
+SMALL = {
+    "--tokens-per-sample": 32,
+    "--decoder-layers": 4,
+    "--decoder-embed-dim": 32,
+    "--decoder-ffn-embed-dim": 64,
+    "--decoder-attention-heads": 4,
+}
+
+
+def command(**changes):
+    """That command as a list of words, with values changed, added (``cpu=True``) or left out (``x=None``)."""
+    words = [word.replace("_", " ") if word.startswith("(") else word for word in COMMAND.split()]
+    for flag, value in changes.items():
+        spelled = "--" + flag.replace("_", "-")
+        if spelled in words:
+            at = words.index(spelled)
+            words[at : at + (1 if at + 1 == len(words) or words[at + 1].startswith("--") else 2)] = []
+        if value is True:
+            words.append(spelled)
+        elif value is not None:
+            words += [spelled, str(value)]
+    return words
+
+
+def small(**changes):
+    sizes = {flag[2:].replace("-", "_"): value for flag, value in SMALL.items()}
+    return command(**{**sizes, "cpu": True, **changes})
+
+
+def model_of(arch, *flags):
+    """A model as `train` builds it, in float32, from flags; a dictionary of 16 words."""
+    fairseq_moe()
+    from fairseq import options, tasks
+    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+
+    argv, sys.argv = sys.argv, ["train"]
+    try:
+        given = ["--task", "dummy_lm", "--dict-size", "12", "--arch", arch, *map(str, flags)]
+        args = options.parse_args_and_arch(options.get_training_parser(), given)
+        cfg = convert_namespace_to_omegaconf(args)
+        task = tasks.setup_task(cfg.task)
+        return task.build_model(cfg.model), cfg, task
+    finally:
+        sys.argv = argv
+
+
+def words_of(text):
+    return re.findall(r"\w+|[^\w\s]", text.lower())
+
+
+def write_text(folder):
+    """Real sentences, split in two, with a word for every rare one: the help topics of Python."""
+    from pydoc_data.topics import topics
+
+    text = "\n".join(topics[name] for name in sorted(topics)[:24])
+    lines = [" ".join(words_of(line)) for line in text.splitlines() if len(words_of(line)) > 4]
+    for split, part in (("train", lines[:1100]), ("valid", lines[1100:1250])):
+        with open(os.path.join(folder, split + ".txt"), "w") as file:
+            file.write("\n".join(part) + "\n")
+
+
+def route(flags, logits, padding=None, training=True, seed=0, from_command_line=False):
+    """A MoE layer whose gate's logits are its input: what it kept, weighed, lost and logged, and its output.
+
+    Args:
+        flags: ``--moe-*`` by their names.
+        logits: ``(B, S, E)``, sentences of tokens; the gate's linear is the identity.
+        padding: ``(B, S)`` bool.
+        from_command_line: build the whole model with fairseq's parser, and take the layer out of it.
+    """
+    fairseq_moe()
+    import torch
+
+    from dmoe.integrations.fairseq_moe.flags import read_flags
+    from dmoe.integrations.fairseq_moe.layer import MoELayer, moe_layers
+
+    width = logits.shape[-1]
+    torch.manual_seed(7)
+    if from_command_line:
+        words = [f"--{k.replace('_', '-')}" if v is True else f"--{k.replace('_', '-')}={v}" for k, v in flags.items()]
+        sizes = ["--decoder-layers", 2, "--decoder-embed-dim", width, "--decoder-ffn-embed-dim", 6]
+        heads = ["--decoder-attention-heads", 1, "--moe-freq", 2, "--moe-expert-count", width, "--dropout", 0]
+        model, _, _ = model_of("transformer_lm_gpt", *sizes, *heads, *words)
+        (layer,) = moe_layers(model)
+    else:
+        given = SimpleNamespace(moe_freq=2, moe_expert_count=width, **flags)
+        layer = MoELayer(read_flags(given), width, 6, "relu", 0.0, 0.0)
+    layer.to(logits.dtype).train(training)
+    with torch.no_grad():
+        layer.gate.weight.copy_(torch.eye(width))
+    seen = []
+    layer.gate.register_forward_hook(lambda gate, args, routing: seen.append(routing))
+    torch.manual_seed(seed)
+    y, loss = layer(logits.transpose(0, 1), padding)
+    (routing,) = seen
+    starts, tokens = routing.plan.expert_offsets.tolist(), routing.plan.row_to_token.tolist()
+    kept = [sorted(t for t in tokens[a:b] if t >= 0) for a, b in zip(starts, starts[1:], strict=False)]
+    one_hot = torch.nn.functional.one_hot(routing.expert_indices, width + 1)[..., :width].to(routing.gate_weights)
+    from dmoe.integrations.fairseq_moe.statistics import NAMES
+
+    figures = dict(zip(NAMES, layer.statistics().tolist(), strict=True)) | {"gate_loss": loss.item()}
+    weights = (routing.gate_weights.unsqueeze(-1) * one_hot).sum(1).detach()
+    experts = {name: value.detach() for name, value in layer.state_dict().items()}
+    return kept, weights, figures, y.detach().transpose(0, 1).reshape(-1, width), experts
+
+
+def drawn_seconds(logits, training, flags):
+    """How often each expert was the second choice of copies of one token."""
+    fairseq_moe()
+    import torch
+
+    from dmoe.integrations.fairseq_moe.flags import read_flags
+    from dmoe.integrations.fairseq_moe.layer import MoELayer
+
+    experts = logits.shape[-1]
+    given = SimpleNamespace(moe_freq=1, moe_expert_count=experts, moe_dropless=True, **flags)
+    gate = MoELayer(read_flags(given), experts, 4, "relu", 0.0, 0.0).gate.train(training)
+    torch.manual_seed(3)
+    chosen = gate.route(logits).expert_indices
+    return torch.bincount(chosen[:, 0], minlength=experts + 1), torch.bincount(chosen[:, 1], minlength=experts + 1)
