@@ -30,11 +30,13 @@ def register() -> None:
     ``transformer_lm`` and ``transformer`` are registered again under their own names, so that every ``--arch`` of theirs
     stays; without ``--moe-freq`` they build what they always did.
     """
-    from dmoe.integrations.fairseq_moe import commands, criterion, models
+    from dmoe.integrations.fairseq_moe import checkpoints, commands, criterion, models, trainer
 
     models.register()
     criterion.register()
     commands.register()
+    checkpoints.register()
+    trainer.register()
 
 
 if __name__ != "dmoe.integrations.fairseq_moe":  # --user-dir: fairseq imports the folder under the folder's name

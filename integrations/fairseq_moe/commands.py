@@ -11,6 +11,7 @@ from typing import Any
 
 from fairseq import options
 
+from dmoe.integrations.fairseq_moe import backends
 from dmoe.integrations.fairseq_moe.flags import FlagError, read_flags
 
 logger = logging.getLogger(__name__)
@@ -77,14 +78,7 @@ def settle(args: Namespace) -> None:
     if getattr(args, "fp16_adam_stats", False) and not _has_fused_adam():
         args.fp16_adam_stats = False
         logger.info("--fp16-adam-stats: needs apex's FusedAdam, which is not here; Adam's moments stay in float32")
-    if getattr(args, "ddp_backend", None) == "fully_sharded":
-        if ranks(args) > 1:
-            raise FlagError(
-                "--ddp-backend fully_sharded: expected legacy_ddp or pytorch_ddp on more than one rank, because "
-                "fairseq 0.12.2 builds it on fairscale, which no longer imports"
-            )
-        args.ddp_backend = "legacy_ddp"
-        logger.info("--ddp-backend fully_sharded: one rank has nothing to share; training without")
+    backends.settle(args, ranks(args))
     if hasattr(args, "model_overrides"):
         _override_model(args)
 

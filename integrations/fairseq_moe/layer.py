@@ -7,12 +7,12 @@ from typing import Any, Literal
 
 import dmoe
 import torch
-from fairseq.distributed import utils as distributed_utils
 from torch import Tensor, nn
 
 from dmoe.integrations.fairseq_moe import names
 from dmoe.integrations.fairseq_moe.flags import FlagError, MoEFlags
 from dmoe.integrations.fairseq_moe.gate import Gate
+from dmoe.integrations.fairseq_moe.parallel import expert_groups
 from dmoe.integrations.fairseq_moe.statistics import NAMES, OF_CHOICES
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
@@ -53,12 +53,6 @@ class MoELayer(nn.Module):
         if activation not in _ACTIVATIONS:
             known = ", ".join(_ACTIVATIONS)
             raise FlagError(f"--activation-fn: expected one of {known} in a MoE layer, got {activation!r}")
-        ranks = distributed_utils.get_data_parallel_world_size() if torch.distributed.is_initialized() else 1
-        if flags.moe_expert_count % ranks:
-            raise FlagError(
-                f"--moe-expert-count: expected a multiple of the {ranks} ranks, got {flags.moe_expert_count}; every "
-                "rank holds as many experts"
-            )
         config = dmoe.MoEConfig(
             hidden_size=embed_dim,
             ffn_hidden_size=flags.moe_expert_ffn_dim or ffn_dim,
@@ -77,7 +71,7 @@ class MoELayer(nn.Module):
         self.moe = dmoe.MoE(
             config,
             router=Gate(config, flags),
-            ep_group=distributed_utils.get_data_parallel_group() if ranks > 1 else None,
+            ep_group=expert_groups(flags.moe_expert_count).ep_group,
             dtensor=False,
         )
         names.speak_as_the_branch(self)
