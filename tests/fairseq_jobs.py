@@ -117,6 +117,8 @@ def model_of(arch, *flags):
         cfg = convert_namespace_to_omegaconf(args)
         task = tasks.setup_task(cfg.task)
         return task.build_model(cfg.model), cfg, task
+    except SystemExit as stop:  # argparse's way to say no, which would end this process
+        raise ValueError(f"exit status {stop.code}: {given}") from stop
     finally:
         sys.argv = argv
 
@@ -195,3 +197,153 @@ def drawn_seconds(logits, training, flags):
     torch.manual_seed(3)
     chosen = gate.route(logits).expert_indices
     return torch.bincount(chosen[:, 0], minlength=experts + 1), torch.bincount(chosen[:, 1], minlength=experts + 1)
+
+
+def _batch(task, sentences, length, pairs=False, seed=5):
+    """A sample as fairseq's loaders make it, the last sentence padded."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(4, 16, (sentences, length), generator=generator)
+    tokens[-1, length - 2 :] = task.source_dictionary.pad()
+    net_input = {"src_tokens": tokens, "src_lengths": torch.full((sentences,), length)}
+    if pairs:
+        net_input["prev_output_tokens"] = tokens.flip(0)[:, : length - 1].contiguous()
+    target = torch.randint(4, 16, net_input.get("prev_output_tokens", tokens).shape, generator=generator)
+    return {"net_input": net_input, "target": target, "ntokens": target.numel(), "nsentences": sentences}
+
+
+LM_SIZES = "--tokens-per-sample 16 --decoder-layers 4 --decoder-embed-dim 8 --decoder-ffn-embed-dim 12 \
+--decoder-attention-heads 2".split()
+PAIR_SIZES = "--tokens-per-sample 16 --encoder-layers 2 --decoder-layers 2 --encoder-embed-dim 8 --decoder-embed-dim 8 \
+--encoder-ffn-embed-dim 12 --decoder-ffn-embed-dim 20 --encoder-attention-heads 2 --decoder-attention-heads 2".split()
+
+
+def equal_experts(arch, common, *flags):
+    """Outputs of a dense model, and of a MoE model all of whose experts are that model's feed-forward layers."""
+    import torch
+
+    fairseq_moe()
+    from dmoe.integrations.fairseq_moe.layer import moe_layers
+
+    pairs = arch == "transformer"
+    sizes = PAIR_SIZES if pairs else LM_SIZES
+    dense, _, task = model_of(arch, *sizes, *common)
+    sparse, _, _ = model_of(arch, *sizes, *common, *flags)
+    dense.double().eval(), sparse.double().eval()
+    state, given = sparse.state_dict(), dense.state_dict()
+    for name in state:
+        layer, experts, rest = name.partition(".moe_layer.experts.")
+        if experts:
+            state[name] = given[f"{layer}.{rest.partition('.')[2]}"]
+        elif ".moe_layer." not in name:
+            state[name] = given[name]
+    sparse.load_state_dict(state)
+    sample = _batch(task, 3, 7, pairs)
+    with torch.no_grad():
+        (x, _), (y, extra) = dense(**sample["net_input"]), sparse(**sample["net_input"])
+    return x, y, [loss.item() for loss in extra["l_aux"]], len(list(moe_layers(sparse)))
+
+
+def one_backward(checkpointed, *flags):
+    """Loss, what is logged, and every gradient of one batch in training, dropout and all."""
+    import torch
+    from fairseq import utils
+
+    model, cfg, task = model_of(
+        "transformer_lm_gpt",
+        *LM_SIZES,
+        *"--moe-freq 2 --moe-expert-count 4 --dropout 0.2 --attention-dropout 0.1 --criterion moe_cross_entropy".split(),
+        *(["--checkpoint-activations"] if checkpointed else []),
+        *flags,
+    )
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    criterion = task.build_criterion(cfg.criterion)
+    model.double().train()
+    utils.set_torch_seed(1)
+    loss, sample_size, logged = criterion(model, _batch(task, 4, 9))
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    held = [name for name, module in model.named_modules() if "gate_loss" in module.__dict__ and module.gate_loss is not None]
+    return loss.item(), sample_size, {k: float(v) for k, v in logged.items()}, gradients, held
+
+
+def dropped_shares(p, encoder=False):
+    """Zeros in what a MoE layer adds to its residual, and in what its attention adds, in training."""
+    import torch
+
+    arch, sizes = ("transformer", PAIR_SIZES) if encoder else ("transformer_lm_gpt", LM_SIZES)
+    model, _, _ = model_of(
+        arch, *sizes, *f"--moe-freq 2 --moe-expert-count 2 --moe-top1-expert --dropout {p} --moe-dropless".split()
+    )
+    layer = (model.encoder if encoder else model.decoder).layers[1].train()
+    added = []
+    layer.residual_connection = lambda x, residual: (added.append(x.detach()), residual + x)[1]
+    torch.manual_seed(0)
+    layer(torch.randn(40, 50, 8), encoder_padding_mask=None)
+    return [(x == 0).float().mean().item() for x in (added[0], added[-1])]
+
+
+def logged_by(outputs):
+    """What the criterion makes of logging outputs of several ranks or micro-batches, as floats."""
+    fairseq_moe()
+    from dmoe.integrations.fairseq_moe.criterion import MoECrossEntropyCriterion
+    from fairseq.logging import metrics
+
+    with metrics.aggregate(new_root=True) as meters:
+        MoECrossEntropyCriterion.reduce_metrics(outputs)
+    return {key: float(value) for key, value in meters.get_smoothed_values().items()}
+
+
+def names_and_numbers():
+    """A model's state dict, and a layer's output after loading one with the branch's names and values of its own."""
+    import torch
+
+    flags = "--moe-freq 2 --moe-expert-count 4 --moe-dropless --moe-gating-use-fp32".split()
+    model, _, _ = model_of("transformer_lm_gpt", *LM_SIZES, *flags)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    generator = torch.Generator().manual_seed(4)
+    theirs = {
+        name: torch.randn(value.shape, generator=generator, dtype=torch.float64) for name, value in model.state_dict().items()
+    }
+    model.double().load_state_dict(theirs)
+    x = torch.randn(5, 2, 8, dtype=torch.float64, generator=generator)
+    layer = model.decoder.layers[3].moe_layer.eval()
+    y, _ = layer(x)
+    again, _, _ = model_of("transformer_lm_gpt", *LM_SIZES, *flags)
+    again.double().load_state_dict(model.state_dict())
+    same = all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    return shapes, theirs, x, y.detach(), same
+
+
+def wrong_checkpoint(has, wants):
+    """The error of loading a checkpoint with another number of experts."""
+    flags = ["--moe-freq", 2, "--moe-expert-count"]
+    model, _, _ = model_of("transformer_lm_gpt", *LM_SIZES, *flags, wants)
+    other, _, _ = model_of("transformer_lm_gpt", *LM_SIZES, *flags, has)
+    try:
+        model.load_state_dict(other.state_dict())
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def layers_built(arch, *flags):
+    """What each layer's feed-forward half is: its class and width, encoder first."""
+    fairseq_moe()
+    from dmoe.integrations.fairseq_moe.layer import MoELayer
+
+    model, _, task = model_of(arch, *(PAIR_SIZES if arch == "transformer" else LM_SIZES), *flags)
+    stacks = [model.encoder, model.decoder] if arch == "transformer" else [model.decoder]
+    found = []
+    for stack in stacks:
+        for layer in stack.layers.children():
+            moe = getattr(layer, "moe_layer", None)
+            sparse = isinstance(moe, MoELayer)
+            found.append(("moe", moe.moe.config.ffn_hidden_size) if sparse else ("dense", layer.fc1.out_features))
+    model.train()
+    _, extra = model(**_batch(task, 3, 7, arch == "transformer")["net_input"])
+    return found, len(extra.get("l_aux", []))
