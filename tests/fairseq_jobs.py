@@ -101,7 +101,8 @@ def command(**changes):
 
 def small(**changes):
     sizes = {flag[2:].replace("-", "_"): value for flag, value in SMALL.items()}
-    return command(**{**sizes, "cpu": True, **changes})
+    # A loader in this process: the pool's may have no children.
+    return command(**{**sizes, "cpu": True, "num_workers": 0, **changes})
 
 
 def model_of(arch, *flags):
@@ -347,3 +348,59 @@ def layers_built(arch, *flags):
     model.train()
     _, extra = model(**_batch(task, 3, 7, arch == "transformer")["net_input"])
     return found, len(extra.get("l_aux", []))
+
+
+def real_text(folder):
+    """preprocess, 30 updates, stop; 30 more; 60 without a stop; eval_lm: what each said."""
+    write_text(folder)
+    texts = [f"--{split}pref={folder}/{split}.txt" for split in ("train", "valid")]
+    prepared = run_cli("preprocess", "--only-source", *texts, "--destdir", f"{folder}/bin", "--thresholdsrc", 2)
+
+    def train(updates, where):
+        return run_cli(
+            "train",
+            f"{folder}/bin",
+            *small(
+                task="language_modeling",
+                tokens_per_sample=64,
+                memory_efficient_fp16=None,
+                disable_validation=None,
+                moe_dropless=True,
+                lr=0.01,
+                warmup_updates=10,
+                batch_size=8,
+                max_sentences_valid=8,
+                max_update=updates,
+                save_dir=f"{folder}/{where}",
+                no_epoch_checkpoints=True,
+            ),
+        )
+
+    def evaluate(*flags):
+        where = ["--path", f"{folder}/stopped/checkpoint_last.pt", "--gen-subset", "valid", "--cpu"]
+        sizes = ["--tokens-per-sample", 64, "--batch-size", 8, "--num-workers", 0]
+        return run_cli("eval_lm", f"{folder}/bin", *where, *sizes, *flags)
+
+    runs = [train(30, "stopped"), train(60, "stopped"), train(60, "straight")]
+    evaluations = [evaluate("--is-moe"), evaluate(), evaluate("--moe-eval-capacity-token-fraction", 0.02)]
+    evaluations += [evaluate("--moe-eval-capacity-token-fraction", 0.02, "--moe-dropless")]
+    return prepared, runs, evaluations
+
+
+def tool_and_flags(tool, *flags):
+    """run_cli, for those that print sentences: status and the last line of the error text."""
+    done = run_cli(tool, *flags)
+    return done.status, done.err.strip().splitlines()[-1:] or [""], done.out, done.log
+
+
+def user_dir(path):
+    """fairseq's own parser and `--user-dir`, without the launcher's registration: the models it knows then."""
+    from dmoe.integrations.fairseq_moe import compat
+
+    compat.apply()
+    import fairseq.utils
+    from fairseq.models import MODEL_REGISTRY
+
+    sys.modules.pop("fairseq_moe", None)
+    fairseq.utils.import_user_module(SimpleNamespace(user_dir=path))
+    return [MODEL_REGISTRY[name].__name__ for name in ("transformer_lm", "transformer")]
