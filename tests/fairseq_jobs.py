@@ -101,7 +101,8 @@ def command(**changes):
 
 def small(**changes):
     sizes = {flag[2:].replace("-", "_"): value for flag, value in SMALL.items()}
-    return command(**{**sizes, "cpu": True, **changes})
+    # A loader in this process: the pool's may have no children.
+    return command(**{**sizes, "cpu": True, "num_workers": 0, **changes})
 
 
 def model_of(arch, *flags):
@@ -117,6 +118,8 @@ def model_of(arch, *flags):
         cfg = convert_namespace_to_omegaconf(args)
         task = tasks.setup_task(cfg.task)
         return task.build_model(cfg.model), cfg, task
+    except SystemExit as stop:  # argparse's way to say no, which would end this process
+        raise ValueError(f"exit status {stop.code}: {given}") from stop
     finally:
         sys.argv = argv
 
@@ -195,3 +198,209 @@ def drawn_seconds(logits, training, flags):
     torch.manual_seed(3)
     chosen = gate.route(logits).expert_indices
     return torch.bincount(chosen[:, 0], minlength=experts + 1), torch.bincount(chosen[:, 1], minlength=experts + 1)
+
+
+def _batch(task, sentences, length, pairs=False, seed=5):
+    """A sample as fairseq's loaders make it, the last sentence padded."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(4, 16, (sentences, length), generator=generator)
+    tokens[-1, length - 2 :] = task.source_dictionary.pad()
+    net_input = {"src_tokens": tokens, "src_lengths": torch.full((sentences,), length)}
+    if pairs:
+        net_input["prev_output_tokens"] = tokens.flip(0)[:, : length - 1].contiguous()
+    target = torch.randint(4, 16, net_input.get("prev_output_tokens", tokens).shape, generator=generator)
+    return {"net_input": net_input, "target": target, "ntokens": target.numel(), "nsentences": sentences}
+
+
+LM_SIZES = "--tokens-per-sample 16 --decoder-layers 4 --decoder-embed-dim 8 --decoder-ffn-embed-dim 12 \
+--decoder-attention-heads 2".split()
+PAIR_SIZES = "--tokens-per-sample 16 --encoder-layers 2 --decoder-layers 2 --encoder-embed-dim 8 --decoder-embed-dim 8 \
+--encoder-ffn-embed-dim 12 --decoder-ffn-embed-dim 20 --encoder-attention-heads 2 --decoder-attention-heads 2".split()
+
+
+def equal_experts(arch, common, *flags):
+    """Outputs of a dense model, and of a MoE model all of whose experts are that model's feed-forward layers."""
+    import torch
+
+    fairseq_moe()
+    from dmoe.integrations.fairseq_moe.layer import moe_layers
+
+    pairs = arch == "transformer"
+    sizes = PAIR_SIZES if pairs else LM_SIZES
+    dense, _, task = model_of(arch, *sizes, *common)
+    sparse, _, _ = model_of(arch, *sizes, *common, *flags)
+    dense.double().eval(), sparse.double().eval()
+    state, given = sparse.state_dict(), dense.state_dict()
+    for name in state:
+        layer, experts, rest = name.partition(".moe_layer.experts.")
+        if experts:
+            state[name] = given[f"{layer}.{rest.partition('.')[2]}"]
+        elif ".moe_layer." not in name:
+            state[name] = given[name]
+    sparse.load_state_dict(state)
+    sample = _batch(task, 3, 7, pairs)
+    with torch.no_grad():
+        (x, _), (y, extra) = dense(**sample["net_input"]), sparse(**sample["net_input"])
+    return x, y, [loss.item() for loss in extra["l_aux"]], len(list(moe_layers(sparse)))
+
+
+def one_backward(checkpointed, *flags):
+    """Loss, what is logged, and every gradient of one batch in training, dropout and all."""
+    import torch
+    from fairseq import utils
+
+    model, cfg, task = model_of(
+        "transformer_lm_gpt",
+        *LM_SIZES,
+        *"--moe-freq 2 --moe-expert-count 4 --dropout 0.2 --attention-dropout 0.1 --criterion moe_cross_entropy".split(),
+        *(["--checkpoint-activations"] if checkpointed else []),
+        *flags,
+    )
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    criterion = task.build_criterion(cfg.criterion)
+    model.double().train()
+    utils.set_torch_seed(1)
+    loss, sample_size, logged = criterion(model, _batch(task, 4, 9))
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    held = [name for name, module in model.named_modules() if "gate_loss" in module.__dict__ and module.gate_loss is not None]
+    return loss.item(), sample_size, {k: float(v) for k, v in logged.items()}, gradients, held
+
+
+def dropped_shares(p, encoder=False):
+    """Zeros in what a MoE layer adds to its residual, and in what its attention adds, in training."""
+    import torch
+
+    arch, sizes = ("transformer", PAIR_SIZES) if encoder else ("transformer_lm_gpt", LM_SIZES)
+    model, _, _ = model_of(
+        arch, *sizes, *f"--moe-freq 2 --moe-expert-count 2 --moe-top1-expert --dropout {p} --moe-dropless".split()
+    )
+    layer = (model.encoder if encoder else model.decoder).layers[1].train()
+    added = []
+    layer.residual_connection = lambda x, residual: (added.append(x.detach()), residual + x)[1]
+    torch.manual_seed(0)
+    layer(torch.randn(40, 50, 8), encoder_padding_mask=None)
+    return [(x == 0).float().mean().item() for x in (added[0], added[-1])]
+
+
+def logged_by(outputs):
+    """What the criterion makes of logging outputs of several ranks or micro-batches, as floats."""
+    fairseq_moe()
+    from dmoe.integrations.fairseq_moe.criterion import MoECrossEntropyCriterion
+    from fairseq.logging import metrics
+
+    with metrics.aggregate(new_root=True) as meters:
+        MoECrossEntropyCriterion.reduce_metrics(outputs)
+    return {key: float(value) for key, value in meters.get_smoothed_values().items()}
+
+
+def names_and_numbers():
+    """A model's state dict, and a layer's output after loading one with the branch's names and values of its own."""
+    import torch
+
+    flags = "--moe-freq 2 --moe-expert-count 4 --moe-dropless --moe-gating-use-fp32".split()
+    model, _, _ = model_of("transformer_lm_gpt", *LM_SIZES, *flags)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    generator = torch.Generator().manual_seed(4)
+    theirs = {
+        name: torch.randn(value.shape, generator=generator, dtype=torch.float64) for name, value in model.state_dict().items()
+    }
+    model.double().load_state_dict(theirs)
+    x = torch.randn(5, 2, 8, dtype=torch.float64, generator=generator)
+    layer = model.decoder.layers[3].moe_layer.eval()
+    y, _ = layer(x)
+    again, _, _ = model_of("transformer_lm_gpt", *LM_SIZES, *flags)
+    again.double().load_state_dict(model.state_dict())
+    same = all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    return shapes, theirs, x, y.detach(), same
+
+
+def wrong_checkpoint(has, wants):
+    """The error of loading a checkpoint with another number of experts."""
+    flags = ["--moe-freq", 2, "--moe-expert-count"]
+    model, _, _ = model_of("transformer_lm_gpt", *LM_SIZES, *flags, wants)
+    other, _, _ = model_of("transformer_lm_gpt", *LM_SIZES, *flags, has)
+    try:
+        model.load_state_dict(other.state_dict())
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def layers_built(arch, *flags):
+    """What each layer's feed-forward half is: its class and width, encoder first."""
+    fairseq_moe()
+    from dmoe.integrations.fairseq_moe.layer import MoELayer
+
+    model, _, task = model_of(arch, *(PAIR_SIZES if arch == "transformer" else LM_SIZES), *flags)
+    stacks = [model.encoder, model.decoder] if arch == "transformer" else [model.decoder]
+    found = []
+    for stack in stacks:
+        for layer in stack.layers.children():
+            moe = getattr(layer, "moe_layer", None)
+            sparse = isinstance(moe, MoELayer)
+            found.append(("moe", moe.moe.config.ffn_hidden_size) if sparse else ("dense", layer.fc1.out_features))
+    model.train()
+    _, extra = model(**_batch(task, 3, 7, arch == "transformer")["net_input"])
+    return found, len(extra.get("l_aux", []))
+
+
+def real_text(folder):
+    """preprocess, 30 updates, stop; 30 more; 60 without a stop; eval_lm: what each said."""
+    write_text(folder)
+    texts = [f"--{split}pref={folder}/{split}.txt" for split in ("train", "valid")]
+    prepared = run_cli("preprocess", "--only-source", *texts, "--destdir", f"{folder}/bin", "--thresholdsrc", 2)
+
+    def train(updates, where):
+        return run_cli(
+            "train",
+            f"{folder}/bin",
+            *small(
+                task="language_modeling",
+                tokens_per_sample=64,
+                memory_efficient_fp16=None,
+                disable_validation=None,
+                moe_dropless=True,
+                lr=0.01,
+                warmup_updates=10,
+                batch_size=8,
+                max_sentences_valid=8,
+                max_update=updates,
+                save_dir=f"{folder}/{where}",
+                no_epoch_checkpoints=True,
+            ),
+        )
+
+    def evaluate(*flags):
+        where = ["--path", f"{folder}/stopped/checkpoint_last.pt", "--gen-subset", "valid", "--cpu"]
+        sizes = ["--tokens-per-sample", 64, "--batch-size", 8, "--num-workers", 0]
+        return run_cli("eval_lm", f"{folder}/bin", *where, *sizes, *flags)
+
+    runs = [train(30, "stopped"), train(60, "stopped"), train(60, "straight")]
+    evaluations = [evaluate("--is-moe"), evaluate(), evaluate("--moe-eval-capacity-token-fraction", 0.02)]
+    evaluations += [evaluate("--moe-eval-capacity-token-fraction", 0.02, "--moe-dropless")]
+    return prepared, runs, evaluations
+
+
+def tool_and_flags(tool, *flags):
+    """run_cli, for those that print sentences: status and the last line of the error text."""
+    done = run_cli(tool, *flags)
+    return done.status, done.err.strip().splitlines()[-1:] or [""], done.out, done.log
+
+
+def user_dir(path):
+    """fairseq's own parser and `--user-dir`, without the launcher's registration: the models it knows then."""
+    from dmoe.integrations.fairseq_moe import compat
+
+    compat.apply()
+    import fairseq.utils
+    from fairseq.models import MODEL_REGISTRY
+
+    sys.modules.pop("fairseq_moe", None)
+    fairseq.utils.import_user_module(SimpleNamespace(user_dir=path))
+    return [MODEL_REGISTRY[name].__name__ for name in ("transformer_lm", "transformer")]

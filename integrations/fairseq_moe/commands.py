@@ -85,10 +85,15 @@ def settle(args: Namespace) -> None:
 
 def _override_model(args: Namespace) -> None:
     """Evaluation flags, as changes to the model's arguments in the checkpoint."""
-    changed = {}
-    if getattr(args, "moe_eval_capacity_token_fraction", None) is not None:
-        changed["moe_eval_capacity_token_fraction"] = args.moe_eval_capacity_token_fraction
-    if getattr(args, "moe_dropless", False):
+    changed: dict[str, Any] = {}
+    fraction, dropless = getattr(args, "moe_eval_capacity_token_fraction", None), getattr(args, "moe_dropless", False)
+    if fraction is not None:
+        changed["moe_eval_capacity_token_fraction"] = fraction
+        if fraction > 0:  # a capacity was asked for, also of a model that was trained without
+            changed["moe_dropless"] = False
+    if dropless and changed.get("moe_dropless") is False:
+        raise FlagError(f"--moe-dropless: expected no --moe-eval-capacity-token-fraction beside it, got {fraction}")
+    if dropless:
         changed["moe_dropless"] = True
     if changed:
         args.model_overrides = repr({**ast.literal_eval(args.model_overrides), **changed})

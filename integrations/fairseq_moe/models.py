@@ -16,9 +16,10 @@ from fairseq.models.transformer.transformer_decoder import TransformerDecoderBas
 from fairseq.models.transformer.transformer_encoder import TransformerEncoderBase
 from fairseq.models.transformer_lm import TransformerLanguageModel, TransformerLanguageModelConfig
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
+from fairseq.utils import safe_getattr
 from torch import nn
 
-from dmoe.integrations.fairseq_moe.flags import EncoderDecoderFlags, MoEFlags, read_flags
+from dmoe.integrations.fairseq_moe.flags import EncoderDecoderFlags, FlagError, MoEFlags, read_flags
 from dmoe.integrations.fairseq_moe.modules import MoEDecoderLayer, MoEEncoderLayer, take_gate_losses
 
 
@@ -35,6 +36,8 @@ class _MoEDecoding:
 
     def __init__(self, args: Any, *rest: Any, **kwargs: Any) -> None:
         self.moe_flags, self._built = read_flags(args), 0
+        if safe_getattr(args, "scale_fc", False):
+            raise FlagError("--scale-fc: expected none in a model with MoE layers, whose experts have no such norm")
         super().__init__(args, *rest, **kwargs)
 
     def build_decoder_layer(self, args: Any, no_encoder_attn: bool = False) -> nn.Module:

@@ -44,9 +44,8 @@ class _Experts:
     build_fc2 = build_fc1
 
     def _put_experts(self: Any, flags: MoEFlags, cfg: Any, half: Any) -> None:
-        for name, on in (("--scale-fc", getattr(cfg, "scale_fc", False)), ("--quant-noise-pq", cfg.quant_noise.pq)):
-            if on:
-                raise FlagError(f"{name}: expected none in a model with --moe-freq: its experts have no such part")
+        if cfg.quant_noise.pq:
+            raise FlagError("--quant-noise-pq: expected 0 in a model with MoE layers, whose experts have no such noise")
         dropout, activation_dropout = feed_forward_dropouts(cfg)
         self.moe_layer = MoELayer(
             flags, self.embed_dim, half.ffn_embed_dim, str(cfg.activation_fn), dropout, activation_dropout
