@@ -29,6 +29,8 @@ import dmoe
 import torch
 import torch.distributed as dist
 from fairseq.distributed import utils as distributed_utils
+from fairseq.models.transformer import DEFAULT_MIN_PARAMS_TO_WRAP
+from fairseq.utils import safe_getattr
 from omegaconf import open_dict
 from torch import Tensor, nn
 
@@ -91,9 +93,10 @@ def shard(cfg: Any, model: nn.Module, groups: ExpertGroups, device: torch.device
         "reshard_after_forward": not training.no_reshard_after_forward,
         "ignored_params": set() if own else set(experts_of(model)),
     }
+    smallest = safe_getattr(cfg.model, "min_params_to_wrap", None) or DEFAULT_MIN_PARAMS_TO_WRAP
     for layer in _layers(model):
         size = sum(p.numel() for p in layer.parameters() if not dmoe.is_expert_param(p))
-        if cfg.model.checkpoint_activations or size >= training.min_params_to_wrap:
+        if safe_getattr(cfg.model, "checkpoint_activations", False) or size >= smallest:
             fully_shard(layer, **options)
     fully_shard(model, **{**options, "reshard_after_forward": False})  # backward would gather it at once
     _load_whole_tensors(model)
