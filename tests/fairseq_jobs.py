@@ -1,4 +1,4 @@
-"""What the fairseq tests run in a process of their own: fairseq changes `dataclasses` and logging of whoever imports it.
+"""What the fairseq tests run in a process of their own: fairseq changes logging, and its compatibility `dataclasses`.
 
 Importing this file imports none of it; the functions do, once.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import logging
 import os
@@ -150,7 +151,6 @@ def route(flags, logits, padding=None, training=True, seed=0, from_command_line=
     """
     fairseq_moe()
     import torch
-
     from dmoe.integrations.fairseq_moe.flags import read_flags
     from dmoe.integrations.fairseq_moe.layer import MoELayer, moe_layers
 
@@ -174,7 +174,7 @@ def route(flags, logits, padding=None, training=True, seed=0, from_command_line=
     y, loss = layer(logits.transpose(0, 1), padding)
     (routing,) = seen
     starts, tokens = routing.plan.expert_offsets.tolist(), routing.plan.row_to_token.tolist()
-    kept = [sorted(t for t in tokens[a:b] if t >= 0) for a, b in zip(starts, starts[1:], strict=False)]
+    kept = [sorted(t for t in tokens[a:b] if t >= 0) for a, b in itertools.pairwise(starts)]
     one_hot = torch.nn.functional.one_hot(routing.expert_indices, width + 1)[..., :width].to(routing.gate_weights)
     from dmoe.integrations.fairseq_moe.statistics import NAMES
 
@@ -188,7 +188,6 @@ def drawn_seconds(logits, training, flags):
     """How often each expert was the second choice of copies of one token."""
     fairseq_moe()
     import torch
-
     from dmoe.integrations.fairseq_moe.flags import read_flags
     from dmoe.integrations.fairseq_moe.layer import MoELayer
 
@@ -214,10 +213,29 @@ def _batch(task, sentences, length, pairs=False, seed=5):
     return {"net_input": net_input, "target": target, "ntokens": target.numel(), "nsentences": sentences}
 
 
-LM_SIZES = "--tokens-per-sample 16 --decoder-layers 4 --decoder-embed-dim 8 --decoder-ffn-embed-dim 12 \
---decoder-attention-heads 2".split()
-PAIR_SIZES = "--tokens-per-sample 16 --encoder-layers 2 --decoder-layers 2 --encoder-embed-dim 8 --decoder-embed-dim 8 \
---encoder-ffn-embed-dim 12 --decoder-ffn-embed-dim 20 --encoder-attention-heads 2 --decoder-attention-heads 2".split()
+def flags_of(**values):
+    """``--a-b 1`` for ``a_b=1``, as a list of words."""
+    return [word for name, value in values.items() for word in ("--" + name.replace("_", "-"), str(value))]
+
+
+LM_SIZES = flags_of(
+    tokens_per_sample=16,
+    decoder_layers=4,
+    decoder_embed_dim=8,
+    decoder_ffn_embed_dim=12,
+    decoder_attention_heads=2,
+)
+PAIR_SIZES = flags_of(
+    tokens_per_sample=16,
+    encoder_layers=2,
+    decoder_layers=2,
+    encoder_embed_dim=8,
+    decoder_embed_dim=8,
+    encoder_ffn_embed_dim=12,
+    decoder_ffn_embed_dim=20,
+    encoder_attention_heads=2,
+    decoder_attention_heads=2,
+)
 
 
 def equal_experts(arch, common, *flags):
@@ -254,7 +272,7 @@ def one_backward(checkpointed, *flags):
     model, cfg, task = model_of(
         "transformer_lm_gpt",
         *LM_SIZES,
-        *"--moe-freq 2 --moe-expert-count 4 --dropout 0.2 --attention-dropout 0.1 --criterion moe_cross_entropy".split(),
+        *flags_of(moe_freq=2, moe_expert_count=4, dropout=0.2, attention_dropout=0.1, criterion="moe_cross_entropy"),
         *(["--checkpoint-activations"] if checkpointed else []),
         *flags,
     )
@@ -268,7 +286,11 @@ def one_backward(checkpointed, *flags):
     loss, sample_size, logged = criterion(model, _batch(task, 4, 9))
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    held = [name for name, module in model.named_modules() if "gate_loss" in module.__dict__ and module.gate_loss is not None]
+    held = [
+        name
+        for name, module in model.named_modules()
+        if "gate_loss" in module.__dict__ and module.gate_loss is not None
+    ]
     return loss.item(), sample_size, {k: float(v) for k, v in logged.items()}, gradients, held
 
 
@@ -303,12 +325,13 @@ def names_and_numbers():
     """A model's state dict, and a layer's output after loading one with the branch's names and values of its own."""
     import torch
 
-    flags = "--moe-freq 2 --moe-expert-count 4 --moe-dropless --moe-gating-use-fp32".split()
+    flags = ["--moe-freq", "2", "--moe-expert-count", "4", "--moe-dropless", "--moe-gating-use-fp32"]
     model, _, _ = model_of("transformer_lm_gpt", *LM_SIZES, *flags)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     generator = torch.Generator().manual_seed(4)
     theirs = {
-        name: torch.randn(value.shape, generator=generator, dtype=torch.float64) for name, value in model.state_dict().items()
+        name: torch.randn(value.shape, generator=generator, dtype=torch.float64)
+        for name, value in model.state_dict().items()
     }
     model.double().load_state_dict(theirs)
     x = torch.randn(5, 2, 8, dtype=torch.float64, generator=generator)

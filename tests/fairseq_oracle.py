@@ -80,5 +80,8 @@ def gate(
         figures[f"expert{name}_balance_top"] = 100 * sum(counts[:sample]) / tokens
         figures[f"expert{name}_balance_bottom"] = 100 * sum(counts[-sample:]) / tokens
         figures[f"unused_expert{name}_count"] = float(counts.count(0))
-    rows = [sorted(t for t in range(tokens) for k in range(top_k) if kept[t][k] and ranked[t][k] == e) for e in range(experts)]
+    rows = [
+        sorted(t for t in range(tokens) for k in range(top_k) if kept[t][k] and ranked[t][k] == e)
+        for e in range(experts)
+    ]
     return rows, weights, figures

@@ -15,10 +15,13 @@ import pytest
 from fairseq_pool import in_fairseq, needs_fairseq
 
 ROOT = Path(__file__).resolve().parent.parent
-STATISTICS = (
-    "overflow_expert1 overflow_expert2 entropy_gating expert1_balance_top expert1_balance_bottom unused_expert1_count "
-    "expert2_balance_top expert2_balance_bottom unused_expert2_count all_to_all_cpu_time_ms all_to_all_cuda_time_ms"
-).split()
+STATISTICS = {
+    *(name.format(k) for k in (1, 2) for name in ("overflow_expert{}", "unused_expert{}_count")),
+    *(name.format(k) for k in (1, 2) for name in ("expert{}_balance_top", "expert{}_balance_bottom")),
+    "entropy_gating",
+    "all_to_all_cpu_time_ms",
+    "all_to_all_cuda_time_ms",
+}
 
 
 @needs_fairseq
@@ -28,7 +31,7 @@ def test_the_command_of_fairseqs_page_with_small_sizes():
     lines = jobs.stats_of(done, "train_inner")
     assert [line["num_updates"] for line in lines] == list(range(10, 70, 10))
     for line in lines:
-        assert set(STATISTICS) | {"loss", "moe_gate_loss", "inner_loss", "ppl", "wps", "ups", "gnorm"} <= set(line)
+        assert STATISTICS | {"loss", "moe_gate_loss", "inner_loss", "ppl", "wps", "ups", "gnorm"} <= set(line)
         # Bits, nats; each is rounded to three digits on its own.
         assert line["loss"] == pytest.approx(line["inner_loss"] + 0.01 * line["moe_gate_loss"] / 0.693147, abs=2e-3)
         assert 2 <= line["moe_gate_loss"] <= 2 * 8  # the sum of two layers', each from 1 to the number of experts
@@ -109,7 +112,10 @@ def test_parameters_of_the_two_commands(changes, line):
             "--moe-normalize-expert-grad: expected world_size or sqrt_world_size, got 'none'",
         ),
         ({"moe_expert_count": 1}, "--moe-expert-count: expected at least 2 experts in a MoE model, got 1"),
-        ({"moe_eval_capacity_token_fraction": 1.5}, "--moe-eval-capacity-token-fraction: expected a share of at most 1"),
+        (
+            {"moe_eval_capacity_token_fraction": 1.5},
+            "--moe-eval-capacity-token-fraction: expected a share of at most 1",
+        ),
         ({"moe_freq": -1}, "--moe-freq: expected at least 0, got -1"),
         ({"activation_fn": "tanh"}, "--activation-fn: expected one of relu, gelu, gelu_accurate, gelu_fast, swish"),
         ({"scale_fc": True}, "--scale-fc: expected none in a model with MoE layers"),
@@ -117,7 +123,10 @@ def test_parameters_of_the_two_commands(changes, line):
         ({"moe_gate_loss_combine_method": "max"}, "--moe-gate-loss-combine-method: expected average or sum, got 'max'"),
         ({"moe_gate_loss_transform": "log"}, "--moe-gate-loss-transform: expected none or neg_log, got 'log'"),
         ({"distributed_world_size": 2}, "--ddp-backend fully_sharded: expected legacy_ddp or pytorch_ddp"),
-        ({"distributed_world_size": 2, "ddp_backend": "legacy_ddp", "dummy_a2a": True}, "--dummy-a2a: expected one rank"),
+        (
+            {"distributed_world_size": 2, "ddp_backend": "legacy_ddp", "dummy_a2a": True},
+            "--dummy-a2a: expected one rank",
+        ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

@@ -42,7 +42,9 @@ def plain():
     return in_fairseq(jobs.one_backward, False, *POLICY)
 
 
-@pytest.mark.parametrize("flags", [POLICY, ["--moe-second-expert-policy", "sampling", "--moe-dropless"]], ids=["all", "sampling"])
+@pytest.mark.parametrize(
+    "flags", [POLICY, ["--moe-second-expert-policy", "sampling", "--moe-dropless"]], ids=["all", "sampling"]
+)
 def test_checkpointed_activations_change_no_gradient(flags, plain):
     loss, size, logged, gradients, held = in_fairseq(jobs.one_backward, True, *flags)
     other = plain if flags is POLICY else in_fairseq(jobs.one_backward, False, *flags)
@@ -89,7 +91,10 @@ def test_the_log_line_of_fairseqs_own_page():
     tokens = 8192
     nll, gate = 20.472 * math.log(2) * tokens, 16.72 * tokens
     output = {"loss": nll + 0.01 * gate, "inner_loss": nll, "moe_loss": gate, "ntokens": tokens, "sample_size": tokens}
-    parts = [{**output, "batch_count": 1, "overflow_expert1": 20.0}, {**output, "batch_count": 1, "overflow_expert1": 30.0}]
+    parts = [
+        {**output, "batch_count": 1, "overflow_expert1": 20.0},
+        {**output, "batch_count": 1, "overflow_expert1": 30.0},
+    ]
     logged = in_fairseq(jobs.logged_by, parts)
     assert logged["loss"] == pytest.approx(20.714, abs=1e-3)
     assert (logged["inner_loss"], logged["moe_gate_loss"]) == pytest.approx((20.472, 16.72))
@@ -105,7 +110,12 @@ def test_checkpoints_speak_the_branchs_names():
     expected = {"decoder.layers.3.moe_layer.gate.wg.weight": (4, 8)}
     for expert in range(4):
         at = f"decoder.layers.3.moe_layer.experts.{expert}"
-        expected |= {f"{at}.fc1.weight": (12, 8), f"{at}.fc1.bias": (12,), f"{at}.fc2.weight": (8, 12), f"{at}.fc2.bias": (8,)}
+        expected |= {
+            f"{at}.fc1.weight": (12, 8),
+            f"{at}.fc1.bias": (12,),
+            f"{at}.fc2.weight": (8, 12),
+            f"{at}.fc2.bias": (8,),
+        }
     assert {name: shape for name, shape in shapes.items() if name.startswith("decoder.layers.3.moe_layer")} == expected
     assert "decoder.layers.2.fc1.weight" in shapes
     assert "decoder.layers.3.fc1.weight" not in shapes
@@ -121,9 +131,8 @@ def test_checkpoints_speak_the_branchs_names():
         for e in range(4)
     ]
     expected_y = sum(
-        (gates / gates.sum(-1, keepdim=True))[..., k, None] * torch.stack(outputs, -2).gather(
-            -2, chosen[..., k, None, None].expand(*chosen.shape[:2], 1, 8)
-        ).squeeze(-2)
+        (gates / gates.sum(-1, keepdim=True))[..., k, None]
+        * torch.stack(outputs, -2).gather(-2, chosen[..., k, None, None].expand(*chosen.shape[:2], 1, 8)).squeeze(-2)
         for k in range(2)
     )
     torch.testing.assert_close(y, expected_y, rtol=1e-5, atol=1e-5)  # gates in float32

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import functools
-import math
 
 import pytest
 import rank_jobs_fairseq as jobs

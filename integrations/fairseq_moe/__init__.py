@@ -27,8 +27,8 @@ compat.check_installed()
 def register() -> None:
     """Teach fairseq the flags, models and criterion of this package; a second call does nothing.
 
-    ``transformer_lm`` and ``transformer`` are registered again under their own names, so that every ``--arch`` of theirs
-    stays; without ``--moe-freq`` they build what they always did.
+    ``transformer_lm`` and ``transformer`` are registered again under their own names, so that every ``--arch`` of
+    theirs stays; without ``--moe-freq`` they build what they always did.
     """
     from dmoe.integrations.fairseq_moe import checkpoints, commands, criterion, models, trainer
 

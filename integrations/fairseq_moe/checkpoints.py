@@ -8,11 +8,10 @@ from itertools import chain
 from typing import Any
 
 import torch.distributed as dist
-from fairseq import checkpoint_utils
-from fairseq.distributed import utils as distributed_utils
-
 from dmoe.integrations.fairseq_moe import parallel, parts
 from dmoe.integrations.fairseq_moe.flags import FlagError
+from fairseq import checkpoint_utils
+from fairseq.distributed import utils as distributed_utils
 
 _found: dict[str, parts.Files] = {}  # what find_together found, for load_checkpoint_to_cpu to come
 
@@ -22,7 +21,7 @@ def register() -> None:
     for ours in (save_checkpoint, load_checkpoint, load_checkpoint_to_cpu, load_model_ensemble_and_task):
         stock = getattr(checkpoint_utils, ours.__name__)
         if not hasattr(stock, "of_dmoe"):
-            replaced = functools.wraps(stock)(functools.partial(ours, stock))
+            replaced: Any = functools.wraps(stock)(functools.partial(ours, stock))
             replaced.of_dmoe = True
             setattr(checkpoint_utils, ours.__name__, replaced)
 
@@ -95,7 +94,9 @@ def find_together(path: str, num_experts: int | None = None) -> parts.Files | No
     if files is not None:
         absent = next((each for each in (files.main, *files.parts) if not os.path.isfile(each)), None)
         if absent is not None:
-            problem = f"{absent}: expected this file on every rank, got none on rank {rank}; the folder has to be shared"
+            problem = (
+                f"{absent}: expected this file on every rank, got none on rank {rank}; the folder has to be shared"
+            )
     parallel.agreed(problem)
     if files is not None:
         _found[files.main] = files

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import sys
 import warnings
 from importlib import metadata
@@ -38,8 +39,8 @@ def apply() -> None:
         return
     check_installed()
     _let_configs_be_defaults()
-    for notice in ({"module": "hydra"}, {"message": "\\s*'config' is validated against ConfigStore"}):
-        warnings.filterwarnings("ignore", category=UserWarning, **notice)
+    warnings.filterwarnings("ignore", category=UserWarning, module="hydra")
+    warnings.filterwarnings("ignore", "\\s*'config' is validated against ConfigStore", UserWarning)
     import fairseq  # noqa: F401
 
     _trust_checkpoint_types()
@@ -71,13 +72,13 @@ def _let_configs_be_defaults() -> None:
     stock = dataclasses.dataclass
 
     def hashable_defaults(cls: type) -> None:
-        for name in cls.__dict__.get("__annotations__", {}):
+        for name in inspect.get_annotations(cls):
             default = cls.__dict__.get(name)
             if isinstance(default, dataclasses.Field):
                 default = default.default
             kind = type(default)
             if dataclasses.is_dataclass(kind) and kind.__hash__ is None:
-                kind.__hash__ = object.__hash__  # type: ignore[method-assign]
+                kind.__hash__ = object.__hash__
 
     @functools.wraps(stock)
     def dataclass(cls: Any = None, /, **options: Any) -> Any:
@@ -88,7 +89,7 @@ def _let_configs_be_defaults() -> None:
 
         return decorate if cls is None else decorate(cls)
 
-    dataclasses.dataclass = dataclass  # type: ignore[assignment]
+    dataclasses.dataclass = dataclass
 
 
 def _trust_checkpoint_types() -> None:

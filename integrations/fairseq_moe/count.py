@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dmoe
 import torch
+from dmoe.integrations.fairseq_moe import commands
+from dmoe.integrations.fairseq_moe.flags import FlagError
 from fairseq import options, tasks
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
-from dmoe.integrations.fairseq_moe import commands
-from dmoe.integrations.fairseq_moe.flags import FlagError
+import dmoe
 
 
 def cli_main() -> None:

@@ -11,16 +11,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from dmoe.integrations.fairseq_moe.flags import FlagError, flag, one_of
+from dmoe.integrations.fairseq_moe.layer import moe_layers
+from dmoe.integrations.fairseq_moe.statistics import NAMES
 from fairseq import utils
 from fairseq.criterions import CRITERION_REGISTRY, FairseqCriterion, register_criterion
 from fairseq.dataclass import FairseqDataclass
 from fairseq.logging import metrics
 from omegaconf import II
 from torch import Tensor
-
-from dmoe.integrations.fairseq_moe.flags import FlagError, flag, one_of
-from dmoe.integrations.fairseq_moe.layer import moe_layers
-from dmoe.integrations.fairseq_moe.statistics import NAMES
 
 COMBINE = ("average", "sum")
 TRANSFORMS = ("none", "neg_log")
@@ -32,7 +31,9 @@ class MoECrossEntropyConfig(FairseqDataclass):
 
     moe_gate_loss_wt: float = flag(1.0, "weight of the gate loss beside the cross entropy")
     moe_gate_loss_combine_method: str = flag("average", "'average' or 'sum' of the MoE layers' gate losses")
-    moe_gate_loss_transform: str = flag("none", "of the combined gate loss: 'none', or its negative logarithm 'neg_log'")
+    moe_gate_loss_transform: str = flag(
+        "none", "of the combined gate loss: 'none', or its negative logarithm 'neg_log'"
+    )
     sentence_avg: bool = II("optimization.sentence_avg")
 
 

@@ -1,9 +1,9 @@
 """``--ddp-backend fully_sharded``: PyTorch's FSDP2 instead of fairscale's, which no longer imports.
 
-What every rank has is cut over all ranks, layer by layer. Experts are no part of that: they are spread already, and stay
-whole on their rank. Two cases have them on a mesh of their own, the ranks that hold the same experts: where there are
-such ranks, which then share them, and under mixed precision (``--fp16`` or ``--bf16`` without ``--memory-efficient-...``),
-where FSDP keeps float32 and computes in half.
+What every rank has is cut over all ranks, layer by layer. Experts are no part of that: they are spread already, and
+stay whole on their rank. Two cases have them on a mesh of their own, the ranks that hold the same experts: where there
+are such ranks, which then share them, and under mixed precision (``--fp16`` or ``--bf16`` without
+``--memory-efficient-...``), where FSDP keeps float32 and computes in half.
 
 ==============================  ===========================================================================
 flag                            here
@@ -25,16 +25,16 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import dmoe
 import torch
 import torch.distributed as dist
+from dmoe.integrations.fairseq_moe.parallel import ExpertGroups, experts_of
 from fairseq.distributed import utils as distributed_utils
 from fairseq.models.transformer import DEFAULT_MIN_PARAMS_TO_WRAP
 from fairseq.utils import safe_getattr
 from omegaconf import open_dict
 from torch import Tensor, nn
 
-from dmoe.integrations.fairseq_moe.parallel import ExpertGroups, experts_of
+import dmoe
 
 
 def casts(cfg: Any) -> bool:
@@ -80,7 +80,7 @@ def shard(cfg: Any, model: nn.Module, groups: ExpertGroups, device: torch.device
     model = model.to(device)
     training = cfg.distributed_training
     half = torch.bfloat16 if cfg.common.bf16 else torch.float16
-    policy = {
+    policy: dict[str, Any] = {
         "param_dtype": half if casts(cfg) else None,
         "reduce_dtype": torch.float32 if training.fp32_reduce_scatter else None,
     }
@@ -131,7 +131,7 @@ def _shard_experts(model: nn.Module, groups: ExpertGroups, device: torch.device,
         dims = [dim for dim in range(parameter.dim()) if parameter.shape[dim] % mesh.size() == 0]
         return Shard(dims[0] if dims else 0)
 
-    for moe in dmoe.moe_layers(model):
+    for moe in dmoe.moe_layers(model).values():
         fully_shard(moe.experts, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
         moe.experts.mark_parameters()  # FSDP made parameters of its own
         moe.experts.register_state_dict_post_hook(_gather_experts)

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import math
 
-import dmoe
 import torch
+from dmoe.integrations.fairseq_moe.flags import MoEFlags
+from dmoe.integrations.fairseq_moe.statistics import gate_statistics
+from torch import Tensor
+
+import dmoe
 from dmoe.ops.gate_weights import gate_weights
 from dmoe.ops.histogram import histogram
 from dmoe.ops.router_top_k import TopKRule, router_top_k
-from torch import Tensor
-
-from dmoe.integrations.fairseq_moe.flags import MoEFlags
-from dmoe.integrations.fairseq_moe.statistics import gate_statistics
 
 
 class Gate(dmoe.routing.LinearRouter):
@@ -82,8 +82,8 @@ class Gate(dmoe.routing.LinearRouter):
 
     def route(self, logits: Tensor) -> dmoe.routing.Routing:
         """Route by given logits ``(T, E)``."""
-        num_tokens, num_experts = logits.shape
-        top_k, policy, capacity = self.config.top_k, self.policy, self.capacity(logits.shape[0])
+        num_experts = logits.shape[1]
+        top_k, policy, capacity = self.config.top_k, self.policy, self.capacity(len(logits))
         rule = TopKRule(top_k=top_k, normalization=float(top_k == 2))
         at_once = capacity is None and policy == "all"  # nothing to wait for: the weights are those of the choices
         choice = router_top_k(logits, rule, with_weights=at_once)

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from dmoe.integrations.fairseq_moe.flags import EncoderDecoderFlags, FlagError, MoEFlags, read_flags
+from dmoe.integrations.fairseq_moe.modules import MoEDecoderLayer, MoEEncoderLayer, take_gate_losses
 from fairseq import models as registries
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.models import transformer_lm
@@ -18,9 +20,6 @@ from fairseq.models.transformer_lm import TransformerLanguageModel, TransformerL
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from fairseq.utils import safe_getattr
 from torch import nn
-
-from dmoe.integrations.fairseq_moe.flags import EncoderDecoderFlags, FlagError, MoEFlags, read_flags
-from dmoe.integrations.fairseq_moe.modules import MoEDecoderLayer, MoEEncoderLayer, take_gate_losses
 
 
 def _wrapped(layer: nn.Module, cfg: Any) -> nn.Module:
@@ -38,7 +37,7 @@ class _MoEDecoding:
         self.moe_flags, self._built = read_flags(args), 0
         if safe_getattr(args, "scale_fc", False):
             raise FlagError("--scale-fc: expected none in a model with MoE layers, whose experts have no such norm")
-        super().__init__(args, *rest, **kwargs)
+        super().__init__(args, *rest, **kwargs)  # type: ignore[call-arg]
 
     def build_decoder_layer(self, args: Any, no_encoder_attn: bool = False) -> nn.Module:
         """The next layer from below; fairseq does not say which one it is."""

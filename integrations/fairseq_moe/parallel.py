@@ -1,8 +1,8 @@
 """Experts over fairseq's ranks: the groups, the data-parallel wrapper, and the norm of all gradients.
 
-Every rank has tokens of its own. Up to E ranks share the experts in blocks of E / W. More than E ranks (a multiple) form
-groups of E in a row, each with every expert, as on the branch: rank r holds expert ``r % E``, and the ranks with the same
-one are its replicas.
+Every rank has tokens of its own. Up to E ranks share the experts in blocks of E / W. More than E ranks (a multiple)
+form groups of E in a row, each with every expert, as on the branch: rank r holds expert ``r % E``, and the ranks with
+the same one are its replicas.
 
 Gradients: fairseq averages over W ranks what all of them have, then multiplies everything by W / tokens. An expert's
 gradient is already the sum over the tokens of its group; dmoe divides it by the group's size or the root of that
@@ -11,22 +11,19 @@ gradient is already the sum over the tokens of its group; dmoe divides it by the
 
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import dataclass
 from typing import Any
 
-import dmoe
 import torch
 import torch.distributed as dist
+from dmoe.integrations.fairseq_moe.flags import FlagError
 from fairseq.distributed import ModuleProxyWrapper
 from fairseq.distributed import utils as distributed_utils
 from fairseq.models import DistributedFairseqModel
 from torch import Tensor, nn
 
-from dmoe.integrations.fairseq_moe.flags import FlagError
-
-logger = logging.getLogger(__name__)
+import dmoe
 
 
 @dataclass(frozen=True)
@@ -100,7 +97,7 @@ def data_parallel(cfg: Any, model: nn.Module, groups: ExpertGroups, device: torc
     cfg, group = cfg.distributed_training, distributed_utils.get_data_parallel_group()
     if cfg.ddp_backend in ("c10d", "pytorch_ddp"):
         on_gpu = device.type == "cuda"
-        ddp = dmoe.parallel.data_parallel(
+        ddp: Any = dmoe.parallel.data_parallel(
             model.to(device),
             process_group=group,
             expert_replicas=groups.replicas,
@@ -138,8 +135,8 @@ def experts_of(model: nn.Module) -> list[nn.Parameter]:
 
 @torch.no_grad()
 def rescale_replicas(model: nn.Module, groups: ExpertGroups) -> None:
-    """From ``1 / (sqrt(group) * replicas)`` to ``1 / sqrt(W)``; a mean over groups and replicas is one over W already."""
-    scales = {moe.config.expert_grad_scale for moe in dmoe.moe_layers(model)}
+    """From ``1 / (sqrt(group) * replicas)`` to ``1 / sqrt(W)``; a mean over group and replicas is right already."""
+    scales = {moe.config.expert_grad_scale for moe in dmoe.moe_layers(model).values()}
     if scales != {"sqrt_world_size"}:
         return
     for parameter in experts_of(model):

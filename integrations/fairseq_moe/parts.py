@@ -9,8 +9,8 @@ file                        holds
 ``X.pt``                    all of it: written by a run on one rank
 ==========================  =======================================================================================
 
-Expert i of rank N is expert ``N * local + i`` of all. Any number of ranks reads what any other wrote, each only the files
-that have experts of its own. Of both kinds beside each other, the one with more updates is read.
+Expert i of rank N is expert ``N * local + i`` of all. Any number of ranks reads what any other wrote, each only the
+files that have experts of its own. Of both kinds beside each other, the one with more updates is read.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import dmoe
 import torch
-
 from dmoe.integrations.fairseq_moe.flags import FlagError
 from dmoe.integrations.fairseq_moe.names import _OF_EXPERTS
+
+import dmoe
 
 OPTIMIZER = "last_optimizer_state"
 # Beside the optimizer's state, which counts parameters: their names, in that order.

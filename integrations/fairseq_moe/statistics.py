@@ -20,13 +20,21 @@ from __future__ import annotations
 import math
 
 import torch
-from dmoe.ops.histogram import histogram
 from torch import Tensor
 
+from dmoe.ops.histogram import histogram
+
 # In the order in which gate_statistics returns them.
-OF_CHOICES = tuple(
-    name.format(k) for k in (1, 2) for name in ("overflow_expert{}", "expert{}_balance_top", "expert{}_balance_bottom")
-) + ("unused_expert1_count", "unused_expert2_count")
+OF_CHOICES = (
+    "overflow_expert1",
+    "expert1_balance_top",
+    "expert1_balance_bottom",
+    "overflow_expert2",
+    "expert2_balance_top",
+    "expert2_balance_bottom",
+    "unused_expert1_count",
+    "unused_expert2_count",
+)
 NAMES = (
     "overflow_expert1",
     "overflow_expert2",

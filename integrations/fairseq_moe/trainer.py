@@ -24,13 +24,15 @@ from dmoe.integrations.fairseq_moe.layer import moe_layers
 logger = logging.getLogger(__name__)
 
 
-class MoETrainer(Trainer):  # type: ignore[misc]
+class MoETrainer(Trainer):
     """See the module. A dense model without ``fully_sharded`` goes through the stock methods alone.
 
     Attributes:
         num_experts: of each MoE layer, over all ranks; 0 for a dense model.
         shards: whether FSDP2 is asked for.
     """
+
+    _wrapped_model: Any
 
     def __init__(self, cfg: Any, task: Any, model: nn.Module, *rest: Any, **kwargs: Any) -> None:
         self.num_experts = next((layer.flags.moe_expert_count for layer in moe_layers(model)), 0)
@@ -156,7 +158,7 @@ class MoETrainer(Trainer):  # type: ignore[misc]
 @contextmanager
 def _staying_on_cpu() -> Iterator[None]:
     stock = torch.Tensor.cuda
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment,method-assign,misc]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     try:
         yield
     finally:
