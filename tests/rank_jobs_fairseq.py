@@ -130,3 +130,17 @@ def train(group, argv, poison=None):
         seen["updates"] = trainer.get_num_updates()
         seen["marks"] = sum(getattr(p, "expert", False) for p in trainer._model.parameters())
         return seen
+
+
+def failure(group, tool, argv):
+    """What a tool that fails says in the end, as its user sees it: the launcher's last word, or the exception's."""
+    from importlib import import_module
+
+    with _as_rank(group, argv):
+        from dmoe.integrations.fairseq_moe.flags import FlagError
+
+        try:
+            import_module(f"fairseq_cli.{tool}").main(config(group, tool, argv))
+        except (FlagError, SystemExit) as error:
+            return str(error)
+    return "no failure"

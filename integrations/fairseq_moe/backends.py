@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from argparse import Namespace
+from importlib.util import find_spec
 from typing import Any
 
 from dmoe.integrations.fairseq_moe.flags import FlagError, read_flags
@@ -34,6 +35,8 @@ def settle(args: Namespace, ranks: int) -> None:
     Raises:
         FlagError: what cannot be, with what to use instead.
     """
+    if getattr(args, "bf16", False) and find_spec("torch_xla") is None:
+        args.tpu = False  # to fairseq 0.12.2, --bf16 means a TPU
     if getattr(args, "cpu", False) and ranks > 1:
         if not os.environ.get("WORLD_SIZE") and not getattr(args, "distributed_init_method", None):
             raise FlagError(
