@@ -29,10 +29,15 @@ def data():
     return f"{folder.name}/data"
 
 
-def train(ranks, poison=None, **changes):
+def train(ranks, poison=None, only_load=False, **changes):
     """What each rank ends with: see `rank_jobs_fairseq.train`."""
-    changes = {"no_save": True, **changes}
-    return pool().run(jobs.train, [data(), *jobs.flags(**changes)], poison, ranks=ranks)
+    changes = changes if "save_dir" in changes else {"no_save": True, **changes}
+    return pool().run(jobs.train, [data(), *jobs.flags(**changes)], poison, only_load, ranks=ranks)
+
+
+def failure(ranks, tool="train", **changes):
+    """What each rank says when it fails."""
+    return pool().run(jobs.failure, tool, [data(), *jobs.flags(**changes)], ranks=ranks)
 
 
 @functools.cache

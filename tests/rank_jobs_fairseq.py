@@ -89,10 +89,10 @@ def config(group, tool, argv):
     return cfg
 
 
-def train(group, argv, poison=None):
+def train(group, argv, poison=None, only_load=False):
     """Run ``train`` to its end: parameters by their names in checkpoints, norms and loss scales of all steps.
 
-    ``poison``: ``(rank, step)``: there, an expert's gradient becomes infinite.
+    ``poison``: ``(rank, step)``: there, an expert's gradient becomes infinite. ``only_load``: stop before any step.
     """
     with _as_rank(group, argv):
         import fairseq_cli.train as program
@@ -121,13 +121,15 @@ def train(group, argv, poison=None):
                 seen["scales"].append(getattr(getattr(self.optimizer, "scaler", None), "loss_scale", None))
                 return logged
 
-        with patch.object(program, "Trainer", Watched):
+        loop = (lambda *args: ([None], True)) if only_load else program.train
+        with patch.object(program, "Trainer", Watched), patch.object(program, "train", loop):
             program.main(cfg)
         trainer = seen.pop("trainer")
         trainer.consolidate_optimizer()
         model = trainer.state_dict()["model"]
         seen["model"] = {name: None if value is None else value.detach().clone() for name, value in model.items()}
         seen["updates"] = trainer.get_num_updates()
+        seen["files"] = sorted(os.listdir(cfg.checkpoint.save_dir)) if os.path.isdir(cfg.checkpoint.save_dir) else []
         seen["marks"] = sum(getattr(p, "expert", False) for p in trainer._model.parameters())
         return seen
 

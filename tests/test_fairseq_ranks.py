@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 
 import pytest
-import rank_jobs_fairseq as jobs
 from fairseq_pool import needs_fairseq
-from fairseq_ranks import BACKENDS, alone, data, differences, models, pool, train
+from fairseq_ranks import BACKENDS, alone, differences, failure, models, train
 
 pytestmark = needs_fairseq
 
@@ -102,6 +101,6 @@ def test_half_precision_on_two_ranks(backend, half):
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_what_several_ranks_cannot_have_is_told_on_each(changes, told):
-    for error in pool().run(jobs.failure, "train", [data(), *jobs.flags(no_save=True, **changes)], ranks=2):
+    for error in failure(2, no_save=True, **changes):
         assert told in error
         assert "\n" not in error

@@ -12,6 +12,7 @@ from dmoe.integrations.fairseq_moe import parallel, parts
 from dmoe.integrations.fairseq_moe.flags import FlagError
 from fairseq import checkpoint_utils
 from fairseq.distributed import utils as distributed_utils
+from fairseq.utils import safe_getattr
 
 _found: dict[str, parts.Files] = {}  # what find_together found, for load_checkpoint_to_cpu to come
 
@@ -57,8 +58,18 @@ def load_checkpoint_to_cpu(
     state = stock(files.main, arg_overrides, load_on_all_ranks)
     if not load_on_all_ranks:  # no training to go on with: MoETrainer always says True
         state[parts.OPTIMIZER] = None
-    parts.take(state, files, *parallel.world())
+    rank, ranks = parallel.world()
+    parts.take(state, files, rank, ranks)
+    _move_in_data(state, ranks)
     return state
+
+
+def _move_in_data(state: dict[str, Any], ranks: int) -> None:
+    """The place in the epoch, which counts the batches of one rank, when there were more or fewer ranks."""
+    iterator = (state.get("extra_state") or {}).get("train_iterator")
+    wrote = safe_getattr(safe_getattr(state.get("cfg"), "distributed_training", None), "distributed_world_size", None)
+    if iterator and wrote and wrote != ranks:  # rounded down: rather see a batch twice than never
+        iterator["iterations_in_epoch"] = iterator.get("iterations_in_epoch", 0) * wrote // ranks
 
 
 def load_model_ensemble_and_task(stock: Any, filenames: list[str], *rest: Any, **options: Any) -> Any:
