@@ -184,6 +184,19 @@ def route(flags, logits, padding=None, training=True, seed=0, from_command_line=
     return kept, weights, figures, y.detach().transpose(0, 1).reshape(-1, width), experts
 
 
+def gate_in_half(fp32, x, weight):
+    """Probabilities of a gate in float16."""
+    fairseq_moe()
+    from dmoe.integrations.fairseq_moe.flags import read_flags
+    from dmoe.integrations.fairseq_moe.layer import MoELayer
+
+    experts, width = weight.shape
+    flags = SimpleNamespace(moe_freq=1, moe_expert_count=experts, moe_gating_use_fp32=fp32, moe_dropless=True)
+    gate = MoELayer(read_flags(flags), width, 4, "relu", 0.0, 0.0).half().gate
+    gate.weight.data.copy_(weight)
+    return gate(x).router_probs.detach()
+
+
 def drawn_seconds(logits, training, flags):
     """How often each expert was the second choice of copies of one token."""
     fairseq_moe()
@@ -427,3 +440,73 @@ def user_dir(path):
     sys.modules.pop("fairseq_moe", None)
     fairseq.utils.import_user_module(SimpleNamespace(user_dir=path))
     return [MODEL_REGISTRY[name].__name__ for name in ("transformer_lm", "transformer")]
+
+
+def prepare_text(folder):
+    write_text(folder)
+    texts = [f"--{split}pref={folder}/{split}.txt" for split in ("train", "valid")]
+    return run_cli("preprocess", "--only-source", *texts, "--destdir", f"{folder}/bin", "--thresholdsrc", 2)
+
+
+def train_text(folder, where, micro_batches=1, changes=None):
+    """Train on a folder's text for 20 updates without dropout; as one of the processes that share it, or alone."""
+    flags = {
+        "task": "language_modeling",
+        "tokens_per_sample": 64,
+        "memory_efficient_fp16": None,
+        "checkpoint_activations": None,
+        "disable_validation": None,
+        "moe_dropless": True,
+        "moe_normalize_expert_grad": "world_size",
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+        "lr": 0.001,
+        "warmup_updates": 5,
+        "clip_norm": 0.5,
+        "batch_size": 4,
+        "max_sentences_valid": 4,
+        "max_update": 20,
+        "log_interval": 1,
+        "no_epoch_checkpoints": True,
+        "save_dir": f"{folder}/{where}",
+    }
+    return run_cli("train", f"{folder}/bin", *small(**{**flags, "update_freq": micro_batches, **(changes or {})}))
+
+
+def train_text_on_ranks(group, folder, where, changes):
+    """The same as one rank of a run that torchrun started."""
+    import torch.distributed as dist
+
+    os.environ |= {
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "1",  # unused: the group is there
+        "RANK": str(dist.get_rank()),
+        "WORLD_SIZE": str(dist.get_world_size()),
+    }
+    return train_text(folder, where, 1, {"distributed_backend": "gloo", **changes})
+
+
+def first_gradient_norms(folder, micro_batches):
+    """Norm of all gradients but the experts', and of the experts', in the first update of one process."""
+    fairseq_moe()
+    import torch
+    from fairseq import utils
+
+    import dmoe
+
+    seen, clip = [], utils.clip_grad_norm_
+
+    def look(params, *rest):
+        params = list(params)
+        for experts in (False, True):
+            grads = [p.grad.flatten() for p in params if dmoe.is_expert_param(p) == experts]
+            seen.append(torch.cat(grads).norm().item())
+        return clip(params, *rest)
+
+    look.of_dmoe = True  # so that nobody wraps it
+    utils.clip_grad_norm_ = look
+    try:
+        train_text(folder, "norms", micro_batches, {"max_update": 1, "clip_norm": 0.0, "no_save": True})
+    finally:
+        utils.clip_grad_norm_ = clip
+    return seen[:2]

@@ -127,6 +127,10 @@ def test_parameters_of_the_two_commands(changes, line):
             {"distributed_world_size": 2, "ddp_backend": "legacy_ddp", "dummy_a2a": True},
             "--dummy-a2a: expected one rank",
         ),
+        (
+            {"distributed_world_size": 2, "ddp_backend": "legacy_ddp"},
+            "--distributed-world-size: expected 1, got 2 with --cpu",
+        ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

@@ -30,10 +30,11 @@ def register() -> None:
     ``transformer_lm`` and ``transformer`` are registered again under their own names, so that every ``--arch`` of
     theirs stays; without ``--moe-freq`` they build what they always did.
     """
-    from dmoe.integrations.fairseq_moe import commands, criterion, models
+    from dmoe.integrations.fairseq_moe import commands, criterion, models, ranks
 
     models.register()
     criterion.register()
+    ranks.register()
     commands.register()
 
 

@@ -9,7 +9,7 @@ import os
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from dmoe.integrations.fairseq_moe.flags import FlagError, read_flags
+from dmoe.integrations.fairseq_moe.flags import FlagError, has_moe_layers, read_flags
 from fairseq import options
 
 logger = logging.getLogger(__name__)
@@ -64,13 +64,21 @@ def settle(args: Namespace) -> None:
     Raises:
         FlagError: what this fairseq cannot do, with what to use instead.
     """
-    if hasattr(args, "arch"):
-        flags = read_flags(args)
+    if hasattr(args, "arch") and has_moe_layers(flags := read_flags(args)):
+        # fairseq 0.12.2 writes and reads `-rank-N` checkpoints when a model has "base layers"; see models.build_model.
+        args.base_layers = 1
+        if getattr(args, "fp16", False) and not getattr(args, "memory_efficient_fp16", False):
+            args.fp16_no_flatten_grads = True  # flattened, experts could not be told from the rest
         if flags.dummy_a2a and ranks(args) > 1:
             raise FlagError(
                 "--dummy-a2a: expected one rank, got more: without exchange the experts compute other tokens; "
                 "--record-a2a-perf-stats measures what the exchange costs"
             )
+    if getattr(args, "cpu", False) and ranks(args) > 1 and not _was_launched(args):
+        raise FlagError(
+            f"--distributed-world-size: expected 1, got {ranks(args)} with --cpu, where fairseq starts no processes; "
+            "start them by `torchrun --nproc_per_node`, with --distributed-backend gloo"
+        )
     if getattr(args, "num_workers_valid", None) is not None:
         logger.info("--num-workers-valid: fairseq 0.12.2 has no such option; validation uses --num-workers")
     if getattr(args, "fp16_adam_stats", False) and not _has_fused_adam():
@@ -111,6 +119,11 @@ def ranks(args: Namespace) -> int:
     if os.environ.get("SLURM_NTASKS") and getattr(args, "distributed_port", -1) > 0:  # as fairseq asks for it
         return int(os.environ["SLURM_NTASKS"])
     return int(getattr(args, "distributed_world_size", None) or 1)
+
+
+def _was_launched(args: Namespace) -> bool:
+    by_environment = "WORLD_SIZE" in os.environ or "SLURM_NTASKS" in os.environ
+    return by_environment or getattr(args, "distributed_init_method", None) is not None
 
 
 def _has_fused_adam() -> bool:

@@ -9,6 +9,7 @@ import torch
 from dmoe.integrations.fairseq_moe import names
 from dmoe.integrations.fairseq_moe.flags import FlagError, MoEFlags
 from dmoe.integrations.fairseq_moe.gate import Gate
+from dmoe.integrations.fairseq_moe.ranks import ExchangeTimer, number_of_ranks
 from dmoe.integrations.fairseq_moe.statistics import NAMES, OF_CHOICES
 from fairseq.distributed import utils as distributed_utils
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ class MoELayer(nn.Module):
         if activation not in _ACTIVATIONS:
             known = ", ".join(_ACTIVATIONS)
             raise FlagError(f"--activation-fn: expected one of {known} in a MoE layer, got {activation!r}")
-        ranks = distributed_utils.get_data_parallel_world_size() if torch.distributed.is_initialized() else 1
+        ranks = number_of_ranks()
         if flags.moe_expert_count % ranks:
             raise FlagError(
                 f"--moe-expert-count: expected a multiple of the {ranks} ranks, got {flags.moe_expert_count}; every "
@@ -80,6 +81,7 @@ class MoELayer(nn.Module):
             ep_group=distributed_utils.get_data_parallel_group() if ranks > 1 else None,
             dtensor=False,
         )
+        self.timer = ExchangeTimer(self.moe.dispatcher) if ranks > 1 and flags.record_a2a_perf_stats else None
         names.speak_as_the_branch(self)
 
     @property
@@ -117,6 +119,9 @@ class MoELayer(nn.Module):
             return None
         figures = dict(zip(OF_CHOICES, of_choices.unbind(), strict=True))
         figures["entropy_gating"] = metrics.entropy.to(of_choices)
+        if self.timer is not None:
+            times = of_choices.new_tensor(self.timer.take())
+            figures |= {"all_to_all_cpu_time_ms": times[0], "all_to_all_cuda_time_ms": times[1]}
         none = of_choices.new_zeros(())
         return torch.stack([figures.get(name, none) for name in NAMES])
 

@@ -8,8 +8,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from dmoe.integrations.fairseq_moe.flags import EncoderDecoderFlags, FlagError, MoEFlags, read_flags
+from dmoe.integrations.fairseq_moe.flags import (
+    EncoderDecoderFlags,
+    FlagError,
+    MoEFlags,
+    has_moe_layers,
+    read_flags,
+)
 from dmoe.integrations.fairseq_moe.modules import MoEDecoderLayer, MoEEncoderLayer, take_gate_losses
+from dmoe.integrations.fairseq_moe.ranks import leave_experts_to_themselves
 from fairseq import models as registries
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.models import transformer_lm
@@ -115,7 +122,9 @@ class MoETransformerLanguageModel(TransformerLanguageModel):
         if not flags.moe_freq:
             return super().build_model(args, task)
         with _decoder_of_language_models(MoELanguageModelDecoder):
-            return super().build_model(args, task)
+            model = super().build_model(_without_base_layers(args), task)
+        leave_experts_to_themselves(model)
+        return model
 
 
 class MoETransformerModel(TransformerModel):
@@ -126,6 +135,15 @@ class MoETransformerModel(TransformerModel):
         """The stock flags and those of this package."""
         super().add_args(parser)
         gen_parser_from_dataclass(parser, EncoderDecoderFlags(), delete_default=True)
+
+    @classmethod
+    def build_model(cls, args: Any, task: Any) -> Any:
+        """A model from arguments; the stock one without MoE layers."""
+        if not has_moe_layers(read_flags(args)):
+            return super().build_model(args, task)
+        model = super().build_model(_without_base_layers(args), task)
+        leave_experts_to_themselves(model)
+        return model
 
     @classmethod
     def build_encoder(cls, args: Any, src_dict: Any, embed_tokens: Any) -> Any:
@@ -141,9 +159,16 @@ class MoETransformerModel(TransformerModel):
         """The decoder; one that also hands on the encoder's gate losses when there are any."""
         cfg = TransformerConfig.from_namespace(args)
         flags = read_flags(cfg)
-        if not max(flags.encoder_moe_freq, flags.decoder_moe_freq, flags.moe_freq):
+        if not has_moe_layers(flags):
             return super().build_decoder(cfg, tgt_dict, embed_tokens)
         return MoEDecoder(cfg, tgt_dict, embed_tokens, no_encoder_attn=cfg.no_cross_attention)
+
+
+def _without_base_layers(args: Any) -> Any:
+    """``base_layers`` only says that each rank has a checkpoint of its own, see ``commands.settle``."""
+    args = copy.deepcopy(args)
+    args.base_layers = 0
+    return args
 
 
 @contextmanager
