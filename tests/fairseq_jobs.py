@@ -184,6 +184,19 @@ def route(flags, logits, padding=None, training=True, seed=0, from_command_line=
     return kept, weights, figures, y.detach().transpose(0, 1).reshape(-1, width), experts
 
 
+def gate_in_half(fp32, x, weight):
+    """Probabilities of a gate in float16."""
+    fairseq_moe()
+    from dmoe.integrations.fairseq_moe.flags import read_flags
+    from dmoe.integrations.fairseq_moe.layer import MoELayer
+
+    experts, width = weight.shape
+    flags = SimpleNamespace(moe_freq=1, moe_expert_count=experts, moe_gating_use_fp32=fp32, moe_dropless=True)
+    gate = MoELayer(read_flags(flags), width, 4, "relu", 0.0, 0.0).half().gate
+    gate.weight.data.copy_(weight)
+    return gate(x).router_probs.detach()
+
+
 def drawn_seconds(logits, training, flags):
     """How often each expert was the second choice of copies of one token."""
     fairseq_moe()

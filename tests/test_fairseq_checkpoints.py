@@ -135,7 +135,7 @@ def test_files_of_different_steps_are_told(copy, saved):
 
 @pytest.mark.parametrize("with_everything", [False, True], ids=["shared", "older"])
 def test_checkpoints_of_the_branch_load(copy, saved, tmp_path, with_everything):
-    """With its own state of the optimizer, which counts experts one by one, and its older files without a shared one."""
+    """With its own state of the optimizer, which counts experts one by one; and older files, each with everything."""
     shared = read(copy / OF_TWO[2])
     for name in OF_TWO:
         state = read(copy / name)

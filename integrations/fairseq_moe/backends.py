@@ -8,7 +8,7 @@ from argparse import Namespace
 from importlib.util import find_spec
 from typing import Any
 
-from dmoe.integrations.fairseq_moe.flags import FlagError, read_flags
+from dmoe.integrations.fairseq_moe.flags import FlagError, has_moe_layers, read_flags
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +40,8 @@ def settle(args: Namespace, ranks: int) -> None:
     if getattr(args, "cpu", False) and ranks > 1:
         if not os.environ.get("WORLD_SIZE") and not getattr(args, "distributed_init_method", None):
             raise FlagError(
-                f"--distributed-world-size: expected 1 with --cpu, got {ranks}: fairseq starts a process for each GPU; "
-                f"start {ranks} by `torchrun --nproc_per_node {ranks} -m dmoe.integrations.fairseq_moe ...`"
+                f"--distributed-world-size: expected 1, got {ranks} with --cpu, where fairseq starts no processes; "
+                f"start them by `torchrun --nproc_per_node {ranks} -m dmoe.integrations.fairseq_moe ...`"
             )
         if getattr(args, "distributed_backend", None) == "nccl":
             args.distributed_backend = "gloo"
@@ -49,7 +49,7 @@ def settle(args: Namespace, ranks: int) -> None:
     if getattr(args, "ddp_backend", None) == "fully_sharded":
         _settle_fsdp(args, ranks)
     flags = read_flags(args) if hasattr(args, "arch") else None
-    if flags is None or ranks == 1 or not max(flags.moe_freq, flags.encoder_moe_freq, flags.decoder_moe_freq):
+    if flags is None or ranks == 1 or not has_moe_layers(flags):
         return
     if args.ddp_backend not in _BACKENDS:
         raise FlagError(

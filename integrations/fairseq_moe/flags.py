@@ -89,6 +89,11 @@ def read_flags(args: Any) -> EncoderDecoderFlags:
     return flags
 
 
+def has_moe_layers(flags: EncoderDecoderFlags) -> bool:
+    """Whether a model with these flags has MoE layers at all."""
+    return max(flags.moe_freq, flags.encoder_moe_freq, flags.decoder_moe_freq) > 0
+
+
 def _check(flags: EncoderDecoderFlags) -> None:
     def expect(holds: bool, name: str, expected: str) -> None:
         if not holds:
@@ -109,7 +114,7 @@ def _check(flags: EncoderDecoderFlags) -> None:
         "moe_eval_capacity_token_fraction",
         "a share of at most 1 (0 or less: the capacity of training)",
     )
-    if max(flags.moe_freq, flags.encoder_moe_freq, flags.decoder_moe_freq):
+    if has_moe_layers(flags):
         fewest = 1 if flags.moe_top1_expert else 2
         expect(flags.moe_expert_count >= fewest, "moe_expert_count", f"at least {fewest} experts in a MoE model")
 

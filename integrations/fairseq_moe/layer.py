@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from dmoe.integrations.fairseq_moe import names
+from dmoe.integrations.fairseq_moe.exchange_timer import ExchangeTimer
 from dmoe.integrations.fairseq_moe.flags import FlagError, MoEFlags
 from dmoe.integrations.fairseq_moe.gate import Gate
 from dmoe.integrations.fairseq_moe.parallel import expert_groups
@@ -74,6 +75,8 @@ class MoELayer(nn.Module):
             ep_group=expert_groups(flags.moe_expert_count).ep_group,
             dtensor=False,
         )
+        timed = flags.record_a2a_perf_stats and isinstance(self.moe.dispatcher, dmoe.parallel.AllToAllDispatcher)
+        self.timer = ExchangeTimer(self.moe.dispatcher) if timed else None
         names.speak_as_the_branch(self)
 
     @property
@@ -111,6 +114,9 @@ class MoELayer(nn.Module):
             return None
         figures = dict(zip(OF_CHOICES, of_choices.unbind(), strict=True))
         figures["entropy_gating"] = metrics.entropy.to(of_choices)
+        if self.timer is not None:
+            times = of_choices.new_tensor(self.timer.take())
+            figures |= {"all_to_all_cpu_time_ms": times[0], "all_to_all_cuda_time_ms": times[1]}
         none = of_choices.new_zeros(())
         return torch.stack([figures.get(name, none) for name in NAMES])
 

@@ -8,7 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from dmoe.integrations.fairseq_moe.flags import EncoderDecoderFlags, FlagError, MoEFlags, read_flags
+from dmoe.integrations.fairseq_moe.flags import (
+    EncoderDecoderFlags,
+    FlagError,
+    MoEFlags,
+    has_moe_layers,
+    read_flags,
+)
 from dmoe.integrations.fairseq_moe.modules import MoEDecoderLayer, MoEEncoderLayer, take_gate_losses
 from fairseq import models as registries
 from fairseq.dataclass.utils import gen_parser_from_dataclass
@@ -141,7 +147,7 @@ class MoETransformerModel(TransformerModel):
         """The decoder; one that also hands on the encoder's gate losses when there are any."""
         cfg = TransformerConfig.from_namespace(args)
         flags = read_flags(cfg)
-        if not max(flags.encoder_moe_freq, flags.decoder_moe_freq, flags.moe_freq):
+        if not has_moe_layers(flags):
             return super().build_decoder(cfg, tgt_dict, embed_tokens)
         return MoEDecoder(cfg, tgt_dict, embed_tokens, no_encoder_attn=cfg.no_cross_attention)
 
