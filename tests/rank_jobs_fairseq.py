@@ -146,3 +146,21 @@ def failure(group, tool, argv):
         except (FlagError, SystemExit) as error:
             return str(error)
     return "no failure"
+
+
+def evaluate(group, argv):
+    """Run ``eval_lm``: its results, lines it logged, and the calls that each rank's model got."""
+    with _as_rank(group, argv):
+        import fairseq_cli.eval_lm as program
+
+        from dmoe.integrations.fairseq_moe.layer import MoELayer
+
+        cfg, calls, stock = config(group, "eval_lm", argv), [], MoELayer.forward
+
+        def forward(self, x, *rest):
+            calls.append(tuple(x.shape))
+            return stock(self, x, *rest)
+
+        with patch.object(MoELayer, "forward", forward):
+            results = program.main(cfg)
+        return {name: float(value) for name, value in results.items()}, calls

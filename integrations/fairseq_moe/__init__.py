@@ -30,13 +30,14 @@ def register() -> None:
     ``transformer_lm`` and ``transformer`` are registered again under their own names, so that every ``--arch`` of
     theirs stays; without ``--moe-freq`` they build what they always did.
     """
-    from dmoe.integrations.fairseq_moe import checkpoints, commands, criterion, models, trainer
+    from dmoe.integrations.fairseq_moe import checkpoints, commands, criterion, evaluation, models, trainer
 
     models.register()
     criterion.register()
     commands.register()
     checkpoints.register()
     trainer.register()
+    evaluation.register()
 
 
 if __name__ != "dmoe.integrations.fairseq_moe":  # --user-dir: fairseq imports the folder under the folder's name

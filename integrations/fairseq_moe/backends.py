@@ -8,6 +8,9 @@ from argparse import Namespace
 from importlib.util import find_spec
 from typing import Any
 
+import torch
+
+from dmoe.integrations.fairseq_moe import profiling
 from dmoe.integrations.fairseq_moe.flags import FlagError, has_moe_layers, read_flags
 
 logger = logging.getLogger(__name__)
@@ -37,6 +40,8 @@ def settle(args: Namespace, ranks: int) -> None:
     """
     if getattr(args, "bf16", False) and find_spec("torch_xla") is None:
         args.tpu = False  # to fairseq 0.12.2, --bf16 means a TPU
+    if getattr(args, "profile", False) and hasattr(args, "arch") and not torch.cuda.is_available():
+        args.profile, profiling.on_cpu = False, True  # fairseq would start CUDA's profiler
     if getattr(args, "cpu", False) and ranks > 1:
         if not os.environ.get("WORLD_SIZE") and not getattr(args, "distributed_init_method", None):
             raise FlagError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 import fairseq.distributed
 import fairseq.trainer
 import torch
-from dmoe.integrations.fairseq_moe import checkpoints, fsdp, parallel, parts
+from dmoe.integrations.fairseq_moe import checkpoints, fsdp, parallel, parts, profiling
 from dmoe.integrations.fairseq_moe.flags import FlagError
 from dmoe.integrations.fairseq_moe.layer import moe_layers
 from fairseq import utils
@@ -42,6 +43,8 @@ class MoETrainer(Trainer):
             # One flat copy of all parameters would mix those of experts, which other ranks lack, with the rest.
             with open_dict(cfg):
                 cfg.common.fp16_no_flatten_grads = True
+        if cfg.common.profile or profiling.running():
+            profiling.label(model)
         with fsdp.without_half(cfg) if self.shards and fsdp.casts(cfg) else nullcontext():
             super().__init__(cfg, task, model, *rest, **kwargs)
 
@@ -168,8 +171,18 @@ def register() -> None:
     """Put the trainer where fairseq's programs look for theirs, and fairscale's wrapping nowhere; once."""
     ours = {"Trainer": MoETrainer, "fsdp_enable_wrap": lambda cfg: nullcontext(), "fsdp_wrap": lambda module: module}
     places = {"fairseq.trainer": ("Trainer",), "fairseq_cli.train": tuple(ours), "__main__": tuple(ours)}
-    import fairseq_cli.train  # noqa: F401
+    import fairseq_cli.train as program
 
+    stock = program.main
+    if not hasattr(stock, "of_dmoe"):
+
+        @functools.wraps(stock)
+        def main(cfg: Any) -> Any:
+            with profiling.profiled(cfg.checkpoint.save_dir) if profiling.on_cpu else nullcontext():
+                return stock(cfg)
+
+        main.of_dmoe = True  # type: ignore[attr-defined]
+        program.main = main
     for place, names in places.items():
         module = sys.modules[place]
         for name in names:
