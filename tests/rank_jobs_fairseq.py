@@ -44,9 +44,14 @@ def flags(base=MODEL, **changes):
 
 
 def prepare(group, folder):
-    """Binarised text in ``folder/data``."""
+    """Binarised text in ``folder/data``; some of its words are to be joined to the next, as subwords are."""
     fairseq_jobs.write_text(folder)
     where = {name: os.path.join(folder, f"{name}.txt") for name in ("train", "valid")}
+    for path in where.values():
+        with open(path) as file:
+            text = file.read()
+        with open(path, "w") as file:
+            file.write(text.replace(" the ", " the@@ "))
     done = fairseq_jobs.run_cli(
         "preprocess", "--only-source", "--trainpref", where["train"], "--validpref", where["valid"],
         "--destdir", os.path.join(folder, "data"), "--thresholdsrc", 12, "--workers", 1,
@@ -121,9 +126,16 @@ def train(group, argv, poison=None, only_load=False):
                 seen["scales"].append(getattr(getattr(self.optimizer, "scaler", None), "loss_scale", None))
                 return logged
 
+        stock_validate = program.validate
+
+        def validate(*args):
+            seen["valid"] = stock_validate(*args)
+            return seen["valid"]
+
         loop = (lambda *args: ([None], True)) if only_load else program.train
         with patch.object(program, "Trainer", Watched), patch.object(program, "train", loop):
-            program.main(cfg)
+            with patch.object(program, "validate", validate):
+                program.main(cfg)
         trainer = seen.pop("trainer")
         trainer.consolidate_optimizer()
         model = trainer.state_dict()["model"]

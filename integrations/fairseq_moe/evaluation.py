@@ -16,6 +16,7 @@ import fairseq_cli.eval_lm as program
 import torch
 import torch.distributed as dist
 from fairseq import utils
+from fairseq.data import LMContextWindowDataset
 from fairseq.distributed import utils as distributed_utils
 
 from dmoe.integrations.fairseq_moe import parallel, profiling
@@ -26,12 +27,28 @@ logger = logging.getLogger(__name__)
 
 def register() -> None:
     """Put this module in front of ``eval_lm``'s main and its loop; a second call does nothing."""
-    for name, ours in (("eval_lm", eval_lm), ("main", main)):
-        stock = getattr(program, name)
+    for owner, name, ours in (
+        (program, "eval_lm", eval_lm),
+        (program, "main", main),
+        (LMContextWindowDataset, "collater", collater),
+    ):
+        stock = getattr(owner, name)
         if not hasattr(stock, "of_dmoe"):
-            replaced: Any = functools.wraps(stock)(functools.partial(ours, stock))
-            replaced.of_dmoe = True
-            setattr(program, name, replaced)
+            setattr(owner, name, _in_front(ours, stock))
+
+
+def _in_front(ours: Any, stock: Any) -> Any:
+    @functools.wraps(stock)
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        return ours(stock, *args, **kwargs)
+
+    replaced.of_dmoe = True  # type: ignore[attr-defined]
+    return replaced
+
+
+def collater(stock: Any, dataset: Any, samples: list[Any]) -> Any:
+    """As the stock one of ``--context-window``, which fails over the empty batch of a rank that has one less."""
+    return stock(dataset, samples) if samples else {}
 
 
 def main(stock: Any, cfg: Any, **unused: Any) -> Any:
