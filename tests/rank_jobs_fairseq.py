@@ -133,9 +133,8 @@ def train(group, argv, poison=None, only_load=False):
             return seen["valid"]
 
         loop = (lambda *args: ([None], True)) if only_load else program.train
-        with patch.object(program, "Trainer", Watched), patch.object(program, "train", loop):
-            with patch.object(program, "validate", validate):
-                program.main(cfg)
+        with patch.multiple(program, Trainer=Watched, train=loop, validate=validate):
+            program.main(cfg)
         trainer = seen.pop("trainer")
         trainer.consolidate_optimizer()
         model = trainer.state_dict()["model"]
@@ -164,7 +163,6 @@ def evaluate(group, argv):
     """Run ``eval_lm``: its results, lines it logged, and the calls that each rank's model got."""
     with _as_rank(group, argv):
         import fairseq_cli.eval_lm as program
-
         from dmoe.integrations.fairseq_moe.layer import MoELayer
 
         cfg, calls, stock = config(group, "eval_lm", argv), [], MoELayer.forward

@@ -1,8 +1,8 @@
 """``eval_lm`` on several ranks: they stay together to the end, and their losses are added up.
 
-A model whose experts are spread needs every rank in every forward. fairseq deals batches out in turn, and ranks that get
-one less find an empty one in its place, which its loop skips: they take part with the rows of a batch they had, or, when
-they had none, with one token. What a rank's figures are worth is counted where fairseq's loop scores a sentence.
+A model whose experts are spread needs every rank in every forward. fairseq deals batches out in turn, and ranks that
+get one less find an empty one in its place, which its loop skips: they take part with the rows of a batch they had, or,
+when they had none, with one token. What a rank's figures are worth is counted where fairseq's loop scores a sentence.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from typing import Any
 import fairseq_cli.eval_lm as program
 import torch
 import torch.distributed as dist
+from dmoe.integrations.fairseq_moe import parallel, profiling
+from dmoe.integrations.fairseq_moe.flags import FlagError
 from fairseq import utils
 from fairseq.data import LMContextWindowDataset
 from fairseq.distributed import utils as distributed_utils
-
-from dmoe.integrations.fairseq_moe import parallel, profiling
-from dmoe.integrations.fairseq_moe.flags import FlagError
 
 logger = logging.getLogger(__name__)
 
@@ -148,5 +147,3 @@ class _Counter:
             return kept
         self._joined = self._joined.to(tokens.device)
         return kept - self._joined[tokens[:last]].sum()
-
-
