@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
+import rank_jobs_fairseq as jobs
 import torch
 from fairseq_pool import needs_fairseq
-from fairseq_ranks import BACKENDS, alone, differences, failure, models, train
+from fairseq_ranks import BACKENDS, alone, data, differences, failure, models, train
 
 pytestmark = needs_fairseq
 
@@ -156,3 +160,29 @@ def test_old_checkpoints_go_with_all_their_files(tmp_path):
     options = {"save_interval_updates": 1, "keep_interval_updates": 1, "no_last_checkpoints": True, **SAVING}
     (files, *_) = (run["files"] for run in train(2, save_dir=tmp_path / "ck", max_update=4, **options))
     assert files == [f"checkpoint_1_4-{part}.pt" for part in ("rank-0", "rank-1", "shared")]
+
+
+def torchrun(tool, *flags):
+    """Two processes as a user starts them."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python"]
+    run += [sys.executable, "-m", "dmoe.integrations.fairseq_moe", tool, *map(str, flags)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(run, capture_output=True, text=True, check=False, timeout=240, env=env)
+
+
+def test_two_processes_from_the_shell(tmp_path):
+    """Sharded training, evaluation, and a file that is not there: each rank says so, and the exit status does."""
+    words = jobs.flags(save_dir=tmp_path / "ck", max_update=2, ddp_backend="fully_sharded", **SAVING)
+    trained = torchrun("train", data(), *words)
+    assert trained.returncode == 0, trained.stderr[-3000:]
+    assert sorted(path.name for path in (tmp_path / "ck").iterdir()) == OF_TWO
+    (tmp_path / "ck" / OF_TWO[1]).unlink()
+    path = tmp_path / "ck" / "checkpoint_last.pt"
+    failed = torchrun("eval_lm", data(), "--path", path, "--cpu", "--task", "language_modeling", "--is-moe")
+    assert failed.returncode == 1
+    told = [line for line in failed.stderr.splitlines() if line.startswith("fairseq_moe: ")]
+    assert told == [
+        f"fairseq_moe: {tmp_path}/ck/{OF_TWO[1]}: expected the files of 2 ranks (4 experts, 2 in each file), got none "
+        "of rank 1"
+    ] * 2
+    assert "Traceback" not in failed.stderr.partition("torch/distributed")[0]
