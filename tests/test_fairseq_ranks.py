@@ -43,6 +43,20 @@ def test_more_ranks_than_experts_hold_each_several_times(backend):
         assert run["norms"] == pytest.approx(one["norms"], rel=1e-5)
 
 
+def test_the_norm_is_that_of_all_gradients():
+    """Seen in what one step of SGD changes, which is the gradient times the rate."""
+    changes = {"optimizer": "sgd", "adam_betas": None, "clip_norm": 0, "max_update": 1, "moe_expert_count": 4}
+    start, one = (alone(**changes, lr=rate, update_freq=2) for rate in (0, 0.5))
+    squares = {
+        name: ((value - start["model"][name]).double() / 0.5).square().sum().item()
+        for name, value in one["model"].items()
+        if not name.endswith(("_float_tensor", "output_projection.weight"))  # the latter is the embedding's
+    }
+    of_experts = sum(square for name, square in squares.items() if ".experts." in name)
+    assert one["norms"][0] == pytest.approx(math.sqrt(sum(squares.values())), rel=1e-4)
+    assert math.sqrt(sum(squares.values()) - of_experts) < one["norms"][0] * (1 - 1e-3)
+
+
 @pytest.mark.parametrize(("ranks", "experts", "backend"), [(2, 4, "legacy_ddp"), (4, 2, "pytorch_ddp")])
 def test_root_of_the_ranks_as_normalisation(ranks, experts, backend):
     """One step of SGD: experts move by sqrt(W) times as much, all else as ever."""
