@@ -122,7 +122,6 @@ def test_parameters_of_the_two_commands(changes, line):
         ({"quant_noise_pq": 0.1}, "--quant-noise-pq: expected 0 in a model with MoE layers"),
         ({"moe_gate_loss_combine_method": "max"}, "--moe-gate-loss-combine-method: expected average or sum, got 'max'"),
         ({"moe_gate_loss_transform": "log"}, "--moe-gate-loss-transform: expected none or neg_log, got 'log'"),
-        ({"distributed_world_size": 2}, "--ddp-backend fully_sharded: expected legacy_ddp or pytorch_ddp"),
         (
             {"distributed_world_size": 2, "ddp_backend": "legacy_ddp", "dummy_a2a": True},
             "--dummy-a2a: expected one rank",
