@@ -32,12 +32,12 @@ def data():
 def train(ranks, poison=None, only_load=False, **changes):
     """What each rank ends with: see `rank_jobs_fairseq.train`."""
     changes = changes if "save_dir" in changes else {"no_save": True, **changes}
-    return pool().run(jobs.train, [data(), *jobs.flags(**changes)], poison, only_load, ranks=ranks)
+    return pool().run(jobs.train, [data(), *jobs.flags(**changes)], poison, only_load, ranks=ranks, limit=180)
 
 
 def failure(ranks, tool="train", **changes):
     """What each rank says when it fails."""
-    return pool().run(jobs.failure, tool, [data(), *jobs.flags(**changes)], ranks=ranks)
+    return pool().run(jobs.failure, tool, [data(), *jobs.flags(**changes)], ranks=ranks, limit=180)
 
 
 @functools.cache
