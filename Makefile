@@ -1,22 +1,24 @@
-# `make demo` and `make test` each start from nothing: they make .venv, install, compile csrc/ and run.
+# `make demo`, `make test` and `make fairseq` each start from nothing: they make .venv, install, compile csrc/ and run.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 SOURCES := $(wildcard csrc/*) setup.py
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench fairseq clean
 
 demo: $(VENV)/ready
 	$(BIN)/python examples/train_lm.py --compare-dense --minutes 7.5 --overwrite --generate --out runs/demo
 
-test: check
+test: check fairseq
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+fairseq: $(VENV)/fairseq
 
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/routing_ops.py
@@ -32,4 +34,11 @@ $(VENV)/ready: pyproject.toml constraints.txt $(SOURCES)
 	$(PIP) torch numpy setuptools wheel
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) triton==3.9.0
 	DMOE_BUILD=required $(PIP) --no-build-isolation --editable '.[test,dev,examples]'
+	touch $@
+
+# No extra of the package: pip refuses fairseq's own list (an omegaconf of 2020, with metadata that is no longer valid).
+# PIP_CONSTRAINT also pins what fairseq, a source package, is built with; that takes a C++ compiler and Python's headers.
+$(VENV)/fairseq: $(VENV)/ready
+	$(PIP) hydra-core omegaconf numpy cffi cython regex sacrebleu tqdm bitarray
+	PIP_CONSTRAINT=constraints.txt $(PIP) --no-deps fairseq
 	touch $@

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dmoe import checkpoint, functional, losses, metrics, ops, parallel
+from dmoe import checkpoint, functional, losses, metrics, ops, parallel, routing
 from dmoe.config import MoEConfig
 from dmoe.expert_weights import ExpertWeights
 from dmoe.experts import run_experts
@@ -16,7 +16,7 @@ from dmoe.model_tools import (
     set_aux_loss_scale,
     update_selection_bias,
 )
-from dmoe.plan import RoutingPlan, plan_expert_choice, plan_token_choice
+from dmoe.plan import RoutingPlan, device_tile_rows, plan_expert_choice, plan_token_choice
 from dmoe.replace import replace_ffn
 
 __version__ = "0.1.0"
@@ -28,6 +28,7 @@ __all__ = [
     "RoutingPlan",
     "aux_loss",
     "checkpoint",
+    "device_tile_rows",
     "functional",
     "info",
     "is_expert_param",
@@ -40,6 +41,7 @@ __all__ = [
     "plan_token_choice",
     "reduce_metrics",
     "replace_ffn",
+    "routing",
     "run_experts",
     "set_aux_loss_scale",
     "update_selection_bias",

@@ -54,6 +54,8 @@ class MoE(Float32Buffers):
         dtensor: whether the experts' parameters are ``DTensor`` on the mesh of ``ep_group``, as
             ``torch.distributed.checkpoint`` and FSDP2 need to know which part of them is here. False keeps plain
             tensors, for frameworks that know by themselves. Experts of different widths are always plain.
+        router: a module of your own that keeps the protocol :class:`dmoe.routing.Router`, instead of the one that the
+            config describes. Its choices have to be ``(T, top_k)``.
         device, dtype: of the parameters, as in ``nn.Linear``.
         **fields: fields of :class:`dmoe.MoEConfig`, instead of ``config``.
 
@@ -82,6 +84,7 @@ class MoE(Float32Buffers):
         ep_levels: Any = None,
         loss_group: Any = None,
         dtensor: bool = True,
+        router: nn.Module | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **fields: Any,
@@ -93,6 +96,8 @@ class MoE(Float32Buffers):
             raise TypeError(
                 f"MoE: expected a config or its fields, got a config and {sorted(fields)}; use dataclasses.replace"
             )
+        if router is not None and not (isinstance(router, nn.Module) and hasattr(router, "update_selection_bias")):
+            raise TypeError(f"MoE: router: expected a module with dmoe.routing.Router's methods, got {router!r:.80}")
         self.config = config = config or MoEConfig(**fields)
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.dispatcher = build_dispatcher(config, ep_group, expert_tp_group, ep_levels)
@@ -101,7 +106,7 @@ class MoE(Float32Buffers):
         self.bias_ranks = None if loss_group is None else LoadOfRanks(as_group(loss_group, "loss_group"))
         loss_group = ep_group if loss_group is None else loss_group
         self.load_of_ranks = None if loss_group is None else LoadOfRanks(as_group(loss_group, "loss_group"))
-        self.router = build_router(config, **where)
+        self.router = build_router(config, **where) if router is None else router
         owned = owned_experts(config, self.dispatcher, ep_group, device=device, dtensor=dtensor)
         self.experts = Experts(config, owned=owned, **where)
         self.shared_expert = SharedExpert(config, **where) if config.shared_ffn_hidden_size else None

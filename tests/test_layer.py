@@ -11,6 +11,7 @@ from helpers import assert_as_accurate, nudged, without_generated_products
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import dmoe
 from dmoe import MoE, MoEConfig, aux_loss
 
 
@@ -326,3 +327,37 @@ def test_reference_backend_agrees_and_is_differentiable_twice():
     (first,) = torch.autograd.grad(fast(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward is not supported"):
         first.sum().backward()
+
+
+class _TheLastOnes(dmoe.routing.LinearRouter):
+    """A router from outside: every token takes the last two experts, with weights 2 and its logit for the last."""
+
+    def forward(self, x, *, token_mask=None, token_ids=None, expert_indices=None):
+        experts = self.config.num_experts
+        chosen = torch.tensor([experts - 2, experts - 1]).expand(len(x), 2)
+        logits = self.logits(x)
+        weights = torch.stack([torch.full_like(logits[:, 0], 2), logits[:, -1]], 1)
+        tile_rows = dmoe.device_tile_rows(x.device, chosen.numel(), experts)
+        plan = dmoe.plan_token_choice(chosen.contiguous(), experts, tile_rows=tile_rows)
+        return dmoe.routing.Routing(plan, weights, expert_indices=chosen)
+
+
+def test_a_router_of_ones_own():
+    torch.manual_seed(0)
+    config = MoEConfig(hidden_size=6, ffn_hidden_size=4, num_experts=5, load_balancing_coefficient=0.0)
+    layer = MoE(config, router=_TheLastOnes(config, dtype=torch.float64), dtype=torch.float64)
+    x = torch.randn(2, 3, 6, dtype=torch.float64)
+    y = layer(x)
+    y.square().sum().backward()
+    assert layer.router.weight.grad[-1].abs().sum() > 0
+    assert layer.last_metrics.tokens_per_expert.tolist() == [0, 0, 0, 6, 6]
+    indices = torch.tensor([3, 4]).expand(2, 3, 2)
+    weights = torch.stack([torch.full((2, 3), 2.0), (x @ layer.router.weight[-1]).detach()], -1)
+    expected = dmoe.functional.moe_mlp(x, indices.contiguous(), weights, layer.experts.weights())
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("router", [torch.nn.Linear(6, 5), lambda x: x])
+def test_a_router_that_is_none_is_told(router):
+    with pytest.raises(TypeError, match=r"MoE: router: expected a module with dmoe.routing.Router's methods, got"):
+        MoE(hidden_size=6, ffn_hidden_size=4, num_experts=5, router=router)

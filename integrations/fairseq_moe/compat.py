@@ -1,0 +1,123 @@
+"""What fairseq 0.12.2 (June 2022) needs to run on today's Python and PyTorch. The launcher applies it, nobody else.
+
+=====================================================  ==========================  ===================================
+what                                                   since                       needed until
+=====================================================  ==========================  ===================================
+``dataclasses.dataclass``: fairseq's (and hydra's)     Python 3.11                 fairseq declares them with
+configs may be defaults of other configs                                           ``default_factory``
+``torch.serialization.add_safe_globals``: what         torch 2.6                   fairseq loads with
+fairseq pickles into checkpoints beside tensors                                    ``weights_only=False``
+``DistributedDataParallel``: no ``device_ids`` for     torch 1.1                   fairseq does not pass them for
+a model on the CPU                                                                 ``--cpu``
+hydra's notices about old ways to call it: silent      hydra 1.1                   fairseq calls it the new way
+=====================================================  ==========================  ===================================
+
+fairseq 0.12.2 is the last release on PyPI; a later one makes :func:`apply` refuse, so that these are looked at again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import sys
+import warnings
+from importlib import metadata
+from typing import Any
+
+SUPPORTED = "0.12.2"
+_PACKAGES = ("fairseq", "fairseq_cli", "hydra", "omegaconf")
+
+
+def apply() -> None:
+    """Import fairseq with everything above in place; a second call does nothing.
+
+    Raises:
+        ImportError: fairseq is missing, or another version of it.
+    """
+    if getattr(apply, "done", False):
+        return
+    check_installed()
+    _let_configs_be_defaults()
+    warnings.filterwarnings("ignore", category=UserWarning, module="hydra")
+    warnings.filterwarnings("ignore", "\\s*'config' is validated against ConfigStore", UserWarning)
+    import fairseq  # noqa: F401
+
+    _trust_checkpoint_types()
+    _let_ddp_run_on_cpu()
+    apply.done = True  # type: ignore[attr-defined]
+
+
+def check_installed() -> None:
+    """Raise one clear ImportError unless the fairseq that this integration knows is installed."""
+    try:
+        found = metadata.version("fairseq")
+    except metadata.PackageNotFoundError:
+        found = None
+    if found != SUPPORTED:
+        have = "it is not installed" if found is None else f"found {found}"
+        raise ImportError(
+            f"dmoe.integrations.fairseq_moe needs the package fairseq, version {SUPPORTED}, but {have}; run `make "
+            "fairseq` in dmoe's folder, or see the README for the two pip commands"
+        )
+
+
+def _let_configs_be_defaults() -> None:
+    """Python 3.11 refuses unhashable defaults, and an eq-dataclass is unhashable: give such classes the identity hash.
+
+    Only for these packages' own classes; ``default_factory`` would be cleaner, but fairseq reads ``field.default``.
+    """
+    if sys.version_info < (3, 11):
+        return
+    stock = dataclasses.dataclass
+
+    def hashable_defaults(cls: type) -> None:
+        for name in inspect.get_annotations(cls):
+            default = cls.__dict__.get(name)
+            if isinstance(default, dataclasses.Field):
+                default = default.default
+            kind = type(default)
+            if dataclasses.is_dataclass(kind) and kind.__hash__ is None:
+                kind.__hash__ = object.__hash__
+
+    @functools.wraps(stock)
+    def dataclass(cls: Any = None, /, **options: Any) -> Any:
+        def decorate(cls: type) -> type:
+            if cls.__module__.partition(".")[0] in _PACKAGES:
+                hashable_defaults(cls)
+            return stock(cls, **options)
+
+        return decorate if cls is None else decorate(cls)
+
+    dataclasses.dataclass = dataclass
+
+
+def _trust_checkpoint_types() -> None:
+    """torch.load reads weights only by default: name the harmless types that fairseq's checkpoints hold besides."""
+    import argparse
+    import collections
+    import typing
+
+    import torch
+    from fairseq.distributed.utils import _TensorPlaceholder
+    from omegaconf import base, dictconfig, listconfig, nodes
+
+    containers = [dictconfig.DictConfig, listconfig.ListConfig, base.ContainerMetadata, base.Metadata]
+    leaves = [nodes.AnyNode, nodes.IntegerNode, nodes.FloatNode, nodes.StringNode, nodes.BooleanNode, nodes.EnumNode]
+    plain = [typing.Any, dict, list, int, float, str, bool, tuple, set, collections.defaultdict, argparse.Namespace]
+    torch.serialization.add_safe_globals([*containers, *leaves, *plain, _TensorPlaceholder])
+
+
+def _let_ddp_run_on_cpu() -> None:
+    """fairseq passes ``device_ids`` also with ``--cpu``; torch refuses them for a model on the CPU."""
+    from fairseq.models import distributed_fairseq_model as wrappers
+
+    stock = wrappers.DistributedDataParallel
+
+    @functools.wraps(stock, updated=())
+    def data_parallel(module: Any, device_ids: Any = None, output_device: Any = None, **options: Any) -> Any:
+        if next(module.parameters()).device.type == "cpu":
+            device_ids = output_device = None
+        return stock(module=module, device_ids=device_ids, output_device=output_device, **options)
+
+    wrappers.DistributedDataParallel = data_parallel
