@@ -39,7 +39,10 @@ class Case:
 
 def call(group, module, name, *arguments):
     """A job by its name: modules of jobs import Megatron, which is for ranks alone."""
-    return getattr(importlib.import_module(module), name)(group, *arguments)
+    try:
+        return getattr(importlib.import_module(module), name)(group, *arguments)
+    except BaseException as error:  # that of PyTorch's checkpoints is no Exception, and would end the rank
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
 
 class MegatronRanks:

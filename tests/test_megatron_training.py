@@ -69,7 +69,7 @@ CASES = {
 
 def test_the_release_is_the_one_that_was_asked_for(megatron):
     release = megatron.run("release", Ranks(1), None)[0]
-    assert release == os.environ.get("MEGATRON_RELEASE", release)
+    assert release.startswith(os.environ.get("MEGATRON_RELEASE", release))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -122,7 +122,7 @@ def test_gradients_go_straight_into_main_grad(megatron, name):
 
 BROKEN = {
     "allreduce": "ep2",
-    "tensor_model_parallel": "tp2, sequence parallel, ep2",
+    "tensor_model_parallel": "tp2, sequence parallel, experts cut in two",
     "sequence_parallel": "tp2, sequence parallel, ep2",
     "aux loss scaler": "ep2",
     "load for the expert bias": "sigmoid, expert bias, groups",
