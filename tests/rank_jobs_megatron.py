@@ -27,7 +27,7 @@ from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
-from megatron.core.transformer.module import MegatronModule  # noqa: E402
+from megatron.core.transformer.module import Float16Module, MegatronModule  # noqa: E402
 from megatron.core.transformer.moe import moe_utils  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 from megatron_cases import Case  # noqa: E402
@@ -113,6 +113,8 @@ def spec_of(config, impl):
         for layer in {id(layer): layer for layer in spec.layer_specs}.values():
             layer.submodules.mlp.module = _AddsToMainGrad
         return spec
+    if impl == "layer":
+        return integration.dmoe_layer_spec(config, use_transformer_engine=False)
     if impl == "native":
         return get_gpt_decoder_block_spec(config, use_transformer_engine=False)
     if impl == "constant":  # --spec dmoe.integrations.megatron dmoe_gpt_spec
@@ -235,13 +237,16 @@ class Training:
             overlap_grad_reduce=case.overlap,
             use_distributed_optimizer=case.distributed_optimizer,
             average_in_collective=False,
+            grad_reduce_in_fp32=self.config.bf16,
         )
+        model = Float16Module(self.config, model) if self.config.bf16 else model
         self.model = DistributedDataParallel(self.config, ddp, model)
         options = OptimizerConfig(
             optimizer="adam",
             lr=3e-3,
             weight_decay=0.01,
             clip_grad=1.0,
+            bf16=self.config.bf16,
             use_distributed_optimizer=case.distributed_optimizer,
         )
         self.optimizer = get_megatron_optimizer(options, [self.model])
@@ -299,7 +304,8 @@ def train(group, case, impl, store, without=None):
             logged = training.logged()
     modules = training.model.modules()
     biases = [each.expert_bias.tolist() for each in modules if getattr(each, "expert_bias", None) is not None]
-    return {"steps": steps, "logged": logged, "biases": biases}
+    dtypes = {str(parameter.dtype) for parameter in training.model.parameters()}
+    return {"steps": steps, "logged": logged, "biases": biases, "dtypes": dtypes}
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
 import torch.nn.functional as F
 from megatron_cases import Case, Ranks, assert_same_training
 
@@ -63,6 +64,7 @@ CASES = {
         Ranks(1), {"moe_apply_probs_on_input": True, "moe_router_topk": 1, "moe_router_pre_softmax": True}
     ),
     "capacity, the smallest weights dropped": Case(EP2, {"moe_expert_capacity_factor": 0.8}),
+    "capacity and expert bias": Case(EP2, GROUPS | {"moe_expert_capacity_factor": 0.6}, steps=4),
     "overlapped gradient reduction": Case(EP2, STRONG, overlap=True),
 }
 
@@ -93,6 +95,35 @@ def test_the_layer_trains_as_megatrons_own(megatron, name):
 def test_the_experts_alone_train_as_megatrons_own(megatron, name):
     case = CASES[name]
     assert_same_training(megatron.native(case), megatron.run("train", case, "experts"))
+
+
+@pytest.mark.parametrize("name", ["dmoe", "experts"])
+def test_half_precision_trains_as_megatrons_own(megatron, name):
+    """Parameters in bfloat16, what the optimizer holds in float32: the digits differ, the curve does not."""
+    case = Case(Ranks(4, ep=2), {"bf16": True, "params_dtype": torch.bfloat16}, distributed_optimizer=True)
+    native, ours = megatron.native(case), megatron.run("train", case, name)
+    assert_same_training(native, ours, loss=0.05, norm=0.1, logged=0.02)
+    assert all(result["dtypes"] == {"torch.bfloat16"} for result in ours)
+    falling = [loss for loss, _ in ours[0]["steps"]]
+    assert falling[-1] < falling[0]
+
+
+def test_forced_balance_gives_every_expert_its_share(megatron):
+    case = Case(EP2, {"moe_router_force_load_balancing": True, "moe_aux_loss_coeff": 1.0}, steps=2)
+    for result in megatron.run("train", case, "dmoe"):
+        assert abs(result["logged"]["load_balancing_loss"] - 1) < 1e-6  # 1 is even, whatever the probabilities
+        assert result["steps"][0][0] != result["steps"][1][0]
+
+
+def test_input_jitter_changes_training_and_nothing_else(megatron):
+    plain, jittered = Case(EP2, STRONG, steps=2), Case(EP2, STRONG | {"moe_input_jitter_eps": 0.3}, steps=2)
+    (loss, _), (same, _) = (megatron.run("train", case, "dmoe")[0]["steps"][0] for case in (plain, jittered))
+    assert 0 < abs(loss - same) < 0.5
+
+
+def test_a_layer_spec_serves_as_megatrons(megatron):
+    case = CASES["ep2"]
+    assert_same_training(megatron.native(case), megatron.run("train", case, "layer"))
 
 
 def test_experts_over_ep_and_tp_equal_whole_ones(megatron):

@@ -136,6 +136,10 @@ class DmoeLayer(MegatronModule):
         return flat.view(*positions, top_k)
 
     def _attach_losses(self, y: Tensor, routing: Routing) -> Tensor:
+        load = self.local_tokens_per_expert
+        if load is not None and not self.moe.config.dropless and torch.is_grad_enabled():
+            with torch.no_grad():  # Megatron moves the bias by what experts kept; dmoe's router counts what they got
+                load += routing.plan.kept_per_expert - routing.plan.tokens_per_expert
         return self.losses.attach(y, routing)
 
     def _shared_experts(self, tokens: Tensor) -> Tensor:
