@@ -26,10 +26,10 @@ def let_cuda_mean_cpu() -> None:
 class _CudaMeansCpu(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if str(kwargs.get("device", "")).startswith("cuda"):  # torch.zeros(1, device="cuda") in the schedule and optimizer
+        if str(kwargs.get("device", "")).startswith(
+            "cuda"
+        ):  # torch.zeros(1, device="cuda") in the schedule and optimizer
             kwargs["device"] = CPU
-        if func is torch.Tensor.cuda:  # the distributed optimizer, when it is saved
-            return args[0]
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:  # clipping asks for torch.cuda.FloatTensor
             return func(*args).replace("torch.", "torch.cuda.", 1)
         return func(*args, **kwargs)

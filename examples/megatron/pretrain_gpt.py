@@ -18,7 +18,6 @@ import dataclasses
 import math
 import os
 import sys
-import types
 import typing
 import warnings
 from collections.abc import Callable, Iterator
@@ -33,19 +32,19 @@ from tqdm import tqdm
 warnings.filterwarnings("ignore", message=".*Transformer Engine and Apex are not installed")
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # last: examples/megatron must not hide megatron itself
 
-from lm.data import Corpus, held_out_batches, load_corpus, training_batch  # noqa: E402
-from megatron.core import dist_checkpointing, parallel_state, tensor_parallel  # noqa: E402
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # noqa: E402
-from megatron.core.distributed import finalize_model_grads  # noqa: E402
-from megatron.core.models.gpt import GPTModel  # noqa: E402
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec  # noqa: E402
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # noqa: E402
-from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
-from megatron.core.transformer.module import Float16Module  # noqa: E402
-from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+# ruff: noqa: E402
+from lm.data import Corpus, held_out_batches, load_corpus, training_batch
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
 
-from dmoe.integrations.megatron import add_moe_args, dmoe_block_spec, options_from_args  # noqa: E402
+from dmoe.integrations.megatron import add_moe_args, dmoe_block_spec, options_from_args
 
 BYTES = 256
 EVAL_BYTES = 65_536
@@ -81,7 +80,8 @@ def main() -> None:
             bar.set_postfix_str(f"loss {loss:.3f}, gradient {norm:.2f}, {balance()}")
             if step % args.eval_interval == 0 or step == args.train_iters:
                 held_out = evaluate(args, model, corpus, device)
-                say(f"step {step:5d}  train {loss:.4f}  held-out {held_out:.4f} ({held_out / math.log(2):.4f} bits/byte)")
+                bits = held_out / math.log(2)
+                say(f"step {step:5d}  train {loss:.4f}  held-out {held_out:.4f} ({bits:.4f} bits per byte)")
                 if args.save:
                     save(args, model, optimizer, scheduler, step)
     dist.destroy_process_group()
@@ -105,7 +105,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--no-load-optim",
         action="store_true",
-        help="go on with the weights alone: with another expert-parallel size, which Megatron's optimizer cannot take up",
+        help="go on with the weights alone, as with another expert-parallel size",
     )
     parser.add_argument("--num-experts", type=int, default=None, help="in every MoE layer; none: a dense model")
     parser.add_argument("--spec", nargs="*", default=None, help=argparse.SUPPRESS)
@@ -123,7 +123,7 @@ def parse_args() -> argparse.Namespace:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if args.global_batch_size % (ranks * args.micro_batch_size):
         parser.error(
-            f"--global-batch-size: expected a multiple of {ranks} ranks times --micro-batch-size {args.micro_batch_size}, "
+            f"--global-batch-size: expected a multiple of --micro-batch-size {args.micro_batch_size} on {ranks} ranks, "
             f"got {args.global_batch_size}"
         )
     return args
@@ -153,7 +153,7 @@ def join_ranks(args: argparse.Namespace) -> torch.device:
         device = torch.device("cpu")
         let_cuda_mean_cpu()
     if os.environ["WORLD_SIZE"] == "1":  # alone, without torchrun: no address is needed
-        store = dist.HashStore()
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=0, world_size=1)
     else:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -258,7 +258,8 @@ def micro_batches(args: argparse.Namespace, corpus: Corpus, step: int) -> Iterat
     size = args.global_batch_size
     inputs, targets = training_batch(corpus, seed=args.seed, step=step, batch=size, seq_len=args.seq_length)
     ranks, rank = dist.get_world_size(), dist.get_rank()
-    yield from zip(inputs[rank::ranks].split(args.micro_batch_size), targets[rank::ranks].split(args.micro_batch_size))
+    mine = (part[rank::ranks].split(args.micro_batch_size) for part in (inputs, targets))
+    yield from zip(*mine, strict=True)
 
 
 def forward_step(batches: Iterator[tuple[Tensor, Tensor]], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:

@@ -141,8 +141,8 @@ def resolve(parser: Parser, args: Any) -> None:
     experts, spec = getattr(args, "num_experts", None), getattr(args, "spec", None)
     # The number of experts may also come from a checkpoint, after parsing; dmoe's spec leaves a dense model as it is.
     has_experts = bool(experts) or bool(getattr(args, "use_checkpoint_args", False))
-    ours = bool(spec) and spec[0].startswith(SPEC[0])
-    if ours and chosen == "megatron":
+    ours = spec is not None and spec[:1] == SPEC[:1]
+    if spec is not None and ours and chosen == "megatron":
         parser.error(f"--spec {' '.join(spec)} names dmoe's layer, --moe-impl megatron Megatron's own")
     if chosen != "megatron" and has_experts:
         if spec and not ours:
@@ -178,7 +178,7 @@ def _spread_experts(parser: Parser, args: Any, experts: int | None) -> None:
     wanted = getattr(args, "expert_model_parallel_size", 1)
     if wanted not in (1, size):
         parser.error(
-            f"--moe-expert-model-parallelism makes --expert-model-parallel-size {size} of {data_parallel} data-parallel "
-            f"ranks and {experts} experts, and {wanted} was given: leave one of the two out"
+            f"--moe-expert-model-parallelism makes --expert-model-parallel-size {size} of {data_parallel} "
+            f"data-parallel ranks and {experts} experts, and {wanted} was given: leave one of the two out"
         )
     args.expert_model_parallel_size = size
