@@ -1,0 +1,311 @@
+"""What ranks are told to do about Megatron: one small GPT trained with its own MoE layer, or with dmoe's."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import os
+import zlib
+
+import megatron_harness
+
+megatron_harness.install()
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from megatron.core import parallel_state as mpu  # noqa: E402
+from megatron.core import tensor_parallel  # noqa: E402
+from megatron.core.distributed import (  # noqa: E402
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt import GPTModel  # noqa: E402
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec  # noqa: E402
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
+from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+from megatron.core.transformer.moe import moe_utils  # noqa: E402
+from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+
+megatron_harness.patch_megatron()
+
+VOCABULARY, LENGTH, MICRO_BATCH, MICRO_BATCHES = 64, 16, 2, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """How many ranks, and how they are divided."""
+
+    world: int = 1
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+    etp: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One model and how it is trained; ``config`` holds fields of Megatron's ``TransformerConfig``."""
+
+    ranks: Ranks = Ranks()
+    config: dict = dataclasses.field(default_factory=dict)
+    distributed_optimizer: bool = False
+    padding: bool = False
+    overlap: bool = False
+    steps: int = 6
+
+
+def _connect(ranks, store):
+    """The first ranks of the pool as a run of Megatron's of their own."""
+    rank = int(os.environ.setdefault("POOL_RANK", str(dist.get_rank())))
+    with contextlib.suppress(Exception):
+        mpu.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    limit = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks.world, timeout=limit)
+    mpu.initialize_model_parallel(
+        tensor_model_parallel_size=ranks.tp,
+        pipeline_model_parallel_size=ranks.pp,
+        expert_model_parallel_size=ranks.ep,
+        expert_tensor_parallel_size=ranks.etp,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
+    _forget_logged_losses()
+    torch.manual_seed(1234)
+
+
+def _forget_logged_losses():
+    """Megatron keeps them for the whole process, with the layers and groups of the first run."""
+    with contextlib.suppress(ImportError):
+        from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+
+        return get_moe_metrics_tracker().metrics.clear()
+    return moe_utils.get_moe_layer_wise_logging_tracker().clear()
+
+
+def config_of(case):
+    ranks = case.ranks
+    fields = {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "ffn_hidden_size": 64,
+        "moe_ffn_hidden_size": 48,
+        "num_moe_experts": 8,
+        "moe_router_topk": 2,
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": 0.01,
+        "moe_z_loss_coeff": 1e-3,
+        "moe_token_dispatcher_type": "alltoall",
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "use_cpu_initialization": True,
+        "pipeline_dtype": torch.float32,
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "persist_layer_norm": False,
+        "apply_rope_fusion": False,
+        "tensor_model_parallel_size": ranks.tp,
+        "pipeline_model_parallel_size": ranks.pp,
+        "expert_model_parallel_size": ranks.ep,
+        "sequence_parallel": ranks.tp > 1,
+    }
+    if ranks.etp is not None:
+        fields["expert_tensor_parallel_size"] = ranks.etp
+    return TransformerConfig(**fields | case.config)
+
+
+def spec_of(config, impl):
+    from dmoe.integrations import megatron as integration
+
+    if impl == "native":
+        return get_gpt_decoder_block_spec(config, use_transformer_engine=False)
+    if impl == "constant":  # --spec dmoe.integrations.megatron dmoe_gpt_spec
+        return integration.dmoe_gpt_spec
+    makers = {"dmoe": integration.dmoe_block_spec, "experts": integration.dmoe_experts_spec}
+    return makers[impl](config, use_transformer_engine=False)
+
+
+def build(case, impl):
+    """A model of this rank with the same values whatever the layer and the ranks: see :func:`fill`."""
+    config = config_of(case)
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=spec_of(config, impl),
+        vocab_size=VOCABULARY,
+        max_sequence_length=LENGTH,
+        pre_process=mpu.is_pipeline_first_stage(),
+        post_process=mpu.is_pipeline_last_stage(),
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=False,
+    )
+    fill(model, config)
+    return config, model
+
+
+def values(shape, *key):
+    """Normal numbers that depend on nothing but the key."""
+    generator = torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
+    return torch.randn(shape, generator=generator)
+
+
+@torch.no_grad()
+def fill(model, config):
+    """Every value from its place in the whole model; native and dmoe's experts get the same."""
+    for layer in getattr(model.decoder, "layers", ()):
+        for name, parameter in layer.named_parameters():
+            tp = mpu.get_tensor_model_parallel_rank() if getattr(parameter, "tensor_model_parallel", False) else 0
+            if ".experts." in f".{name}" and "shared" not in name:
+                fill_expert(name, parameter, config, layer.layer_number)
+            elif "norm" not in name:
+                kind = name.removeprefix("mlp.").removeprefix("moe.")
+                scale = 0.5 if "router" in name else 0.2
+                parameter.copy_(values(parameter.shape, layer.layer_number, kind, tp) * scale)
+    for name, parameter in model.named_parameters():
+        if "layers." not in name and "norm" not in name:
+            parameter.copy_(values(parameter.shape, name, mpu.get_tensor_model_parallel_rank()) * 0.2)
+
+
+def fill_expert(name, parameter, config, layer_number):
+    etp, etp_rank = mpu.get_expert_tensor_parallel_world_size(), mpu.get_expert_tensor_parallel_rank()
+    each = config.num_moe_experts // mpu.get_expert_model_parallel_world_size()
+    first = mpu.get_expert_model_parallel_rank() * each
+    H, F, halves = config.hidden_size, config.moe_ffn_hidden_size, 1 + config.gated_linear_unit
+    columns = slice(etp_rank * F // etp, (etp_rank + 1) * F // etp)
+
+    def of(expert, kind):
+        shape = {"fc1.weight": (halves, F, H), "fc2.weight": (H, F), "fc1.bias": (halves, F), "fc2.bias": (H,)}[kind]
+        whole = values(shape, layer_number, expert, kind) * 0.2
+        return whole if kind == "fc2.bias" else whole[:, columns]
+
+    own = {"proj": "weight", "bias": "bias"}
+    if "local_experts" in name:
+        number, field = name.split("local_experts.")[1].split(".linear_")
+        parameter.copy_(of(first + int(number), field).reshape(parameter.shape))
+    else:
+        field = name.split(".")[-1]
+        kind = ("fc2." if field.startswith("down") else "fc1.") + own[field[-4:]]
+        for expert in range(each):
+            parameter[expert].copy_(of(first + expert, kind).reshape(parameter[expert].shape))
+
+
+def batches(config):
+    generator = torch.Generator().manual_seed(100 + mpu.get_data_parallel_rank())
+    while True:
+        start = torch.randint(0, VOCABULARY, (MICRO_BATCH, 1), generator=generator)
+        stride = torch.randint(1, 4, (MICRO_BATCH, 1), generator=generator)
+        yield (start + torch.arange(LENGTH + 1) * stride) % VOCABULARY
+
+
+def forward_step(padding, per_token):
+    position = torch.arange(LENGTH).unsqueeze(0).expand(MICRO_BATCH, -1)
+    attention = torch.ones(1, 1, LENGTH, LENGTH).triu(1).bool()
+    counted = torch.ones(MICRO_BATCH, LENGTH)
+    if padding:
+        counted[0, -3:] = 0
+        counted[1, -5:] = 0
+
+    def step(iterator, model):
+        tokens = next(iterator)
+        extra = {"padding_mask": counted == 0} if padding else {}
+        output = model(tokens[:, :-1].contiguous(), position, attention, labels=tokens[:, 1:].contiguous(), **extra)
+
+        def loss_of(losses):
+            total = (losses.float() * counted).sum()
+            if per_token:
+                return total, counted.sum().int(), {"loss": (total / counted.sum()).detach()}
+            mean = total / counted.sum()
+            return mean, {"loss": mean.detach().clone()}
+
+        return output, loss_of
+
+    return step
+
+
+class Training:
+    """A model, its DDP and its optimizer, one step at a time."""
+
+    def __init__(self, case, impl):
+        self.case, (self.config, model) = case, build(case, impl)
+        ddp = DistributedDataParallelConfig(
+            overlap_grad_reduce=case.overlap,
+            use_distributed_optimizer=case.distributed_optimizer,
+            average_in_collective=False,
+        )
+        self.model = DistributedDataParallel(self.config, ddp, model)
+        options = OptimizerConfig(
+            optimizer="adam",
+            lr=3e-3,
+            weight_decay=0.01,
+            clip_grad=1.0,
+            use_distributed_optimizer=case.distributed_optimizer,
+        )
+        self.optimizer = get_megatron_optimizer(options, [self.model])
+        self.config.finalize_model_grads_func = finalize_model_grads
+        self.config.grad_scale_func = self.optimizer.scale_loss
+        self.config.no_sync_func = self.model.no_sync
+        self.config.timers = None
+        self.batches = batches(self.config)
+
+    def step(self):
+        """Loss (on the last pipeline stage), gradient norm."""
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        reduced = get_forward_backward_func()(
+            forward_step_func=forward_step(self.case.padding, self.config.calculate_per_token_loss),
+            data_iterator=self.batches,
+            model=[self.model],
+            num_microbatches=MICRO_BATCHES,
+            seq_length=LENGTH,
+            micro_batch_size=MICRO_BATCH,
+            forward_only=False,
+        )
+        _, norm, _ = self.optimizer.step()
+        loss = sum(float(each["loss"]) for each in reduced) / len(reduced) if reduced else None
+        return loss, float(norm)
+
+    def logged(self):
+        """The router's losses as Megatron logs them."""
+        total = {}
+        kinds = {"aux_loss": "load_balancing_loss", "seq_aux_loss": "seq_load_balancing_loss"}
+        kinds["global_aux_loss"] = "global_load_balancing_loss"
+        wanted = self.config.moe_router_load_balancing_type
+        names = [kinds[kind] for kind in ([wanted] if isinstance(wanted, str) else wanted) if kind in kinds]
+        names += ["z_loss"] if self.config.moe_z_loss_coeff else []
+        if not self.config.moe_aux_loss_coeff:
+            names = [name for name in names if name == "z_loss"]
+        moe_utils.track_moe_metrics(
+            loss_scale=1 / MICRO_BATCHES,
+            iteration=0,
+            total_loss_dict=total,
+            force_initialize=True,
+            track_names=names,
+            num_layers=self.config.num_layers,
+        )
+        return {name: float(value) for name, value in total.items()}
+
+
+def train(group, case, impl, store):
+    """Losses and gradient norms of each step, and what the last one logs."""
+    _connect(case.ranks, store)
+    return _trained(Training(case, impl))
+
+
+def _trained(training):
+    steps, logged = [], {}
+    for _ in range(training.case.steps):
+        steps.append(training.step())
+        logged = training.logged()
+    biases = [
+        module.expert_bias.tolist()
+        for module in training.model.modules()
+        if getattr(module, "expert_bias", None) is not None
+    ]
+    return {"steps": steps, "logged": logged, "biases": biases}
