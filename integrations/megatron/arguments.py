@@ -96,6 +96,8 @@ def _add_dmoe_flags(add: Callable[..., None]) -> None:
         dest = PREFIX + name
         add("--" + dest.replace("_", "-"), dest=dest, default=None, help=told, **options)
 
+    option("activation", "of the experts, instead of Megatron's", choices=["gelu", "gelu_tanh", "relu", "silu"])
+    option("bias", "output: one bias of the whole layer, as MegaBlocks' fork has it", choices=["output"])
     option("backend", "how experts are computed", choices=["grouped", "block_sparse", "reference"])
     option("recompute_pre_activation", "keep only the experts' input for backward", action="store_const", const=True)
     option("overlap_degree", "chunks of experts: one computes while another's tokens travel", type=int, metavar="N")
