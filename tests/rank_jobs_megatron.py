@@ -56,7 +56,7 @@ class Case:
     steps: int = 6
 
 
-def _connect(ranks, store):
+def connect(ranks, store):
     """The first ranks of the pool as a run of Megatron's of their own."""
     rank = int(os.environ.setdefault("POOL_RANK", str(dist.get_rank())))
     with contextlib.suppress(Exception):
@@ -294,7 +294,7 @@ class Training:
 
 def train(group, case, impl, store):
     """Losses and gradient norms of each step, and what the last one logs."""
-    _connect(case.ranks, store)
+    connect(case.ranks, store)
     return _trained(Training(case, impl))
 
 
