@@ -6,7 +6,6 @@ The wheels of megatron-core up to 0.16 hold no parser. `MEGATRON_WHEEL=folder` n
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import sys
 import types
