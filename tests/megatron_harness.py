@@ -7,7 +7,9 @@ that Megatron takes from CUDA without asking; nothing of it touches what is comp
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import os
+import queue
 import sys
 import typing
 import warnings
@@ -81,12 +83,16 @@ def patch_megatron():
     if torch.cuda.is_available():
         return
     import megatron.core.tensor_parallel.random as random
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None  # 0.16.1 asks for it where Transformer Engine is absent
     token_dispatcher.maybe_move_tensor_to_cpu = _to_host
+    # Checkpoints are written by forks, which a daemon may not have, and a queue that takes a process of its own.
+    multiprocessing.current_process()._config["daemon"] = False
+    filesystem_async._results_queue = queue.Queue()
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     if getattr(WrappedTorchNorm, "patched_for_tests", False):

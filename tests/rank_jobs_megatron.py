@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import copy
 import datetime
 import os
 import zlib
+from unittest.mock import patch
 
 import megatron_harness
 
@@ -25,35 +26,18 @@ from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+from megatron.core.transformer.module import MegatronModule  # noqa: E402
 from megatron.core.transformer.moe import moe_utils  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+from megatron_cases import Case  # noqa: E402
+
+from dmoe.integrations import megatron as integration  # noqa: E402
+from dmoe.integrations.megatron import layer, losses, parameters, translate  # noqa: E402
+from dmoe.integrations.megatron.layer import DmoeLayer  # noqa: E402
 
 megatron_harness.patch_megatron()
 
 VOCABULARY, LENGTH, MICRO_BATCH, MICRO_BATCHES = 64, 16, 2, 2
-
-
-@dataclasses.dataclass(frozen=True)
-class Ranks:
-    """How many ranks, and how they are divided."""
-
-    world: int = 1
-    tp: int = 1
-    pp: int = 1
-    ep: int = 1
-    etp: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One model and how it is trained; ``config`` holds fields of Megatron's ``TransformerConfig``."""
-
-    ranks: Ranks = Ranks()
-    config: dict = dataclasses.field(default_factory=dict)
-    distributed_optimizer: bool = False
-    padding: bool = False
-    overlap: bool = False
-    steps: int = 6
 
 
 def connect(ranks, store):
@@ -123,14 +107,26 @@ def config_of(case):
 
 
 def spec_of(config, impl):
-    from dmoe.integrations import megatron as integration
-
+    if impl == "main_grad":  # Megatron's own linears would ask Apex for it
+        spec = integration.dmoe_block_spec(config, use_transformer_engine=False)
+        for layer in {id(layer): layer for layer in spec.layer_specs}.values():
+            layer.submodules.mlp.module = _AddsToMainGrad
+        return spec
     if impl == "native":
         return get_gpt_decoder_block_spec(config, use_transformer_engine=False)
     if impl == "constant":  # --spec dmoe.integrations.megatron dmoe_gpt_spec
         return integration.dmoe_gpt_spec
     makers = {"dmoe": integration.dmoe_block_spec, "experts": integration.dmoe_experts_spec}
     return makers[impl](config, use_transformer_engine=False)
+
+
+class _AddsToMainGrad(DmoeLayer):
+    """Built as under ``--gradient-accumulation-fusion``."""
+
+    def __init__(self, config, *args, **kwargs):
+        config = copy.copy(config)
+        config.gradient_accumulation_fusion = True
+        super().__init__(config, *args, **kwargs)
 
 
 def build(case, impl):
@@ -159,15 +155,15 @@ def values(shape, *key):
 @torch.no_grad()
 def fill(model, config):
     """Every value from its place in the whole model; native and dmoe's experts get the same."""
-    for layer in getattr(model.decoder, "layers", ()):
-        for name, parameter in layer.named_parameters():
+    for block in getattr(model.decoder, "layers", ()):
+        for name, parameter in block.named_parameters():
             tp = mpu.get_tensor_model_parallel_rank() if getattr(parameter, "tensor_model_parallel", False) else 0
             if ".experts." in f".{name}" and "shared" not in name:
-                fill_expert(name, parameter, config, layer.layer_number)
+                fill_expert(name, parameter, config, block.layer_number)
             elif "norm" not in name:
                 kind = name.removeprefix("mlp.").removeprefix("moe.")
                 scale = 0.5 if "router" in name else 0.2
-                parameter.copy_(values(parameter.shape, layer.layer_number, kind, tp) * scale)
+                parameter.copy_(values(parameter.shape, block.layer_number, kind, tp) * scale)
     for name, parameter in model.named_parameters():
         if "layers." not in name and "norm" not in name:
             parameter.copy_(values(parameter.shape, name, mpu.get_tensor_model_parallel_rank()) * 0.2)
@@ -292,20 +288,106 @@ class Training:
         return {name: float(value) for name, value in total.items()}
 
 
-def train(group, case, impl, store):
-    """Losses and gradient norms of each step, and what the last one logs."""
+def train(group, case, impl, store, without=None):
+    """Losses and gradient norms of each step, and what the last one logs; ``without`` one item of the contract."""
     connect(case.ranks, store)
-    return _trained(Training(case, impl))
-
-
-def _trained(training):
-    steps, logged = [], {}
-    for _ in range(training.case.steps):
-        steps.append(training.step())
-        logged = training.logged()
-    biases = [
-        module.expert_bias.tolist()
-        for module in training.model.modules()
-        if getattr(module, "expert_bias", None) is not None
-    ]
+    with left_out(without):
+        training, steps, logged = Training(case, impl), [], {}
+        for _ in range(case.steps):
+            steps.append(training.step())
+            logged = training.logged()
+    modules = training.model.modules()
+    biases = [each.expert_bias.tolist() for each in modules if getattr(each, "expert_bias", None) is not None]
     return {"steps": steps, "logged": logged, "biases": biases}
+
+
+@contextlib.contextmanager
+def left_out(what):
+    """The layer without one thing that Megatron expects of it."""
+    with contextlib.ExitStack() as stack:
+        if what in ("allreduce", "tensor_model_parallel", "sequence_parallel"):
+            for module in (layer, parameters):
+                for name in ("mark_experts", "mark_router"):
+                    stack.enter_context(patch.object(module, name, _marking_without(getattr(module, name), what)))
+        elif what == "aux loss scaler":
+            stack.enter_context(patch.object(losses.RouterLosses, "_attached", lambda self, y, loss, tokens: y))
+        elif what == "sharded_state_dict":
+            stack.enter_context(patch.object(DmoeLayer, "sharded_state_dict", MegatronModule.sharded_state_dict))
+        elif what == "load for the expert bias":
+            zeros = property(lambda self: torch.zeros(self.config.num_moe_experts))
+            stack.enter_context(patch.object(DmoeLayer, "local_tokens_per_expert", zeros))
+        elif what is not None:
+            raise ValueError(what)
+        yield
+
+
+def _marking_without(mark, what):
+    def marked(module, *arguments):
+        mark(module, *arguments)
+        for parameter in module.parameters():
+            if hasattr(parameter, what):
+                delattr(parameter, what)
+
+    return marked
+
+
+def initial_values(group, ranks, impl, store):
+    """The experts and the router that a seed gives, by layer: ``{layer: (router, {expert: (up, down)})}``."""
+    connect(ranks, store)
+    config = config_of(Case(ranks))
+    torch.manual_seed(77)
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=spec_of(config, impl),
+        vocab_size=VOCABULARY,
+        max_sequence_length=LENGTH,
+        position_embedding_type="rope",
+    )
+    return {
+        each.layer_number: (each.mlp.router.weight if impl == "native" else each.mlp.moe.router.weight).detach()
+        for each in model.decoder.layers
+    }, owned(config, model)
+
+
+def owned(config, model):
+    """What this rank holds: ``{(layer, expert): (its slice of F, of how many, up projection, down projection)}``."""
+    found = {}
+    each = config.num_moe_experts // mpu.get_expert_model_parallel_world_size()
+    first = mpu.get_expert_model_parallel_rank() * each
+    shard = (mpu.get_expert_tensor_parallel_rank(), mpu.get_expert_tensor_parallel_world_size())
+    for block in model.decoder.layers:
+        named = dict(block.mlp.named_parameters())
+        for local in range(each):
+            native = f"experts.local_experts.{local}.linear_fc"
+            if f"{native}1.weight" in named:
+                up, down = named[f"{native}1.weight"], named[f"{native}2.weight"]
+            else:
+                up, down = (
+                    next(value[local] for name, value in named.items() if name.endswith(end))
+                    for end in ("up_proj", "down_proj")
+                )
+            whole = up.detach().clone().reshape(1 + config.gated_linear_unit, -1, config.hidden_size)
+            found[block.layer_number, first + local] = (*shard, whole, down.detach().clone())
+    return found
+
+
+def told(group, ranks, kind, store, fields, attributes):
+    """The sentence that a wrong setting is answered with, and its type."""
+    connect(ranks, store)
+    case = Case(ranks, fields, steps=1)
+    try:
+        config = config_of(case)
+        for name, value in attributes.items():
+            setattr(config, name, value)
+        if kind == "translate":
+            translate.moe_config(config)
+        elif kind == "experts":
+            translate.experts_config(config)
+        elif kind == "train":
+            Training(case, "dmoe").step()
+        else:
+            moe_layer = DmoeLayer(config)
+            moe_layer(torch.zeros(LENGTH, MICRO_BATCH, config.hidden_size))
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return None
