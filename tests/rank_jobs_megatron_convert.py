@@ -8,12 +8,11 @@ import types
 
 import torch
 import torch.nn.functional as F
-from rank_jobs_megatron import (  # comes first: it lets Megatron run on the CPU
+from megatron_cases import Case, Ranks
+from rank_jobs_megatron import (  # before Megatron: it lets that run on the CPU
     LENGTH,
     MICRO_BATCH,
     VOCABULARY,
-    Case,
-    Ranks,
     build,
     config_of,
     connect,

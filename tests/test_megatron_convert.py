@@ -6,7 +6,7 @@ import tempfile
 
 import pytest
 import torch
-from rank_jobs_by_name import call
+from megatron_cases import call
 from rank_pool import RankPool
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
