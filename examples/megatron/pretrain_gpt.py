@@ -4,7 +4,7 @@
     python examples/megatron/pretrain_gpt.py --moe-num-experts 8                     # a GPU, or the CPU
     torchrun --nproc-per-node 4 examples/megatron/pretrain_gpt.py --moe-num-experts 8 --expert-model-parallel-size 2
     python examples/megatron/pretrain_gpt.py --moe-num-experts 8 --save runs/gpt     # again: goes on from there
-    python examples/megatron/pretrain_gpt.py --moe-num-experts 8 --moe-impl megatron # Megatron's own MoE layer (GPU)
+    python examples/megatron/pretrain_gpt.py --moe-num-experts 8 --moe-impl megatron # Megatron's own layer: on a GPU
 
 Model, data parallelism, optimizer, schedule and checkpoints are megatron-core's, from PyPI; Megatron-LM's scripts are
 not needed. Every number, choice and switch of Megatron's TransformerConfig is a flag here under Megatron's name, and
@@ -29,11 +29,12 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-warnings.filterwarnings("ignore", message=".*Transformer Engine and Apex are not installed")
+warnings.filterwarnings("ignore", module=r"megatron\..*")  # what is not installed, and its own deprecations
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # last: examples/megatron must not hide megatron itself
 
 # ruff: noqa: E402
 from lm.data import Corpus, held_out_batches, load_corpus, training_batch
+from lm.settings import UsageError
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
@@ -42,12 +43,12 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.moe_utils import track_moe_metrics
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from dmoe.integrations.megatron import add_moe_args, dmoe_block_spec, options_from_args
 
 BYTES = 256
-EVAL_BYTES = 65_536
 SMALL = {  # the model, where the command line does not say otherwise
     "num_layers": 4,
     "hidden_size": 128,
@@ -70,14 +71,15 @@ def main() -> None:
     model, optimizer, scheduler = build(args, config, device)
     step = load(args, model, optimizer, scheduler) if args.save and latest(args.save) else 0
     trained = sum(parameter.numel() for parameter in model.parameters())
-    say(f"{corpus.name}: {len(corpus.train):,} bytes; {trained:,} parameters on rank 0, MoE by {args.moe_impl}")
+    kind = f"{args.num_experts} experts by {args.moe_impl}" if args.num_experts else "dense"
+    say(f"{corpus.name}: {len(corpus.train):,} bytes; {trained:,} parameters on rank 0, {kind}")
     with tqdm(total=args.train_iters, initial=step, unit="step", disable=None if dist.get_rank() == 0 else True) as bar:
         while step < args.train_iters:
             loss, norm = train_step(args, config, model, optimizer, corpus, step)
             scheduler.step(increment=1)
             step += 1
             bar.update()
-            bar.set_postfix_str(f"loss {loss:.3f}, gradient {norm:.2f}, {balance()}")
+            bar.set_postfix_str(f"loss {loss:.3f}, gradient {norm:.2f}{balance(args, config)}")
             if step % args.eval_interval == 0 or step == args.train_iters:
                 held_out = evaluate(args, model, corpus, device)
                 bits = held_out / math.log(2)
@@ -97,6 +99,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--global-batch-size", type=int, default=16, help="sequences of a step, on all ranks together")
     parser.add_argument("--train-iters", type=int, default=200)
     parser.add_argument("--eval-interval", type=int, default=50)
+    parser.add_argument("--eval-bytes", type=int, default=65_536, metavar="N", help="held-out bytes to look at")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--clip-grad", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=1234)
@@ -242,7 +245,7 @@ def train_step(
         forward_step_func=forward_step,
         data_iterator=batches,
         model=[model],
-        num_microbatches=args.global_batch_size // dist.get_world_size() // args.micro_batch_size,
+        num_microbatches=micro_batches_per_step(args),
         seq_length=args.seq_length,
         micro_batch_size=args.micro_batch_size,
         forward_only=False,
@@ -251,6 +254,11 @@ def train_step(
     mean = torch.stack([loss["lm loss"] for loss in losses]).mean()
     dist.all_reduce(mean)
     return float(mean) / dist.get_world_size(), float(norm)
+
+
+def micro_batches_per_step(args: argparse.Namespace) -> int:
+    """On each rank."""
+    return args.global_batch_size // dist.get_world_size() // args.micro_batch_size
 
 
 def micro_batches(args: argparse.Namespace, corpus: Corpus, step: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -289,7 +297,7 @@ def evaluate(args: argparse.Namespace, model: Any, corpus: Corpus, device: torch
     ranks, rank = dist.get_world_size(), dist.get_rank()
     total = torch.zeros(2, dtype=torch.float32, device=device)
     size = ranks * args.micro_batch_size
-    for inputs, targets in held_out_batches(corpus, max_bytes=EVAL_BYTES, batch=size, seq_len=args.seq_length):
+    for inputs, targets in held_out_batches(corpus, max_bytes=args.eval_bytes, batch=size, seq_len=args.seq_length):
         if len(inputs) == size or ranks == 1:
             losses = losses_per_byte(model, inputs[rank::ranks], targets[rank::ranks])
             total += torch.stack([losses.float().sum(), torch.tensor(float(losses.numel()), device=device)])
@@ -298,9 +306,22 @@ def evaluate(args: argparse.Namespace, model: Any, corpus: Corpus, device: torch
     return float(total[0] / total[1])
 
 
-def balance() -> str:
-    """The balance of experts over all layers as Megatron logs it, 1 where all have equal work; forgets the figures."""
-    return ""
+def balance(args: argparse.Namespace, config: TransformerConfig) -> str:
+    """How evenly experts were used in this step: Megatron's log of the balance loss, 1 where all have equal work."""
+    if not args.num_experts or not config.moe_aux_loss_coeff:
+        return ""
+    logged: dict[str, Tensor] = {}
+    track_moe_metrics(
+        loss_scale=1 / micro_batches_per_step(args),
+        iteration=0,
+        writer=None,
+        total_loss_dict=logged,
+        force_initialize=True,
+        track_names=["load_balancing_loss"],
+        num_layers=config.num_layers,
+        moe_layer_freq=config.moe_layer_freq,
+    )
+    return f", balance {float(logged['load_balancing_loss']):.3f}"
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
@@ -316,7 +337,8 @@ def sharded_state(model: Any, optimizer: Any | None, scheduler: Any, step: int, 
     """All that goes on after a resume, as shards that any number of ranks can put together again."""
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     weights = model.module.sharded_state_dict(metadata=metadata)
-    state = {"model": weights, "scheduler": scheduler.state_dict(), "step": step}
+    experts_over = parallel_state.get_expert_model_parallel_world_size()
+    state = {"model": weights, "scheduler": scheduler.state_dict(), "step": step, "experts_over": experts_over}
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata)
     return state
@@ -335,6 +357,12 @@ def save(args: argparse.Namespace, model: Any, optimizer: Any, scheduler: Any, s
 
 def load(args: argparse.Namespace, model: Any, optimizer: Any, scheduler: Any) -> int:
     """Takes up the last checkpoint; returns its step."""
+    saved = dist_checkpointing.load_common_state_dict(str(latest(args.save)))["experts_over"]
+    if saved != args.expert_model_parallel_size and not args.no_load_optim:
+        raise UsageError(
+            f"--save {args.save}: saved with --expert-model-parallel-size {saved}, and Megatron takes up its optimizer "
+            f"with no other, got {args.expert_model_parallel_size}; add --no-load-optim to go on with the weights alone"
+        )
     wanted = sharded_state(model, None if args.no_load_optim else optimizer, scheduler, 0, loading=True)
     state = dist_checkpointing.load(wanted, str(latest(args.save)))
     model.module.load_state_dict(state["model"])
@@ -348,4 +376,8 @@ def load(args: argparse.Namespace, model: Any, optimizer: Any, scheduler: Any) -
 
 
 if __name__ == "__main__":  # needed: saving starts processes of its own
-    main()
+    try:
+        main()
+    except UsageError as error:
+        print(f"pretrain_gpt.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
