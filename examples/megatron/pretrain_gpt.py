@@ -123,6 +123,10 @@ def parse_args() -> argparse.Namespace:
             group.add_argument(flag(field.name), type=(kinds or [str])[0], default=default, metavar="X")
     add_moe_args(parser)  # in a script of Megatron-LM: extra_args_provider=add_moe_args
     args = parser.parse_args()
+    if args.train_iters < 1 or args.eval_interval < 1:
+        parser.error(
+            f"--train-iters, --eval-interval: expected 1 or more, got {args.train_iters}, {args.eval_interval}"
+        )
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if args.global_batch_size % (ranks * args.micro_batch_size):
         parser.error(
