@@ -13,6 +13,7 @@ import megatron_harness
 
 megatron_harness.install()
 
+import megatron.core  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from megatron.core import parallel_state as mpu  # noqa: E402
@@ -331,6 +332,11 @@ def _marking_without(mark, what):
     return marked
 
 
+def release(group, ranks, nothing, store):
+    """The megatron-core at work here."""
+    return megatron.core.__version__
+
+
 def initial_values(group, ranks, impl, store):
     """The experts and the router that a seed gives, by layer: ``{layer: (router, {expert: (up, down)})}``."""
     connect(ranks, store)
@@ -385,8 +391,12 @@ def told(group, ranks, kind, store, fields, attributes):
             translate.experts_config(config)
         elif kind == "train":
             Training(case, "dmoe").step()
+        elif kind == "options":
+            translate.moe_config(config, {"top_k": 3})
         else:
             moe_layer = DmoeLayer(config)
+            for parameter in moe_layer.parameters():
+                parameter.main_grad = torch.zeros_like(parameter, dtype=torch.bfloat16)
             moe_layer(torch.zeros(LENGTH, MICRO_BATCH, config.hidden_size))
     except Exception as error:
         return type(error).__name__, str(error)

@@ -102,7 +102,8 @@ def test_single_shards_and_cut_experts_go_back_to_megatrons_own_layer(megatron, 
 @pytest.mark.parametrize(("first", "second"), [("native", "dmoe"), ("dmoe", "native")])
 def test_everything_else_of_a_layer_goes_both_ways(megatron, saved, case, first, second):
     folder, before = saved(case, first)
-    assert_same_model(before, megatron.run("load", case.on(world=1), second, folder))
+    there = case if second == "native" else case.on(world=1)  # on one rank Megatron's own biases fail in backward
+    assert_same_model(before, megatron.run("load", there, second, folder))
 
 
 @pytest.mark.parametrize(

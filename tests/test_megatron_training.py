@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch.nn.functional as F
 from megatron_cases import Case, Ranks, assert_same_training
@@ -63,6 +65,11 @@ CASES = {
     "capacity, the smallest weights dropped": Case(EP2, {"moe_expert_capacity_factor": 0.8}),
     "overlapped gradient reduction": Case(EP2, STRONG, overlap=True),
 }
+
+
+def test_the_release_is_the_one_that_was_asked_for(megatron):
+    release = megatron.run("release", Ranks(1), None)[0]
+    assert release == os.environ.get("MEGATRON_RELEASE", release)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -60,6 +60,9 @@ class DmoeExperts(MegatronModule):
         """
         if buffers:
             refuse("moe_ncclep_zero_copy", True, "dmoe's experts write to memory of their own", "leave it out")
+        to_main_grads = self.experts.config.accumulate_main_grad and torch.is_grad_enabled()
+        if to_main_grads:
+            check_main_grads(self.experts)
         x, home = permuted_local_hidden_states, permuted_local_hidden_states.device
         counts = torch.as_tensor(tokens_per_expert)
         if counts.device != home:
@@ -67,8 +70,7 @@ class DmoeExperts(MegatronModule):
         numbers = torch.arange(self.num_local_experts, device=home)
         expert = torch.repeat_interleave(numbers, counts, output_size=len(x)).unsqueeze(1)  # the host waits for nothing
         y = self.experts(x, plan_token_choice(expert, self.num_local_experts), permuted_probs.reshape(-1, 1))
-        if self.experts.config.accumulate_main_grad and y.requires_grad:
-            check_main_grads(self.experts)
+        if to_main_grads and y.requires_grad:
             y.register_hook(lambda grad: announce_main_grads(self.experts))
         return y, None
 

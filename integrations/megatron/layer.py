@@ -112,13 +112,15 @@ class DmoeLayer(MegatronModule):
                 "without sequence parallelism every tensor-parallel rank would train on the same tokens",
                 "add --sequence-parallel",
             )
+        to_main_grads = self.moe.config.accumulate_main_grad and torch.is_grad_enabled()
+        if to_main_grads:
+            check_main_grads(self.moe.experts)
         mask = None if padding_mask is None else ~padding_mask.transpose(0, 1).bool()
         if self.training and "moe" in (self._recomputed or ()):
             y = tensor_parallel.checkpoint(self._forward, False, hidden_states, mask)
         else:
             y = self._forward(hidden_states, mask)
-        if self.moe.config.accumulate_main_grad and y.requires_grad:
-            check_main_grads(self.moe.experts)
+        if to_main_grads and y.requires_grad:
             y.register_hook(self._announce_main_grads)
         return y, None
 

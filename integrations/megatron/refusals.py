@@ -160,7 +160,7 @@ def _refuse_cuda_graphs(config: Any) -> None:
             "cuda_graph_impl",
             kind,
             "Megatron would capture dmoe's layer as a dense one",
-            "leave it out, or capture attention alone (--cuda-graph-scope attn; --cuda-graph-modules from 0.18)",
+            "leave it out, or capture attention alone (--cuda-graph-scope attn, or --cuda-graph-modules attn)",
         )
 
 
