@@ -293,8 +293,8 @@ def report(results: list[dict[str, Any]], env: dict[str, Any], name: str) -> str
         "Forward + backward with the balance loss, median milliseconds; in brackets, how many times dmoe's. Bold: the "
         "fastest. dmoe: `dmoe_block_spec`; dmoe's experts: `dmoe_experts_spec`, which keeps Megatron's router and "
         "all-to-all dispatcher; SequentialMLP: Megatron's own layer. One rank; every step has new tokens. Before "
-        "timing output and gradients of input, router and experts of each agreed with a float64 loop over experts, within a "
-        "relative norm of "
+        "timing output and gradients of input, router and experts of each agreed with a float64 loop over experts, within "
+        "a relative norm of "
         + " and ".join(f"{tolerance:.0e} ({dtype})" for dtype, tolerance in TOLERANCE.items())
         + ".",
     ]
