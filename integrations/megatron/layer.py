@@ -24,6 +24,7 @@ from dmoe.integrations.megatron.parameters import (
     build_moe,
     check_main_grads,
     mark_experts,
+    mark_output_bias,
     mark_router,
 )
 from dmoe.integrations.megatron.refusals import refuse
@@ -177,6 +178,7 @@ class DmoeLayer(MegatronModule):
     def _mark(self) -> None:
         groups = self.pg_collection
         mark_router(self.moe.router, self.config)
+        mark_output_bias(self.moe, self.config)
         mark_experts(self.moe.experts, self.config, groups.ep.size(), groups.expt_tp.size())
 
     def _apply(self, fn: Any, recurse: bool = True) -> DmoeLayer:

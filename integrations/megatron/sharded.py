@@ -69,6 +69,10 @@ def layer_sharded_state_dict(layer: Any, prefix: str, offsets: tuple, metadata: 
             state[f"{prefix}moe.router.{own.get(name, name)}"] = make_sharded_tensor_for_checkpoint(
                 tensor, f"{prefix}router.{name}", prepend_offsets=offsets, tp_group=tp, dp_cp_group=dp_cp
             )
+    if layer.moe.output_bias is not None:  # MegaBlocks'; Megatron's layer has no such
+        state[f"{prefix}moe.output_bias"] = make_sharded_tensor_for_checkpoint(
+            layer.moe.output_bias, f"{prefix}output_bias", prepend_offsets=offsets, tp_group=tp, dp_cp_group=dp_cp
+        )
     place = Place.of(layer.pg_collection)
     state |= experts_sharded_state_dict(
         layer.moe.experts, f"{prefix}moe.experts.", f"{prefix}experts.experts.", offsets, place, metadata

@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, get_tr
 from dmoe.integrations.megatron import versions
 from dmoe.integrations.megatron.experts import DmoeExperts
 from dmoe.integrations.megatron.layer import DmoeLayer
+from dmoe.integrations.megatron.options import current_options
 from dmoe.integrations.megatron.refusals import refuse
 
 
@@ -123,18 +124,13 @@ class DmoeTransformerLayer(TransformerLayer):
         number = layer_number + get_transformer_layer_offset(config, vp_stage, pp_rank)
         spec = _layer_specs(config, None)[number - 1]
         if versions.moe_submodules(spec.submodules.mlp) is not None:
-            spec = with_dmoe(spec, _options_of_run())
+            spec = with_dmoe(spec, current_options())
         kwargs = {**spec.params, **kwargs, "pg_collection": pg_collection, "vp_stage": vp_stage}
         super().__init__(config, spec.submodules, layer_number, *args, **kwargs)
 
 
 # `--spec dmoe.integrations.megatron dmoe_gpt_spec`: up to 0.18 a constant is expected there.
 dmoe_gpt_spec = ModuleSpec(module=DmoeTransformerLayer)
-
-
-def _options_of_run() -> Mapping[str, Any]:
-    """What this run's command line says of dmoe's own options; nothing outside Megatron's training loop."""
-    return {}
 
 
 def _block_spec(

@@ -5,7 +5,7 @@ Options that dmoe does not carry are in ``refusals.py``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -14,9 +14,12 @@ from dmoe import MoEConfig
 from dmoe.integrations.megatron.refusals import refuse, refuse_uncarried
 
 LOSSES = ("aux_loss", "seq_aux_loss", "global_aux_loss")
-# Fields of MoEConfig that Megatron has no option for, and that do not change what its options mean.
+# Fields of MoEConfig that Megatron has no option for. With ``bias="output"``, one bias of the whole layer, and
+# ``activation="gelu_tanh"`` a layer is as MegaBlocks' fork of Megatron trains it.
 OPTIONS = (
+    "activation",
     "backend",
+    "bias",
     "drop_order",
     "max_rows_received",
     "min_capacity",
@@ -25,6 +28,7 @@ OPTIONS = (
     "wire_backward",
     "wire_dtype",
 )
+EXPERT_OPTIONS = ("activation", "backend", "recompute_pre_activation")  # where router and dispatcher are Megatron's
 
 
 def moe_config(config: Any, options: Mapping[str, Any] | None = None) -> MoEConfig:
@@ -54,13 +58,13 @@ def experts_config(config: Any, options: Mapping[str, Any] | None = None) -> MoE
     Args, Raises: as for :func:`moe_config`; what belongs to router and dispatcher is not looked at.
     """
     refuse_uncarried(config, experts_only=True)
-    return MoEConfig(top_k=1, **_experts(config) | _checked(options))
+    return MoEConfig(top_k=1, **_experts(config) | _checked(options, EXPERT_OPTIONS))
 
 
-def _checked(options: Mapping[str, Any] | None) -> dict[str, Any]:
-    if unknown := sorted(set(options or {}) - set(OPTIONS)):
+def _checked(options: Mapping[str, Any] | None, known: Sequence[str] = OPTIONS) -> dict[str, Any]:
+    if unknown := sorted(set(options or {}) - set(known)):
         raise ValueError(
-            f"dmoe.integrations.megatron: options: expected some of {', '.join(OPTIONS)}, got {', '.join(unknown)}; "
+            f"dmoe.integrations.megatron: options: expected some of {', '.join(known)}, got {', '.join(unknown)}; "
             "what has a name in Megatron is an option of Megatron"
         )
     return dict(options or {})
