@@ -16,7 +16,7 @@ from dmoe.model_tools import (
     set_aux_loss_scale,
     update_selection_bias,
 )
-from dmoe.plan import RoutingPlan, plan_expert_choice, plan_token_choice
+from dmoe.plan import RoutingPlan, device_tile_rows, plan_expert_choice, plan_token_choice
 from dmoe.replace import replace_ffn
 from dmoe.routing import Routing
 
@@ -30,6 +30,7 @@ __all__ = [
     "RoutingPlan",
     "aux_loss",
     "checkpoint",
+    "device_tile_rows",
     "functional",
     "info",
     "is_expert_param",

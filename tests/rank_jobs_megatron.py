@@ -397,6 +397,9 @@ def told(group, ranks, kind, store, fields, attributes):
             translate.experts_config(config)
         elif kind == "train":
             Training(case, "dmoe").step()
+        elif kind == "overlap":
+            wanted = [translate.moe_config(config, options) for options in ({}, {"overlap_degree": 2})]
+            return [each.accumulate_main_grad for each in wanted]
         elif kind == "options":
             translate.moe_config(config, {"top_k": 3})
         else:

@@ -40,6 +40,13 @@ def fixed_loss(training):
     return float(reduced[0]["loss"]) if reduced else None
 
 
+def marks_of(training):
+    """What the parameters say of themselves."""
+    names = ("allreduce", "tensor_model_parallel", "partition_dim", "sequence_parallel")
+    named = training.model.module.named_parameters()
+    return {name: tuple(getattr(parameter, mark, None) for mark in names) for name, parameter in named}
+
+
 def save(group, case, impl, store, folder, optimizer=False, single=False, without=None):
     """Train, save, and say what would come next: the experts, the fixed batch's loss, and two more steps."""
     jobs.connect(case.ranks, store)
@@ -67,7 +74,10 @@ def load(group, case, impl, store, folder, optimizer=False, single=False, withou
             parameter.fill_(7.0)
     with jobs.left_out(without):
         loaded = dist_checkpointing.load(_state(training, optimizer, single, True), folder)
+    marks = marks_of(training)
     training.model.module.load_state_dict(loaded["model"], strict=True)
+    if marks_of(training) != marks:
+        raise AssertionError("loading changed what Megatron's optimizer looks at")
     if optimizer:
         training.optimizer.load_state_dict(loaded["optimizer"])
     else:

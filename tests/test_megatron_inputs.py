@@ -131,6 +131,11 @@ def test_an_option_of_dmoe_that_has_a_name_in_megatron(megatron):
     assert "got top_k" in told[1]
 
 
+def test_main_grads_and_chunks_of_experts_go_together(megatron):
+    fused = {"gradient_accumulation_fusion": True}
+    assert megatron.run("told", ONE, "overlap", {}, fused) == [[True, False]]
+
+
 IMPORT = """
 import sys, types
 version = {version!r}

@@ -58,6 +58,7 @@ CASES = {
         padding=True,
     ),
     "padding": Case(EP2, STRONG, padding=True),
+    "padding, tp2": Case(TP2, STRONG, padding=True),
     "biases": Case(EP2, {"add_bias_linear": True}),
     "plain gelu": Case(Ranks(1), {"gated_linear_unit": False, "activation_func": F.gelu}),
     "weights on the input": Case(

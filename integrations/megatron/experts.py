@@ -9,7 +9,7 @@ import torch
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from dmoe import plan_token_choice
+from dmoe import device_tile_rows, plan_token_choice
 from dmoe.integrations.megatron import versions
 from dmoe.integrations.megatron.parameters import announce_main_grads, build_moe, check_main_grads, mark_experts
 from dmoe.integrations.megatron.refusals import refuse
@@ -42,7 +42,7 @@ class DmoeExperts(MegatronModule):
         versions.release()
         self.num_local_experts, self.pg_collection = num_local_experts, pg_collection
         self.experts = build_moe(config, experts_config(config, options), pg_collection, with_router=False).experts
-        self.register_load_state_dict_post_hook(without_extra_states)
+        self.register_load_state_dict_post_hook(_after_loading)
 
     def forward(
         self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor, **buffers: Any
@@ -69,7 +69,9 @@ class DmoeExperts(MegatronModule):
             counts = counts.pin_memory().to(home, non_blocking=True) if home.type == "cuda" else counts.to(home)
         numbers = torch.arange(self.num_local_experts, device=home)
         expert = torch.repeat_interleave(numbers, counts, output_size=len(x)).unsqueeze(1)  # the host waits for nothing
-        y = self.experts(x, plan_token_choice(expert, self.num_local_experts), permuted_probs.reshape(-1, 1))
+        tile_rows = device_tile_rows(home, len(x), self.num_local_experts)
+        plan = plan_token_choice(expert, self.num_local_experts, tile_rows=tile_rows)
+        y = self.experts(x, plan, permuted_probs.reshape(-1, 1))
         if to_main_grads and y.requires_grad:
             y.register_hook(lambda grad: announce_main_grads(self.experts))
         return y, None
@@ -87,6 +89,14 @@ class DmoeExperts(MegatronModule):
 
     def _apply(self, fn: Any, recurse: bool = True) -> DmoeExperts:
         super()._apply(fn, recurse)
+        self._mark()
+        return self
+
+    def _mark(self) -> None:
         groups = self.pg_collection
         mark_experts(self.experts, self.config, groups.ep.size(), groups.expt_tp.size())
-        return self
+
+
+def _after_loading(experts: DmoeExperts, incompatible_keys: Any) -> None:
+    without_extra_states(experts, incompatible_keys)
+    experts._mark()  # dmoe's experts have set marks of their own

@@ -74,7 +74,7 @@ class DmoeLayer(MegatronModule):
         )
         self.shared_experts = _shared_experts(config, submodules, groups) if shared else None
         self._recomputed = config.recompute_modules if config.recompute_granularity == "selective" else ()
-        self.register_load_state_dict_post_hook(without_extra_states)
+        self.register_load_state_dict_post_hook(_after_loading)
         self.layer_number: int | None = None
         if layer_number is not None:
             self.set_layer_number(layer_number)
@@ -185,6 +185,11 @@ class DmoeLayer(MegatronModule):
         super()._apply(fn, recurse)
         self._mark()  # dmoe's experts set marks of their own then
         return self
+
+
+def _after_loading(layer: DmoeLayer, incompatible_keys: Any) -> None:
+    without_extra_states(layer, incompatible_keys)
+    layer._mark()  # dmoe's experts have set marks of their own
 
 
 def _shared_experts(config: Any, submodules: Any, pg_collection: Any) -> Any:

@@ -45,6 +45,7 @@ def moe_config(config: Any, options: Mapping[str, Any] | None = None) -> MoEConf
     fields = _experts(config) | _router(config) | _capacity(config) | _checked(options)
     return MoEConfig(
         top_k=config.moe_router_topk,
+        accumulate_main_grad=_adds_to_main_grad(config, fields),
         # The factors themselves are Megatron's business (losses.py); here they say which values the router hands out.
         load_balancing_coefficient=sum(coefficients(config).values()),
         router_z_loss_coefficient=config.moe_z_loss_coeff or 0.0,
@@ -58,7 +59,14 @@ def experts_config(config: Any, options: Mapping[str, Any] | None = None) -> MoE
     Args, Raises: as for :func:`moe_config`; what belongs to router and dispatcher is not looked at.
     """
     refuse_uncarried(config, experts_only=True)
-    return MoEConfig(top_k=1, **_experts(config) | _checked(options, EXPERT_OPTIONS))
+    fields = _experts(config) | _checked(options, EXPERT_OPTIONS)
+    return MoEConfig(top_k=1, accumulate_main_grad=_adds_to_main_grad(config, fields), **fields)
+
+
+def _adds_to_main_grad(config: Any, fields: Mapping[str, Any]) -> bool:
+    """Whether gradients go straight into ``main_grad``: the same sums, where dmoe's other options leave that open."""
+    whole = fields.get("overlap_degree", 1) == 1 and fields.get("backend") in (None, "grouped")
+    return config.gradient_accumulation_fusion and whole
 
 
 def _checked(options: Mapping[str, Any] | None, known: Sequence[str] = OPTIONS) -> dict[str, Any]:
@@ -105,7 +113,6 @@ def _experts(config: Any) -> dict[str, Any]:
         "hidden_size": config.hidden_size,
         "num_experts": config.num_moe_experts,
         "expert_grad_scale": "sum",  # as Megatron's own experts; its data parallelism divides
-        "accumulate_main_grad": config.gradient_accumulation_fusion,
         "ffn_hidden_size": config.moe_ffn_hidden_size or config.ffn_hidden_size,
         "activation": activation_of(config.activation_func),
         "gated": bool(config.gated_linear_unit),
