@@ -293,8 +293,8 @@ def report(results: list[dict[str, Any]], env: dict[str, Any], name: str) -> str
         "Forward + backward with the balance loss, median milliseconds; in brackets, how many times dmoe's. Bold: the "
         "fastest. dmoe: `dmoe_block_spec`; dmoe's experts: `dmoe_experts_spec`, which keeps Megatron's router and "
         "all-to-all dispatcher; SequentialMLP: Megatron's own layer. One rank; every step has new tokens. Before "
-        "timing output and gradients of input, router and experts of each agreed with a float64 loop over experts, within "
-        "a relative norm of "
+        "timing, output and gradients of input, router and experts of each agreed with a float64 loop over experts, "
+        "within a relative norm of "
         + " and ".join(f"{tolerance:.0e} ({dtype})" for dtype, tolerance in TOLERANCE.items())
         + ".",
     ]
@@ -327,7 +327,7 @@ def _shape(entry: dict[str, Any]) -> str:
 
 
 def plot(results: list[dict[str, Any]], env: dict[str, Any], path: Path) -> None:
-    """Milliseconds of each contestant, a panel for each dtype."""
+    """Times over dmoe's, a panel for each dtype."""
     dtypes = list(dict.fromkeys(entry["case"]["dtype"] for entry in results))
     names = list(results[0]["timings"])
     figure, axes = new_figure(len(dtypes), width=5.2 * len(dtypes), height=4.2)
@@ -335,20 +335,20 @@ def plot(results: list[dict[str, Any]], env: dict[str, Any], path: Path) -> None
         entries = [entry for entry in results if entry["case"]["dtype"] == dtype]
         for number, name in enumerate(names):
             places = [x + 0.8 * (number - (len(names) - 1) / 2) / len(names) for x in range(len(entries))]
-            timings = [entry["timings"][name] for entry in entries]
-            heights = [timing.median * 1e3 for timing in timings]
-            below = [(timing.median - timing.p10) * 1e3 for timing in timings]
-            above = [(timing.p90 - timing.median) * 1e3 for timing in timings]
-            axis.bar(places, heights, 0.8 / len(names), color=COLOURS[number], label=name, zorder=2)
-            axis.errorbar(places, heights, yerr=[below, above], ls="none", color="#444444", elinewidth=1, zorder=3)
-        axis.set_yscale("log")
+            ratios = [entry["timings"][name].median / entry["timings"]["dmoe"].median for entry in entries]
+            axis.bar(places, ratios, 0.76 / len(names), color=COLOURS[number], label=name, zorder=2)
+            if name == "dmoe":
+                for x, entry in zip(places, entries, strict=True):
+                    shown = milliseconds(entry["timings"][name].median)
+                    axis.annotate(f"{shown} ms", (x, 0.03), rotation=90, ha="center", va="bottom", color="white")
         axis.set_xticks(range(len(entries)), [_shape(entry).replace(", ", "\n") for entry in entries], fontsize=9)
+        axis.grid(False, axis="x")
         axis.set_xlabel("T, H, F, E, K (downwards)")
         axis.set_title(dtype)
-    axes[0].set_ylabel("training step, ms")
-    axes[0].legend(frameon=False)
+    axes[0].set_ylabel("training step, times dmoe's")
+    axes[0].legend(frameon=False, loc="upper left")
     title = f"MoE layer in Megatron-Core {env['versions']['megatron-core']}, forward + backward"
-    where = f"{env['hardware']}, {env['threads']} threads"
+    where = f"{env['hardware']}, {env['threads']} thread{'s' if env['threads'] > 1 else ''}"
     figure.suptitle(f"{title}; {where} (lower is better)", x=0.07, ha="left", fontsize=11)
     figure.subplots_adjust(top=0.86)
     save_figure(figure, path)
