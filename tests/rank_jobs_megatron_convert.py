@@ -19,8 +19,7 @@ from rank_jobs_megatron import (  # before Megatron: it lets that run on the CPU
     values,
 )
 
-from megatron.core.transformer.moe import experts as native_experts  # isort: skip
-from megatron.core.transformer.moe import grouped_gemm_util, moe_utils  # isort: skip
+from megatron.core.transformer.moe import moe_utils  # isort: skip
 
 PLAIN = {"gated_linear_unit": False, "activation_func": F.gelu}
 CASES = {
@@ -88,14 +87,19 @@ def _loop_gmm(x, weights, counts, trans_b=False):
 
 
 def through_grouped_mlp(group, gated, store):
-    """Megatron's GroupedMLP itself, whose parameters are in a layout of their own, against dmoe's experts."""
+    """Megatron's GroupedMLP itself, whose parameters are in a layout of their own; None where it is gone."""
     from dmoe.integrations.megatron import DmoeExperts, convert_state
 
+    try:
+        from megatron.core.transformer.moe import grouped_gemm_util
+        from megatron.core.transformer.moe.experts import GroupedMLP
+    except ImportError:
+        return None
     connect(Ranks(), store)
     config = config_of(Case(config={} if gated else PLAIN))
     groups, experts = moe_utils.get_default_pg_collection(), config.num_moe_experts
     grouped_gemm_util.grouped_gemm = grouped_gemm_util.ops = types.SimpleNamespace(gmm=_loop_gmm)
-    native = _filled(native_experts.GroupedMLP(experts, config, pg_collection=groups))
+    native = _filled(GroupedMLP(experts, config, pg_collection=groups))
     mine = DmoeExperts(experts, config, pg_collection=groups)
     state = {f"experts.{name}": tensor for name, tensor in _tensors(native.state_dict()).items()}
     converted = convert_state(state, "dmoe_experts", num_experts=experts)

@@ -47,6 +47,8 @@ def test_a_native_model_computes_the_same_in_dmoe_and_comes_back_to_the_bit(mega
 @pytest.mark.parametrize("gated", [True, False])
 def test_megatrons_grouped_mlp(megatron_process, gated):
     report = megatron_process("through_grouped_mlp", gated)
+    if report is None:
+        pytest.skip("this megatron-core has no GroupedMLP any more")
     assert report["error"] <= ACCURACY * report["scale"]
     assert report["same"]
 

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif("MEGATRON_WHEEL" in os.environ, reason="the example runs on the installed megatron-core"),
+]
 
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "megatron" / "pretrain_gpt.py"
 SMALL = ["--num-layers", "1", "--hidden-size", "32", "--seq-length", "32", "--global-batch-size", "16"]
