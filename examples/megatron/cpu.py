@@ -20,15 +20,14 @@ def let_cuda_mean_cpu() -> None:
     """For the rest of this process; to be called before models are built."""
     torch.cuda.current_device = lambda: CPU  # type: ignore[assignment, return-value]
     torch.cuda.synchronize = lambda device=None: None  # saving a checkpoint waits for copies
+    torch.cuda.current_stream = lambda device=None: None  # type: ignore[assignment, return-value]
     _CudaMeansCpu().__enter__()
 
 
 class _CudaMeansCpu(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if str(kwargs.get("device", "")).startswith(
-            "cuda"
-        ):  # torch.zeros(1, device="cuda") in the schedule and optimizer
+        if str(kwargs.get("device", "")).startswith("cuda"):  # torch.zeros(1, device="cuda")
             kwargs["device"] = CPU
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:  # clipping asks for torch.cuda.FloatTensor
             return func(*args).replace("torch.", "torch.cuda.", 1)
