@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import datetime
+import gc
 import os
 import zlib
 from unittest.mock import patch
@@ -43,11 +44,10 @@ VOCABULARY, LENGTH, MICRO_BATCH, MICRO_BATCHES = 64, 16, 2, 2
 
 def connect(ranks, store):
     """The first ranks of the pool as a run of Megatron's of their own."""
-    rank = int(os.environ.setdefault("POOL_RANK", str(dist.get_rank())))
-    with contextlib.suppress(Exception):
-        mpu.destroy_model_parallel()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    if "POOL_RANK" not in os.environ:  # from here on there is a group only while a job runs
+        os.environ["POOL_RANK"] = str(dist.get_rank())
+    rank = int(os.environ["POOL_RANK"])
+    disconnect()
     limit = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks.world, timeout=limit)
     mpu.initialize_model_parallel(
@@ -59,6 +59,17 @@ def connect(ranks, store):
     tensor_parallel.model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
     _forget_logged_losses()
     torch.manual_seed(1234)
+
+
+def disconnect():
+    """No group of the last run stays, nor anything that holds one."""
+    _forget_logged_losses()
+    with contextlib.suppress(AssertionError, AttributeError):
+        mpu.destroy_model_parallel()
+    gc.collect()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    gc.collect()
 
 
 def _forget_logged_losses():
