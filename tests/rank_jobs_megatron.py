@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import datetime
+import gc
 import os
 import zlib
 from unittest.mock import patch
@@ -37,17 +38,17 @@ from dmoe.integrations.megatron import layer, losses, parameters, translate  # n
 from dmoe.integrations.megatron.layer import DmoeLayer  # noqa: E402
 
 megatron_harness.patch_megatron()
+gc.freeze()  # what was imported stays: looking for a job's leftovers need not look there
 
 VOCABULARY, LENGTH, MICRO_BATCH, MICRO_BATCHES = 64, 16, 2, 2
 
 
 def connect(ranks, store):
     """The first ranks of the pool as a run of Megatron's of their own."""
-    rank = int(os.environ.setdefault("POOL_RANK", str(dist.get_rank())))
-    with contextlib.suppress(Exception):
-        mpu.destroy_model_parallel()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    if "POOL_RANK" not in os.environ:  # from here on there is a group only while a job runs
+        os.environ["POOL_RANK"] = str(dist.get_rank())
+        disconnect()
+    rank = int(os.environ["POOL_RANK"])
     limit = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks.world, timeout=limit)
     mpu.initialize_model_parallel(
@@ -59,6 +60,19 @@ def connect(ranks, store):
     tensor_parallel.model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
     _forget_logged_losses()
     torch.manual_seed(1234)
+
+
+def disconnect():
+    """No group of the last run stays, nor anything that holds one."""
+    _forget_logged_losses()
+    with contextlib.suppress(AssertionError, AttributeError):
+        mpu.destroy_model_parallel()
+    for thing in gc.get_objects():  # DDP's hooks keep a model alive where Python does not see it
+        if issubclass(type(thing), torch.nn.Module):
+            thing.__dict__.clear()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    gc.collect()
 
 
 def _forget_logged_losses():
