@@ -5,13 +5,18 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 SOURCES := $(wildcard csrc/*) setup.py
 
-.PHONY: demo test check bench fairseq clean
+.PHONY: demo test test-megatron-0.19 check bench fairseq clean
 
 demo: $(VENV)/ready
 	$(BIN)/python examples/train_lm.py --compare-dense --minutes 7.5 --overwrite --generate --out runs/demo
 
+# loadgroup: tests that share one set of processes stay together, and all others go wherever there is room.
 test: check fairseq
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadgroup
+
+# The newest megatron-core, which needs Python 3.12 to be installed, from its unzipped wheel.
+test-megatron-0.19: $(VENV)/ready
+	PYTHON=$(BIN)/python tests/megatron_wheel.sh 0.19.2
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -209,11 +209,8 @@ class Megatron(Contestant):
     synchronises = True
 
     def prepare(self) -> None:
-        problem, shape = self.problem, self.problem.shape
-        experts = _need("megatron.core.transformer.moe.experts", "SequentialMLP")
+        shape = self.problem.shape
         self.utils = _need("megatron.core.transformer.moe.moe_utils", "permute", "unpermute")
-        mlp = _need("megatron.core.transformer.mlp", "MLPSubmodules")
-        layers = _need("megatron.core.tensor_parallel.layers", "ColumnParallelLinear", "RowParallelLinear")
         config = _need("megatron.core.transformer.transformer_config", "TransformerConfig")
         groups = _need("megatron.core.process_groups_config", "ProcessGroupCollection")
         state = _need("megatron.core.parallel_state", "initialize_model_parallel", "is_initialized")
@@ -241,10 +238,17 @@ class Megatron(Contestant):
             perform_initialization=False,  # the weights are replaced below
             use_cpu_initialization=True,
         )
+        self.gates = self.problem.gates.clone().requires_grad_()
+        self.build(options, groups.ProcessGroupCollection.use_mpu_process_groups())
+
+    def build(self, options: Any, collection: Any) -> None:
+        """The module, with the problem's weights."""
+        experts = _need("megatron.core.transformer.moe.experts", "SequentialMLP")
+        mlp = _need("megatron.core.transformer.mlp", "MLPSubmodules")
+        layers = _need("megatron.core.tensor_parallel.layers", "ColumnParallelLinear", "RowParallelLinear")
         submodules = mlp.MLPSubmodules(linear_fc1=layers.ColumnParallelLinear, linear_fc2=layers.RowParallelLinear)
-        collection = groups.ProcessGroupCollection.use_mpu_process_groups()
-        self.mlp = experts.SequentialMLP(shape.experts, options, submodules, pg_collection=collection)
-        self.gates = problem.gates.clone().requires_grad_()
+        problem = self.problem
+        self.mlp = experts.SequentialMLP(problem.shape.experts, options, submodules, pg_collection=collection)
         for expert, up, down in zip(self.mlp.local_experts, problem.gate_up, problem.down, strict=True):
             expert.linear_fc1.weight.data = up.detach()
             expert.linear_fc2.weight.data = down.detach()
@@ -270,6 +274,28 @@ class Megatron(Contestant):
         return self.utils.unpermute(out, order, restore_shape=self.x.shape)
 
 
+class MegatronGrouped(Megatron):
+    """Its ``GroupedMLP``: one grouped product for all experts, by the grouped_gemm package; not in every release."""
+
+    def build(self, options: Any, collection: Any) -> None:
+        _need("grouped_gemm")
+        experts = _need("megatron.core.transformer.moe.experts", "GroupedMLP")
+        problem, hidden = self.problem, self.problem.shape.hidden
+        self.mlp = experts.GroupedMLP(problem.shape.experts, options, pg_collection=collection)
+        # Its parameters' shapes are (H, E 2F) and (E F, H), and their memory is (E, H, 2F) and (E, F, H).
+        self.mlp.weight1.data = problem.gate_up.detach().transpose(1, 2).reshape(hidden, -1)
+        self.mlp.weight2.data = problem.down.detach().transpose(1, 2).reshape(-1, hidden)
+
+    def leaves(self) -> Sequence[Tensor]:
+        return self.x, self.gates, self.mlp.weight1, self.mlp.weight2
+
+    def named(self, grads: Sequence[Tensor]) -> dict[str, Tensor]:
+        shape = self.problem.shape
+        gate_up = grads[2].view(shape.experts, shape.hidden, -1).transpose(1, 2)
+        down = grads[3].view(shape.experts, -1, shape.hidden).transpose(1, 2)
+        return {"x": grads[0], "gates": grads[1], "gate_up": gate_up, "down": down}
+
+
 CONTESTANTS.update(
     {
         "Liger": Liger,
@@ -278,5 +304,6 @@ CONTESTANTS.update(
         "MegaBlocks grouped": MegaBlocks,
         "MegaBlocks sparse": MegaBlocksSparse,
         "Megatron-Core": Megatron,
+        "Megatron-Core grouped": MegatronGrouped,
     }
 )

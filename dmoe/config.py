@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 GateWeightOn = Literal["output", "activation", "input"]
-DropOrder = Literal["token_major", "choice_major", "batch_prioritized", "gate_weight"]
+DropOrder = Literal["token_major", "choice_major", "batch_prioritized", "gate_weight", "normalized_gate_weight"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ class MoEConfig:
             ``ceil_per_choice``: K * ceil(factor * T / E) (fairseq, GShard).
         drop_order: who is dropped. ``token_major`` (MegaBlocks): later tokens; ``choice_major`` (GShard, fairseq):
             second choices before first ones; ``batch_prioritized`` (V-MoE): tokens with a small largest score;
-            ``gate_weight`` (DeepSpeed's ``probs``): the assignments with the smallest scores.
+            ``gate_weight`` (DeepSpeed's ``probs``): the assignments with the smallest scores;
+            ``normalized_gate_weight`` (Megatron-Core's ``probs``): those with the smallest weights, normalised.
 
     Losses
         load_balancing_coefficient, router_z_loss_coefficient: factors of the two losses; 0 switches one off.

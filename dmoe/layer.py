@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
@@ -56,6 +57,10 @@ class MoE(Float32Buffers):
             tensors, for frameworks that know by themselves. Experts of different widths are always plain.
         router: a module of your own that keeps the protocol :class:`dmoe.routing.Router`, instead of the one that the
             config describes. Its choices have to be ``(T, top_k)``.
+        shared_expert: what every token takes beside its experts, instead of a shared expert of this layer's own: a
+            function of ``(T, H)`` to ``(T, H)`` in the same dtype, called while tokens travel. A module is registered.
+        attach_losses: what a framework does with the routing of each training forward, instead of this layer's own
+            losses: called with the output in x's shape and the :class:`dmoe.Routing`, it returns the output.
         device, dtype: of the parameters, as in ``nn.Linear``.
         **fields: fields of :class:`dmoe.MoEConfig`, instead of ``config``.
 
@@ -85,6 +90,8 @@ class MoE(Float32Buffers):
         loss_group: Any = None,
         dtensor: bool = True,
         router: nn.Module | None = None,
+        shared_expert: Callable[[Tensor], Tensor] | None = None,
+        attach_losses: Callable[[Tensor, Routing], Tensor] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **fields: Any,
@@ -109,7 +116,14 @@ class MoE(Float32Buffers):
         self.router = build_router(config, **where) if router is None else router
         owned = owned_experts(config, self.dispatcher, ep_group, device=device, dtensor=dtensor)
         self.experts = Experts(config, owned=owned, **where)
-        self.shared_expert = SharedExpert(config, **where) if config.shared_ffn_hidden_size else None
+        if shared_expert is not None and config.shared_ffn_hidden_size:
+            raise ValueError(
+                "MoE: shared_expert: expected None with shared_ffn_hidden_size, which builds one, got "
+                f"{type(shared_expert).__name__}"
+            )
+        own = SharedExpert(config, **where) if config.shared_ffn_hidden_size else None
+        self.shared_expert: Callable[[Tensor], Tensor] | None = shared_expert if own is None else own
+        self.attach_losses = attach_losses
         self.output_bias = nn.Parameter(torch.zeros(config.hidden_size, **where)) if config.bias == "output" else None
         self.register_float32("aux_loss_scale", 1.0, device=device, persistent=False)
         self.last_metrics: RoutingMetrics | None = None
@@ -163,9 +177,8 @@ class MoE(Float32Buffers):
         )
         in_chunks = self.config.overlap_degree > 1 and isinstance(self.dispatcher, AllToAllDispatcher)
         y, arrived, kept = (self._in_chunks if in_chunks else self._at_once)(tokens, routing)
-        y = self._with_aux_loss(y, routing, math.prod(x.shape[:-2]))
+        y = self._with_aux_loss(y.view(*x.shape[:-1], y.shape[-1]), routing, math.prod(x.shape[:-2]))
         self.last_metrics = _metrics(routing, arrived, kept)
-        y = y.view(*x.shape[:-1], y.shape[-1])
         if self.output_bias is None:
             return y
         return (y, self.output_bias) if self.config.return_bias else y + self.output_bias.to(y.dtype)
@@ -270,6 +283,8 @@ class MoE(Float32Buffers):
         if not self.training:
             self._aux_loss = None
             return y
+        if self.attach_losses is not None:
+            return self.attach_losses(y, routing)
         loss = self.router_losses(routing, num_sequences)
         if loss is None:
             return y

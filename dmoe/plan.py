@@ -102,7 +102,8 @@ def plan_token_choice(
         num_experts: E.
         capacity: the most rows one expert takes; None drops nothing.
         drop_order: which assignments come first where a capacity binds; see :class:`dmoe.MoEConfig`.
-        priority: scores of the choices, ``(T, K)``; needed by ``batch_prioritized`` and ``gate_weight``.
+        priority: scores of the choices, ``(T, K)``; needed by ``batch_prioritized`` and by the two
+            orders by gate weight, which differ in what the caller gives here.
         block_size: round each expert's rows up to a multiple of this.
         binned: give every expert exactly ``capacity`` rows, so that they form an ``(E, capacity, H)`` batch.
         tile_rows: also cut the rows into tiles of so many, see :func:`device_tile_rows`; 0 does not.
@@ -120,7 +121,7 @@ def plan_token_choice(
         raise ValueError(f"plan_token_choice: drop_order: expected one of {get_args(DropOrder)}, got {drop_order!r}")
     num_tokens, top_k = expert_indices.shape
     token_order, choices = None, expert_indices
-    if capacity is not None and drop_order in ("batch_prioritized", "gate_weight"):
+    if capacity is not None and drop_order in ("batch_prioritized", "gate_weight", "normalized_gate_weight"):
         if priority is None or priority.shape != expert_indices.shape:
             got = None if priority is None else tuple(priority.shape)
             raise ValueError(f"plan_token_choice: priority: {drop_order} needs shape {(num_tokens, top_k)}, got {got}")

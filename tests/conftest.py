@@ -8,6 +8,7 @@ import hypothesis
 import pytest
 import torch
 import torch.distributed as dist
+from megatron_cases import MegatronRanks
 from rank_pool import RankPool
 
 if torch.cuda.is_available():  # cuBLAS wants this before its first call, or deterministic mode refuses its products
@@ -58,6 +59,14 @@ def ranks():
     pool = RankPool(4)
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def megatron(tmp_path_factory):
+    """Ranks that run Megatron, started once; tests that use them stay in one worker (``xdist_group``)."""
+    ranks = MegatronRanks(str(tmp_path_factory.mktemp("megatron")))
+    yield ranks
+    ranks.close()
 
 
 @pytest.fixture

@@ -101,12 +101,15 @@ class TopKRouter(LinearRouter):
             backend=config.backend,
         )
         scores, chosen, weights = choice.scores, choice.expert_indices, choice.gate_weights
+        by_weight = self.rule.normalization if config.drop_order == "normalized_gate_weight" else 0.0
         plan = plan_token_choice(
             chosen,
             config.num_experts,
             capacity=capacity,
             drop_order=config.drop_order,
-            priority=None if capacity is None else gate_weights(scores.detach(), chosen),
+            priority=None
+            if capacity is None
+            else gate_weights(scores.detach(), chosen, normalization=by_weight or None),
             tile_rows=device_tile_rows(scores.device, chosen.numel(), config.num_experts),
         )
         if weights is None:  # a dropped choice weighs 0, and the norm may count the kept ones alone

@@ -1,0 +1,106 @@
+"""``python -m dmoe.integrations.megatron convert``: checkpoint files of MoE layers from one layout to another.
+
+    python -m dmoe.integrations.megatron convert --to dmoe out/rank{rank}.pt in/rank0.pt in/rank1.pt
+    python -m dmoe.integrations.megatron convert --to sequential --ranks 1 whole.pt out/rank*.pt
+
+Files are ``torch.save``'s: a model's ``state_dict()``, or a dict with it under ``model``, or under ``model0``,
+``model1``, ... for the chunks of a virtual pipeline. They are those of all expert-parallel ranks with equal tensor and
+pipeline ranks, in order. What stands beside the model is taken over from each rank's file (from the first, for another
+number of ranks), but for the optimizer's state, which does not fit the new parameters: go on with ``--no-load-optim``.
+
+Distributed checkpoints (``--ckpt-format torch_dist``) need no conversion: dmoe's layer saves and loads Megatron's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dmoe.checkpoint import read_file, write_file
+from dmoe.integrations.megatron.convert import convert_ranks
+from dmoe.integrations.megatron.expert_layouts import LAYOUTS
+
+_MODEL = re.compile(r"model\d*")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the program; returns its exit status: 0, or 2 for what the user can put right."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    try:
+        _convert(options)
+    except (OSError, ValueError, TypeError) as error:
+        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        print(f"{parser.prog}: error: {text}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dmoe.integrations.megatron",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="convert")
+    told = "MoE layers of checkpoint files from one layout to another."
+    convert = commands.add_parser("convert", help=told, description=told)
+    convert.add_argument("out", metavar="OUT", help="a file; with {rank} in it where several are written")
+    convert.add_argument("files", nargs="+", metavar="IN", help="of each expert-parallel rank, in order")
+    convert.add_argument("--to", choices=LAYOUTS, default="dmoe", help="[dmoe]")
+    convert.add_argument("--ranks", type=int, metavar="W", help="expert-parallel ranks to write for [as many as files]")
+    convert.add_argument("--num-experts", type=int, metavar="E", help="of a layer, where no router tells")
+    convert.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    convert.add_argument(
+        "--trust",
+        action="store_true",
+        help="read files with Python objects in them, as Megatron's own with its arguments: they may run any code",
+    )
+    return parser
+
+
+def _convert(options: argparse.Namespace) -> None:
+    ranks = options.ranks or len(options.files)
+    if ranks > 1 and "{rank}" not in options.out:
+        raise ValueError(f"OUT: expected a name with {{rank}} in it for {ranks} files, got {options.out}")
+    targets = [Path(options.out.replace("{rank}", str(rank))) for rank in range(ranks)]
+    for target in targets:
+        if target.exists() and not options.overwrite:
+            raise ValueError(f"{target} exists; --overwrite replaces it")
+    contents = [_read(path, options.trust) for path in options.files]
+    names = [name for name, value in contents[0].items() if _MODEL.fullmatch(name) and isinstance(value, Mapping)]
+    if names:
+        models = {name: _converted([content[name] for content in contents], options) for name in names}
+        for rank, target in enumerate(targets):
+            content = dict(contents[rank if ranks == len(contents) else 0])
+            dropped = content.pop("optimizer", None) is not None
+            write_file(target, content | {name: parts[rank] for name, parts in models.items()}, overwrite=True)
+            print(f"{target}{' (without the optimizer)' if dropped else ''}")
+    else:
+        for target, part in zip(targets, _converted(contents, options), strict=True):
+            write_file(target, part, overwrite=True)
+            print(target)
+
+
+def _converted(states: list[Mapping[str, Any]], options: argparse.Namespace) -> list[dict[str, Any]]:
+    return convert_ranks(states, options.to, ranks=options.ranks, num_experts=options.num_experts)
+
+
+def _read(path: str, trust: bool) -> Mapping[str, Any]:
+    if trust:
+        return torch.load(path, map_location="cpu", weights_only=False)
+    try:
+        return read_file(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; --trust reads Python objects, too, if you know where the file is from") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())
