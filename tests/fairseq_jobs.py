@@ -151,6 +151,7 @@ def route(flags, logits, padding=None, training=True, seed=0, from_command_line=
     """
     fairseq_moe()
     import torch
+
     from dmoe.integrations.fairseq_moe.flags import read_flags
     from dmoe.integrations.fairseq_moe.layer import MoELayer, moe_layers
 
@@ -201,6 +202,7 @@ def drawn_seconds(logits, training, flags):
     """How often each expert was the second choice of copies of one token."""
     fairseq_moe()
     import torch
+
     from dmoe.integrations.fairseq_moe.flags import read_flags
     from dmoe.integrations.fairseq_moe.layer import MoELayer
 
@@ -326,8 +328,9 @@ def dropped_shares(p, encoder=False):
 def logged_by(outputs):
     """What the criterion makes of logging outputs of several ranks or micro-batches, as floats."""
     fairseq_moe()
-    from dmoe.integrations.fairseq_moe.criterion import MoECrossEntropyCriterion
     from fairseq.logging import metrics
+
+    from dmoe.integrations.fairseq_moe.criterion import MoECrossEntropyCriterion
 
     with metrics.aggregate(new_root=True) as meters:
         MoECrossEntropyCriterion.reduce_metrics(outputs)

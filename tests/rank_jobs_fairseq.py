@@ -163,6 +163,7 @@ def evaluate(group, argv):
     """Run ``eval_lm``: its results, lines it logged, and the calls that each rank's model got."""
     with _as_rank(group, argv):
         import fairseq_cli.eval_lm as program
+
         from dmoe.integrations.fairseq_moe.layer import MoELayer
 
         cfg, calls, stock = config(group, "eval_lm", argv), [], MoELayer.forward

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+
 from dmoe.integrations.fairseq_moe import profiling
 from dmoe.integrations.fairseq_moe.flags import FlagError, has_moe_layers, read_flags
 

@@ -8,11 +8,12 @@ from itertools import chain
 from typing import Any
 
 import torch.distributed as dist
-from dmoe.integrations.fairseq_moe import parallel, parts
-from dmoe.integrations.fairseq_moe.flags import FlagError
 from fairseq import checkpoint_utils
 from fairseq.distributed import utils as distributed_utils
 from fairseq.utils import safe_getattr
+
+from dmoe.integrations.fairseq_moe import parallel, parts
+from dmoe.integrations.fairseq_moe.flags import FlagError
 
 _found: dict[str, parts.Files] = {}  # what find_together found, for load_checkpoint_to_cpu to come
 

@@ -9,9 +9,10 @@ import os
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
+from fairseq import options
+
 from dmoe.integrations.fairseq_moe import backends
 from dmoe.integrations.fairseq_moe.flags import FlagError, read_flags
-from fairseq import options
 
 logger = logging.getLogger(__name__)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from dmoe.integrations.fairseq_moe import commands
-from dmoe.integrations.fairseq_moe.flags import FlagError
 from fairseq import options, tasks
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
 import dmoe
+from dmoe.integrations.fairseq_moe import commands
+from dmoe.integrations.fairseq_moe.flags import FlagError
 
 
 def cli_main() -> None:

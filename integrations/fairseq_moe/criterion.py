@@ -11,15 +11,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from dmoe.integrations.fairseq_moe.flags import FlagError, flag, one_of
-from dmoe.integrations.fairseq_moe.layer import moe_layers
-from dmoe.integrations.fairseq_moe.statistics import NAMES
 from fairseq import utils
 from fairseq.criterions import CRITERION_REGISTRY, FairseqCriterion, register_criterion
 from fairseq.dataclass import FairseqDataclass
 from fairseq.logging import metrics
 from omegaconf import II
 from torch import Tensor
+
+from dmoe.integrations.fairseq_moe.flags import FlagError, flag, one_of
+from dmoe.integrations.fairseq_moe.layer import moe_layers
+from dmoe.integrations.fairseq_moe.statistics import NAMES
 
 COMBINE = ("average", "sum")
 TRANSFORMS = ("none", "neg_log")

@@ -15,11 +15,12 @@ from typing import Any
 import fairseq_cli.eval_lm as program
 import torch
 import torch.distributed as dist
-from dmoe.integrations.fairseq_moe import parallel, profiling
-from dmoe.integrations.fairseq_moe.flags import FlagError
 from fairseq import utils
 from fairseq.data import LMContextWindowDataset
 from fairseq.distributed import utils as distributed_utils
+
+from dmoe.integrations.fairseq_moe import parallel, profiling
+from dmoe.integrations.fairseq_moe.flags import FlagError
 
 logger = logging.getLogger(__name__)
 

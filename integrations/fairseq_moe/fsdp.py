@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from dmoe.integrations.fairseq_moe.parallel import ExpertGroups, experts_of
 from fairseq.distributed import utils as distributed_utils
 from fairseq.models.transformer import DEFAULT_MIN_PARAMS_TO_WRAP
 from fairseq.utils import safe_getattr
@@ -35,6 +34,7 @@ from omegaconf import open_dict
 from torch import Tensor, nn
 
 import dmoe
+from dmoe.integrations.fairseq_moe.parallel import ExpertGroups, experts_of
 
 
 def casts(cfg: Any) -> bool:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 
 import torch
-from dmoe.integrations.fairseq_moe.flags import MoEFlags
-from dmoe.integrations.fairseq_moe.statistics import gate_statistics
 from torch import Tensor
 
 import dmoe
+from dmoe.integrations.fairseq_moe.flags import MoEFlags
+from dmoe.integrations.fairseq_moe.statistics import gate_statistics
 from dmoe.ops.gate_weights import gate_weights
 from dmoe.ops.histogram import histogram
 from dmoe.ops.router_top_k import TopKRule, router_top_k

@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
+
+import dmoe
 from dmoe.integrations.fairseq_moe import names
 from dmoe.integrations.fairseq_moe.exchange_timer import ExchangeTimer
 from dmoe.integrations.fairseq_moe.flags import FlagError, MoEFlags
 from dmoe.integrations.fairseq_moe.gate import Gate
 from dmoe.integrations.fairseq_moe.parallel import expert_groups
 from dmoe.integrations.fairseq_moe.statistics import NAMES, OF_CHOICES
-from torch import Tensor, nn
-
-import dmoe
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 _ACTIVATIONS: dict[str, Activation] = {

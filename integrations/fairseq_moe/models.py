@@ -8,14 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from dmoe.integrations.fairseq_moe.flags import (
-    EncoderDecoderFlags,
-    FlagError,
-    MoEFlags,
-    has_moe_layers,
-    read_flags,
-)
-from dmoe.integrations.fairseq_moe.modules import MoEDecoderLayer, MoEEncoderLayer, take_gate_losses
 from fairseq import models as registries
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.models import transformer_lm
@@ -26,6 +18,15 @@ from fairseq.models.transformer_lm import TransformerLanguageModel, TransformerL
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from fairseq.utils import safe_getattr
 from torch import nn
+
+from dmoe.integrations.fairseq_moe.flags import (
+    EncoderDecoderFlags,
+    FlagError,
+    MoEFlags,
+    has_moe_layers,
+    read_flags,
+)
+from dmoe.integrations.fairseq_moe.modules import MoEDecoderLayer, MoEEncoderLayer, take_gate_losses
 
 
 def _wrapped(layer: nn.Module, cfg: Any) -> nn.Module:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from dmoe.integrations.fairseq_moe.flags import FlagError, MoEFlags
-from dmoe.integrations.fairseq_moe.layer import MoELayer, feed_forward_dropouts
 from fairseq.modules.fairseq_dropout import FairseqDropout
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase, TransformerEncoderLayerBase
 from torch import Tensor, nn
+
+from dmoe.integrations.fairseq_moe.flags import FlagError, MoEFlags
+from dmoe.integrations.fairseq_moe.layer import MoELayer, feed_forward_dropouts
 
 
 class _SparingDropout(FairseqDropout):

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from dmoe.integrations.fairseq_moe.flags import FlagError
 from fairseq.distributed import ModuleProxyWrapper
 from fairseq.distributed import utils as distributed_utils
 from fairseq.models import DistributedFairseqModel
 from torch import Tensor, nn
 
 import dmoe
+from dmoe.integrations.fairseq_moe.flags import FlagError
 
 
 @dataclass(frozen=True)

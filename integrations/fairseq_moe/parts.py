@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from dmoe.integrations.fairseq_moe.flags import FlagError
-from dmoe.integrations.fairseq_moe.names import _OF_EXPERTS
 
 import dmoe
+from dmoe.integrations.fairseq_moe.flags import FlagError
+from dmoe.integrations.fairseq_moe.names import _OF_EXPERTS
 
 OPTIMIZER = "last_optimizer_state"
 # Beside the optimizer's state, which counts parameters: their names, in that order.

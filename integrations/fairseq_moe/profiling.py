@@ -25,11 +25,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from dmoe.integrations.fairseq_moe import parallel
 from torch import nn
 from torch.autograd.profiler import record_function
 
 import dmoe
+from dmoe.integrations.fairseq_moe import parallel
 
 logger = logging.getLogger(__name__)
 on_cpu = False  # `train --profile` without a GPU: see backends.settle

@@ -13,13 +13,14 @@ from typing import Any
 import fairseq.distributed
 import fairseq.trainer
 import torch
-from dmoe.integrations.fairseq_moe import checkpoints, fsdp, parallel, parts, profiling
-from dmoe.integrations.fairseq_moe.flags import FlagError
-from dmoe.integrations.fairseq_moe.layer import moe_layers
 from fairseq import utils
 from fairseq.trainer import Trainer
 from omegaconf import open_dict
 from torch import nn
+
+from dmoe.integrations.fairseq_moe import checkpoints, fsdp, parallel, parts, profiling
+from dmoe.integrations.fairseq_moe.flags import FlagError
+from dmoe.integrations.fairseq_moe.layer import moe_layers
 
 logger = logging.getLogger(__name__)
 
