@@ -6,7 +6,6 @@ import contextlib
 import copy
 import datetime
 import gc
-import os
 import zlib
 from unittest.mock import patch
 
@@ -40,17 +39,16 @@ from dmoe.integrations.megatron.layer import DmoeLayer  # noqa: E402
 megatron_harness.patch_megatron()
 gc.freeze()  # what was imported stays: looking for a job's leftovers need not look there
 
+RANK = dist.get_rank() if dist.is_initialized() else 0  # in the pool, when the first job imports this
 VOCABULARY, LENGTH, MICRO_BATCH, MICRO_BATCHES = 64, 16, 2, 2
 
 
 def connect(ranks, store):
     """The first ranks of the pool as a run of Megatron's of their own."""
-    if "POOL_RANK" not in os.environ:  # from here on there is a group only while a job runs
-        os.environ["POOL_RANK"] = str(dist.get_rank())
+    if dist.is_initialized():  # the pool's own group: from here on there is one only while a job runs
         disconnect()
-    rank = int(os.environ["POOL_RANK"])
     limit = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks.world, timeout=limit)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=RANK, world_size=ranks.world, timeout=limit)
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=ranks.tp,
         pipeline_model_parallel_size=ranks.pp,

@@ -127,7 +127,7 @@ def test_main_grads_have_to_be_float32(megatron):
 
 def test_an_option_of_dmoe_that_has_a_name_in_megatron(megatron):
     (told,) = megatron.run("told", ONE, "options", {}, {})
-    assert "options: expected some of backend, drop_order" in told[1]
+    assert "options: expected some of activation, backend" in told[1]
     assert "got top_k" in told[1]
 
 
