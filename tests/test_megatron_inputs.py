@@ -58,7 +58,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("option", "value"), REFUSED, ids=lambda part: str(part)[:24])
+@pytest.mark.parametrize(("option", "value"), REFUSED, ids=lambda part: getattr(part, "__name__", str(part))[:24])
 def test_an_option_that_dmoe_does_not_carry_is_refused(megatron, option, value):
     (told,) = megatron.run("told", ONE, "translate", {}, {option: value})
     kind, sentence = told
