@@ -55,8 +55,8 @@ class MoE(Float32Buffers):
         dtensor: whether the experts' parameters are ``DTensor`` on the mesh of ``ep_group``, as
             ``torch.distributed.checkpoint`` and FSDP2 need to know which part of them is here. False keeps plain
             tensors, for frameworks that know by themselves. Experts of different widths are always plain.
-        router: a module of your own that keeps the protocol :class:`dmoe.routing.Router`, instead of the one that the
-            config describes. Its choices have to be ``(T, top_k)``.
+        router_module: a module of your own that keeps the protocol :class:`dmoe.routing.Router`, instead of the one
+            that the config describes. Its choices have to be ``(T, top_k)``.
         shared_expert: what every token takes beside its experts, instead of a shared expert of this layer's own: a
             function of ``(T, H)`` to ``(T, H)`` in the same dtype, called while tokens travel. A module is registered.
         attach_losses: what a framework does with the routing of each training forward, instead of this layer's own
@@ -89,7 +89,7 @@ class MoE(Float32Buffers):
         ep_levels: Any = None,
         loss_group: Any = None,
         dtensor: bool = True,
-        router: nn.Module | None = None,
+        router_module: nn.Module | None = None,
         shared_expert: Callable[[Tensor], Tensor] | None = None,
         attach_losses: Callable[[Tensor, Routing], Tensor] | None = None,
         device: torch.device | str | None = None,
@@ -103,8 +103,11 @@ class MoE(Float32Buffers):
             raise TypeError(
                 f"MoE: expected a config or its fields, got a config and {sorted(fields)}; use dataclasses.replace"
             )
-        if router is not None and not (isinstance(router, nn.Module) and hasattr(router, "update_selection_bias")):
-            raise TypeError(f"MoE: router: expected a module with dmoe.routing.Router's methods, got {router!r:.80}")
+        routes = isinstance(router_module, nn.Module) and hasattr(router_module, "update_selection_bias")
+        if router_module is not None and not routes:
+            raise TypeError(
+                f"MoE: router_module: expected a module with dmoe.routing.Router's methods, got {router_module!r:.80}"
+            )
         self.config = config = config or MoEConfig(**fields)
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.dispatcher = build_dispatcher(config, ep_group, expert_tp_group, ep_levels)
@@ -113,7 +116,7 @@ class MoE(Float32Buffers):
         self.bias_ranks = None if loss_group is None else LoadOfRanks(as_group(loss_group, "loss_group"))
         loss_group = ep_group if loss_group is None else loss_group
         self.load_of_ranks = None if loss_group is None else LoadOfRanks(as_group(loss_group, "loss_group"))
-        self.router = build_router(config, **where) if router is None else router
+        self.router = build_router(config, **where) if router_module is None else router_module
         owned = owned_experts(config, self.dispatcher, ep_group, device=device, dtensor=dtensor)
         self.experts = Experts(config, owned=owned, **where)
         if shared_expert is not None and config.shared_ffn_hidden_size:

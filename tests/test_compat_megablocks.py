@@ -895,10 +895,13 @@ def test_one_substitution_moves_a_users_imports():
         assert all(hasattr(module, name) for name in module.__all__)
 
 
+def _inits(top):
+    return (ROOT / top).rglob("__init__.py")
+
+
 def test_every_package_is_installed():
-    packages = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "dmoe").rglob("__init__.py")} | {
-        "dmoe.integrations"
-    }
+    folders = [path.parent.relative_to(ROOT).parts for top in ("dmoe", "integrations") for path in _inits(top)]
+    packages = {".".join(parts if parts[0] == "dmoe" else ("dmoe", *parts)) for parts in folders}
     assert set(re.findall(r'^  "(dmoe[\w.]*)",$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)) == packages
 
 

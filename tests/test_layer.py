@@ -345,7 +345,7 @@ class _TheLastOnes(dmoe.routing.LinearRouter):
 def test_a_router_of_ones_own():
     torch.manual_seed(0)
     config = MoEConfig(hidden_size=6, ffn_hidden_size=4, num_experts=5, load_balancing_coefficient=0.0)
-    layer = MoE(config, router=_TheLastOnes(config, dtype=torch.float64), dtype=torch.float64)
+    layer = MoE(config, router_module=_TheLastOnes(config, dtype=torch.float64), dtype=torch.float64)
     x = torch.randn(2, 3, 6, dtype=torch.float64)
     y = layer(x)
     y.square().sum().backward()
@@ -359,5 +359,5 @@ def test_a_router_of_ones_own():
 
 @pytest.mark.parametrize("router", [torch.nn.Linear(6, 5), lambda x: x])
 def test_a_router_that_is_none_is_told(router):
-    with pytest.raises(TypeError, match=r"MoE: router: expected a module with dmoe.routing.Router's methods, got"):
-        MoE(hidden_size=6, ffn_hidden_size=4, num_experts=5, router=router)
+    with pytest.raises(TypeError, match=r"MoE: router_module: expected a module with dmoe.routing.Router's methods"):
+        MoE(hidden_size=6, ffn_hidden_size=4, num_experts=5, router_module=router)

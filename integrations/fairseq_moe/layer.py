@@ -71,7 +71,7 @@ class MoELayer(nn.Module):
         self.flags = flags
         self.moe = dmoe.MoE(
             config,
-            router=Gate(config, flags),
+            router_module=Gate(config, flags),
             ep_group=expert_groups(flags.moe_expert_count).ep_group,
             dtensor=False,
         )
