@@ -154,6 +154,12 @@ def test_the_launcher_in_a_process_of_its_own():
         "fairseq_moe: expected one of train, eval_lm, preprocess, generate, interactive, validate, count, and its "
         "flags; got tain"
     )
+    on_two = {**os.environ, "WORLD_SIZE": "2", "RANK": "0"}
+    done = subprocess.run([*run, "validate"], capture_output=True, text=True, check=False, env=on_two)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1] == (
+        "fairseq_moe: validate: expected one process, got 2; train and eval_lm run on several"
+    )
 
 
 @pytest.mark.parametrize("found", [None, "0.13.0"])

@@ -6,6 +6,7 @@ TOOL is one of train, eval_lm, preprocess, generate, interactive, validate (fair
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 from dmoe.integrations import fairseq_moe
@@ -18,6 +19,8 @@ sys.modules.setdefault("fairseq_moe", fairseq_moe)
 
 _OWN = {"count": "dmoe.integrations.fairseq_moe.count"}
 _TOOLS = ("train", "eval_lm", "preprocess", "generate", "interactive", "validate", *_OWN)
+# Their ranks would take batches of their own, as many as there are, while experts need every rank in every forward.
+_ON_ONE_RANK = ("generate", "interactive", "validate")
 
 
 def main() -> None:
@@ -28,6 +31,9 @@ def main() -> None:
         got = sys.argv[1] if len(sys.argv) > 1 else "nothing"
         sys.exit(f"fairseq_moe: expected one of {', '.join(_TOOLS)}, and its flags; got {got}")
     tool = sys.argv.pop(1)
+    ranks = int(os.environ.get("WORLD_SIZE") or 1)
+    if tool in _ON_ONE_RANK and ranks > 1:
+        sys.exit(f"fairseq_moe: {tool}: expected one process, got {ranks}; train and eval_lm run on several")
     try:
         importlib.import_module(_OWN.get(tool, f"fairseq_cli.{tool}")).cli_main()
     except FlagError as error:
