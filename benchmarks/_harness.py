@@ -250,6 +250,35 @@ def write_json(
     path.write_text(json.dumps(document, indent=1, default=plain) + "\n")
 
 
+def publish(
+    name: str,
+    env: Mapping[str, Any],
+    args: argparse.Namespace,
+    results: list[dict[str, Any]],
+    *,
+    report: Callable[[str], str],
+    plot: Callable[[Path], None],
+) -> None:
+    """Write JSON, Markdown and plot into ``args.out``, and print the text.
+
+    Args:
+        name: of the benchmark.
+        env: see :func:`environment`.
+        args: the settings.
+        results: one for each case.
+        report: makes the text, given the files' name without an ending.
+        plot: draws into the given path.
+    """
+    args.out.mkdir(parents=True, exist_ok=True)
+    base = args.out / stem(name, env)
+    write_json(base.with_suffix(".json"), env, vars(args), results)
+    text = report(base.name)
+    base.with_suffix(".md").write_text(text)
+    plot(base.with_suffix(".png"))
+    print(text)
+    print(f"written: {base}.json, .md, .png")
+
+
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table, the first column to the left and the others to the right."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]

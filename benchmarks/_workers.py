@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
+from _harness import require_close
+from torch import Tensor
 
 
 class WorkerError(Exception):
@@ -76,3 +80,32 @@ def _serve(connection: Connection, factory: Callable[..., Any], args: tuple[Any,
         except Exception:
             answer = (False, traceback.format_exc())
         connection.send(answer)
+
+
+def worst_errors(
+    where: str, workers: Mapping[str, Worker], reference: Callable[[int], dict[str, Tensor]], tolerance: float
+) -> dict[str, dict[str, float]]:
+    """Every contestant against the truth, for two seeds, before anything is timed.
+
+    Args:
+        where: benchmark and case, for messages.
+        workers: contestants with a method ``errors(seed, path)``, whose processes read the truth from a file.
+        reference: the truth of a seed.
+        tolerance: of the relative norm.
+
+    Returns:
+        The larger error of the two, by contestant and tensor.
+
+    Raises:
+        CheckError: one is off.
+    """
+    worst: dict[str, dict[str, float]] = {name: {} for name in workers}
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "reference.pt")
+        for seed in (0, 1):
+            torch.save(reference(seed), path)
+            for name, worker in workers.items():
+                found = worker.call("errors", seed, path)
+                require_close(f"{where}, seed {seed}: {name}", found, tolerance)
+                worst[name] = {key: max(value, worst[name].get(key, 0.0)) for key, value in found.items()}
+    return worst

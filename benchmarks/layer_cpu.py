@@ -11,7 +11,6 @@ loop over experts before anything is timed. Each contestant has a process of its
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,13 +30,11 @@ from _harness import (
     markdown_table,
     milliseconds,
     new_figure,
-    require_close,
+    publish,
     save_figure,
-    stem,
-    write_json,
 )
 from _layers import CONTESTANTS, RIVALS, Bench, Case, make_step, make_weights, reference, route
-from _workers import Worker, WorkerError
+from _workers import Worker, WorkerError, worst_errors
 from tqdm import tqdm
 
 SHAPES = (  # T, H, F, E, K
@@ -90,14 +87,14 @@ def main() -> None:
             worker.close()
 
     env = environment(args.threads)
-    args.out.mkdir(parents=True, exist_ok=True)
-    base = args.out / stem("layer_cpu", env)
-    write_json(base.with_suffix(".json"), env, vars(args), results)
-    text = report(results, env, base.name)
-    base.with_suffix(".md").write_text(text)
-    plot(results, env, base.with_suffix(".png"))
-    print(text)
-    print(f"written: {base}.json, .md, .png")
+    publish(
+        "layer_cpu",
+        env,
+        args,
+        results,
+        report=lambda name: report(results, env, name),
+        plot=lambda path: plot(results, env, path),
+    )
 
 
 def run_case(case: Case, workers: dict[str, Worker], args: Any, tick: Callable[[], None]) -> dict[str, Any]:
@@ -117,15 +114,7 @@ def run_case(case: Case, workers: dict[str, Worker], args: Any, tick: Callable[[
             reasons[name] = reason
             del field[name]
 
-    errors: dict[str, dict[str, float]] = {name: {} for name in field}
-    with tempfile.TemporaryDirectory() as folder:
-        path = str(Path(folder) / "reference.pt")
-        for seed in (0, 1):
-            torch.save(reference(case, seed), path)
-            for name, worker in field.items():
-                found = worker.call("errors", seed, path)
-                require_close(f"layer_cpu, {case.label}, seed {seed}: {name}", found, TOLERANCE[case.dtype])
-                errors[name] = {key: max(value, errors[name].get(key, 0.0)) for key, value in found.items()}
+    errors = worst_errors(f"layer_cpu, {case.label}", field, lambda seed: reference(case, seed), TOLERANCE[case.dtype])
 
     saved = {name: worker.call("saved_bytes") for name, worker in field.items()}
     faults: dict[str, int] = {}

@@ -12,7 +12,6 @@ Needs ``pip install megatron-core``; without Transformer Engine its own experts 
 from __future__ import annotations
 
 import os
-import tempfile
 import types
 import warnings
 from collections.abc import Callable
@@ -33,15 +32,13 @@ from _harness import (
     markdown_table,
     milliseconds,
     new_figure,
+    publish,
     relative_error,
-    require_close,
     save_figure,
-    stem,
     stopwatch,
-    write_json,
 )
 from _layers import Case, make_step, make_weights
-from _workers import Worker
+from _workers import Worker, worst_errors
 from torch import Tensor
 from torch.nn.functional import linear, silu
 from tqdm import tqdm
@@ -93,29 +90,23 @@ def main() -> None:
             worker.close()
     env = environment(args.threads)
     env["versions"]["megatron-core"] = release
-    args.out.mkdir(parents=True, exist_ok=True)
-    base = args.out / stem("megatron_cpu", env)
-    write_json(base.with_suffix(".json"), env, vars(args), results)
-    text = report(results, env, base.name)
-    base.with_suffix(".md").write_text(text)
-    plot(results, env, base.with_suffix(".png"))
-    print(text)
-    print(f"written: {base}.json, .md, .png")
+    publish(
+        "megatron_cpu",
+        env,
+        args,
+        results,
+        report=lambda name: report(results, env, name),
+        plot=lambda path: plot(results, env, path),
+    )
 
 
 def run_case(case: Case, workers: dict[str, Worker], args: Any, tick: Callable[[], None]) -> dict[str, Any]:
     """Build, check and time one case."""
-    errors: dict[str, dict[str, float]] = {name: {} for name in workers}
     for worker in workers.values():
         worker.call("build", case)
-    with tempfile.TemporaryDirectory() as folder:
-        path = str(Path(folder) / "reference.pt")
-        for seed in (0, 1):
-            torch.save(reference(case, seed), path)
-            for name, worker in workers.items():
-                found = worker.call("errors", seed, path)
-                require_close(f"megatron_cpu, {case.label}, seed {seed}: {name}", found, TOLERANCE[case.dtype])
-                errors[name] = {key: max(value, errors[name].get(key, 0.0)) for key, value in found.items()}
+    errors = worst_errors(
+        f"megatron_cpu, {case.label}", workers, lambda seed: reference(case, seed), TOLERANCE[case.dtype]
+    )
 
     def turn(name: str) -> Callable[[int], float]:
         def seconds(i: int) -> float:  # two steps, of which the second counts; no seed comes twice

@@ -28,10 +28,9 @@ from _harness import (
     markdown_table,
     milliseconds,
     new_figure,
+    publish,
     save_figure,
-    stem,
     stopwatch,
-    write_json,
 )
 from torch import Tensor
 from tqdm import tqdm
@@ -217,14 +216,14 @@ def main() -> None:
             results.append({"case": vars(case), "timings": timings})
 
     env = environment(args.threads)
-    args.out.mkdir(parents=True, exist_ok=True)
-    base = args.out / stem("routing_ops", env)
-    write_json(base.with_suffix(".json"), env, vars(args), results)
-    text = tables(results, env)
-    base.with_suffix(".md").write_text(text)
-    plot(results, env, base.with_suffix(".png"))
-    print(text)
-    print(f"written: {base}.json, .md, .png")
+    publish(
+        "routing_ops",
+        env,
+        args,
+        results,
+        report=lambda name: tables(results, env),
+        plot=lambda path: plot(results, env, path),
+    )
 
 
 if __name__ == "__main__":

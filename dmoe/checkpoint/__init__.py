@@ -11,8 +11,9 @@ of the same model in one process. Parameters that are DTensors are the business 
 
 from __future__ import annotations
 
+from dmoe.checkpoint.command import run_command
 from dmoe.checkpoint.files import read_file, write_file
 from dmoe.checkpoint.inspection import LayerPart, inspect_state
 from dmoe.checkpoint.states import merge_states, split_state
 
-__all__ = ["LayerPart", "inspect_state", "merge_states", "read_file", "split_state", "write_file"]
+__all__ = ["LayerPart", "inspect_state", "merge_states", "read_file", "run_command", "split_state", "write_file"]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import dmoe.checkpoint
+from dmoe.checkpoint.command import run_command
 from dmoe.checkpoint.files import in_rank_order, read_file, refuse_existing, write_file
 from dmoe.checkpoint.inspection import inspect_state, report
 from dmoe.checkpoint.slots import Widths
@@ -18,15 +19,7 @@ from dmoe.checkpoint.states import Cut, merge_states
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program; returns its exit status: 0, or 2 for what the user can put right."""
-    parser = build_parser()
-    options = parser.parse_args(arguments)
-    try:
-        options.run(options)
-    except (OSError, ValueError, TypeError) as error:
-        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-        print(f"{parser.prog}: error: {text}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(build_parser(), lambda options: options.run(options), arguments)
 
 
 def build_parser() -> argparse.ArgumentParser:

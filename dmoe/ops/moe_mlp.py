@@ -41,9 +41,10 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     return call.x.new_empty(call.x.shape), call.x.new_empty((call.row_to_token.shape[0], call.pre_width))
 
 
-def _fake_backward(grad_y: Tensor, pre: Tensor, of_weights: bool, *arguments: Any) -> tuple[Tensor, ...]:
+def fake_backward(grad_y: Tensor, pre: Tensor, of_weights: bool, *arguments: Any) -> tuple[Tensor, ...]:
+    """What backward returns, without values."""
     call = Call(*arguments)
-    weights = (call.up_proj, call.down_proj, call.up_bias, call.down_bias) if of_weights else (None,) * 4
+    weights = (getattr(call, name) if of_weights else None for name in WEIGHTS)
     given = (call.x, call.gate_weights, *weights)
     return tuple(call.x.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape) for tensor in given)
 
@@ -58,6 +59,16 @@ def autocast(op: Any, dtype: torch.dtype, *arguments: Any) -> Any:
     names = ("x", "up_proj", "down_proj", "up_bias", "down_bias", "residual")
     call = Call(*arguments)
     return op(*call._replace(**{name: cast(getattr(call, name)) for name in names}))
+
+
+def under_autocast(function: Any, *arguments: Any) -> Any:
+    """A function that is no operation on what autocast, if it is on, makes of the arguments; inside it is off."""
+    kind = Call(*arguments).x.device.type
+    if not torch.is_autocast_enabled(kind):
+        return function(*arguments)
+    dtype = torch.get_autocast_dtype(kind)
+    with torch.autocast(kind, enabled=False):
+        return autocast(function, dtype, *arguments)
 
 
 _forward = define(
@@ -87,7 +98,7 @@ _backward = define(
     f"moe_mlp_backward(Tensor grad_y, Tensor pre_activation, bool of_weights, {SCHEMA})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     moe_mlp_backward_ref,
-    fake=_fake_backward,
+    fake=fake_backward,
     cuda=moe_mlp_backward_cuda,
 )
 refuse_double_backward(_backward)
@@ -109,7 +120,7 @@ def _without_projections(grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 _backward_into = define(
     f"moe_mlp_backward_into(Tensor grad_y, Tensor pre_activation, {SCHEMA_INTO}) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward_into_ref,
-    fake=lambda grad_y, pre, *arguments: _without_projections(_fake_backward(grad_y, pre, True, *arguments)),
+    fake=lambda grad_y, pre, *arguments: _without_projections(fake_backward(grad_y, pre, True, *arguments)),
     cuda=lambda grad_y, pre, *arguments: _without_projections(moe_mlp_backward_cuda(grad_y, pre, True, *arguments)),
 )
 
@@ -206,14 +217,8 @@ def moe_mlp(*arguments: Any, backend: str | None = None, recompute: bool = False
     """
     if backend not in (None, "grouped", "reference"):
         raise ValueError(f"moe_mlp: backend: expected None, 'grouped' or 'reference', got {backend!r}")
-    call = Call(*arguments)
     if backend == "reference":
-        device_type = call.x.device.type
-        if not torch.is_autocast_enabled(device_type):
-            return moe_mlp_twice_differentiable(*arguments)
-        dtype = torch.get_autocast_dtype(device_type)
-        with torch.autocast(device_type, enabled=False):
-            return autocast(moe_mlp_twice_differentiable, dtype, *arguments)
+        return under_autocast(moe_mlp_twice_differentiable, *arguments)
     differentiable = any(isinstance(value, Tensor) and value.requires_grad for value in arguments)
     if torch.is_grad_enabled() and differentiable:
         return _lean(*arguments) if recompute else _forward(*arguments)[0]

@@ -23,15 +23,23 @@ from torch import Tensor
 
 from dmoe.ops._library import define, refuse_double_backward
 from dmoe.ops._moe_mlp_call import SCHEMA, SCHEMA_INTO, Call
-from dmoe.ops.moe_mlp import WEIGHTS, _backward, _forward, _inference, as_wanted, autocast, save, saved
+from dmoe.ops.moe_mlp import (
+    WEIGHTS,
+    _backward,
+    _forward,
+    _inference,
+    as_wanted,
+    fake_backward,
+    save,
+    saved,
+    under_autocast,
+)
 from dmoe.ops.moe_mlp_cuda import add_to_main_grads, moe_mlp_backward_data_cuda, moe_mlp_backward_weights_cuda
 from dmoe.ops.moe_mlp_ref import moe_mlp_backward_data_ref, moe_mlp_backward_weights_ref
 
 
 def _fake_weights(grad_y: Tensor, grad_pre: Tensor, hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    call = Call(*arguments)
-    given = (getattr(call, name) for name in WEIGHTS)
-    return tuple(call.x.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape) for tensor in given)
+    return fake_backward(grad_y, grad_pre, True, *arguments)[2:]
 
 
 def _fake_data(grad_y: Tensor, pre: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -173,10 +181,4 @@ def defer(*weights: Tensor | None) -> tuple[tuple[Tensor | None, ...], Later | N
 
 def moe_mlp_deferred(later: Later, *arguments: Any, recompute: bool = False) -> Tensor:
     """:func:`dmoe.ops.moe_mlp.moe_mlp` on weights that :func:`defer` returned, with what ties the halves together."""
-    kind = Call(*arguments).x.device.type
-    if not torch.is_autocast_enabled(kind):
-        return _DataHalf.apply(later, recompute, *arguments)
-    with torch.autocast(kind, enabled=False):
-        return autocast(
-            lambda *cast: _DataHalf.apply(later, recompute, *cast), torch.get_autocast_dtype(kind), *arguments
-        )
+    return under_autocast(lambda *cast: _DataHalf.apply(later, recompute, *cast), *arguments)

@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from dmoe.integrations.fairseq_moe.layer import MoELayer
 
 _GATE = ("gate.wg.weight", "moe.router.weight")
-_OF_EXPERTS = {
+OF_EXPERTS = {
     "fc1.weight": "moe.experts.up_proj",
     "fc1.bias": "moe.experts.up_bias",
     "fc2.weight": "moe.experts.down_proj",
     "fc2.bias": "moe.experts.down_bias",
 }
-_EXPERT = re.compile(rf"experts\.(\d+)\.({'|'.join(map(re.escape, _OF_EXPERTS))})")
+_EXPERT = re.compile(rf"experts\.(\d+)\.({'|'.join(map(re.escape, OF_EXPERTS))})")
 
 
 def speak_as_the_branch(layer: MoELayer) -> None:
@@ -40,7 +40,7 @@ def speak_as_the_branch(layer: MoELayer) -> None:
 def _rename(layer: Any, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
     theirs, ours = _GATE
     state_dict[prefix + theirs] = state_dict.pop(prefix + ours)
-    stacked = {name: state_dict.pop(prefix + ours) for name, ours in _OF_EXPERTS.items()}
+    stacked = {name: state_dict.pop(prefix + ours) for name, ours in OF_EXPERTS.items()}
     for expert in range(len(stacked["fc1.weight"])):
         for name, tensor in stacked.items():
             state_dict[f"{prefix}experts.{expert}.{name}"] = tensor[expert]
@@ -59,13 +59,13 @@ def _gather(
     theirs, ours = _GATE
     if prefix + theirs in state_dict:
         state_dict[prefix + ours] = state_dict.pop(prefix + theirs)
-    found: dict[str, dict[int, torch.Tensor]] = {name: {} for name in _OF_EXPERTS}
+    found: dict[str, dict[int, torch.Tensor]] = {name: {} for name in OF_EXPERTS}
     for key in [key for key in state_dict if key.startswith(prefix)]:
         of_expert = _EXPERT.fullmatch(key[len(prefix) :])
         if of_expert:
             found[of_expert[2]][int(of_expert[1])] = state_dict.pop(key)
     here, total = len(layer.moe.experts.owned.experts), layer.flags.moe_expert_count
-    for name, ours in _OF_EXPERTS.items():
+    for name, ours in OF_EXPERTS.items():
         tensors = found[name]
         if not tensors:
             continue  # dmoe's own names, or what load_state_dict calls missing

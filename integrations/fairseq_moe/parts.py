@@ -24,13 +24,13 @@ import torch
 
 import dmoe
 from dmoe.integrations.fairseq_moe.flags import FlagError
-from dmoe.integrations.fairseq_moe.names import _OF_EXPERTS
+from dmoe.integrations.fairseq_moe.names import OF_EXPERTS
 
 OPTIMIZER = "last_optimizer_state"
 # Beside the optimizer's state, which counts parameters: their names, in that order.
 PARAMETERS = "optimizer_parameters"
 _SUFFIXES = re.compile(r"(-rank-\d+|-shared)*(\.pt)?$")
-_EXPERT = re.compile(rf"(.*\.)experts\.(\d+)\.({'|'.join(map(re.escape, _OF_EXPERTS))})")
+_EXPERT = re.compile(rf"(.*\.)experts\.(\d+)\.({'|'.join(map(re.escape, OF_EXPERTS))})")
 _GATE = ".gate.wg.weight"
 
 
@@ -185,7 +185,7 @@ def _tree(state: dict[str, Any], path: str) -> dict[str, Any]:
     for key, value in state["model"].items():
         found = _EXPERT.fullmatch(key)
         if found:
-            stacks.setdefault(found[1] + _OF_EXPERTS[found[3]], {})[int(found[2])] = value
+            stacks.setdefault(found[1] + OF_EXPERTS[found[3]], {})[int(found[2])] = value
     model = {}
     for name, experts in stacks.items():
         if sorted(experts) != list(range(len(experts))):

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from dmoe.checkpoint import read_file, write_file
+from dmoe.checkpoint import read_file, run_command, write_file
 from dmoe.integrations.megatron.convert import convert_ranks
 from dmoe.integrations.megatron.expert_layouts import LAYOUTS
 
@@ -31,15 +31,7 @@ _MODEL = re.compile(r"model\d*")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program; returns its exit status: 0, or 2 for what the user can put right."""
-    parser = build_parser()
-    options = parser.parse_args(arguments)
-    try:
-        _convert(options)
-    except (OSError, ValueError, TypeError) as error:
-        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-        print(f"{parser.prog}: error: {text}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(build_parser(), _convert, arguments)
 
 
 def build_parser() -> argparse.ArgumentParser:
