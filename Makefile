@@ -16,7 +16,7 @@ test: check fairseq
 
 # The newest megatron-core, which needs Python 3.12 to be installed, from its unzipped wheel.
 test-megatron-0.19: $(VENV)/ready
-	PYTHON=$(BIN)/python tests/megatron_wheel.sh 0.19.2
+	PYTHON=$(BIN)/python tests/support/megatron_wheel.sh 0.19.2
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -4,7 +4,7 @@
 
 Starts 2, then 4 ranks of a gloo group on this machine. On every case all contestants agree first with the naive one, in
 float64 on output and gradients, and every byte count (what went over the wire, what the dispatcher's metrics say, what
-``_ep_bytes`` predicts) has to be the same; else nothing is reported. Then they take turns. A turn is forward and
+``parts.ep_bytes`` predicts) has to be the same; else nothing is reported. Then they take turns. A turn is forward and
 backward, from a barrier to a barrier, so that the slowest rank counts.
 
 Two kinds of cases: movement alone, where an expert only scales its rows, and with experts of width F.
@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _ep_bytes import Wire, copies_closed_form, counted_rows
-from _ep_movement import CONTESTANTS, Case, Rank
-from _ep_ranks import RankFailedError, Ranks
-from _harness import (
+from parts.ep_bytes import Wire, copies_closed_form, counted_rows
+from parts.ep_movement import CONTESTANTS, Case, Rank
+from parts.ep_ranks import RankFailedError, Ranks
+from parts.harness import (
     COLOURS,
     CheckError,
     Timing,
@@ -217,7 +217,7 @@ def report(results: list[dict[str, Any]], env: dict[str, Any], name: str, memory
         "Before timing, outputs and all gradients agreed in float64 within a relative norm of 1e-12.",
         "## Bytes",
         "10^6 bytes that one rank sends to others in a forward (rows, their choices, results, counts), mean over the "
-        "ranks. On the wire, in the dispatcher's metrics and as `_ep_bytes.py` predicts: the same number on every "
+        "ranks. On the wire, in the dispatcher's metrics and as `parts/ep_bytes.py` predicts: the same number on every "
         "rank, else there is no report. Copies: rows of one token, that to its own rank included; the closed form "
         "holds for the uniform routing.",
         _bytes(movement),

@@ -2,7 +2,7 @@
 
     python benchmarks/ep_model.py [--gpus 8,64,4096] [--tokens 4096,128] [--routings uniform,zipf:0.5]
     python benchmarks/ep_model.py --recorded ids.pt --experts 64   # torch.save([ids of rank 0, ...], "ids.pt")
-    python benchmarks/ep_model.py --links mine.json                # a copy of ep_links.json with other figures
+    python benchmarks/ep_model.py --links mine.json                # a copy of parts/ep_links.json with other figures
 
 **Rows.** A token goes once to each rank that holds any of its experts (deduplicated), or once for each of its K choices
 (naive). With E experts on W ranks and uniform choices that is ``W * (1 - C(E - E/W, K) / C(E, K))`` ranks, its own
@@ -13,16 +13,16 @@ included; if W > E each expert is cut over W/E ranks and a token goes to all of 
   experts shuffled once so that popular ones are spread; random differences between ranks are left out;
 - recorded: counted exactly if the file has as many ranks as there are GPUs; else the shares of all its tokens.
 
-**Bytes** of one rank in forward (``_ep_bytes.Wire``; equal to what ``AllToAllDispatcher`` sends, byte for byte, where
-rows are counted)::
+**Bytes** of one rank in forward (``parts.ep_bytes.Wire``; equal to what ``AllToAllDispatcher`` sends, byte for byte,
+where rows are counted)::
 
     rows sent * (row + choices) + rows received * result + (W - 1) * counts
 
 with ``row = 2 H`` in bfloat16, ``H + 4`` in fp8 (a float32 scale for each row), ``choices = 2 K * 4`` (K gate weights,
 K expert numbers), ``result = 2 H``, ``counts = 48``. The naive all-to-all sends no choices and ``8 E/W`` counts.
 
-**Seconds** (``_ep_links.py``): on each kind of link ``messages * latency + max(sent, received) / bandwidth``; the kinds
-work at the same time, the slowest rank counts. Four exchanges follow each other: counts, choices, rows; then results.
+**Seconds** (``parts/ep_links.py``): on each kind of link ``messages * latency + max(sent, received) / bandwidth``; the
+kinds work at the same time, the slowest rank counts. Four exchanges follow each other: counts, choices, rows; then results.
 Flat: W - 1 messages in each. Two-level: L - 1 inside a node of L, then N - 1 between N nodes.
 
 **Overlap**: the experts' share is ``6 H F`` operations for each choice (gated, forward), at the rate in the link table.
@@ -43,7 +43,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _ep_bytes import (
+from parts.ep_bytes import (
     Wire,
     copies_closed_form,
     draw_choices,
@@ -52,8 +52,8 @@ from _ep_bytes import (
     naive_rows_to_ranks,
     rows_to_ranks,
 )
-from _ep_links import DEFAULT_LINKS, Machine, Phase, flat, load_machine, overlapped, seconds, two_level
-from _harness import COLOURS, RESULTS, label_lines, markdown_table, new_figure, save_figure
+from parts.ep_links import DEFAULT_LINKS, Machine, Phase, flat, load_machine, overlapped, seconds, two_level
+from parts.harness import COLOURS, RESULTS, label_lines, markdown_table, new_figure, save_figure
 from torch import Tensor
 from tqdm import tqdm
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _harness import (
+from parts.harness import (
     COLOURS,
     CheckError,
     Timing,
@@ -33,8 +33,8 @@ from _harness import (
     publish,
     save_figure,
 )
-from _layers import CONTESTANTS, RIVALS, Bench, Case, make_step, make_weights, reference, route
-from _workers import Worker, WorkerError, worst_errors
+from parts.layers import CONTESTANTS, RIVALS, Bench, Case, make_step, make_weights, reference, route
+from parts.workers import Worker, WorkerError, worst_errors
 from tqdm import tqdm
 
 SHAPES = (  # T, H, F, E, K

@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _gpu_contestants import CEILING, CONTESTANTS, OWN, AbsentError, Contestant
-from _gpu_dummy import dummy_results
-from _gpu_peers import add_peers
-from _gpu_problem import Problem, Truth, make_problem
-from _gpu_report import plot, report
-from _gpu_shapes import DECODE, H200, MODELS, ORDER, SKEWED, TINY, Rates, Shape, decode_floor, floor
-from _gpu_timing import (
+from parts.gpu_contestants import CEILING, CONTESTANTS, OWN, AbsentError, Contestant
+from parts.gpu_dummy import dummy_results
+from parts.gpu_peers import add_peers
+from parts.gpu_problem import Problem, Truth, make_problem
+from parts.gpu_report import plot, report
+from parts.gpu_shapes import DECODE, H200, MODELS, ORDER, SKEWED, TINY, Rates, Shape, decode_floor, floor
+from parts.gpu_timing import (
     Flush,
     ceilings,
     gpu_facts,
@@ -40,7 +40,7 @@ from _gpu_timing import (
     step_of,
     time_training,
 )
-from _harness import RESULTS, environment, milliseconds, stem, write_json
+from parts.harness import RESULTS, environment, milliseconds, stem, write_json
 
 # Half of bfloat16's last place is 2e-3 of a value, and a gradient passes four roundings. A swapped weight is off by
 # 1; one lost row of sixteen moves its token by a quarter.

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from _harness import (
+from parts.harness import (
     COLOURS,
     CheckError,
     Timing,
@@ -37,8 +37,8 @@ from _harness import (
     save_figure,
     stopwatch,
 )
-from _layers import Case, make_step, make_weights
-from _workers import Worker, worst_errors
+from parts.layers import Case, make_step, make_weights
+from parts.workers import Worker, worst_errors
 from torch import Tensor
 from torch.nn.functional import linear, silu
 from tqdm import tqdm

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _harness import (
+from parts.harness import (
     COLOURS,
     CheckError,
     Timing,

@@ -95,7 +95,7 @@ elif [ -z "$dry" ]; then
     step tests 170 tests.log "${pytest[@]}" "${workers[@]}" --durations=10 tests "${more[@]}"
 else
     step "tests, collected" 120 tests.log "${pytest[@]}" --collect-only tests
-    step "tests, rehearsed" 120 tests.log env DMOE_TEST_DEVICE=cpu "${pytest[@]}" tests/test_gpu_ops.py
+    step "tests, rehearsed" 120 tests.log env DMOE_TEST_DEVICE=cpu "${pytest[@]}" tests/gpu/test_gpu_ops.py
 fi
 
 # --------------------------------------------------------------------------------------------------------- sanitizer

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from _gpu_contestants import CEILING, CONTESTANTS, OWN
-from _gpu_shapes import H200, Shape
-from _harness import COLOURS, markdown_table, milliseconds, new_figure, save_figure
+from parts.gpu_contestants import CEILING, CONTESTANTS, OWN
+from parts.gpu_shapes import H200, Shape
+from parts.harness import COLOURS, markdown_table, milliseconds, new_figure, save_figure
 
 Entry = dict[str, Any]
 MARKERS = "osD^vP*Xph<>"

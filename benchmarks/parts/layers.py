@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from _harness import available_memory, relative_error, stopwatch
 from torch import Tensor, nn
 from torch.nn.functional import grouped_mm, linear, silu
 
 import dmoe
+from parts.harness import available_memory, relative_error, stopwatch
 
 # Tokens of one step share a random direction, as those of one text do, of this size beside their own unit variance. It
 # makes the load differ between experts and from step to step, which decides the shapes of the products.

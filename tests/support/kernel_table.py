@@ -4,8 +4,8 @@ The operations' own CUDA functions run on ``meta`` tensors; instead of starting 
 with the very arguments it would have been started with. So whatever can be dispatched in a case is compiled, with the
 specialisation the launch would get, and nothing else.
 
-``python tests/kernel_table.py --arch 90`` prints the table of one architecture as JSON; ``--write`` renews the
-committed one, ``tests/kernel_table.json``, for all. One process compiles for one architecture only: a kernel that uses
+``python tests/support/kernel_table.py --arch 90`` prints the table of one architecture as JSON; ``--write`` renews the
+committed one, ``kernel_table.json`` beside it, for all. One process compiles for one architecture only: a kernel that uses
 Hopper's instructions can take the whole process down when compiled for another.
 """
 
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TABLE = Path(__file__).with_suffix(".json")
 ARCHITECTURES = (80, 90, 100)
 # What tells in the PTX how a kernel moves and multiplies.

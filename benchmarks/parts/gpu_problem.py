@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from _gpu_shapes import Shape
 from torch import Tensor
 from torch.nn.functional import silu
+
+from parts.gpu_shapes import Shape
 
 ROUTINGS = ("uniform", "zipf")
 NAMES = ("y", "x", "gates", "gate_up", "down")

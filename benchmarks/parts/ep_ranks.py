@@ -11,7 +11,7 @@ from multiprocessing.connection import wait
 from typing import Any
 from unittest.mock import patch
 
-from _workers import _serve
+from parts.workers import _serve
 
 
 class RankFailedError(Exception):

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from _gpu_contestants import Contestant, DenseChain
-from _gpu_shapes import Rates
-from _harness import Timing, interleave
 from torch import Tensor
 from torch._C._autograd import DeviceType
+
+from parts.gpu_contestants import Contestant, DenseChain
+from parts.gpu_shapes import Rates
+from parts.harness import Timing, interleave
 
 PASSES = ("forward", "backward", "step")
 

@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.skipif("MEGATRON_WHEEL" in os.environ, reason="the example runs on the installed megatron-core"),
 ]
 
-SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "megatron" / "pretrain_gpt.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "megatron" / "pretrain_gpt.py"
 SMALL = ["--num-layers", "1", "--hidden-size", "32", "--seq-length", "32", "--global-batch-size", "16"]
 SMALL += ["--micro-batch-size", "4", "--data-bytes", "400000", "--eval-bytes", "4096", "--eval-interval", "4"]
 # Without a balance loss, which looks at a micro-batch, a batch is the same however ranks share it.

@@ -14,7 +14,7 @@ import fairseq_jobs as jobs
 import pytest
 from fairseq_pool import in_fairseq, needs_fairseq
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 STATISTICS = {
     *(name.format(k) for k in (1, 2) for name in ("overflow_expert{}", "unused_expert{}_count")),
     *(name.format(k) for k in (1, 2) for name in ("expert{}_balance_top", "expert{}_balance_bottom")),

@@ -1,13 +1,13 @@
 #!/bin/sh
 # The tests of the Megatron integration against another release of megatron-core than the installed one:
 #
-#     tests/megatron_wheel.sh [release, default 0.19.2] [arguments of pytest]
+#     tests/support/megatron_wheel.sh [release, default 0.19.2] [arguments of pytest]
 #
 # From 0.17 on the wheels are for Python 3.12; unzipped, they run on 3.11 as well. PYTHON names the interpreter.
 set -eu
 release=${1:-0.19.2}
 [ $# -eq 0 ] || shift
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 python=${PYTHON:-python}
 folder=$PWD/build/megatron-core-$release
 if [ ! -d "$folder/megatron" ]; then
@@ -18,4 +18,4 @@ if [ ! -d "$folder/megatron" ]; then
     "$python" -m zipfile -e "$folder"/megatron_core-*.whl "$folder"
 fi
 MEGATRON_WHEEL=$folder MEGATRON_RELEASE=$release OMP_NUM_THREADS=1 \
-    "$python" -m pytest -q tests/test_megatron_*.py "$@"
+    "$python" -m pytest -q tests/megatron "$@"

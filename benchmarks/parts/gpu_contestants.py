@@ -1,4 +1,4 @@
-"""Who takes part in ``layer_gpu.py``, on the same weights and routing; other libraries are in ``_gpu_peers``."""
+"""Who takes part in ``layer_gpu.py``, on the same weights and routing; other libraries are in ``parts.gpu_peers``."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from _gpu_problem import Problem, Truth
 from torch import Tensor, nn
 from torch.nn.functional import grouped_mm, silu
 
 import dmoe
+from parts.gpu_problem import Problem, Truth
 
 
 class AbsentError(Exception):

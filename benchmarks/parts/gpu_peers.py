@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _gpu_contestants import CONTESTANTS, AbsentError, Contestant, _Stacked
 from torch import Tensor, nn
+
+from parts.gpu_contestants import CONTESTANTS, AbsentError, Contestant, _Stacked
 
 
 def add_peers(folder: Path | None) -> list[str]:

@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 
 pytest.importorskip("matplotlib")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-import _gpu_contestants as contestants
 import layer_gpu
-from _gpu_problem import Truth, make_problem
-from _gpu_shapes import H200, MODELS, TINY, Shape, backward_kernels, floor, forward_kernels
+import parts.gpu_contestants as contestants
+from parts.gpu_problem import Truth, make_problem
+from parts.gpu_shapes import H200, MODELS, TINY, Shape, backward_kernels, floor, forward_kernels
 
 # Milliseconds of forward and backward at 790 TFLOP/s and 4.3 TB/s, worked out apart from this code.
 PUBLISHED_FLOORS = {

@@ -15,14 +15,14 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from _ep_bytes import draw_choices
-from _harness import relative_error, stopwatch
 from torch import Tensor
 
 from dmoe import ExpertWeights, plan_token_choice, run_experts
 from dmoe.ops.permute import permute
 from dmoe.ops.unpermute import unpermute
 from dmoe.parallel import AllToAllDispatcher, Dispatched
+from parts.ep_bytes import draw_choices
+from parts.harness import relative_error, stopwatch
 
 # name: (which all-to-all, options of dmoe's dispatcher)
 CONTESTANTS: dict[str, tuple[str, dict[str, Any]]] = {

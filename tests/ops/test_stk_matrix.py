@@ -14,7 +14,7 @@ from test_block_sparse import integers, structure, to_blocks, to_dense
 from dmoe.ops import dds, dsd, expert_topology, sdd, sparse_matrix
 
 stk = pytest.importorskip("stk")
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def matrix(used, dtype=torch.float32, block=16, seed=0, index=torch.int32):

@@ -32,7 +32,7 @@ from dmoe.compat.megablocks.layers.moe import _LOADS
 from dmoe.compat.megablocks.layers.router import _LOGITS, batched_router_zloss, clear_router_zloss
 
 pytestmark = without_generated_products
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ import pytest
 @pytest.mark.parametrize("arch", kernel_table.ARCHITECTURES)
 def test_kernels_compile_without_spills_as_recorded(arch):
     """Registers may grow by 8 on another compiler's whim; what is more, or another way to memory, wants a look and
-    ``python tests/kernel_table.py --write``."""
+    ``python tests/support/kernel_table.py --write``."""
     triton = pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(kernel_table.ROOT), environment.get("PYTHONPATH")]))

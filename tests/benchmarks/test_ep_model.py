@@ -12,15 +12,15 @@ import pytest
 import rank_jobs_ep_model as jobs
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-import _ep_bytes as rows_and_bytes
-import _ep_links as links
 import dispatch
 import ep_model
-from _ep_movement import Case
-from _ep_ranks import RankFailedError, Ranks
-from _harness import CheckError
+import parts.ep_bytes as rows_and_bytes
+import parts.ep_links as links
+from parts.ep_movement import Case
+from parts.ep_ranks import RankFailedError, Ranks
+from parts.harness import CheckError
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 H, K = 6, 3

@@ -14,7 +14,7 @@ from fairseq_pool import in_fairseq, needs_fairseq
 
 pytestmark = needs_fairseq
 
-GOLDENS = json.loads((Path(__file__).parent / "gating_goldens.json").read_text())
+GOLDENS = json.loads((Path(__file__).resolve().parents[1] / "support" / "gating_goldens.json").read_text())
 GOLDEN_FLAGS = {
     "fs_top2_all": {"moe_second_expert_policy": "all"},
     "fs_top2_bpr": {"moe_second_expert_policy": "all", "moe_batch_prioritized_routing": True},

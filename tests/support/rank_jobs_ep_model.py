@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from wire_counter import Wire
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-from _ep_movement import naive_all_to_all
+from parts.ep_movement import naive_all_to_all
 
 from dmoe.parallel import AllToAllDispatcher
 

@@ -6,9 +6,9 @@ import dataclasses
 import random
 from typing import Any
 
-from _gpu_contestants import CEILING, OWN
-from _gpu_shapes import H200, Shape, floor
-from _harness import Timing, environment
+from parts.gpu_contestants import CEILING, OWN
+from parts.gpu_shapes import H200, Shape, floor
+from parts.harness import Timing, environment
 
 SPEED = {"dmoe": 0.8, "dmoe layer": 0.74, "grouped_mm": 0.3, "HF grouped_mm": 0.35, "Liger": 0.45, CEILING: 1.05}
 

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _harness import require_close
 from torch import Tensor
+
+from parts.harness import require_close
 
 
 class WorkerError(Exception):

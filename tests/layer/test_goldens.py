@@ -13,7 +13,7 @@ from dmoe import MoE
 from dmoe.losses import load_balancing_loss
 from dmoe.metrics import choice_dropped_share, routing_entropy
 
-GOLDENS = json.loads((Path(__file__).parent / "gating_goldens.json").read_text())
+GOLDENS = json.loads((Path(__file__).resolve().parents[1] / "support" / "gating_goldens.json").read_text())
 LOGITS = torch.tensor(GOLDENS["logits"])
 TOKENS, EXPERTS = LOGITS.shape
 

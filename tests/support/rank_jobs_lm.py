@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from rank_jobs import plain
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 from lm import checkpoint
 from lm.data import load_corpus

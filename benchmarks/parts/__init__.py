@@ -1,0 +1,1 @@
+"""What the benchmarks are made of; each script one folder above answers one question."""
