@@ -5,8 +5,8 @@ with the very arguments it would have been started with. So whatever can be disp
 specialisation the launch would get, and nothing else.
 
 ``python tests/support/kernel_table.py --arch 90`` prints the table of one architecture as JSON; ``--write`` renews the
-committed one, ``kernel_table.json`` beside it, for all. One process compiles for one architecture only: a kernel that uses
-Hopper's instructions can take the whole process down when compiled for another.
+committed one, ``kernel_table.json`` beside it, for all. One process compiles for one architecture only: a kernel that
+uses Hopper's instructions can take the whole process down when compiled for another.
 """
 
 from __future__ import annotations
