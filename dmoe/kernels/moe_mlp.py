@@ -283,9 +283,11 @@ def num_columns(kernel: str, like: Tensor, rows: Rows, k: int, n: int) -> int:
     return math.ceil(n / _config(kernel, like, rows.tile_rows, k, n).block_n)
 
 
-def hidden_grad_name(dropout: Dropout) -> str:
-    """Whose launch shape :func:`hidden_grad` takes: a mask in the epilogue needs registers that a wide tile uses up."""
-    return "hidden_grad_dropout" if dropout.p else "hidden_grad"
+def hidden_grad_name(dropout: Dropout, weight: Tensor) -> str:
+    """Whose launch shape :func:`hidden_grad` takes: a mask in the epilogue, or a weight that is transposed in memory,
+    needs registers that a wide tile uses up.
+    """
+    return "hidden_grad_dropout" if dropout.p or is_transposed(weight) else "hidden_grad"
 
 
 def hidden_grad(
@@ -309,7 +311,7 @@ def hidden_grad(
     ``grad_out`` is ``(T, H)`` to be gathered, or already ``(R, H)``.
     """
     h, f = weight.shape[-2:]
-    config = _config(hidden_grad_name(dropout), grad_out, rows.tile_rows, h, f)
+    config = _config(hidden_grad_name(dropout, weight), grad_out, rows.tile_rows, h, f)
     operand = _Operand.of(weight, k_rows=True)
     descriptor = operand.descriptor(config, h)
     launch(
