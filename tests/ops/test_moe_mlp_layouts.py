@@ -37,7 +37,7 @@ def problem(layout, dtype=torch.float64, **change):
     for tensor in (call.x, call.gate_weights, *named.values()):
         if tensor is not None:
             tensor.requires_grad_()
-    weights = ExpertWeights(**named, gated=call.gated, ffn_sizes=tuple(call.ffn_sizes))
+    weights = ExpertWeights(**named, gated=call.gated, ffn_sizes=tuple(call.ffn_sizes or ()))
     return call.x, plan_token_choice(torch.tensor(indices), call.num_experts), call.gate_weights, weights, grad
 
 
