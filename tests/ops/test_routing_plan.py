@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plan_cases import expected_tiles
 from strategies import routings
-from test_tile_table import expected_tiles
 
 from dmoe.ops.routing_plan import routing_plan, routing_plan_ref, row_bound
 

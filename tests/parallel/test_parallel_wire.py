@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import rank_jobs_wire
 import torch
+from dispatch_cases import H, assert_equal_to, case_of, exactly, exchanges, in_one_process, pieces, routings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rank_pool import RankError
-from test_parallel_collectives import exchanges, pieces
-from test_parallel_dispatch import H, assert_equal_to, case_of, exactly, in_one_process, routings
 
 from dmoe.parallel import AllToAllDispatcher
 from dmoe.parallel.wire import pack_rows, unpack_rows
