@@ -85,7 +85,7 @@ TESTED = {
     "examples": "examples",
     "benchmarks": "benchmarks",
 }
-OF_THE_WHOLE = {"test_info.py", "test_install.py", "test_structure.py"}  # in tests/ itself
+OF_THE_WHOLE = {"test_info.py", "test_install.py", "test_machine.py", "test_structure.py"}  # in tests/ itself
 
 
 class Import(NamedTuple):
