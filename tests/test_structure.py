@@ -1,9 +1,10 @@
-"""Who may import whom, read from the sources; and what `import dmoe` does to the process: nothing."""
+"""Who may import whom, read from the sources; what `import dmoe` does to the process: nothing; where tests lie."""
 
 from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,21 @@ OUTSIDE: dict[str, set[str]] = {room: {"torch"} for room in MAY_IMPORT} | {
     "checkpoint": {"torch", "tqdm"},
     "tune": {"torch", "tqdm"},
 }
+# Folder of tests -> what they test. What several files share lies in tests/support, the only folder on the path.
+TESTED = {
+    "ops": "dmoe/ops",
+    "kernels": "dmoe/kernels",
+    "layer": "dmoe/layer.py",
+    "parallel": "dmoe/parallel",
+    "checkpoint": "dmoe/checkpoint",
+    "compat": "dmoe/compat",
+    "gpu": "dmoe",
+    "megatron": "integrations/megatron",
+    "fairseq": "integrations/fairseq_moe",
+    "examples": "examples",
+    "benchmarks": "benchmarks",
+}
+OF_THE_WHOLE = {"test_info.py", "test_install.py", "test_machine.py", "test_structure.py"}  # in tests/ itself
 
 
 class Import(NamedTuple):
@@ -236,3 +252,104 @@ def test_importing_dmoe_patches_nothing_and_loads_no_triton():
         check=False,
     )
     assert done.stdout.strip() == "clean", done.stderr
+
+
+def misplaced(path: Path) -> list[str]:
+    """What is wrong with where a file of tests/ lies, given relative to that folder."""
+    *folders, name = path.parts
+    if not name.startswith("test_"):
+        return [] if folders == ["support"] or path == Path("conftest.py") else [f"{path}: expected in support/"]
+    if (len(folders) == 1 and folders[0] in TESTED) or (not folders and name in OF_THE_WHOLE):
+        return []
+    return [f"{path}: expected in one of {', '.join(TESTED)}"]
+
+
+def imported_tests(source: str) -> list[str]:
+    """Test modules that a source imports, in programs that it holds as strings too."""
+    return re.findall(r"^\s*(?:from|import) +(test_\w+|conftest)\b", source, re.MULTILINE)
+
+
+def limits_of_its_own(source: str) -> list[str]:
+    """Where a source sleeps, or waits for a number of seconds that it has chosen itself."""
+    wrong = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        given = {keyword.arg: keyword.value for keyword in node.keywords}
+        if name in ("wait", "join") and node.args:
+            given["timeout"] = node.args[-1]
+        chosen = [
+            key
+            for key in ("timeout", "limit", "deadline", "seconds", "minutes")
+            if isinstance(value := given.get(key), ast.Constant) and isinstance(value.value, int | float)
+        ]
+        if chosen or name == "sleep":
+            wrong.append(f"line {node.lineno}: {name} {' '.join(chosen)}")
+    return wrong
+
+
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+
+def test_tests_lie_in_folders_that_mirror_what_they_test():
+    assert not [wrong for path in TESTS for wrong in misplaced(path.relative_to(ROOT / "tests"))]
+    assert not [(folder, target) for folder, target in TESTED.items() if not (ROOT / target).exists()]
+    twice = [path.name for path in TESTS if sum(path.name == other.name for other in TESTS) > 1]
+    assert not twice, "importing by name would find either"
+
+
+def test_no_test_module_imports_another():
+    assert not {_id(path): found for path in TESTS if (found := imported_tests(path.read_text()))}
+
+
+def test_what_tests_wait_for_is_an_event():
+    """A number of seconds that is enough here is too few on a busy machine: tests/support/patience.py holds them."""
+    assert not {_id(path): found for path in TESTS if (found := limits_of_its_own(path.read_text()))}
+
+
+@pytest.mark.parametrize(
+    ("source", "wrong"),
+    [
+        ("pool.run(job, timeout=PATIENCE)\n', '.join(names)\nprocess.wait()\nsettings(deadline=None)", 0),
+        ("time.sleep(wanted)", 1),
+        ("from time import sleep\nsleep(2)", 1),
+        ("subprocess.run(command, timeout=240)", 1),
+        ("datetime.timedelta(seconds=60)", 1),
+        ("process.join(1.5)\nprocess.wait(timeout=3)", 2),
+        ("pool.run(job, limit=20)", 1),
+    ],
+)
+def test_limits_are_found(source, wrong):
+    assert len(limits_of_its_own(source)) == wrong
+
+
+@pytest.mark.parametrize(
+    ("path", "wrong"),
+    [
+        ("ops/test_sort.py", 0),
+        ("support/helpers.py", 0),
+        ("conftest.py", 0),
+        ("test_install.py", 0),
+        ("test_sort.py", 1),
+        ("support/test_helpers.py", 1),
+        ("ops/deep/test_sort.py", 1),
+        ("elsewhere/test_sort.py", 1),
+        ("ops/cases.py", 1),
+    ],
+)
+def test_places_are_enforced(path, wrong):
+    assert len(misplaced(Path(path))) == wrong
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import helpers\nfrom test_layer import Reference", ["test_layer"]),
+        ('PROGRAM = """\nimport test_layer\n"""', ["test_layer"]),
+        ("def f():\n    from conftest import ranks", ["conftest"]),
+        ("from dmoe import test\nimport tests_of\nfrom testing import test_layer", []),
+    ],
+)
+def test_imports_between_tests_are_found(source, found):
+    assert imported_tests(source) == found

@@ -15,8 +15,7 @@ import pytest
 import torch
 from gpu_helpers import DEVICE, assert_equal_bits, cuda_only, here, leaf_there, there
 from helpers import assert_as_accurate, nudged, saved_bytes
-from test_layer import Reference, routing_of, run_layer
-from test_memory import formula
+from layer_cases import Reference, formula, routing_of, run_layer
 from torch import nn
 
 from dmoe import ExpertWeights, MoE, MoEConfig, aux_loss

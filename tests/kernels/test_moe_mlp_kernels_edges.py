@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import assert_as_accurate, interpreted, nudged, without_generated_products
 from moe_mlp_cases import build
-from test_moe_mlp_kernels import NAMES, in_reference, small_blocks, widened
+from moe_mlp_kernel_cases import NAMES, in_reference, small_blocks, widened
 
 from dmoe import plan_token_choice
 from dmoe.ops._moe_mlp_call import Call

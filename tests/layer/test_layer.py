@@ -10,6 +10,7 @@ import torch
 from helpers import assert_as_accurate, nudged, without_generated_products
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layer_cases import Reference, routing_of, run_layer
 
 import dmoe
 from dmoe import MoE, MoEConfig, aux_loss
@@ -47,111 +48,6 @@ def layer_cases(draw):
     }
     fields["shared_expert_gate"] = fields["shared_ffn_hidden_size"] is not None and draw(st.booleans())
     return MoEConfig(**fields), draw(st.integers(0, 9)), draw(st.booleans()), draw(st.integers(0, 2**20))
-
-
-class Reference:
-    """The layer's parameters and input in another dtype, run through the oracle. Router arithmetic stays in float32 or
-    wider, as the layer's does."""
-
-    def __init__(self, layer, x, grad, mask, dtype, router_dtype):
-        self.config, self.mask = layer.config, mask
-        self.dtype, self.router_dtype = dtype, router_dtype
-        self.leaves = {name: p.detach().clone().to(dtype).requires_grad_() for name, p in layer.named_parameters()}
-        self.x = x.detach().clone().to(dtype).requires_grad_()
-        self.grad = grad.to(dtype)
-
-    def run(self, indices, kept):
-        c, p = self.config, self.leaves
-        wide = self.router_dtype
-        x = self.x.masked_fill(~self.mask.bool().unsqueeze(1), 0)  # what a masked token holds does not matter
-        logits = x.to(wide) @ p["router.weight"].to(wide).t()
-        if "router.bias" in p:
-            logits = logits + p["router.bias"].to(wide)
-        gates = oracle.gate_weights(
-            logits,
-            indices,
-            kept,
-            score=c.score_function,
-            p=c.gate_normalization,
-            after_drop=c.normalize_when == "after_drop",
-            over_chosen=c.softmax_order == "after_topk",
-            scale=c.gate_scale,
-        )
-        y = self.experts("experts", x, indices, gates, kept, c)
-        if c.shared_ffn_hidden_size:
-            ones = torch.ones(len(indices), 1, dtype=wide)
-            if c.shared_expert_gate:
-                ones = torch.sigmoid((x @ p["shared_expert.gate.weight"].t()).to(wide))
-            one = MoEConfig(
-                hidden_size=c.hidden_size,
-                ffn_hidden_size=c.shared_ffn_hidden_size,
-                num_experts=1,
-                top_k=1,
-                activation=c.activation,
-                gated=c.gated,
-            )
-            everyone = [[0]] * len(indices), ones, [[True]] * len(indices)
-            y = y + self.experts("shared_expert.mlp", x, *everyone, one)
-        if "output_bias" in p:
-            y = y + p["output_bias"]
-        counts = [bool(m) for m in self.mask]
-        loss = logits.sum() * 0
-        if c.load_balancing_coefficient:
-            first = c.load_balancing_choices == "first"
-            balance = oracle.balance_loss(
-                logits, indices, counts, c.num_experts, score=c.score_function, first_only=first
-            )
-            loss = loss + balance * c.load_balancing_coefficient / c.num_moe_layers
-        if c.router_z_loss_coefficient:
-            loss = loss + oracle.z_loss(logits, counts) * c.router_z_loss_coefficient / c.num_moe_layers
-        ((y * self.grad).sum() + loss).backward()
-        results = {"y": y.detach(), "aux_loss": loss.detach(), "grad x": self.x.grad}
-        for name, leaf in p.items():
-            results[f"grad {name}"] = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-        return results
-
-    def experts(self, prefix, x, indices, gates, kept, config):
-        p = self.leaves
-        up = p.get(f"{prefix}.gate_up_proj", p.get(f"{prefix}.up_proj"))
-        up_bias = p.get(f"{prefix}.gate_up_bias", p.get(f"{prefix}.up_bias"))
-        weights = up, p[f"{prefix}.down_proj"], up_bias, p.get(f"{prefix}.down_bias")
-        sizes = () if isinstance(config.ffn_hidden_size, int) else config.ffn_hidden_size
-        return oracle.moe(
-            x,
-            indices,
-            gates,
-            kept,
-            weights,
-            activation=config.activation,
-            gated=config.gated,
-            gate_on=config.gate_weight_on,
-            ffn_sizes=sizes,
-        )
-
-
-def run_layer(layer, x, grad, mask):
-    x = x.detach().clone().requires_grad_()
-    y = layer(x, token_mask=mask)
-    loss = aux_loss(layer)
-    ((y * grad).sum() + loss).backward()
-    results = {"y": y.detach(), "aux_loss": loss.detach(), "grad x": x.grad}
-    for name, p in layer.named_parameters():
-        results[f"grad {name}"] = torch.zeros_like(p) if p.grad is None else p.grad
-    return results
-
-
-def routing_of(layer, x, mask):
-    """The layer's own choices, and which of them got a row: near ties must not make a test flake."""
-    with torch.no_grad():
-        routing = layer.router(x, token_mask=mask)
-    indices = routing.expert_indices.tolist()
-    rows = routing.plan.token_to_rows.tolist()
-    experts = layer.config.num_experts
-    kept = [
-        [None if e == experts else row >= 0 for e, row in zip(*pair, strict=True)]
-        for pair in zip(indices, rows, strict=True)
-    ]
-    return indices, kept
 
 
 @without_generated_products

@@ -5,32 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import saved_bytes
+from layer_cases import formula
 from torch import nn
 
 from dmoe import MoE, MoEConfig
-
-
-def formula(config, tokens, dtype, *, rows=None):
-    """Bytes that backward needs besides parameters, from the layer's documentation.
-
-    x, the pre-activation, router probabilities in float32 (float64 for float64), gate weights, and the plan's int32
-    indices beside the int64 choice of experts; a few numbers per expert for the load-balancing loss.
-    """
-    size = torch.finfo(dtype).bits // 8
-    wide = 8 if dtype == torch.float64 else 4
-    T, E, K, H = tokens, config.num_experts, config.top_k, config.hidden_size
-    R = T * K if rows is None else rows
-    pre = max(config.ffn_sizes) * (2 if config.gated else 1)
-    plan = 4 * (R + R + (E + 1) + (T + 1) + T * K)  # row_to_token, row_to_slot, expert_, token_offsets, token_rows
-    total = T * H * size + R * pre * size + T * E * wide + T * K * wide + T * K * 8 + plan
-    if config.load_balancing_coefficient:
-        total += E * wide  # each expert's share of the load
-        total += T * wide if config.score_function == "sigmoid" else 0  # each token's sum of scores
-    if config.selection_bias:
-        total += 4 * E  # the load that backward counts
-    if config.router_z_loss_coefficient:
-        total += T * wide  # log-partition of each token
-    return total
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

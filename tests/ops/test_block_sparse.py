@@ -9,6 +9,7 @@ import functools
 
 import pytest
 import torch
+from block_sparse_cases import KERNELS, integers, structure, to_blocks, to_dense
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,38 +22,7 @@ REFERENCE = {
     "dsd": functools.partial(block_sparse._dsd, block_sparse.spmm_ref),
     "dds": functools.partial(block_sparse._dds, block_sparse.spmm_ref),
 }
-KERNELS = {
-    "sdd": functools.partial(block_sparse._sdd, block_sparse.sdd_cuda),
-    "dsd": functools.partial(block_sparse._dsd, block_sparse.spmm_cuda),
-    "dds": functools.partial(block_sparse._dds, block_sparse.spmm_cuda),
-}
 BOTH = pytest.mark.parametrize("run", [REFERENCE, KERNELS], ids=["ref", "kernels"])
-
-
-def structure(used: list[list[bool]], tail: int = 0, behind: int = -1) -> BlockTopology:
-    """Index tensors of a matrix with blocks where ``used``, and ``tail`` places that hold none, marked ``behind``."""
-    columns = len(used[0]) if used else 0
-    by_row = [(r, c) for r, line in enumerate(used) for c, flag in enumerate(line) if flag]
-    by_column = sorted(by_row, key=lambda place: (place[1], place[0]))
-
-    def offsets(lines: list[int], count: int) -> list[int]:
-        return [sum(line < end for line in lines) for end in range(count + 1)]
-
-    nothing = [behind] * tail
-    lists = (
-        [r for r, _ in by_row] + nothing,
-        [c for _, c in by_row] + nothing,
-        offsets([r for r, _ in by_row], len(used)),
-        [r for r, _ in by_column] + nothing,
-        offsets([c for _, c in by_column], columns),
-        [by_row.index(place) for place in by_column] + nothing,
-    )
-    return BlockTopology(*(torch.tensor(values, dtype=torch.int32) for values in lists))
-
-
-def integers(*shape, dtype, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-2, 3, shape, generator=generator).to(dtype)
 
 
 def laid(x: torch.Tensor, how: str) -> torch.Tensor:
@@ -62,24 +32,6 @@ def laid(x: torch.Tensor, how: str) -> torch.Tensor:
     if how == "strided":
         return torch.stack((x, x), dim=-1)[..., 0]
     return x
-
-
-def to_dense(data: torch.Tensor, topology: BlockTopology) -> torch.Tensor:
-    block = data.shape[-1]
-    shape = (topology.offsets.shape[0] - 1) * block, (topology.offsets_t.shape[0] - 1) * block
-    dense = torch.zeros(shape, dtype=data.dtype)
-    for i in range(int(topology.offsets[-1])):
-        r, c = int(topology.row_indices[i]) * block, int(topology.column_indices[i]) * block
-        dense[r : r + block, c : c + block] = data[i]
-    return dense
-
-
-def to_blocks(dense: torch.Tensor, topology: BlockTopology, block: int) -> torch.Tensor:
-    data = dense.new_zeros(topology.row_indices.shape[0], block, block)
-    for i in range(int(topology.offsets[-1])):
-        r, c = int(topology.row_indices[i]) * block, int(topology.column_indices[i]) * block
-        data[i] = dense[r : r + block, c : c + block]
-    return data
 
 
 @st.composite

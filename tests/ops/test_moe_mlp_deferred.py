@@ -6,9 +6,8 @@ import pytest
 import torch
 from helpers import interpreted, without_generated_products
 from hypothesis import given, settings
-from moe_mlp_cases import build, cases
-from test_moe_mlp_kernels import calls, small_blocks, tilings
-from test_moe_mlp_options import CASE, leaves
+from moe_mlp_cases import CASE, build, cases, leaves
+from moe_mlp_kernel_cases import calls, small_blocks, tilings
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 

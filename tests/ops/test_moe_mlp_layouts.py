@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import interpreted
-from moe_mlp_cases import LAYOUTS, build, relaid
-from test_moe_mlp_kernels import small_blocks
-from test_moe_mlp_options import CASE
+from moe_mlp_cases import CASE, LAYOUTS, build, relaid
+from moe_mlp_kernel_cases import small_blocks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmoe import ExpertWeights, plan_token_choice

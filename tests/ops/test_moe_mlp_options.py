@@ -8,29 +8,15 @@ import pickle
 import pytest
 import torch
 from helpers import saved_bytes, small_config
-from moe_mlp_cases import build
+from moe_mlp_cases import CASE, build, leaves
 
 import dmoe
-from dmoe import ExpertWeights, MoE, plan_token_choice
+from dmoe import ExpertWeights, MoE
 from dmoe.experts import run_experts
 from dmoe.functional import moe_mlp
 from dmoe.ops import moe_mlp as module
 from dmoe.ops._moe_mlp_call import Call
 from dmoe.ops.moe_mlp_cuda import moe_mlp_backward_cuda, moe_mlp_cuda, moe_mlp_pre_activation_cuda
-
-CASE = {"tokens": 9, "experts": 3, "top_k": 2, "hidden": 6, "sizes": 5, "activation": "silu", "gated": True,
-        "bias": True, "gate_on": "output", "layout": "packed", "hot": False, "seed": 3}  # fmt: skip
-
-
-def leaves(dtype=torch.float64, **change):
-    """x, gate weights, weights and biases that require gradients, the plan, and a gradient of y."""
-    arguments, grad, indices, _ = build({**CASE, **change}, dtype)
-    for tensor in arguments[:6]:
-        if tensor is not None:
-            tensor.requires_grad_()
-    plan = plan_token_choice(torch.tensor(indices), CASE["experts"])
-    weights = ExpertWeights(*arguments[2:6], gated=True, ffn_sizes=tuple(arguments[12]))
-    return arguments[0], plan, arguments[1], weights, grad
 
 
 @pytest.mark.parametrize("backend", [None, "reference", "block_sparse"])

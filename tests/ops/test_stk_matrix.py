@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_block_sparse import integers, structure, to_blocks, to_dense
+from block_sparse_cases import integers, structure, to_blocks, to_dense
 
 from dmoe.ops import dds, dsd, expert_topology, sdd, sparse_matrix
 
@@ -136,9 +136,9 @@ def test_without_stk_the_error_says_how_to_install_it(monkeypatch):
 # stk's own kernels take blocks of 128 in float16; under the interpreter they write beside smaller ones.
 _AGAINST_STK = """
 import sys
-sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/support")
 import stk, torch
-from test_block_sparse import KERNELS, integers
+from block_sparse_cases import KERNELS, integers
 from dmoe import ops
 
 torch.manual_seed(0)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from helpers import where_kernels_run
 from hypothesis import given
 from hypothesis import strategies as st
+from plan_cases import expected_tiles
 
 from dmoe.config import MoEConfig
 from dmoe.ops.tile_table import preferred_tile_rows, tile_bound, tile_table, tile_table_cuda, tile_table_ref
@@ -16,16 +15,6 @@ from dmoe.plan import RoutingPlan, device_tile_rows, plan_expert_choice, plan_to
 
 kernel = where_kernels_run(tile_table_cuda)
 implementations = pytest.mark.parametrize("table", [tile_table, tile_table_ref, kernel], ids=["op", "ref", "kernel"])
-
-
-def expected_tiles(offsets, num_rows, tile_rows):
-    """Lists: the tiles, filled up with -1, and the experts by load."""
-    loads = [end - start for start, end in itertools.pairwise(offsets)]
-    by_load = sorted(range(len(loads)), key=lambda e: (-loads[e], e))
-    tiles = [[e, row] for e in by_load for row in range(offsets[e], offsets[e + 1], tile_rows)]
-    bound = num_rows // tile_rows + min(len(loads), num_rows)
-    assert len(tiles) <= bound
-    return tiles + [[-1, -1]] * (bound - len(tiles)), by_load
 
 
 def offsets_of(loads):

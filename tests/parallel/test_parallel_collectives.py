@@ -5,37 +5,10 @@ from __future__ import annotations
 import pytest
 import rank_jobs
 import torch
+from dispatch_cases import DTYPES, exchanges, pieces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rank_pool import RankError
-
-
-@st.composite
-def exchanges(draw):
-    """``counts[i][j]`` rows from rank i to rank j, and rows that each rank keeps behind them."""
-    world = draw(st.sampled_from([2, 4]))
-    idle = draw(st.lists(st.booleans(), min_size=world, max_size=world))
-    counts = [[0 if idle[i] or idle[j] else draw(st.integers(0, 4)) for j in range(world)] for i in range(world)]
-    extra = [draw(st.integers(0, 2)) for _ in range(world)]
-    return world, counts, extra, draw(st.integers(1, 5))
-
-
-def pieces(rows, counts, source, target):
-    """The rows that one rank sends to another."""
-    first = sum(counts[source][:target])
-    return rows[source][first : first + counts[source][target]]
-
-
-DTYPES = [
-    torch.float32,
-    torch.float64,
-    torch.bfloat16,
-    torch.float16,
-    torch.int16,
-    torch.int64,
-    torch.bool,
-    torch.float8_e4m3fn,
-]
 
 
 @settings(max_examples=40)

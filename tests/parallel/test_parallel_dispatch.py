@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from unittest.mock import patch
 
-import oracle
 import pytest
 import rank_jobs
 import torch
 import torch.distributed as dist
+from dispatch_cases import F, H, assert_equal_to, case_of, exactly, in_one_process, routings
 from helpers import assert_as_accurate, nudged
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,80 +20,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from dmoe import ExpertWeights, run_experts
 from dmoe.parallel import AllToAllDispatcher, LocalDispatcher, local_experts
 from dmoe.parallel.destinations import once_per_rank
-
-H, F = 5, 3
-
-
-@st.composite
-def routings(draw):
-    """Choices of every rank's tokens: idle ranks, hot ranks, masked choices, an expert chosen twice."""
-    world = draw(st.sampled_from([1, 2, 4]))
-    experts = world * draw(st.integers(1, 3))
-    top_k = draw(st.integers(1, 5))
-    kind = draw(st.sampled_from(["any", "any", "hot rank", "no token"]))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
-    share = draw(st.sampled_from([0.0, 0.0, 0.4, 1.0]))
-    ids = []
-    for _ in range(world):
-        tokens = 0 if kind == "no token" else draw(st.sampled_from([0, 1, 3, 9]))
-        first = torch.randint(
-            0, experts // world if kind == "hot rank" else experts, (tokens, top_k), generator=generator
-        )
-        masked = torch.rand(tokens, top_k, generator=generator) < share
-        ids.append(torch.where(masked, experts, first).to(draw(st.sampled_from([torch.int32, torch.int64]))))
-    return world, experts, ids, generator
-
-
-def case_of(routing, dtype=torch.float64, options=None):
-    """Shares of the ranks, all experts' weights, and options."""
-    _, experts, ids, generator = routing
-    options = {"gated": True, "bias": False, "run": {}} | (options or {})
-
-    def randn(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    halves = (2,) if options["gated"] else ()
-    biases = (randn(experts, *halves, F), randn(experts, H)) if options["bias"] else (None, None)
-    weights = randn(experts, *halves, F, H), randn(experts, H, F), *biases
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    shares = [(randn(len(i), H), i, torch.rand(i.shape, generator=generator).to(wide), randn(len(i), H)) for i in ids]
-    return shares, weights, options
-
-
-def in_one_process(shares, weights, options, dtype=torch.float64, kept=None):
-    """The oracle on all ranks' tokens in a row; results by rank where they are tokens'."""
-    experts, wide = weights[1].shape[0], torch.float64 if dtype == torch.float64 else torch.float32
-    x, ids, gates, grad_y = (torch.cat(parts) for parts in zip(*shares, strict=True))
-    x = x.detach().to(dtype).requires_grad_()
-    gates = gates.detach().to(wide).requires_grad_()
-    leaves = [None if w is None else w.detach().to(dtype).requires_grad_() for w in weights]
-    kept = (ids != experts).tolist() if kept is None else kept
-    gate_on = options["run"].get("gate_weight_on", "output")
-    y = oracle.moe(x, ids.tolist(), gates, kept, leaves, gated=options["gated"], gate_on=gate_on)
-    ((y + 0 * x) * grad_y.to(dtype)).sum().backward()
-    sizes = [len(share[0]) for share in shares]
-    grads = [None if leaf is None else torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
-    gate_grads = torch.zeros_like(gates) if gates.grad is None else gates.grad
-    return {
-        "y": y.detach().split(sizes),
-        "x": x.grad.split(sizes),
-        "gates": gate_grads.split(sizes),
-        "weights": [[None if g is None else g.chunk(len(sizes))[rank] for g in grads] for rank in range(len(sizes))],
-    }
-
-
-def assert_equal_to(expected, results, check):
-    for rank, result in enumerate(results):
-        for name in ("y", "x", "gates"):
-            check(f"{name} of rank {rank}", result[name], expected[name][rank])
-        for n, (mine, theirs) in enumerate(zip(result["weights"], expected["weights"][rank], strict=True)):
-            if theirs is not None:
-                check(f"weight {n} of rank {rank}", mine, theirs)
-
-
-def exactly(name, actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12, msg=lambda m: f"{name}: {m}")
-
 
 OPTIONS = [
     {},
@@ -248,7 +174,7 @@ def test_static_mode_with_room_enough_equals_the_dynamic_one(ranks, routing):
 )
 def test_rows_that_differ_between_ranks_are_an_error_on_all_of_them(ranks, by_rank, message):
     with pytest.raises(RankError) as caught:
-        ranks.run(rank_jobs.mismatched, by_rank, limit=20)
+        ranks.run(rank_jobs.mismatched, by_rank)
     assert set(caught.value.by_rank) == {0, 1, 2, 3}
     for kind, text in caught.value.by_rank.values():
         assert kind == "ValueError"

@@ -7,13 +7,10 @@ import rank_jobs
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parallel_layer_cases import BASE, H, close, part_of
 from rank_pool import RankError, RankPool
 
 from dmoe import MoE, MoEConfig, aux_loss
-
-H = 6
-BASE = {"hidden_size": H, "ffn_hidden_size": 4, "num_experts": 4, "top_k": 2, "load_balancing_coefficient": 0.0}
-
 
 # Ranks, and how they are arranged: experts over all of them, (EP, TP), or (nodes, ranks of a node), by the columns.
 ARRANGEMENTS = [
@@ -80,29 +77,6 @@ def one_rank(fields, seed, shares, dtype=torch.float64):
         metrics = module.last_metrics
         by_share.append({"y": y.detach(), "x": x.grad, "loss": loss.detach(), "metrics": metrics})
     return module, by_share
-
-
-def part_of(module, name, tensor, rank, world, tp=1):
-    """What a rank holds of a parameter of the whole layer."""
-    if not name.startswith("experts."):
-        return tensor
-    experts, of_tp = module.config.num_experts, rank % tp
-    rank, world = rank // tp, world // tp
-    shards = max(1, world // experts)
-    each = max(1, experts // world)
-    first, shard = rank // shards * each, rank % shards * tp + of_tp
-    shards *= tp
-    if name.endswith("down_bias"):
-        return tensor[first : first + each]
-    dim = tensor.dim() - (1 if name.endswith(("down_proj", "bias")) else 2)
-    if isinstance(module.config.ffn_hidden_size, int):
-        return tensor[first : first + each].chunk(shards, dim)[shard]
-    of_experts = tensor.split(module.config.ffn_sizes, dim)[first : first + each]
-    return torch.cat([one.chunk(shards, dim)[shard] for one in of_experts], dim)
-
-
-def close(name, actual, expected, tolerance=1e-12):
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, msg=lambda m: f"{name}: {m}")
 
 
 @settings(max_examples=50)
@@ -301,7 +275,7 @@ def test_ranks_that_disagree_are_told_on_every_rank(ranks, field):
     by_rank = [BASE, BASE, {**BASE, **odd}, BASE]
     dtypes = [torch.float32, torch.float32, dtype, torch.float32]
     with pytest.raises(RankError) as caught:
-        ranks.run(rank_jobs.disagree, by_rank, [0, 0, seed, 0], dtypes, limit=20)
+        ranks.run(rank_jobs.disagree, by_rank, [0, 0, seed, 0], dtypes)
     assert set(caught.value.by_rank) == {0, 1, 2, 3}
     for kind, text in caught.value.by_rank.values():
         assert kind == "ValueError"
@@ -315,10 +289,10 @@ def test_loaded_values_need_no_common_seed(ranks):
 
 @pytest.mark.parametrize("where", ["before", "experts", "backward", "absent"])
 def test_a_rank_that_dies_or_does_not_come_fails_the_others_with_a_reason(where):
-    pool = RankPool(3, timeout=5)
+    pool = RankPool(3)
     try:
         with pytest.raises(RankError) as caught:
-            pool.run(rank_jobs.die, {**BASE, "num_experts": 3}, where, 1, limit=50)
+            pool.run(rank_jobs.die, {**BASE, "num_experts": 3}, where, 1)
     finally:
         pool.close()
     by_rank = caught.value.by_rank

@@ -7,7 +7,7 @@ import math
 import pytest
 import rank_jobs_training as jobs
 import torch
-from test_parallel_layer import BASE, close, part_of
+from parallel_layer_cases import BASE, close, part_of
 
 H = BASE["hidden_size"]
 FIELDS = {**BASE, "bias": "expert", "load_balancing_coefficient": 0.1}

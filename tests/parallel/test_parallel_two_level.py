@@ -8,11 +8,10 @@ import pytest
 import rank_jobs_wire
 import torch
 import torch.distributed as dist
+from dispatch_cases import DTYPES, F, H, case_of, pieces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rank_pool import RankPool
-from test_parallel_collectives import DTYPES, pieces
-from test_parallel_dispatch import F, H, case_of
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 

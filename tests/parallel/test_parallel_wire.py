@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import rank_jobs_wire
 import torch
+from dispatch_cases import H, assert_equal_to, case_of, exactly, exchanges, in_one_process, pieces, routings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rank_pool import RankError
-from test_parallel_collectives import exchanges, pieces
-from test_parallel_dispatch import H, assert_equal_to, case_of, exactly, in_one_process, routings
 
 from dmoe.parallel import AllToAllDispatcher
 from dmoe.parallel.wire import pack_rows, unpack_rows
@@ -232,7 +231,7 @@ def test_error_of_the_output_with_normal_data(ranks, kind, dtype):
 )
 def test_ranks_with_another_wire_are_told_on_every_rank(ranks, odd, message):
     with pytest.raises(RankError) as caught:
-        ranks.run(rank_jobs_wire.differing_wires, [("fp8", False)] * 2 + [odd, ("fp8", False)], limit=20)
+        ranks.run(rank_jobs_wire.differing_wires, [("fp8", False)] * 2 + [odd, ("fp8", False)])
     assert set(caught.value.by_rank) == {0, 1, 2, 3}
     for kind, text in caught.value.by_rank.values():
         assert kind == "ValueError"

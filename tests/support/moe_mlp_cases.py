@@ -6,7 +6,7 @@ import oracle
 import torch
 from hypothesis import strategies as st
 
-from dmoe import plan_token_choice
+from dmoe import ExpertWeights, plan_token_choice
 from dmoe.ops._moe_mlp_call import Call
 from dmoe.ops.activation import ACTIVATIONS
 
@@ -112,3 +112,18 @@ def truth(case, arguments, grad, indices, kept, dtype, wide):
     ((y * grad.to(dtype)).sum() + unused).backward()
     grads = [None if t is None else t.grad for t in leaves]
     return [y.detach(), *grads]
+
+
+CASE = {"tokens": 9, "experts": 3, "top_k": 2, "hidden": 6, "sizes": 5, "activation": "silu", "gated": True,
+        "bias": True, "gate_on": "output", "layout": "packed", "hot": False, "seed": 3}  # fmt: skip
+
+
+def leaves(dtype=torch.float64, **change):
+    """x, gate weights, weights and biases that require gradients, the plan, and a gradient of y."""
+    arguments, grad, indices, _ = build({**CASE, **change}, dtype)
+    for tensor in arguments[:6]:
+        if tensor is not None:
+            tensor.requires_grad_()
+    plan = plan_token_choice(torch.tensor(indices), CASE["experts"])
+    weights = ExpertWeights(*arguments[2:6], gated=True, ffn_sizes=tuple(arguments[12]))
+    return arguments[0], plan, arguments[1], weights, grad

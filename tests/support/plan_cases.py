@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -85,3 +86,13 @@ def plan_cases(draw, max_tokens: int = 9, max_experts: int = 6):
         return make_plan(experts, num_experts, capacity=draw(st.integers(0, 5)))
     block = draw(st.integers(2, 5)) if layout == "padded" else 1
     return make_plan(experts, num_experts, block=block, tail=draw(st.integers(0, 3)))
+
+
+def expected_tiles(offsets, num_rows, tile_rows):
+    """Lists: the tiles, filled up with -1, and the experts by load."""
+    loads = [end - start for start, end in itertools.pairwise(offsets)]
+    by_load = sorted(range(len(loads)), key=lambda e: (-loads[e], e))
+    tiles = [[e, row] for e in by_load for row in range(offsets[e], offsets[e + 1], tile_rows)]
+    bound = num_rows // tile_rows + min(len(loads), num_rows)
+    assert len(tiles) <= bound
+    return tiles + [[-1, -1]] * (bound - len(tiles)), by_load
