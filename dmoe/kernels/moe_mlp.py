@@ -15,6 +15,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dmoe.kernels._launch import capability, launch, multiprocessors
+from dmoe.kernels._layout import is_transposed
 from dmoe.kernels.combine import combine_kernel
 from dmoe.kernels.configs import Config, choose
 from dmoe.kernels.expert_mlp import hidden_grad_kernel, up_kernel
@@ -25,7 +26,6 @@ from dmoe.kernels.grouped_gemm import (
     rows_kernel,
     weight_grad_kernel,
 )
-from dmoe.ops._strides import is_transposed
 
 
 @dataclass(frozen=True)
