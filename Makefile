@@ -10,9 +10,11 @@ SOURCES := $(wildcard csrc/*) setup.py
 demo: $(VENV)/ready
 	$(BIN)/python examples/train_lm.py --compare-dense --minutes 7.5 --overwrite --generate --out runs/demo
 
-# loadgroup: tests that share one set of processes stay together, and all others go wherever there is room.
+# loadgroup: tests that share one set of processes stay together, and all others go wherever there is room. logical:
+# `auto` counts two hardware threads of a core as one.
 test: check fairseq
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadgroup
+	$(BIN)/python tests/support/machine.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist loadgroup $(PYTEST_FLAGS)
 
 # The newest megatron-core, which needs Python 3.12 to be installed, from its unzipped wheel.
 test-megatron-0.19: $(VENV)/ready

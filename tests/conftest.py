@@ -14,7 +14,9 @@ from rank_pool import RankPool
 if torch.cuda.is_available():  # cuBLAS wants this before its first call, or deterministic mode refuses its products
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-hypothesis.settings.register_profile("dmoe", deadline=None, print_blob=True)
+# Neither a case nor the drawing of cases fails for being slow: that tells of the machine.
+_SLOW = [hypothesis.HealthCheck.too_slow]
+hypothesis.settings.register_profile("dmoe", deadline=None, suppress_health_check=_SLOW, print_blob=True)
 # In CI the same cases every time: a new one is found by people, who can look at it.
 hypothesis.settings.register_profile("ci", parent=hypothesis.settings.get_profile("dmoe"), derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dmoe")

@@ -85,7 +85,7 @@ TESTED = {
     "examples": "examples",
     "benchmarks": "benchmarks",
 }
-OF_THE_WHOLE = {"test_info.py", "test_install.py", "test_structure.py"}  # in tests/ itself
+OF_THE_WHOLE = {"test_info.py", "test_install.py", "test_machine.py", "test_structure.py"}  # in tests/ itself
 
 
 class Import(NamedTuple):
@@ -269,6 +269,26 @@ def imported_tests(source: str) -> list[str]:
     return re.findall(r"^\s*(?:from|import) +(test_\w+|conftest)\b", source, re.MULTILINE)
 
 
+def limits_of_its_own(source: str) -> list[str]:
+    """Where a source sleeps, or waits for a number of seconds that it has chosen itself."""
+    wrong = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        given = {keyword.arg: keyword.value for keyword in node.keywords}
+        if name in ("wait", "join") and node.args:
+            given["timeout"] = node.args[-1]
+        chosen = [
+            key
+            for key in ("timeout", "limit", "deadline", "seconds", "minutes")
+            if isinstance(value := given.get(key), ast.Constant) and isinstance(value.value, int | float)
+        ]
+        if chosen or name == "sleep":
+            wrong.append(f"line {node.lineno}: {name} {' '.join(chosen)}")
+    return wrong
+
+
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 
@@ -281,6 +301,27 @@ def test_tests_lie_in_folders_that_mirror_what_they_test():
 
 def test_no_test_module_imports_another():
     assert not {_id(path): found for path in TESTS if (found := imported_tests(path.read_text()))}
+
+
+def test_what_tests_wait_for_is_an_event():
+    """A number of seconds that is enough here is too few on a busy machine: tests/support/patience.py holds them."""
+    assert not {_id(path): found for path in TESTS if (found := limits_of_its_own(path.read_text()))}
+
+
+@pytest.mark.parametrize(
+    ("source", "wrong"),
+    [
+        ("pool.run(job, timeout=PATIENCE)\n', '.join(names)\nprocess.wait()\nsettings(deadline=None)", 0),
+        ("time.sleep(wanted)", 1),
+        ("from time import sleep\nsleep(2)", 1),
+        ("subprocess.run(command, timeout=240)", 1),
+        ("datetime.timedelta(seconds=60)", 1),
+        ("process.join(1.5)\nprocess.wait(timeout=3)", 2),
+        ("pool.run(job, limit=20)", 1),
+    ],
+)
+def test_limits_are_found(source, wrong):
+    assert len(limits_of_its_own(source)) == wrong
 
 
 @pytest.mark.parametrize(

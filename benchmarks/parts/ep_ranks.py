@@ -26,6 +26,7 @@ class Ranks:
         world: ranks.
         threads: PyTorch's threads in each.
         limit: seconds in which a call has to answer.
+        grace: seconds that the others have left once one has failed: they soon fail too, or wait for it.
         environment: variables of the new processes, beside those of this one.
     """
 
@@ -36,9 +37,10 @@ class Ranks:
         *,
         threads: int,
         limit: float,
+        grace: float = 10.0,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        self._folder, self._limit = tempfile.TemporaryDirectory(), limit
+        self._folder, self._limit, self._grace = tempfile.TemporaryDirectory(), limit, grace
         self._pipes, self._processes = [], []
         context = multiprocessing.get_context("spawn")
         for rank in range(world):
@@ -85,13 +87,13 @@ class Ranks:
                 try:
                     succeeded, value = self._pipes[rank].recv()
                 except (EOFError, OSError):
-                    self._processes[rank].join(1)
+                    self._processes[rank].join(self._grace)  # its end of the pipe is closed: it is ending
                     succeeded, value = False, f"the process ended, exit code {self._processes[rank].exitcode}"
                 if succeeded:
                     results[rank] = value
                 else:
                     failed[rank] = value
-                    deadline = min(deadline, time.monotonic() + 10)  # the others soon fail too, or wait for this one
+                    deadline = min(deadline, time.monotonic() + self._grace)
         failed |= dict.fromkeys(open_pipes.values(), f"no answer to {method}")
         if failed:
             told = "\n".join(f"rank {rank} of {len(self._pipes)}: {why}" for rank, why in sorted(failed.items()))

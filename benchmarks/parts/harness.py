@@ -143,7 +143,7 @@ def environment(threads: int) -> dict[str, Any]:
     versions = {"python": platform.python_version(), "torch": torch.__version__, "dmoe": dmoe.__version__}
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         versions["transformers"] = importlib.metadata.version("transformers")
-    wanted = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_tile", "bf16", "sve")
+    wanted = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_tile", "bf16", "sve")
     return {
         "date": datetime.date.today().isoformat(),
         "hardware": model,

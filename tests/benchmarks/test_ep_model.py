@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import rank_jobs_ep_model as jobs
 import torch
+from patience import GRACE, PATIENCE
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
@@ -379,7 +380,7 @@ def test_the_benchmark_refuses_bytes_that_differ():
 
 
 def test_a_rank_that_fails_is_named():
-    with Ranks(jobs.Fragile, 2, threads=1, limit=60) as both:
+    with Ranks(jobs.Fragile, 2, threads=1, limit=PATIENCE, grace=GRACE) as both:
         assert both.call("fine") == [(0, 2), (1, 2)]
         for method, message in (("raises_on", "rank 1 of 2: .*no such tokens"), ("ends_on", "rank 1 of 2: .*code 3")):
             with pytest.raises(RankFailedError, match=rf"(?s){method} failed:\n{message}"):

@@ -125,7 +125,8 @@ def _without_groups_afterwards():
 @pytest.mark.usefixtures("_without_groups_afterwards")
 def test_every_contestant_that_runs_on_the_cpu_agrees(tmp_path, capsys):
     flags = "--check-only --device cpu --shapes tiny --name tiny --out"
-    assert layer_gpu.main([*flags.split(), str(tmp_path)]) == 0
+    with torch.compiler.set_stance("force_eager"):  # what they compute, not what inductor makes of it: 15 s of 20
+        assert layer_gpu.main([*flags.split(), str(tmp_path)]) == 0
     cases = json.loads((tmp_path / "tiny.json").read_text())["cases"]
     assert len(cases) == 4
     for case in cases:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import PATIENCE
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -178,7 +179,7 @@ def test_a_signal_saves_and_the_run_goes_on(text, tmp_path, number):
         if "held-out" in line and line.lstrip().startswith("moe  step"):
             break
     process.send_signal(number)
-    rest = process.communicate(timeout=60)[0]
+    rest = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == 128 + number, rest
     assert f"{number.name}: saved" in rest
     assert "--resume" in rest

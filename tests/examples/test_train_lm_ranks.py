@@ -21,6 +21,7 @@ from lm.model import count_parameters
 from lm.ranks import ALONE, Ranks, check
 from lm.settings import Settings, UsageError
 from lm.training import train
+from patience import PATIENCE
 from torch.testing import assert_close
 
 SETTINGS = Settings(
@@ -181,7 +182,7 @@ def test_torchrun_ends_with_a_checkpoint_on_a_signal_and_one_process_goes_on(tex
             if line.lstrip().startswith("moe  step"):
                 break
         process.send_signal(signal.SIGINT)
-        said += process.communicate(timeout=60)[0].splitlines(keepends=True)
+        said += process.communicate(timeout=PATIENCE)[0].splitlines(keepends=True)
     finally:
         process.kill()
     whole = "".join(said)

@@ -12,6 +12,7 @@ import rank_jobs_fairseq as jobs
 import torch
 from fairseq_pool import needs_fairseq
 from fairseq_ranks import BACKENDS, alone, data, differences, failure, models, train
+from patience import PATIENCE
 
 pytestmark = needs_fairseq
 
@@ -168,7 +169,7 @@ def torchrun(tool, *flags):
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python"]
     run += [sys.executable, "-m", "dmoe.integrations.fairseq_moe", tool, *map(str, flags)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(run, capture_output=True, text=True, check=False, timeout=240, env=env)
+    return subprocess.run(run, capture_output=True, text=True, check=False, timeout=PATIENCE, env=env)
 
 
 def test_two_processes_from_the_shell(tmp_path):

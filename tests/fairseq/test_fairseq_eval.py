@@ -31,7 +31,7 @@ def saved(tmp_path_factory):
 def evaluate(folder, ranks, name="checkpoint_last.pt", **changes):
     """Each rank's results, and the shapes with which each called its one MoE layer."""
     options = {"path": folder / name, "gen_subset": "valid", "is_moe": True, **changes}
-    return pool().run(jobs.evaluate, [data(), *jobs.flags(EVAL, **options)], ranks=ranks, limit=180)
+    return pool().run(jobs.evaluate, [data(), *jobs.flags(EVAL, **options)], ranks=ranks)
 
 
 @pytest.mark.parametrize("name", ["checkpoint_last.pt", "checkpoint_best.pt", "checkpoint_last-rank-0.pt"])

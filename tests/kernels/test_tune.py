@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 
 import pytest
 
@@ -49,7 +48,7 @@ def test_search_finds_the_fastest_and_keeps_the_earlier_ones():
             return math.inf  # as what does not fit
         return 10.0 - sum(table[name].block_k == k for name, k in wanted.items() if name in table)
 
-    best = tune.search(entries, measure, time.monotonic() + 60)
+    best = tune.search(entries, measure, math.inf)
     for name, (kernel, built_in) in entries.items():
         if name in wanted and built_in.block_k != wanted[name]:
             assert best[name].block_k == wanted[name]
@@ -67,7 +66,7 @@ def test_every_candidate_is_tried_beside_the_best_so_far():
         tables.append(dict(table))
         return times.get(table.get(first), 10.0)
 
-    assert tune.search(entries, measure, time.monotonic() + 60) == {first: tried[3]}
+    assert tune.search(entries, measure, math.inf) == {first: tried[3]}
     seen = [table[first] for table in tables if set(table) == {first}]
     assert set(seen) == set(tried[1:])
     assert all(table[first] == tried[3] for table in tables if second in table)
@@ -76,13 +75,13 @@ def test_every_candidate_is_tried_beside_the_best_so_far():
 def test_noise_moves_nothing_and_the_deadline_holds():
     entries = tune.kernels_of(SHAPE, 90, gated=False)
     times = iter(range(10**6))
-    assert tune.search(entries, lambda table: 10.0 - (next(times) % 2) * 0.05, time.monotonic() + 60) == {}
+    assert tune.search(entries, lambda table: 10.0 - (next(times) % 2) * 0.05, math.inf) == {}
     once = iter([10.0, 5.0])  # one lucky measurement, not confirmed
-    assert tune.search(entries, lambda table: next(once, 10.0), time.monotonic() + 60) == {}
+    assert tune.search(entries, lambda table: next(once, 10.0), math.inf) == {}
     late = iter([10.0, 10.0, 5.0])  # nor one that was not asked to be confirmed
-    assert tune.search(entries, lambda table: next(late, 10.0), time.monotonic() + 60) == {}
+    assert tune.search(entries, lambda table: next(late, 10.0), math.inf) == {}
     calls = []
-    tune.search(entries, lambda table: calls.append(table) or 1.0, time.monotonic() - 1)
+    tune.search(entries, lambda table: calls.append(table) or 1.0, -math.inf)
     assert len(calls) == 1
 
 

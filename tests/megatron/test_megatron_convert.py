@@ -28,7 +28,7 @@ def megatron_process():
 
         def run(job, *arguments):
             store = f"{folder}/{next(runs)}"
-            return pool.run(call, "rank_jobs_megatron_convert", job, *arguments, store, limit=120)[0]
+            return pool.run(call, "rank_jobs_megatron_convert", job, *arguments, store)[0]
 
         yield run
     pool.close()

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 pytestmark = [
@@ -34,7 +35,7 @@ def losses(*words, ranks=1):
         capture_output=True,
         text=True,
         check=False,
-        timeout=240,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = re.findall(r"step +(\d+)  train ([\d.]+)  held-out ([\d.]+)", done.stdout + done.stderr)

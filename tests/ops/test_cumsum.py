@@ -47,7 +47,7 @@ def assert_sums(sums, exclusive, x, dim):
 
 
 @implementations
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     shape=st.tuples(st.integers(0, 40)) | st.tuples(st.integers(0, 12), st.integers(0, 12)),
     dtype=st.sampled_from(list(BITS)),

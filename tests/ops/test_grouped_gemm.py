@@ -104,7 +104,7 @@ def poison(rows: torch.Tensor, used: int) -> torch.Tensor:
     dtype=st.sampled_from(DTYPES),
     trans_b=st.booleans(),
 )
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_product_is_exact_on_integers(op, case, inner, columns, dtype, trans_b):
     counts, rows, seed = case
     a = poison(integers(rows, inner, dtype=dtype, seed=seed), sum(counts))
@@ -117,7 +117,7 @@ def test_product_is_exact_on_integers(op, case, inner, columns, dtype, trans_b):
 
 @WEIGHTS
 @given(case=cases(), height=sizes | st.just(0), columns=sizes | st.just(0), dtype=st.sampled_from(DTYPES))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_weight_gradient_is_exact_on_integers(op, case, height, columns, dtype):
     counts, rows, seed = case
     a = poison(integers(rows, height, dtype=dtype, seed=seed), sum(counts))

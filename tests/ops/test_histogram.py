@@ -23,7 +23,7 @@ def assert_counted(counts, values, num_bins):
 
 
 @implementations
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(num_bins=st.integers(1, 300), dtype=st.sampled_from(DTYPES), data=st.data())
 def test_equals_counter(counts, num_bins, dtype, data):
     values = data.draw(st.lists(st.integers(0, num_bins - 1), max_size=80))

@@ -29,7 +29,7 @@ def bins_and_length(draw):
 
 
 @forward
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(sizes=bins_and_length(), batch=st.integers(0, 4), dtype=st.sampled_from(DTYPES), transposed=st.booleans())
 def test_copies_to_every_position(spreads, sizes, batch, dtype, transposed):
     bins, length = sizes
@@ -49,7 +49,7 @@ def test_copies_to_every_position(spreads, sizes, batch, dtype, transposed):
 
 
 @backward
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(sizes=bins_and_length(), batch=st.integers(0, 4), dtype=st.sampled_from(FLOATS), transposed=st.booleans())
 def test_transpose_sums_every_segment(sums, sizes, batch, dtype, transposed):
     bins, length = sizes

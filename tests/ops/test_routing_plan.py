@@ -103,7 +103,7 @@ def layouts(draw):
 
 
 @implementations
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(routing=routings(), layout=layouts(), choice_major=st.booleans(), data=st.data())
 def test_equals_one_visit_at_a_time(plan, routing, layout, choice_major, data):
     T = routing.expert_indices.shape[0]

@@ -45,7 +45,7 @@ def key_tensors(draw):
 
 
 @implementations
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(keys=key_tensors(), data=st.data())
 def test_equals_python_sort(sorts, keys, data):
     assert_sorted(sorts, keys, data.draw(st.none() | st.integers(1, BITS[keys.dtype])))

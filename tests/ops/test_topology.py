@@ -13,7 +13,7 @@ implementations = pytest.mark.parametrize("columns_of", [topology, topology_ref]
 
 
 @implementations
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     blocks=st.lists(st.integers(0, 4) | st.just(0), min_size=1, max_size=8),
     block_size=st.integers(1, 5),

@@ -40,7 +40,7 @@ def poison_holes(rows: torch.Tensor, case: PlanCase) -> torch.Tensor:
     weighted=st.booleans(),
     seed=st.integers(0, 99),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_sums_the_rows_of_each_token(op, case, hidden, dtype, weighted, seed):
     rows = poison_holes(integers((case.rows, hidden), dtype, seed), case)
     weights = integers((case.token_rows.shape[0],), torch.float32, seed + 1)
@@ -66,7 +66,7 @@ def test_sums_the_rows_of_each_token(op, case, hidden, dtype, weighted, seed):
     weight_dtype=DTYPES,
     seed=st.integers(0, 99),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_gradients(op, case, hidden, dtype, weight_dtype, seed):
     rows = integers((case.rows, hidden), dtype, seed)
     weights = integers((case.token_rows.shape[0],), weight_dtype, seed + 1)

@@ -174,7 +174,7 @@ def test_static_mode_with_room_enough_equals_the_dynamic_one(ranks, routing):
 )
 def test_rows_that_differ_between_ranks_are_an_error_on_all_of_them(ranks, by_rank, message):
     with pytest.raises(RankError) as caught:
-        ranks.run(rank_jobs.mismatched, by_rank, limit=20)
+        ranks.run(rank_jobs.mismatched, by_rank)
     assert set(caught.value.by_rank) == {0, 1, 2, 3}
     for kind, text in caught.value.by_rank.values():
         assert kind == "ValueError"

@@ -15,7 +15,7 @@ H = BASE["hidden_size"]
 
 @pytest.mark.parametrize("dtensor", [True, False])
 def test_marks_survive_moving(ranks, dtensor):
-    results = ranks.run(jobs.moved, BASE, dtensor, limit=60)
+    results = ranks.run(jobs.moved, BASE, dtensor)
     for told in results:
         for position, (marks, counts, norm) in enumerate(told):
             assert marks == {(True, False)}
@@ -27,7 +27,7 @@ def test_marks_survive_moving(ranks, dtensor):
     "options", [{}, {"overlap_degree": 2}, {"wire_dtype": "fp8"}, {"shared_ffn_hidden_size": 3}], ids=str
 )
 def test_compiling_changes_nothing(ranks, options):
-    for differences in ranks.run(jobs.compiled, {**BASE, "num_experts": 4, **options}, ranks=2, limit=120):
+    for differences in ranks.run(jobs.compiled, {**BASE, "num_experts": 4, **options}, ranks=2):
         assert max(differences) == 0
 
 
@@ -46,14 +46,14 @@ def test_selection_biases_follow_the_load_of_all_replicas(ranks):
 def test_experts_frozen_on_every_rank_or_on_one(ranks):
     assert ranks.run(jobs.frozen, BASE, "everywhere") == [True] * 4
     with pytest.raises(RankError) as caught:
-        ranks.run(jobs.frozen, BASE, "on one", limit=20)
+        ranks.run(jobs.frozen, BASE, "on one")
     for kind, text in caught.value.by_rank.values():
         assert kind == "ValueError"
         assert "frozen parameters: [] on ranks 0, 2, 3, ['experts.gate_up_proj', 'experts.down_proj'] on rank 1" in text
 
 
 def test_a_norm_waits_for_nobody_who_has_no_gradients(ranks):
-    norms = ranks.run(jobs.norms_without_gradients, BASE, limit=20)
+    norms = ranks.run(jobs.norms_without_gradients, BASE)
     assert len({float(norm) for norm in norms}) == 1
 
 
@@ -70,7 +70,7 @@ def test_the_values_of_one_process_load_on_ranks(ranks, dtensor, experts, bias):
 
 def test_a_loss_group_missing_on_one_rank_is_told_on_all(ranks):
     with pytest.raises(RankError) as caught:
-        ranks.run(jobs.without_loss_group, BASE, 2, limit=20)
+        ranks.run(jobs.without_loss_group, BASE, 2)
     assert set(caught.value.by_rank) == {0, 1, 2, 3}
     for kind, text in caught.value.by_rank.values():
         assert kind == "ValueError"
@@ -79,7 +79,7 @@ def test_a_loss_group_missing_on_one_rank_is_told_on_all(ranks):
 
 def test_chunks_of_experts_that_fsdp_shards_are_refused(ranks):
     with pytest.raises(RankError) as caught:
-        ranks.run(jobs.chunks_under_fsdp, BASE, limit=20)
+        ranks.run(jobs.chunks_under_fsdp, BASE)
     for kind, text in caught.value.by_rank.values():
         assert kind == "ValueError"
         assert "overlap_degree: expected 1 for experts that FSDP shards, got 2" in text

@@ -275,7 +275,7 @@ def test_ranks_that_disagree_are_told_on_every_rank(ranks, field):
     by_rank = [BASE, BASE, {**BASE, **odd}, BASE]
     dtypes = [torch.float32, torch.float32, dtype, torch.float32]
     with pytest.raises(RankError) as caught:
-        ranks.run(rank_jobs.disagree, by_rank, [0, 0, seed, 0], dtypes, limit=20)
+        ranks.run(rank_jobs.disagree, by_rank, [0, 0, seed, 0], dtypes)
     assert set(caught.value.by_rank) == {0, 1, 2, 3}
     for kind, text in caught.value.by_rank.values():
         assert kind == "ValueError"
@@ -289,10 +289,10 @@ def test_loaded_values_need_no_common_seed(ranks):
 
 @pytest.mark.parametrize("where", ["before", "experts", "backward", "absent"])
 def test_a_rank_that_dies_or_does_not_come_fails_the_others_with_a_reason(where):
-    pool = RankPool(3, timeout=5)
+    pool = RankPool(3)
     try:
         with pytest.raises(RankError) as caught:
-            pool.run(rank_jobs.die, {**BASE, "num_experts": 3}, where, 1, limit=50)
+            pool.run(rank_jobs.die, {**BASE, "num_experts": 3}, where, 1)
     finally:
         pool.close()
     by_rank = caught.value.by_rank

@@ -53,7 +53,7 @@ def test_nothing_is_under_way_where_nothing_moves():
 def chunked(ranks, case, *more):
     ranks.run(make_groups)
     job = (jobs.chunked, case.grid, case.shares, case.weights, case.options)
-    return ranks.run(*job, *more, ranks=case.world, limit=20)
+    return ranks.run(*job, *more, ranks=case.world)
 
 
 @settings(max_examples=30)

@@ -21,7 +21,7 @@ def _pool():
 
 def in_fairseq(function, *arguments):
     """The result of a function of an importable module, from the process that has fairseq."""
-    return _pool().run(_call, function, *arguments, limit=300)[0]
+    return _pool().run(_call, function, *arguments)[0]
 
 
 def _call(group, function, *arguments):

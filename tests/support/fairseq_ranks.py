@@ -15,7 +15,7 @@ BACKENDS = ("legacy_ddp", "pytorch_ddp", "fully_sharded")
 @functools.cache
 def pool():
     """Processes of their own: fairseq changes `dataclasses` and logging of whoever imports it."""
-    processes = RankPool(4, timeout=60)
+    processes = RankPool(4)
     atexit.register(processes.close)
     return processes
 
@@ -25,19 +25,19 @@ def data():
     """A folder of binarised text."""
     folder = tempfile.TemporaryDirectory()
     atexit.register(folder.cleanup)
-    pool().run(jobs.prepare, folder.name, ranks=1, limit=300)
+    pool().run(jobs.prepare, folder.name, ranks=1)
     return f"{folder.name}/data"
 
 
 def train(ranks, poison=None, only_load=False, **changes):
     """What each rank ends with: see `rank_jobs_fairseq.train`."""
     changes = changes if "save_dir" in changes else {"no_save": True, **changes}
-    return pool().run(jobs.train, [data(), *jobs.flags(**changes)], poison, only_load, ranks=ranks, limit=180)
+    return pool().run(jobs.train, [data(), *jobs.flags(**changes)], poison, only_load, ranks=ranks)
 
 
 def failure(ranks, tool="train", **changes):
     """What each rank says when it fails."""
-    return pool().run(jobs.failure, tool, [data(), *jobs.flags(**changes)], ranks=ranks, limit=180)
+    return pool().run(jobs.failure, tool, [data(), *jobs.flags(**changes)], ranks=ranks)
 
 
 @functools.cache

@@ -58,15 +58,15 @@ class MegatronRanks:
     """Four processes with Megatron imported, in which runs of 1, 2 or 4 ranks follow one another."""
 
     def __init__(self, folder):
-        self._folder, self._numbers, self._pool, self._native = folder, itertools.count(), RankPool(4, timeout=120), {}
+        self._folder, self._numbers, self._pool, self._native = folder, itertools.count(), RankPool(4), {}
 
-    def run(self, job, case, *arguments, limit=300):
+    def run(self, job, case, *arguments):
         """``rank_jobs_megatron.<job>(group, case, first argument, store, ...)`` on the ranks of a case, or on ranks."""
         world = getattr(case, "ranks", case).world
         module = "rank_jobs_megatron" + ("_checkpoint" if job in ("save", "load") else "")
         first, *rest = arguments
         arguments = (case, first, self.new_path("store"), *rest)
-        return self._pool.run(call, module, job, *arguments, ranks=world, limit=limit)
+        return self._pool.run(call, module, job, *arguments, ranks=world)
 
     def native(self, case):
         """What Megatron's own layer does, once for each case."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import os
-import time
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from patience import MOMENT, PATIENCE
 from wire_counter import Wire
 
 from dmoe import ExpertWeights, MoE, aux_loss, run_experts
@@ -230,11 +231,19 @@ def die(group, fields, where, victim):
     me = dist.get_rank(group)
     if me == victim and where == "before":
         os._exit(1)
-    if me == victim and where == "absent":
-        time.sleep(8)  # longer than the group waits
+    store = dist.distributed_c10d._get_default_store()
+    if where == "absent":
+        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=MOMENT), group)
+        if me == victim:  # the others wait for it, and give up
+            others = [f"rank {rank} gave up" for rank in range(dist.get_world_size(group)) if rank != victim]
+            store.wait(others, datetime.timedelta(seconds=PATIENCE))
     if me == victim and where == "experts":
         module.experts.register_forward_pre_hook(lambda *_: os._exit(1))
-    y = module(x)
+    try:
+        y = module(x)
+    except RuntimeError:
+        store.set(f"rank {me} gave up", "")
+        raise
     if me == victim and where == "backward":
         os._exit(1)
     y.sum().backward()

@@ -31,6 +31,7 @@ from megatron.core.transformer.module import Float16Module, MegatronModule  # no
 from megatron.core.transformer.moe import moe_utils  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 from megatron_cases import Case  # noqa: E402
+from patience import PATIENCE  # noqa: E402
 
 from dmoe.integrations import megatron as integration  # noqa: E402
 from dmoe.integrations.megatron import layer, losses, parameters, translate  # noqa: E402
@@ -47,7 +48,7 @@ def connect(ranks, store):
     """The first ranks of the pool as a run of Megatron's of their own."""
     if dist.is_initialized():  # the pool's own group: from here on there is one only while a job runs
         disconnect()
-    limit = datetime.timedelta(seconds=60)
+    limit = datetime.timedelta(seconds=PATIENCE)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=RANK, world_size=ranks.world, timeout=limit)
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=ranks.tp,

@@ -16,6 +16,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from patience import GRACE, PATIENCE
 
 
 def pack(value):
@@ -37,11 +38,11 @@ class RankError(Exception):
         super().__init__("\n".join(f"rank {rank}: {text}" for rank, (_, text) in by_rank.items()))
 
 
-def _serve(rank, world, store, timeout, pipe):
+def _serve(rank, world, store, pipe):
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # as in conftest: memory nobody wrote is NaN
-    limit = datetime.timedelta(seconds=timeout)
+    limit = datetime.timedelta(seconds=PATIENCE)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=limit)
     groups = {world: dist.group.WORLD}
     for size in (1, 2):
@@ -70,11 +71,10 @@ class RankPool:
 
     Args:
         world: ranks.
-        timeout: of the group's collectives, seconds.
     """
 
-    def __init__(self, world, timeout=30):
-        self._world, self._timeout = world, timeout
+    def __init__(self, world):
+        self._world = world
         self._pipes, self._processes, self._folder = [], [], None
 
     def _start(self):
@@ -85,19 +85,18 @@ class RankPool:
         store = os.path.join(self._folder.name, "store")
         for rank in range(self._world):
             here, there = context.Pipe()
-            arguments = (rank, self._world, store, self._timeout, there)
-            process = context.Process(target=_serve, args=arguments, daemon=True)
+            process = context.Process(target=_serve, args=(rank, self._world, store, there), daemon=True)
             with patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join(sys.path)}):  # for the preloading
                 process.start()
             there.close()
             self._pipes.append(here)
             self._processes.append(process)
 
-    def run(self, function, *arguments, ranks=None, limit=60):
+    def run(self, function, *arguments, ranks=None):
         """The function's result on each of the first ``ranks`` ranks (default: all), which form a group.
 
         Raises:
-            RankError: any rank raised, died (``"died"``), or took longer than ``limit`` seconds (``"hung"``).
+            RankError: any rank raised, died (``"died"``), or did not answer (``"hung"``): see ``patience.py``.
         """
         if not self._processes:
             self._start()
@@ -107,7 +106,7 @@ class RankPool:
             pipe.send_bytes(job)
         results, errors = [None] * self._world, {}
         open_pipes = {pipe: rank for rank, pipe in enumerate(self._pipes)}
-        deadline = time.monotonic() + limit
+        deadline = time.monotonic() + PATIENCE + GRACE  # collectives give up first, and say so
         while open_pipes and (ready := wait(list(open_pipes), max(deadline - time.monotonic(), 0))):
             for pipe in ready:
                 rank = open_pipes.pop(pipe)
@@ -119,7 +118,8 @@ class RankPool:
                     results[rank] = answer
                 else:
                     errors[rank] = answer
-        errors |= dict.fromkeys(open_pipes.values(), ("hung", f"no answer within {limit} s"))
+                    deadline = min(deadline, time.monotonic() + GRACE)  # the others may wait for this one for ever
+        errors |= dict.fromkeys(open_pipes.values(), ("hung", "no answer"))
         if errors and (open_pipes or len(errors) < ranks):
             self.close()  # ranks that did not fail together have left the group out of step
         if errors:

@@ -41,7 +41,7 @@ class Case(NamedTuple):
     def run(self, ranks, *more):
         ranks.run(jobs.make_groups)  # again after a job that broke the ranks, and the groups with them
         job = (jobs.sharded, self.grid, self.shares, self.weights, self.options)
-        return ranks.run(*job, *more, ranks=self.world, limit=20)
+        return ranks.run(*job, *more, ranks=self.world)
 
 
 OPTIONS = [
