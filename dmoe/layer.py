@@ -170,7 +170,7 @@ class MoE(Float32Buffers):
         y = self.auxiliary.hand_over(
             y.view(*x.shape[:-1], y.shape[-1]),
             routing,
-            self.aux_loss_scale,
+            self.float32("aux_loss_scale", x.device),
             training=self.training,
             num_sequences=math.prod(x.shape[:-2]),
         )
@@ -248,4 +248,4 @@ class MoE(Float32Buffers):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the last forward's metrics: a copy or a file must not carry its tensors along."""
-        return {**self.__dict__, "last_metrics": None}
+        return {**super().__getstate__(), "last_metrics": None}

@@ -128,11 +128,9 @@ def data_parallel(
     experts = [(name, parameter) for name, parameter in model.named_parameters() if is_sharded(parameter)]
     if experts:
         _check_replicas(model, process_group, expert_replicas)
-    loads = [name for name, _ in model.named_buffers() if name.rpartition(".")[2] == "load_since_update"]
-    if experts or loads:  # DDP would send rank 0's to all, in every forward
-        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-            model, [*(name for name, _ in experts), *loads]
-        )
+    if experts:
+        names = [name for name, _ in experts]
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
     for module in model.modules():
         if hasattr(module, "bias_ranks") and module.bias_ranks is None:
             module.bias_ranks = LoadOfRanks(dist.group.WORLD if process_group is None else process_group)
