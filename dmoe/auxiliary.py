@@ -51,8 +51,7 @@ class AuxiliaryLosses:
         Returns:
             The output.
         """
-        if not training:
-            self._kept = None
+        if not training:  # what waits here is of training, and somebody may still read it
             return y
         if self.attach is not None:
             return self.attach(y, routing)
@@ -66,7 +65,15 @@ class AuxiliaryLosses:
         elif not _inside_backward():  # a checkpoint's second forward: the first one's loss is in use already
             self._warn_of_unread()
             self._kept = loss
-        return y
+        # Backward takes the youngest node first. That has to be the output: FSDP2 gathers the parameters there, and a
+        # checkpoint, whose second forward begins at whatever comes first, needs them.
+        return y.view_as(y)
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether training forwards leave a loss here that the caller has to read."""
+        coefficients = (self.config.load_balancing_coefficient, self.config.router_z_loss_coefficient)
+        return self.config.aux_loss == "explicit" and self.attach is None and any(coefficients)
 
     def take(self, trained: bool) -> Tensor | None:
         """The loss that was kept, once. ``trained``: whether it has to have a graph.

@@ -62,6 +62,16 @@ def check_inputs(
     if not isinstance(x, Tensor) or not x.is_floating_point():
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"MoE: x: expected a floating-point tensor, got {got}")
+    if x.is_nested:
+        raise TypeError(
+            "MoE: x: expected a dense tensor, got a nested one; of a jagged one give x.values(), (tokens, H), and put "
+            "the result back with torch.nested.nested_tensor_from_jagged(y, x.offsets())"
+        )
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(
+            "MoE: torch.func's transforms (vmap, grad, ...) and forward-mode differentiation (jvp) are not supported; "
+            "give the layer the whole batch, and use backward() or torch.autograd.grad"
+        )
     if x.dim() < 1 or x.shape[-1] != config.hidden_size:
         raise ValueError(f"MoE: x: expected shape (..., hidden_size = {config.hidden_size}), got {tuple(x.shape)}")
     leading = tuple(x.shape[:-1])

@@ -149,9 +149,6 @@ class MoE(Float32Buffers):
             ValueError: on every rank, in the first forward with ``ep_group``: ranks whose layers differ.
         """
         check_inputs(self.config, x, token_mask, token_ids, expert_indices)
-        home = self.experts.down_proj.device
-        if x.device != home:
-            raise ValueError(f"MoE: expected x on the weights' device {home}, got {x.device}")
         if not self._ranks_agree:
             check_layers(self, x.dtype)
             self._ranks_agree = True
@@ -183,7 +180,8 @@ class MoE(Float32Buffers):
         """Dispatch, experts, combine; while tokens travel, the shared expert; while gradients do, those of weights."""
         going = self.dispatcher.start_dispatch(tokens, routing.expert_indices, routing.gate_weights, routing.plan)
         moved = isinstance(self.dispatcher, AllToAllDispatcher)
-        weights = self.experts.weights_ahead() if moved else None
+        ahead = moved and isinstance(self.experts, Experts)  # not what an adapter or FSDP1 put in its place
+        weights = self.experts.weights_ahead() if ahead else None
         shared = None if self.shared_expert is None else self.shared_expert(tokens)
         arrived = self.dispatcher.finish_dispatch(going)
         residual = None if moved else shared  # where nothing moved the experts' own sum takes in the shared one
@@ -239,12 +237,27 @@ class MoE(Float32Buffers):
         The load is that of all ranks that train the layer, so that their biases stay equal: those of ``loss_group``, or
         that :func:`dmoe.parallel.data_parallel` was told, or of ``ep_group`` (and ``expert_tp_group``).
         """
-        load = getattr(self.router, "load_since_update", None)
+        # An adapter may stand in the router's place, with the router inside.
+        router: Any = next(module for module in self.router.modules() if hasattr(module, "update_selection_bias"))
+        load = getattr(router, "load_since_update", None)
         if load is not None:
             ep = self.dispatcher.groups if isinstance(self.dispatcher, AllToAllDispatcher) else ()
             for group in ep if self.bias_ranks is None else (self.bias_ranks.group,):
                 dist.all_reduce(load, group=group)
-        self.router.update_selection_bias()  # type: ignore[operator]  # every router has one: routing.Router
+        router.update_selection_bias()
+
+    def _replicate_for_data_parallel(self) -> MoE:
+        """What ``nn.DataParallel`` calls for each device, in each forward."""
+        lost = []
+        if self.training and torch.is_grad_enabled():
+            lost += ["auxiliary loss"] if self.auxiliary.is_kept else []
+            lost += ["loads for the selection bias"] if self.config.selection_bias else []
+        if lost:
+            raise RuntimeError(
+                f"MoE: nn.DataParallel trains copies of this layer and throws them away, and with them their "
+                f"{' and '.join(lost)}: use DistributedDataParallel"
+            )
+        return super()._replicate_for_data_parallel()
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the last forward's metrics: a copy or a file must not carry its tensors along."""

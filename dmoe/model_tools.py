@@ -42,7 +42,9 @@ def aux_loss(model: nn.Module) -> Tensor:
         home = losses[0].device
         return torch.stack([loss.to(home) for loss in losses]).sum()
     parameter = next(model.parameters(), None)
-    return torch.zeros((), device=None if parameter is None else parameter.device)
+    if parameter is None or parameter.is_meta:  # offloaded: a number on the CPU goes with tensors on any device
+        return torch.zeros((), device="cpu")
+    return torch.zeros((), device=parameter.device)
 
 
 def set_aux_loss_scale(model: nn.Module, scale: float | Tensor) -> None:

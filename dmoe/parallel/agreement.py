@@ -33,7 +33,7 @@ def check_layers(layer: Any, dtype: torch.dtype) -> None:
         )
     config, dispatcher = layer.config, layer.dispatcher
     options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    weights = {"dtype of x": dtype, "dtype of the experts": layer.experts.down_proj.dtype}
+    weights = {"dtype of x": dtype, "dtype of the experts": next(layer.experts.parameters()).dtype}
     hints = {"seed": "call torch.manual_seed with one value on all ranks before the layer is built"}
     levels, losses = dispatcher.two_level, layer.auxiliary.ranks
     hops = {"ep_levels": None if levels is None else (levels.num_nodes, levels.ranks_per_node)}
@@ -42,7 +42,7 @@ def check_layers(layer: Any, dtype: torch.dtype) -> None:
         "ranks of loss_group": None if losses is None else dist.get_world_size(losses.group),
         "frozen parameters": [name for name, parameter in layer.named_parameters() if not parameter.requires_grad],
     }
-    fields = {**options, **weights, **hops, **groups, "seed": layer.experts.seed}
+    fields = {**options, **weights, **hops, **groups, "seed": getattr(layer.experts, "seed", None)}
     check_agreement("MoE", fields, dispatcher.groups, hints)
 
 
