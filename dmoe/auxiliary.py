@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dmoe.config import MoEConfig
@@ -113,6 +114,13 @@ class AuxiliaryLosses:
         if over == "sequence" and routing.expert_indices is not None:
             chosen = routing.expert_indices[:, : 1 if self.config.load_balancing_choices == "first" else None]
             return sequence_load_balancing_loss(probs, chosen, num_sequences, mask)
+        if over == "global" and self.ranks is None and dist.is_available() and dist.is_initialized():
+            world = dist.get_world_size()
+            if world > 1:
+                raise ValueError(
+                    f"MoE: load_balancing_over: 'global' expected loss_group, or ep_group, with {world} ranks, to know "
+                    "whose tokens are one batch, got neither"
+                )
         if over == "global" and self.ranks is not None:
             counts, tokens = self.ranks.sum(counts, len(probs) if mask is None else mask.sum())
             return load_balancing_loss(probs, counts, mask, num_tokens=tokens)

@@ -28,7 +28,7 @@ from dmoe.parallel import AllToAllDispatcher, Dispatched, as_group
 from dmoe.parallel.agreement import check_layers
 from dmoe.parallel.build import build_dispatcher, owned_experts
 from dmoe.parallel.overlap import run_overlapped
-from dmoe.parallel.statistics import LoadOfRanks
+from dmoe.parallel.statistics import LoadOfRanks, ranks_of_bias
 from dmoe.routing import Routing, build_router
 
 _Results: TypeAlias = tuple[Tensor, tuple[Dispatched, ...], Tensor | None]  # y, what was dispatched, kept per expert
@@ -231,19 +231,24 @@ class MoE(Float32Buffers):
         """
         return self.auxiliary.take(trained=any(parameter.requires_grad for parameter in self.router.parameters()))
 
-    def update_selection_bias(self) -> None:
+    def update_selection_bias(self, group: dist.ProcessGroup | None = None) -> None:
         """Move the router's selection bias, if it has one; call it after the optimizer step, on every rank.
 
-        The load is that of all ranks that train the layer, so that their biases stay equal: those of ``loss_group``, or
-        that :func:`dmoe.parallel.data_parallel` was told, or of ``ep_group`` (and ``expert_tp_group``).
+        Args:
+            group: all ranks that train the layer, whose loads add up, so that their biases stay equal. None: those of
+                ``loss_group``, or that :mod:`dmoe.parallel`'s ``data_parallel`` or ``fully_shard_experts`` was told, or
+                of ``ep_group`` (and ``expert_tp_group``) if that is all there are.
+
+        Raises:
+            ValueError: None, and there are ranks of which nobody said whether they train the layer.
         """
         # An adapter may stand in the router's place, with the router inside.
         router: Any = next(module for module in self.router.modules() if hasattr(module, "update_selection_bias"))
         load = getattr(router, "load_since_update", None)
         if load is not None:
-            ep = self.dispatcher.groups if isinstance(self.dispatcher, AllToAllDispatcher) else ()
-            for group in ep if self.bias_ranks is None else (self.bias_ranks.group,):
-                dist.all_reduce(load, group=group)
+            told = self.bias_ranks if group is None else LoadOfRanks(group)
+            ep_groups = self.dispatcher.groups if isinstance(self.dispatcher, AllToAllDispatcher) else ()
+            ranks_of_bias(told, ep_groups).add_up(load)
         router.update_selection_bias()
 
     def _replicate_for_data_parallel(self) -> MoE:
