@@ -44,6 +44,25 @@ def check_parts(config: MoEConfig, router_module: Any, shared_expert: Any) -> No
         )
 
 
+def check_copied(config: MoEConfig, *, keeps_loss: bool) -> None:
+    """``nn.DataParallel`` is about to train a copy of the layer, and to throw it away afterwards.
+
+    Args:
+        config: of the layer.
+        keeps_loss: whether its loss waits in it for the caller.
+
+    Raises:
+        RuntimeError: something would be lost with the copy.
+    """
+    lost = ["auxiliary loss"] if keeps_loss else []
+    lost += ["loads for the selection bias"] if config.selection_bias else []
+    if lost:
+        raise RuntimeError(
+            "MoE: nn.DataParallel trains copies of this layer and throws them away, and with them their "
+            f"{' and '.join(lost)}: use DistributedDataParallel"
+        )
+
+
 def check_inputs(
     config: MoEConfig,
     x: Tensor,

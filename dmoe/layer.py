@@ -22,13 +22,13 @@ from dmoe.auxiliary import AuxiliaryLosses
 from dmoe.buffers import Float32Buffers
 from dmoe.config import MoEConfig
 from dmoe.experts import Experts, SharedExpert
-from dmoe.inputs import check_inputs, check_parts, config_of
+from dmoe.inputs import check_copied, check_inputs, check_parts, config_of
 from dmoe.metrics import RoutingMetrics, metrics_of
 from dmoe.parallel import AllToAllDispatcher, Dispatched, as_group
 from dmoe.parallel.agreement import check_layers
 from dmoe.parallel.build import build_dispatcher, owned_experts
-from dmoe.parallel.overlap import run_overlapped
-from dmoe.parallel.statistics import LoadOfRanks, ranks_of_bias
+from dmoe.parallel.overlap import run_in_chunks
+from dmoe.parallel.statistics import LoadOfRanks, move_selection_bias
 from dmoe.routing import Routing, build_router
 
 _Results: TypeAlias = tuple[Tensor, tuple[Dispatched, ...], Tensor | None]  # y, what was dispatched, kept per expert
@@ -192,29 +192,11 @@ class MoE(Float32Buffers):
 
     def _in_chunks(self, tokens: Tensor, routing: Routing) -> _Results:
         """The same in chunks of experts, one of which travels while another computes."""
-        degree, shared = self.config.overlap_degree, []
         assert isinstance(self.dispatcher, AllToAllDispatcher)
-        weights = self.experts.in_parts(degree)
-
-        def on_the_way(chunk: int) -> None:
-            weights[chunk] = weights[chunk].deferred()
-            if self.shared_expert is not None and chunk == 0:
-                shared.append(self.shared_expert(tokens))
-
-        def experts(chunk: int, arrived: Dispatched) -> Tensor:
-            return self.experts(arrived.x, arrived.plan, arrived.gate_weights, weights=weights[chunk])
-
-        done = run_overlapped(
-            self.dispatcher,
-            experts,
-            tokens,
-            routing.expert_indices,
-            routing.gate_weights,
-            routing.plan,
-            degree=degree,
-            on_the_way=on_the_way,
+        done = run_in_chunks(
+            self.dispatcher, self.experts, self.shared_expert, tokens, routing, degree=self.config.overlap_degree
         )
-        return done.y + shared[0] if shared else done.y, done.chunks, done.kept_per_expert
+        return done.y, done.chunks, done.kept_per_expert
 
     def router_losses(self, routing: Routing, num_sequences: int = 1) -> Tensor | None:
         """Sum of this layer's auxiliary losses times their coefficients, a scalar; None when there is none.
@@ -242,26 +224,14 @@ class MoE(Float32Buffers):
         Raises:
             ValueError: None, and there are ranks of which nobody said whether they train the layer.
         """
-        # An adapter may stand in the router's place, with the router inside.
-        router: Any = next(module for module in self.router.modules() if hasattr(module, "update_selection_bias"))
-        load = getattr(router, "load_since_update", None)
-        if load is not None:
-            told = self.bias_ranks if group is None else LoadOfRanks(group)
-            ep_groups = self.dispatcher.groups if isinstance(self.dispatcher, AllToAllDispatcher) else ()
-            ranks_of_bias(told, ep_groups).add_up(load)
-        router.update_selection_bias()
+        told = self.bias_ranks if group is None else LoadOfRanks(group)
+        ep_groups = self.dispatcher.groups if isinstance(self.dispatcher, AllToAllDispatcher) else ()
+        move_selection_bias(self.router, told, ep_groups)
 
     def _replicate_for_data_parallel(self) -> MoE:
         """What ``nn.DataParallel`` calls for each device, in each forward."""
-        lost = []
         if self.training and torch.is_grad_enabled():
-            lost += ["auxiliary loss"] if self.auxiliary.is_kept else []
-            lost += ["loads for the selection bias"] if self.config.selection_bias else []
-        if lost:
-            raise RuntimeError(
-                f"MoE: nn.DataParallel trains copies of this layer and throws them away, and with them their "
-                f"{' and '.join(lost)}: use DistributedDataParallel"
-            )
+            check_copied(self.config, keeps_loss=self.auxiliary.is_kept)
         return super()._replicate_for_data_parallel()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from dmoe.parallel.collectives import explained, outside_graphs
 
@@ -66,22 +66,30 @@ class LoadOfRanks:
             explained(functools.partial(dist.all_reduce, counts, group=group), "the all-reduce of loads", group)
 
 
-def ranks_of_bias(told: LoadOfRanks | None, ep_groups: Sequence[ProcessGroup]) -> LoadOfRanks:
-    """The ranks whose loads move a layer's selection bias, which is to stay the same on all of them.
+def move_selection_bias(router: nn.Module, told: LoadOfRanks | None, ep_groups: Sequence[ProcessGroup]) -> None:
+    """Move a router's selection bias by the load of all ranks that train it, on which it is to stay the same.
 
     Args:
-        told: those that somebody named; None where nobody did.
+        router: with :class:`dmoe.routing.Router`'s methods; or an adapter that has it inside.
+        told: the ranks that somebody named; None where nobody did.
         ep_groups: of an expert-parallel layer, the dimensions of its grid; empty otherwise.
 
     Raises:
         ValueError: nobody said which ranks train the layer, and there are more than the layer knows of.
     """
-    ranks = LoadOfRanks(*ep_groups) if told is None else told
-    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    if told is None and ranks.num_ranks < world:
-        raise ValueError(
-            f"update_selection_bias: expected to know which of the {world} ranks train this layer, whose biases would "
-            "drift apart otherwise: call dmoe.update_selection_bias(model, group), with torch.distributed.group.WORLD "
-            "if all do; or wrap the model by dmoe.parallel.data_parallel, or build the layer with loss_group"
-        )
-    return ranks
+    inner: Any = next(module for module in router.modules() if hasattr(module, "update_selection_bias"))
+    load = getattr(inner, "load_since_update", None)
+    if load is not None:
+        ranks = LoadOfRanks(*ep_groups) if told is None else told
+        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if told is None and ranks.num_ranks < world:
+            raise ValueError(
+                f"update_selection_bias: expected to know which of the {world} ranks train this layer, whose biases "
+                "would drift apart otherwise: call dmoe.update_selection_bias(model, group), with "
+                "torch.distributed.group.WORLD if all do; or wrap the model by dmoe.parallel.data_parallel, or build "
+                "the layer with loss_group"
+            )
+        # Where the bias is: NCCL takes nothing that lies on the host.
+        inner.load_since_update = load = load.to(getattr(inner, "selection_bias", load).device)
+        ranks.add_up(load)
+    inner.update_selection_bias()
