@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 from dmoe.config import Activation, GateWeightOn, MoEConfig
 from dmoe.expert_slice import ExpertSlice, local_part, scaled
 from dmoe.expert_weights import F_DIM, ExpertWeights
-from dmoe.ops._checks import check_tensors
+from dmoe.ops._checks import check_plain, check_tensors
 from dmoe.ops._library import has_triton
 from dmoe.ops.activation import accumulate_dtype
 from dmoe.ops.block_sparse import block_size_for
@@ -285,9 +286,11 @@ class Experts(nn.Module):
         def here(parameter: Tensor | None) -> Tensor | None:
             return None if parameter is None else local_part(parameter)
 
+        up_proj, down_proj = local_part(getattr(self, self.up_name)), local_part(self.down_proj)
+        check_plain("Experts", up_proj=up_proj, down_proj=down_proj)
         return ExpertWeights(
-            up_proj=local_part(getattr(self, self.up_name)),
-            down_proj=local_part(self.down_proj),
+            up_proj=up_proj,
+            down_proj=down_proj,
             up_bias=here(getattr(self, self.up_bias_name)),
             down_bias=here(self.down_bias),
             gated=self.config.gated,
@@ -308,9 +311,11 @@ class Experts(nn.Module):
     def weights_ahead(self) -> ExpertWeights | None:
         """The weights at work for a :meth:`forward` to come, their gradients computed where backward comes to this.
 
-        None where the weights are not here yet: FSDP gathers them for that forward, and takes their gradients after it.
+        None where they may not be here yet: FSDP gathers them for that forward, and takes their gradients after it;
+        offloading replaces the forward, or hooks it, to bring them.
         """
-        return None if hasattr(self, "unshard") else self._weights_at_work().deferred()
+        hooked = hasattr(self, "unshard") or "forward" in self.__dict__ or bool(self._forward_pre_hooks)
+        return None if hooked else self._weights_at_work().deferred()
 
     def in_parts(self, count: int) -> list[ExpertWeights]:
         """The weights at work in ``count`` groups of consecutive experts, for :meth:`forward` one by one.
@@ -352,7 +357,7 @@ class Experts(nn.Module):
         One seed is drawn from PyTorch's default generator. Uniform in +-1/sqrt(fan_in) as ``nn.Linear``, or normal with
         ``init_std`` and zero biases.
         """
-        if self.down_proj.is_meta:
+        if self.down_proj.is_meta or is_fake(self.down_proj):
             return
         seed = self.seed = int(torch.randint(2**62, (), device="cpu").item())  # whatever the default device is
         for position, expert in enumerate(self.owned.experts):

@@ -116,7 +116,7 @@ class _AttachLoss(torch.autograd.Function):
         # Not save_for_backward: a training loop may set the scale between forward and backward, and means the new
         # value.
         ctx.scale, ctx.loss_dtype = scale, loss.dtype
-        return output.view_as(output)
+        return output.detach()  # shares memory, and is no view, which nobody could change in place
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from dmoe.parallel.interface import Dispatched
+from dmoe.routing import Routing
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,29 @@ class RoutingMetrics:
     def dead_experts(self) -> Tensor:
         """How many experts were given nothing, scalar integer."""
         return dead_experts(self.tokens_per_expert)
+
+
+@torch.no_grad()
+def metrics_of(routing: Routing, arrived: Sequence[Dispatched], kept_per_expert: Tensor | None) -> RoutingMetrics:
+    """The record of one forward.
+
+    Args:
+        routing: of this rank's tokens.
+        arrived: what was dispatched, in one piece or several.
+        kept_per_expert: ``(E,)`` where the dispatch dropped more than the plan; None otherwise.
+    """
+    plan, probs = routing.plan, routing.router_probs
+    if probs is None:
+        entropy = routing.gate_weights.new_full((), math.log(plan.num_experts))
+    else:
+        entropy = routing_entropy(probs.detach(), routing.token_mask)
+    kept = plan.kept_per_expert if kept_per_expert is None else kept_per_expert
+    traffic = [each.traffic for each in arrived if each.traffic is not None]
+    if not traffic:
+        return RoutingMetrics(plan.tokens_per_expert, kept, entropy)
+    naive = [each.naive_bytes_sent for each in traffic]
+    total = None if None in naive else sum(number for number in naive if number is not None)
+    return RoutingMetrics(plan.tokens_per_expert, kept, entropy, sum(each.bytes_sent for each in traffic), total)
 
 
 def expert_load(tokens_per_expert: Tensor) -> Tensor:

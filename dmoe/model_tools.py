@@ -42,7 +42,9 @@ def aux_loss(model: nn.Module) -> Tensor:
         home = losses[0].device
         return torch.stack([loss.to(home) for loss in losses]).sum()
     parameter = next(model.parameters(), None)
-    return torch.zeros((), device=None if parameter is None else parameter.device)
+    if parameter is None or parameter.is_meta:  # offloaded: a number on the CPU goes with tensors on any device
+        return torch.zeros((), device="cpu")
+    return torch.zeros((), device=parameter.device)
 
 
 def set_aux_loss_scale(model: nn.Module, scale: float | Tensor) -> None:
@@ -62,10 +64,18 @@ def set_aux_loss_scale(model: nn.Module, scale: float | Tensor) -> None:
             layer.aux_loss_scale.fill_(scale)
 
 
-def update_selection_bias(model: nn.Module) -> None:
-    """Move the selection bias of every layer that has one (DeepSeek-V3); call it after the optimizer step."""
+def update_selection_bias(model: nn.Module, group: ProcessGroup | None = None) -> None:
+    """Move the selection bias of every layer that has one (DeepSeek-V3); call it after the optimizer step.
+
+    Args:
+        model: any module, the same on all ranks.
+        group: all ranks that train it; None: those that the layers know of, see :meth:`dmoe.MoE.update_selection_bias`.
+
+    Raises:
+        ValueError: None, and there are ranks that no layer knows of.
+    """
     for layer in moe_layers(model).values():
-        layer.update_selection_bias()
+        layer.update_selection_bias(group)
 
 
 @torch.no_grad()

@@ -30,9 +30,8 @@ from dmoe.ops.block_activation import block_activation_ref, block_row_sums_ref, 
 from dmoe.ops.block_sparse import block_size_for, sdd_cuda, sdd_ref, spmm_cuda, spmm_ref
 from dmoe.ops.grouped_gemm import grouped_gemm_weight
 from dmoe.ops.pad_plan import PaddedPlan, pad_plan_cuda, pad_plan_ref, padded_row_blocks
-from dmoe.ops.permute import permute
+from dmoe.ops.permute import permute, unpermute
 from dmoe.ops.topology import BlockTopology, expert_topology_cuda, expert_topology_ref, topology_arguments
-from dmoe.ops.unpermute import unpermute
 
 
 class _Kernels(NamedTuple):

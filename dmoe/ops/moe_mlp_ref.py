@@ -15,9 +15,8 @@ from torch import Tensor
 from dmoe.ops._moe_mlp_call import Call
 from dmoe.ops.activation import accumulate_dtype, activate, activate_backward
 from dmoe.ops.grouped_gemm import grouped_gemm, grouped_gemm_weight
-from dmoe.ops.permute import permute
+from dmoe.ops.permute import permute, unpermute
 from dmoe.ops.philox import ACTIVATION_DROPOUT, EXPERT_DROPOUT, dropout_scale
-from dmoe.ops.unpermute import unpermute
 
 
 def _stack(packed: Tensor, sizes: Sequence[int], dim: int) -> Tensor:

@@ -18,8 +18,7 @@ from dmoe.experts import run_experts
 from dmoe.ops.cumsum import inclusive_cumsum
 from dmoe.ops.grouped_gemm import grouped_gemm
 from dmoe.ops.histogram import histogram
-from dmoe.ops.permute import permute
-from dmoe.ops.unpermute import unpermute
+from dmoe.ops.permute import permute, unpermute
 from dmoe.plan import RoutingPlan
 
 

@@ -14,8 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dmoe.ops.permute import permute
-from dmoe.ops.unpermute import unpermute
+from dmoe.ops.permute import permute, unpermute
 
 
 class _Plan(NamedTuple):
