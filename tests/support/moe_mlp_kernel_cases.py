@@ -13,7 +13,7 @@ from dmoe.ops._moe_mlp_call import Call
 from dmoe.ops.moe_mlp_ref import moe_mlp_backward_ref, moe_mlp_ref
 from dmoe.ops.tile_table import tile_table
 
-NAMES = ("x", "gate_weights", "up_proj", "down_proj", "up_bias", "down_bias")
+NAMES = ("x", "gate_weights", "up_proj", "down_proj", "up_bias", "down_bias", "gate_proj")
 
 
 @contextlib.contextmanager
