@@ -20,6 +20,7 @@ from dmoe.ops._strides import is_transposed, readable
 from dmoe.ops.activation import accumulate_dtype
 from dmoe.ops.block_sparse import block_size_for
 from dmoe.ops.block_sparse_mlp import block_sparse_mlp
+from dmoe.ops.grouped_gemm import grouped_gemm
 from dmoe.ops.moe_mlp import has_tangent, moe_mlp
 from dmoe.ops.moe_mlp_deferred import moe_mlp_deferred
 from dmoe.ops.philox import draw_seed
@@ -450,6 +451,16 @@ class Experts(nn.Module):
         return f"num_experts={c.num_experts}{here}, {sizes}, {kind}"
 
 
+class _Gate(nn.Linear):
+    """A linear without a bias, whose bits do not depend on the number of threads on the CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(T, H)`` to ``(T, 1)``."""
+        if x.device.type != "cpu":
+            return super().forward(x)
+        return grouped_gemm(x.unsqueeze(0), self.weight.unsqueeze(0))[0]
+
+
 class SharedExpert(nn.Module):
     """One expert that every token takes beside its own (DeepSeekMoE), optionally scaled by ``sigmoid(x @ w)``.
 
@@ -482,9 +493,7 @@ class SharedExpert(nn.Module):
         )
         self.mlp = Experts(one, routed=False, device=device, dtype=dtype)
         self.gate = (
-            nn.Linear(config.hidden_size, 1, bias=False, device=device, dtype=dtype)
-            if config.shared_expert_gate
-            else None
+            _Gate(config.hidden_size, 1, bias=False, device=device, dtype=dtype) if config.shared_expert_gate else None
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from dmoe.parallel.build import build_dispatcher, owned_experts
 from dmoe.parallel.overlap import run_in_chunks
 from dmoe.parallel.statistics import LoadOfRanks, move_selection_bias
 from dmoe.routing import Routing, build_router
+from dmoe.sums import add_to_tokens
 
 _Results: TypeAlias = tuple[Tensor, tuple[Dispatched, ...], Tensor | None]  # y, what was dispatched, kept per expert
 
@@ -174,7 +175,7 @@ class MoE(Float32Buffers):
         self.last_metrics = metrics_of(routing, arrived, kept)
         if self.output_bias is None:
             return y
-        return (y, self.output_bias) if self.config.return_bias else y + self.output_bias.to(y.dtype)
+        return (y, self.output_bias) if self.config.return_bias else add_to_tokens(y, self.output_bias.to(y.dtype))
 
     def _at_once(self, tokens: Tensor, routing: Routing) -> _Results:
         """Dispatch, experts, combine; while tokens travel, the shared expert; while gradients do, those of weights."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dmoe.parallel.interface import Dispatched
 from dmoe.routing import Routing
+from dmoe.sums import sum_tokens
 
 
 @dataclass(frozen=True)
@@ -97,10 +98,11 @@ def routing_entropy(router_probs: Tensor, token_mask: Tensor | None = None) -> T
         router_probs: ``(T, E)``, rows summing to 1.
         token_mask: ``(T,)`` bool, True for tokens that count; None counts all.
     """
-    per_token = torch.special.entr(router_probs).sum(-1)
+    per_token = torch.special.entr(router_probs).sum(-1, keepdim=True)
     if token_mask is None:
-        return per_token.sum() / max(per_token.shape[0], 1)
-    return per_token.masked_fill(~token_mask, 0).sum() / token_mask.sum().clamp(min=1)
+        return sum_tokens(per_token).squeeze(0) / max(per_token.shape[0], 1)
+    counted = per_token.masked_fill(~token_mask.unsqueeze(1), 0)
+    return sum_tokens(counted).squeeze(0) / token_mask.sum().clamp(min=1)
 
 
 def choice_dropped_share(expert_indices: Tensor, token_to_rows: Tensor, num_experts: int) -> Tensor:
