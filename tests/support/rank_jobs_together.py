@@ -46,7 +46,7 @@ def stages(at):
     def hook(event, args):
         if active and event in ("os.rename", "os.remove", "os.symlink"):
             at(event)
-        elif active and event == "open" and isinstance(args[0], str | os.PathLike) and ".ck." in str(args[0]):
+        elif active and event == "open" and str(args[0]).endswith((".part", ".draft")):
             at(f"open {args[1]}")
 
     sys.addaudithook(hook)

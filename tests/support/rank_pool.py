@@ -120,7 +120,8 @@ class RankPool:
                 else:
                     errors[rank] = answer
         errors |= dict.fromkeys(open_pipes.values(), ("hung", f"no answer within {limit} s"))
-        if errors and (open_pipes or len(errors) < ranks):
+        gone = any(kind == "died" for kind, _ in errors.values())
+        if errors and (open_pipes or gone or len(errors) < ranks):
             self.close()  # ranks that did not fail together have left the group out of step
         if errors:
             raise RankError(dict(sorted(errors.items())))
