@@ -163,6 +163,15 @@ def count_experts_in_norm(optimizer: Any, model: nn.Module) -> None:
     inner.clip_grad_norm = clip_grad_norm
 
 
+def from_first(value: Any) -> Any:
+    """What the first rank gives, on all of them."""
+    holder = [value]
+    if world()[1] > 1:
+        group = distributed_utils.get_data_parallel_group()
+        dist.broadcast_object_list(holder, src=dist.get_global_rank(group, 0), group=group)
+    return holder[0]
+
+
 def agreed(problem: str | None) -> None:
     """Raise the first problem that any rank has, on all of them: none is left waiting for the others.
 
