@@ -60,10 +60,14 @@ class MegatronRanks:
     def __init__(self, folder):
         self._folder, self._numbers, self._pool, self._native = folder, itertools.count(), RankPool(4, timeout=120), {}
 
-    def run(self, job, case, *arguments, limit=300):
-        """``rank_jobs_megatron.<job>(group, case, first argument, store, ...)`` on the ranks of a case, or on ranks."""
+    def run(self, job, case, *arguments, limit=300, about=None):
+        """``rank_jobs_megatron.<job>(group, case, first argument, store, ...)`` on the ranks of a case, or on ranks.
+
+        ``about`` names another module of jobs, as ``specs`` for ``rank_jobs_megatron_specs``.
+        """
         world = getattr(case, "ranks", case).world
-        module = "rank_jobs_megatron" + ("_checkpoint" if job in ("save", "load") else "")
+        about = "checkpoint" if job in ("save", "load") else about
+        module = "rank_jobs_megatron" + (f"_{about}" if about else "")
         first, *rest = arguments
         arguments = (case, first, self.new_path("store"), *rest)
         return self._pool.run(call, module, job, *arguments, ranks=world, limit=limit)

@@ -127,10 +127,13 @@ def spec_of(config, impl):
         return spec
     if impl == "layer":
         return integration.dmoe_layer_spec(config, use_transformer_engine=False)
-    if impl == "native":
-        return get_gpt_decoder_block_spec(config, use_transformer_engine=False)
+    if impl == "native":  # with what Megatron's own scripts pass
+        passed = {"normalization": config.normalization, "qk_l2_norm": config.qk_l2_norm}
+        return get_gpt_decoder_block_spec(config, use_transformer_engine=False, **passed)
     if impl == "constant":  # --spec dmoe.integrations.megatron dmoe_gpt_spec
         return integration.dmoe_gpt_spec
+    if impl == "constant experts":
+        return integration.dmoe_experts_spec
     makers = {"dmoe": integration.dmoe_block_spec, "experts": integration.dmoe_experts_spec}
     return makers[impl](config, use_transformer_engine=False)
 
