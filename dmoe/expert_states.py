@@ -25,6 +25,7 @@ def other_layout(state_dict: Mapping[str, Any], prefix: str, names: Iterable[str
         return None
     found = ", ".join(key[len(prefix) :] for key in others[:3]) + (", ..." if len(others) > 3 else "")
     return (
-        f"{prefix.removesuffix('.') or 'Experts'}: expected {', '.join(needed)}, got experts of another layout ({found}), of which "
-        "none would be loaded. Bring them into these shapes and names before, as dmoe.ExpertWeights describes them"
+        f"{prefix.removesuffix('.') or 'Experts'}: expected {', '.join(needed)}, got experts of another layout "
+        f"({found}), of which none would be loaded. Bring them into these shapes and names before, as "
+        "dmoe.ExpertWeights describes them"
     )

@@ -24,13 +24,17 @@ class Ranks:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One model and how it is trained; ``config`` holds fields of Megatron's ``TransformerConfig``."""
+    """One model and how it is trained; ``config`` holds fields of Megatron's ``TransformerConfig``.
+
+    A ``weight_decay`` of its own is one by groups of parameters, as Megatron's scheduler of learning rates sets it.
+    """
 
     ranks: Ranks = Ranks()
     config: dict = dataclasses.field(default_factory=dict)
     distributed_optimizer: bool = False
     padding: bool = False
     overlap: bool = False
+    weight_decay: float | None = None
     steps: int = 6
 
     def on(self, **ranks):
