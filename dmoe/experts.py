@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import is_fake
 
 from dmoe.config import Activation, GateWeightOn, MoEConfig
 from dmoe.expert_slice import ExpertSlice, local_part, scaled
+from dmoe.expert_states import other_layout
 from dmoe.expert_weights import F_DIM, ExpertWeights
 from dmoe.ops._checks import check_plain, check_tensors
 from dmoe.ops._library import has_triton
@@ -291,6 +292,10 @@ class Experts(nn.Module):
         self.mark_parameters()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        names = dict(self.named_parameters())
+        wrong = other_layout(state_dict, prefix, names, [name for name in names if name in (self.up_name, "down_proj")])
+        if wrong is not None:
+            args[-1].append(wrong)  # torch's error_msgs, which are raised with strict=False, too
         for name, parameter in self.named_parameters() if self.distributed else ():
             value = state_dict.get(prefix + name)  # whose dict is load_state_dict's own
             if isinstance(value, Tensor) and isinstance(self.config.ffn_hidden_size, int):

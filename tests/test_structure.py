@@ -30,8 +30,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plan": {"ops", "config"},
     "routing": {"ops", "plan", "config", "buffers"},
     "expert_slice": set(),
+    "expert_states": set(),
     "expert_weights": {"ops"},
-    "experts": {"ops", "plan", "config", "expert_slice", "expert_weights"},
+    "experts": {"ops", "plan", "config", "expert_slice", "expert_states", "expert_weights"},
     "functional": {"ops", "plan", "config", "experts", "expert_weights", "routing"},
     "parallel": {"ops", "plan", "config", "expert_slice"},
     "layer": {

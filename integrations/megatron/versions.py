@@ -67,7 +67,7 @@ def moe_submodules(mlp: Any) -> Any | None:
     module = mlp.func if isinstance(mlp, functools.partial) else getattr(mlp, "module", mlp)
     if not (isinstance(module, type) and issubclass(module, MoELayer)):
         return None
-    return mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
+    return mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else getattr(mlp, "submodules", None)
 
 
 def with_submodules(mlp: Any, submodules: Any) -> Any:
