@@ -654,10 +654,6 @@ def test_a_loss_that_has_lost_its_graph_is_refused():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"moe_expert_model_parallelism": True}, NotImplementedError, "no expert parallelism yet"),
-        ({"expert_parallel_group": object()}, NotImplementedError, "no expert parallelism yet"),
-        ({"moe_weight_parallelism": True}, NotImplementedError, "FSDP"),
-        ({"weight_parallel_group": object()}, NotImplementedError, "FSDP"),
         ({"quantize_inputs_num_bits": 8}, NotImplementedError, "does not quantize"),
         ({"quantize_rematerialize_num_bits": 4}, NotImplementedError, "does not quantize"),
         ({"quantize_scatter_num_bits": 8}, NotImplementedError, "does not quantize"),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dmoe.compat.megablocks.layers.arguments import Arguments
+from dmoe.compat.megablocks.layers.router import batched_router_zloss
 from dmoe.compat.megablocks.layers.saved import Rounds, layers_per_stage
 
 _LOADS = Rounds("load-balancing loss", "clear_load_balancing_loss")
@@ -68,3 +69,18 @@ def batched_load_balancing_loss(args: Arguments) -> Tensor | float:
     total = torch.stack([torch.dot(counts.to(wide), scores.sum(0, dtype=wide)) for counts, scores in saved]).sum()
     scale = experts * args.moe_loss_weight / (args.num_layers * max(tokens, 1) ** 2 * args.moe_top_k)
     return (scale * total).to(wide if args.moe_lbl_in_fp32 else given)
+
+
+def batched_load_balancing_and_z_loss(args: Arguments) -> tuple[Tensor | float, Tensor | float]:
+    """The pair that ``batched_load_balancing_loss`` of Muennighoff's fork (OLMoE) returns.
+
+    Returns:
+        :func:`batched_load_balancing_loss`, and ``moe_zloss_weight * sum_lt logsumexp(logits_lt)**2 / (num_layers * T *
+        K)``: that fork's scale, which divides by K as well; 0.0 when its weight is 0.
+    """
+    balance = batched_load_balancing_loss(args)
+    if args.moe_zloss_weight == 0:
+        return balance, 0.0
+    each = batched_router_zloss(args)
+    assert isinstance(each, Tensor)
+    return balance, each.sum() / (args.num_layers * args.moe_top_k)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from dmoe.compat._not_offered import attributes_of
 from dmoe.compat.megablocks.layers.arguments import Arguments
 from dmoe.compat.megablocks.layers.mlp import GroupedMLP, SharedMLP, SparseMLP
 from dmoe.compat.megablocks.layers.overrides import steps
+
+__getattr__ = attributes_of(__name__)
 
 
 class SparseGLU(SparseMLP):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dmoe.compat._not_offered import attributes_of
 from dmoe.compat.megablocks.layers import common
 from dmoe.compat.megablocks.layers.arguments import Arguments
 from dmoe.compat.megablocks.layers.overrides import steps
@@ -42,6 +43,8 @@ __all__ = [
     "resolve_dtensor",
     "scale_gradient",
 ]
+
+__getattr__ = attributes_of(__name__)
 
 
 def fused_activation(function: Callable[..., Any] | None) -> Activation | None:

@@ -22,12 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from dmoe import losses
+from dmoe.compat._not_offered import attributes_of
 from dmoe.compat.megablocks import ops
 from dmoe.compat.megablocks.layers import common, mlp, mpu, router, sharedexpert_registry
 from dmoe.compat.megablocks.layers.all_to_all import all_to_all
 from dmoe.compat.megablocks.layers.arguments import Arguments
 from dmoe.compat.megablocks.layers.balance import (
     _LOADS,
+    batched_load_balancing_and_z_loss,
     batched_load_balancing_loss,
     clear_load_balancing_loss,
     get_load_balancing_loss,
@@ -41,6 +43,7 @@ __all__ = [
     "MoE",
     "ParallelMLP",
     "all_to_all",
+    "batched_load_balancing_and_z_loss",
     "batched_load_balancing_loss",
     "clear_load_balancing_loss",
     "common",
@@ -52,6 +55,8 @@ __all__ = [
     "save_load_balancing_loss",
     "sharedexpert_registry",
 ]
+
+__getattr__ = attributes_of(__name__)
 
 _Step = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 

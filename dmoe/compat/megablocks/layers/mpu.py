@@ -65,6 +65,16 @@ def get_expert_parallel_rank(args: Arguments) -> int:
     return 0
 
 
+def get_weight_parallel_world_size(args: Arguments) -> int:
+    """1."""
+    return 1
+
+
+def get_weight_parallel_rank(args: Arguments) -> int:
+    """0."""
+    return 0
+
+
 def expert_sharding_degree(args: Arguments) -> int:
     """Over how many ranks experts are spread: 1."""
     return 1

@@ -7,12 +7,15 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from dmoe.compat._not_offered import attributes_of
 from dmoe.compat.megablocks.layers import common
 from dmoe.compat.megablocks.layers.arguments import Arguments
 from dmoe.compat.megablocks.layers.saved import Rounds
 from dmoe.ops.activation import accumulate_dtype
 from dmoe.ops.gate_weights import gate_weights
 from dmoe.ops.topk_indices import topk_indices
+
+__getattr__ = attributes_of(__name__)
 
 _LOGITS = Rounds("router z-loss", "clear_router_zloss")
 
