@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstring>
 #include <optional>
+#include <sstream>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -21,6 +22,7 @@
 #include "check.h"
 #include "gemm.h"
 #include "moe_rows.h"
+#include "moe_weights.h"
 #include "pages.h"
 #include "philox.h"
 
@@ -50,7 +52,8 @@ struct Arguments {
   bool gated;
   GateOn gate_on;
   double activation_dropout, expert_dropout;
-  optional<Tensor> residual;  // added to y
+  optional<Tensor> residual;   // added to y
+  optional<Tensor> gate_proj;  // the gate's half of up_proj, where that is the other half only
 };
 
 // F of the widest expert.
@@ -77,7 +80,8 @@ struct Problem {
 
   const Arguments& args;
   int64_t tokens, hidden, experts_count, rows_bound, assignments, width, total_width, pre_width;
-  const T *x, *up, *down, *up_bias, *down_bias;
+  const T *x, *up_bias, *down_bias;
+  Weights<T> weights;  // only read
   const A* gates;
   const int32_t *offsets, *row_to_token, *row_to_slot, *token_offsets, *token_rows;
   uint64_t seed = 0;
@@ -90,7 +94,7 @@ struct Problem {
     total_width = a.down_proj.size(a.down_proj.dim() - 1);
     width = widest(a);
     pre_width = a.gated ? 2 * width : width;
-    x = data(a.x), up = data(a.up_proj), down = data(a.down_proj);
+    x = data(a.x), weights = Weights<T>(a.gated, packed(), a.up_proj, a.gate_proj, a.down_proj);
     up_bias = a.up_bias ? data(*a.up_bias) : nullptr;
     down_bias = a.down_bias ? data(*a.down_bias) : nullptr;
     gates = static_cast<const A*>(a.gate_weights.const_data_ptr());
@@ -110,23 +114,28 @@ struct Problem {
 
   bool packed() const { return !args.ffn_sizes.empty(); }
 
-  // How many matrices an expert's up projection is: 1, or gate and up apart from each other where experts are packed.
-  int64_t up_parts() const { return packed() && args.gated ? 2 : 1; }
-  // Offset of part `part` of expert e's up projection, in elements; its rows are `up_rows(e)`.
-  int64_t up_at(int64_t e, int64_t part) const {
-    return packed() ? (part * total_width + experts[e].start) * hidden : e * pre_width * hidden;
-  }
-  int64_t up_rows(int64_t e) const { return packed() ? experts[e].width : pre_width; }
-  int64_t down_at(int64_t e) const { return packed() ? experts[e].start : e * hidden * width; }
-  int64_t down_stride() const { return packed() ? total_width : width; }
+  // How many matrices an expert's up projection is: 2 where gate and up lie apart from each other.
+  int64_t up_parts() const { return args.gated && !weights.halves_are_one ? 2 : 1; }
+  int64_t up_rows(int64_t e) const { return args.gated && up_parts() == 1 ? pre_width : experts[e].width; }
   int64_t up_bias_at(int64_t e, int64_t part) const {
-    return packed() ? part * total_width + experts[e].start : e * pre_width;
+    return packed() ? part * total_width + experts[e].start : e * pre_width + part * width;
   }
 
-  Matrix up_matrix(int64_t e, int64_t part) const { return row_major(up + up_at(e, part), up_rows(e), hidden, hidden); }
-  Matrix down_matrix(int64_t e) const {
-    return row_major(down + down_at(e), hidden, experts[e].width, down_stride());
+  // Rows [begin, end) of part `part` of expert e's up projection, or of its gradient.
+  Matrix up_matrix(const Weights<T>& of, int64_t e, int64_t part, int64_t begin, int64_t end) const {
+    const Weight<T>& weight = of.up[part];
+    T* first = weight.data + weight.at(e, experts[e].start) + begin * weight.f_stride;
+    return {first, end - begin, hidden, weight.f_stride, weight.h_stride};
   }
+  Matrix up_matrix(int64_t e, int64_t part) const { return up_matrix(weights, e, part, 0, up_rows(e)); }
+
+  // The same of the down projection, whose rows are H.
+  Matrix down_matrix(const Weights<T>& of, int64_t e, int64_t begin, int64_t end) const {
+    const Weight<T>& weight = of.down;
+    T* first = weight.data + weight.at(e, experts[e].start) + begin * weight.h_stride;
+    return {first, end - begin, experts[e].width, weight.h_stride, weight.f_stride};
+  }
+  Matrix down_matrix(int64_t e) const { return down_matrix(weights, e, 0, hidden); }
 
   // Zeros in the rows that dropped assignments left unused.
   void clear_unused(T* rows, int64_t columns) const {
@@ -192,11 +201,14 @@ struct Problem {
 };
 
 // An uninitialised tensor that is about to be written as a whole.
-Tensor large_empty(const Tensor& like, const vector<int64_t>& sizes) {
-  Tensor out = torch::stable::new_empty(like, sizes);
+Tensor in_huge_pages(Tensor out) {
   prefer_huge_pages(out.mutable_data_ptr(), out.numel() * static_cast<int64_t>(out.element_size()));
   return out;
 }
+Tensor large_empty(const Tensor& like, const vector<int64_t>& sizes) {
+  return in_huge_pages(torch::stable::new_empty(like, sizes));
+}
+Tensor large_empty_like(const Tensor& tensor) { return in_huge_pages(torch::stable::empty_like(tensor)); }
 
 thread_local Scratch scratch_a, scratch_b, scratch_c, scratch_d;
 
@@ -301,8 +313,9 @@ int64_t padded_rows(int64_t rows, ScalarType dtype) {
 
 template <typename T>
 struct Gradients {
-  T *x, *up, *down, *up_bias, *down_bias;
+  T *x, *up_bias, *down_bias;
   Accumulate<T>* gate;
+  Weights<T> weights = {};
   T *pre = nullptr, *hidden = nullptr;  // by row of the plan, for the weights' half of a backward in two
 };
 
@@ -413,6 +426,15 @@ struct GradTask {
 };
 constexpr int64_t kDownPart = 2, kBiasPart = 3;
 
+// out = a @ b for an `out` whose rows or whose columns are contiguous. Products are fast where its rows are.
+void product(const Matrix& out, const Matrix& a, const Matrix& b, ScalarType dtype) {
+  if (out.col_stride != 1 && out.row_stride == 1) {
+    mm_out(transposed(out), transposed(b), transposed(a), dtype);
+  } else {
+    mm_out(out, a, b, dtype);
+  }
+}
+
 template <typename T>
 void weight_gradient(const Problem<T>& p, const GradTask& task, const Wave<T>& wave, const Gradients<T>& grads) {
   using A = Accumulate<T>;
@@ -423,9 +445,8 @@ void weight_gradient(const Problem<T>& p, const GradTask& task, const Wave<T>& w
   const T* hidden = wave.hidden + expert.padded_begin * p.width;
   const T* grad_pre = wave.grad_pre + expert.padded_begin * p.pre_width;
   if (task.part == kDownPart) {
-    T* out = grads.down + p.down_at(task.expert) + task.begin * p.down_stride();
-    mm_out(row_major(out, count, f, p.down_stride()),
-           transposed(row_major(grad_out + task.begin, n, count, p.hidden)), row_major(hidden, n, f, f), p.kType);
+    product(p.down_matrix(grads.weights, task.expert, task.begin, task.end),
+            transposed(row_major(grad_out + task.begin, n, count, p.hidden)), row_major(hidden, n, f, f), p.kType);
   } else if (task.part == kBiasPart) {
     const bool weighted = p.args.gate_on == GateOn::kOutput;
     vector<A> sum(std::max(p.hidden, parts * f), A(0));
@@ -444,10 +465,9 @@ void weight_gradient(const Problem<T>& p, const GradTask& task, const Wave<T>& w
       store_row<T>(sum.data(), grads.down_bias + task.expert * p.hidden, p.hidden);
     }
   } else {
-    T* out = grads.up + p.up_at(task.expert, task.part) + task.begin * p.hidden;
     const T* columns = grad_pre + task.part * f + task.begin;
-    mm_out(row_major(out, count, p.hidden, p.hidden), transposed(row_major(columns, n, count, parts * f)),
-           row_major(x_rows, n, p.hidden, p.hidden), p.kType);
+    product(p.up_matrix(grads.weights, task.expert, task.part, task.begin, task.end),
+            transposed(row_major(columns, n, count, parts * f)), row_major(x_rows, n, p.hidden, p.hidden), p.kType);
   }
 }
 
@@ -545,11 +565,18 @@ GateOn parse_gate_on(const string& name) {
 
 void check(const Arguments& a) {
   const auto contiguous = [](const char* name, const Tensor& t) { check_contiguous("moe_mlp", name, t); };
+  const auto shaped = [](const char* name, const Tensor& t, const vector<int64_t>& expected) {
+    bool same = t.dim() == static_cast<int64_t>(expected.size());
+    for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == expected[i];
+    std::ostringstream text;
+    for (size_t i = 0; i < expected.size(); ++i) text << (i ? ", " : "") << expected[i];
+    DMOE_CHECK(same, "moe_mlp: ", name, ": expected shape (", text.str(), "), got ", shape_of(t));
+  };
   const auto same_dtype = [&](const char* name, const Tensor& t) { check_dtype("moe_mlp", name, t, a.x.scalar_type()); };
   check_dim("moe_mlp", "x", a.x, 2);
   contiguous("x", a.x), contiguous("gate_weights", a.gate_weights);
-  contiguous("up_proj", a.up_proj), contiguous("down_proj", a.down_proj);
   same_dtype("up_proj", a.up_proj), same_dtype("down_proj", a.down_proj);
+  if (a.gate_proj) same_dtype("gate_proj", *a.gate_proj);
   if (a.up_bias) contiguous("up_bias", *a.up_bias), same_dtype("up_bias", *a.up_bias);
   if (a.down_bias) contiguous("down_bias", *a.down_bias), same_dtype("down_bias", *a.down_bias);
   if (a.residual) contiguous("residual", *a.residual), same_dtype("residual", *a.residual);
@@ -574,8 +601,14 @@ void check(const Arguments& a) {
   for (const int64_t size : a.ffn_sizes) columns += size;
   if (given == 0) columns = experts * widest(a);
   const int64_t parts = a.gated ? 2 : 1;
-  sized("down_proj", a.down_proj, columns * hidden);
-  sized("up_proj", a.up_proj, parts * columns * hidden);
+  using Shape = vector<int64_t>;
+  Shape up = given == 0 ? Shape{experts, widest(a), hidden} : Shape{columns, hidden};
+  DMOE_CHECK(a.gated || !a.gate_proj, "moe_mlp: gate_proj: expected None without a gate, got shape ",
+             shape_of(*a.gate_proj));
+  if (a.gate_proj) shaped("gate_proj", *a.gate_proj, up);
+  if (a.gated && !a.gate_proj) up.insert(up.end() - 2, 2);
+  shaped("up_proj", a.up_proj, up);
+  shaped("down_proj", a.down_proj, given == 0 ? Shape{experts, hidden, widest(a)} : Shape{hidden, columns});
   if (a.up_bias) sized("up_bias", *a.up_bias, parts * columns);
   if (a.down_bias) sized("down_bias", *a.down_bias, experts * hidden);
   if (a.residual) sized("residual", *a.residual, a.x.numel());
@@ -615,12 +648,13 @@ T* out(Tensor& tensor) {
       Tensor token_offsets, Tensor token_rows, optional<Tensor> seed, vector<int64_t> ffn_sizes, string activation, \
       bool gated, string gate_weight_on, double activation_dropout, double expert_dropout,                          \
       optional<Tensor> residual, optional<Tensor> /*tiles*/, optional<Tensor> /*experts_by_load*/,                  \
-      int64_t /*tile_rows*/, optional<Tensor> /*up_main_grad*/, optional<Tensor> /*down_main_grad*/
+      int64_t /*tile_rows*/, optional<Tensor> /*up_main_grad*/, optional<Tensor> /*down_main_grad*/,                \
+      optional<Tensor> gate_proj, optional<Tensor> /*gate_main_grad*/
 #define DMOE_MOE_MLP_ARGUMENTS                                                                                     \
   Arguments {                                                                                                      \
     x, gate_weights, up_proj, down_proj, up_bias, down_bias, expert_offsets, row_to_token, row_to_slot,            \
         token_offsets, token_rows, seed, ffn_sizes, activation, gated, parse_gate_on(gate_weight_on),              \
-        activation_dropout, expert_dropout, residual                                                               \
+        activation_dropout, expert_dropout, residual, gate_proj                                                    \
   }
 
 std::tuple<Tensor, Tensor> moe_mlp(DMOE_MOE_MLP_PARAMETERS) {
@@ -649,15 +683,9 @@ void check_backward(const Tensor& grad_y, const Tensor& pre_activation, const Te
              shape_of(grad_y));
 }
 
-Tensor large_empty_like(const Tensor& tensor) {
-  vector<int64_t> sizes;
-  for (int64_t i = 0; i < tensor.dim(); ++i) sizes.push_back(tensor.size(i));
-  return large_empty(tensor, sizes);
-}
+using Gradients7 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(Tensor grad_y, Tensor pre_activation,
-                                                                            bool of_weights,
-                                                                            DMOE_MOE_MLP_PARAMETERS) {
+Gradients7 moe_mlp_backward(Tensor grad_y, Tensor pre_activation, bool of_weights, DMOE_MOE_MLP_PARAMETERS) {
   const Arguments args = DMOE_MOE_MLP_ARGUMENTS;
   check_backward(grad_y, pre_activation, x);
   const auto wanted = [&](const optional<Tensor>& tensor) {
@@ -665,15 +693,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(Tens
   };
   Tensor grad_x = large_empty_like(x), grad_gate = large_empty_like(gate_weights);
   Tensor grad_up = wanted(up_proj), grad_down = wanted(down_proj);
-  Tensor grad_up_bias = wanted(up_bias), grad_down_bias = wanted(down_bias);
+  Tensor grad_up_bias = wanted(up_bias), grad_down_bias = wanted(down_bias), grad_gate_proj = wanted(gate_proj);
   dispatch(args, [&](auto zero) {
     using T = decltype(zero);
-    const Gradients<T> grads{out<T>(grad_x),       out<T>(grad_up),        out<T>(grad_down),
-                             out<T>(grad_up_bias), out<T>(grad_down_bias), out<Accumulate<T>>(grad_gate)};
+    Gradients<T> grads{out<T>(grad_x), out<T>(grad_up_bias), out<T>(grad_down_bias), out<Accumulate<T>>(grad_gate)};
+    if (of_weights) {
+      const optional<Tensor> gate = gate_proj ? optional<Tensor>(grad_gate_proj) : std::nullopt;
+      grads.weights = Weights<T>(gated, !ffn_sizes.empty(), grad_up, gate, grad_down);
+    }
     backward<T>(args, static_cast<const T*>(grad_y.const_data_ptr()),
                 static_cast<const T*>(pre_activation.const_data_ptr()), of_weights, grads);
   });
-  return {grad_x, grad_gate, grad_up, grad_down, grad_up_bias, grad_down_bias};
+  return {grad_x, grad_gate, grad_up, grad_down, grad_up_bias, grad_down_bias, grad_gate_proj};
 }
 
 // The half without the weights' gradients, which grouped_gemm_weight makes of what this returns last.

@@ -8,24 +8,32 @@ from typing import Any
 from torch import Tensor
 
 from dmoe.ops._checks import check_tensors
-from dmoe.ops.moe_mlp import WEIGHTS
+from dmoe.ops._moe_mlp_call import WEIGHTS
 from dmoe.ops.moe_mlp_deferred import Later, defer
 
-F_DIM = {"up_proj": -2, "up_bias": -1, "down_proj": -1, "down_bias": None}  # which of an expert's dimensions is F
+# which of an expert's dimensions is F
+F_DIM = {"up_proj": -2, "up_bias": -1, "down_proj": -1, "down_bias": None, "gate_proj": -2}
 
 
 @dataclass(frozen=True)
 class ExpertWeights:
     """Weights of all experts, in ``nn.Linear``'s [out, in] order.
 
+    Projections are read as they lie in memory, as long as one of their last two dimensions is contiguous: a transposed
+    view costs no copy, and its gradient comes in the same order (that of ``torch.empty_like``). MegaBlocks' weights of
+    shape ``(E * F, H)``, say, are ``gate_proj=w1.view(E, F, H)``, ``up_proj=v1.view(E, F, H)`` and
+    ``down_proj=w2.view(E, F, H).transpose(1, 2)``.
+
     Attributes:
         up_proj: ``(E, 2, F, H)`` gate then up when ``gated``, else ``(E, F, H)``. With ``ffn_sizes`` the experts stand
             side by side: ``(2, sum F, H)`` or ``(sum F, H)``.
         down_proj: ``(E, H, F)``, or ``(H, sum F)``.
-        up_bias: ``up_proj``'s shape without H, or None.
+        up_bias: ``(E, 2, F)`` or ``(E, F)``, with ``ffn_sizes`` ``(2, sum F)`` or ``(sum F,)``; or None.
         down_bias: ``(E, H)``, or None.
-        gated: whether ``up_proj`` holds a gate.
+        gated: whether there is a gate.
         ffn_sizes: each expert's width where they differ; empty for ``down_proj``'s common F.
+        gate_proj: the gate apart from ``up_proj``, which then holds the other half only: ``(E, F, H)`` each, or
+            ``(sum F, H)``. None where ``up_proj`` holds it.
         later: what takes the weights' gradients when these are :meth:`deferred`; None otherwise.
 
     Raises:
@@ -39,24 +47,25 @@ class ExpertWeights:
     down_bias: Tensor | None = None
     gated: bool = True
     ffn_sizes: tuple[int, ...] = ()
+    gate_proj: Tensor | None = None
     later: Later | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self._check_kinds()
         hidden, halves = self.up_proj.shape[-1], (2,) if self.gated else ()
-        up: tuple[int, ...]
-        down: tuple[int, ...]
+        in_front: tuple[int, ...]
         if self.ffn_sizes:
-            experts, total = len(self.ffn_sizes), sum(self.ffn_sizes)
-            up, down = (*halves, total), (hidden, total)
+            experts, in_front, width = len(self.ffn_sizes), (), sum(self.ffn_sizes)
         else:
             experts, width = self.down_proj.shape[0], self.down_proj.shape[-1]
-            up, down = (experts, *halves, width), (experts, hidden, width)
+            in_front = (experts,)
+        up = (*in_front, *(halves if self.gate_proj is None else ()), width, hidden)
         expected = {
-            "up_proj": (self.up_proj, (*up, hidden)),
-            "down_proj": (self.down_proj, down),
-            "up_bias": (self.up_bias, up),
+            "up_proj": (self.up_proj, up),
+            "down_proj": (self.down_proj, (*in_front, hidden, width)),
+            "up_bias": (self.up_bias, (*in_front, *halves, width)),
             "down_bias": (self.down_bias, (experts, hidden)),
+            "gate_proj": (self.gate_proj, up),
         }
         for name, (tensor, shape) in expected.items():
             if tensor is None:
@@ -74,9 +83,12 @@ class ExpertWeights:
 
     def _check_kinds(self) -> None:
         check_tensors("ExpertWeights", up_proj=self.up_proj, down_proj=self.down_proj)
-        check_tensors(
-            "ExpertWeights", **{n: t for n in ("up_bias", "down_bias") if (t := getattr(self, n)) is not None}
-        )
+        others = ("up_bias", "down_bias", "gate_proj")
+        check_tensors("ExpertWeights", **{n: t for n in others if (t := getattr(self, n)) is not None})
+        if self.gate_proj is not None and not self.gated:
+            raise ValueError(
+                f"ExpertWeights: gate_proj: expected None with gated=False, got shape {tuple(self.gate_proj.shape)}"
+            )
         if not self.up_proj.is_floating_point():
             raise TypeError(f"ExpertWeights: up_proj: expected a floating-point tensor, got {self.up_proj.dtype}")
         if any(not isinstance(size, int) or size < 1 for size in self.ffn_sizes):

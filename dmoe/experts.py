@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from dmoe.expert_slice import ExpertSlice, local_part, scaled
 from dmoe.expert_weights import F_DIM, ExpertWeights
 from dmoe.ops._checks import check_tensors
 from dmoe.ops._library import has_triton
+from dmoe.ops._strides import is_transposed, readable
 from dmoe.ops.activation import accumulate_dtype
 from dmoe.ops.block_sparse import block_size_for
 from dmoe.ops.block_sparse_mlp import block_sparse_mlp
@@ -35,7 +37,7 @@ def run_experts(
     expert_dropout: float = 0.0,
     backend: str | None = None,
     residual: Tensor | None = None,
-    main_grads: tuple[Tensor | None, Tensor | None] | None = None,
+    main_grads: Sequence[Tensor | None] | None = None,
     recompute: bool = False,
 ) -> Tensor:
     """Every token through its experts, weighted and summed.
@@ -49,9 +51,9 @@ def run_experts(
         activation_dropout, expert_dropout: probabilities; 0 outside training.
         backend: None, ``grouped``, ``block_sparse`` or ``reference``.
         residual: ``(T, H)``, added to the sum before it is rounded: a shared expert's output, say.
-        main_grads: float32 buffers in the shapes of ``up_proj`` and ``down_proj``. Backward adds these gradients to
-            them, and the weights get none (Megatron's ``main_grad``). A frozen projection's is left alone, and may be
-            None. Only with the default backend.
+        main_grads: float32 buffers in the shapes of ``up_proj`` and ``down_proj``, and of ``gate_proj`` where there is
+            one. Backward adds these gradients to them, and the weights get none (Megatron's ``main_grad``). A frozen
+            projection's is left alone, and may be None. Only with the default backend.
         recompute: save x only, not the pre-activation, and compute that again in backward: ``R * F`` numbers (gated:
             ``R * 2 F``) less memory, a sixth of a training step's products (gated: 22%) more. Only with the default
             backend.
@@ -69,8 +71,8 @@ def run_experts(
     arguments: tuple[Any, ...] = (
         x.contiguous(),
         gate_weights.contiguous(),
-        weights.up_proj.contiguous(),
-        weights.down_proj.contiguous(),
+        readable(weights.up_proj),
+        readable(weights.down_proj),
         None if weights.up_bias is None else weights.up_bias.contiguous(),
         None if weights.down_bias is None else weights.down_bias.contiguous(),
         plan.expert_offsets,
@@ -88,19 +90,31 @@ def run_experts(
     )
     plain = main_grads is None and not recompute
     if backend == "block_sparse" or (backend is None and plain and _block_sparse_by_default(x, weights)):
-        y = block_sparse_mlp(*arguments)
+        y = block_sparse_mlp(*_in_one_piece(arguments, weights))
         return y if residual is None else y + residual.to(y.dtype)
+    up_main_grad, down_main_grad, gate_main_grad = (*(main_grads or ()), None, None, None)[:3]
     arguments = (
         *arguments,
         None if residual is None else residual.contiguous(),
         plan.tiles,
         plan.experts_by_load,
         plan.tile_rows,
-        *(main_grads or (None, None)),
+        up_main_grad,
+        down_main_grad,
+        None if weights.gate_proj is None else readable(weights.gate_proj),
+        gate_main_grad,
     )
     if weights.later is not None and backend != "reference" and torch.is_grad_enabled():
         return moe_mlp_deferred(weights.later, *arguments, recompute=recompute)
     return moe_mlp(*arguments, backend=backend, recompute=recompute)
+
+
+def _in_one_piece(arguments: tuple[Any, ...], weights: ExpertWeights) -> tuple[Any, ...]:
+    """The same with contiguous projections, gate and up in one: block-sparse products know no other layout."""
+    up, down = weights.up_proj, weights.down_proj
+    if weights.gate_proj is not None:
+        up = torch.stack([weights.gate_proj, up], 0 if weights.ffn_sizes else 1)
+    return *arguments[:2], up.contiguous(), down.contiguous(), *arguments[4:]
 
 
 def _block_sparse_by_default(x: Tensor, weights: ExpertWeights) -> bool:
@@ -113,7 +127,7 @@ def _check_extras(
     x: Tensor,
     weights: ExpertWeights,
     residual: Tensor | None,
-    main_grads: tuple[Tensor | None, Tensor | None] | None,
+    main_grads: Sequence[Tensor | None] | None,
     recompute: bool,
     backend: str | None,
 ) -> None:
@@ -138,21 +152,25 @@ def _check_extras(
         )
     if main_grads is None:
         return
-    if not isinstance(main_grads, tuple | list) or len(main_grads) != 2:
+    projections = {"up_proj": weights.up_proj, "down_proj": weights.down_proj}
+    if weights.gate_proj is not None:
+        projections["gate_proj"] = weights.gate_proj
+    if not isinstance(main_grads, tuple | list) or len(main_grads) != len(projections):
         got = f"{len(main_grads)} of them" if isinstance(main_grads, tuple | list) else type(main_grads).__name__
-        raise TypeError(f"moe_mlp: main_grads: expected a pair of buffers, for up_proj and down_proj, got {got}")
-    for name, buffer, weight in zip(
-        ("up_proj", "down_proj"), main_grads, (weights.up_proj, weights.down_proj), strict=True
-    ):
+        many = "a pair of buffers, for" if len(projections) == 2 else "three buffers, for"
+        raise TypeError(f"moe_mlp: main_grads: expected {many} {' and '.join(projections)}, got {got}")
+    for (name, weight), buffer in zip(projections.items(), main_grads, strict=True):
         if buffer is None and not weight.requires_grad:
             continue
         if not isinstance(buffer, Tensor):
             raise TypeError(f"moe_mlp: main_grads: {name}: expected a tensor, got {type(buffer).__name__}")
-        fits = buffer.shape == weight.shape and buffer.device == weight.device and buffer.is_contiguous()
+        dense = buffer.is_contiguous() or (buffer.stride() == weight.stride() and is_transposed(weight))
+        fits = buffer.shape == weight.shape and buffer.device == weight.device and dense
         if not fits or buffer.dtype != torch.float32:
             strided = "" if buffer.is_contiguous() else f" with strides {buffer.stride()}"
+            order = "contiguous" if weight.is_contiguous() else f"contiguous (or with strides {weight.stride()})"
             raise ValueError(
-                f"moe_mlp: main_grads: {name}: expected contiguous float32 {tuple(weight.shape)} on {weight.device}, "
+                f"moe_mlp: main_grads: {name}: expected {order} float32 {tuple(weight.shape)} on {weight.device}, "
                 f"got {buffer.dtype} {tuple(buffer.shape)} on {buffer.device}{strided}"
             )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from dmoe.config import Activation, DropOrder, GateWeightOn
@@ -27,7 +29,7 @@ def moe_mlp(
     drop_order: DropOrder = "token_major",
     backend: str | None = None,
     residual: Tensor | None = None,
-    main_grads: tuple[Tensor | None, Tensor | None] | None = None,
+    main_grads: Sequence[Tensor | None] | None = None,
     recompute: bool = False,
 ) -> Tensor:
     """``y_t = sum_k w_tk * expert_{i_tk}(x_t)``: every token through its experts, weighted and summed.

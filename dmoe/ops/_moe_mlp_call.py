@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,11 +13,14 @@ SCHEMA = (
     "Tensor expert_offsets, Tensor row_to_token, Tensor row_to_slot, Tensor token_offsets, Tensor token_rows, "
     "Tensor? seed, int[] ffn_sizes, str activation, bool gated, str gate_weight_on, float activation_dropout, "
     "float expert_dropout, Tensor? residual=None, Tensor? tiles=None, Tensor? experts_by_load=None, int tile_rows=0, "
-    "Tensor? up_main_grad=None, Tensor? down_main_grad=None"
+    "Tensor? up_main_grad=None, Tensor? down_main_grad=None, Tensor? gate_proj=None, Tensor? gate_main_grad=None"
 )
-# The same for an operation that writes into the two buffers.
-SCHEMA_INTO = SCHEMA.replace("Tensor? up_main_grad", "Tensor(a!)? up_main_grad").replace(
-    "Tensor? down_main_grad", "Tensor(b!)? down_main_grad"
+WEIGHTS = ("up_proj", "down_proj", "up_bias", "down_bias", "gate_proj")  # as backward returns their gradients
+PROJECTIONS = ("up_proj", "down_proj", "gate_proj")
+MAIN_GRADS = ("up_main_grad", "down_main_grad", "gate_main_grad")  # of the projections
+# The same for an operation that writes into the buffers.
+SCHEMA_INTO = functools.reduce(
+    lambda schema, name: schema.replace(f"Tensor? {name}", f"Tensor({name[0]}!)? {name}"), MAIN_GRADS, SCHEMA
 )
 
 
@@ -24,8 +28,9 @@ class Call(NamedTuple):
     """One call.
 
     What :class:`dmoe.ExpertWeights` and :class:`dmoe.plan.RoutingPlan` hold, and the options. ``residual`` is added to
-    y. ``up_main_grad`` and ``down_main_grad`` are float32 buffers in the shapes of the projections that backward adds
-    their gradients to, instead of returning them.
+    y. ``up_main_grad``, ``down_main_grad`` and ``gate_main_grad`` are float32 buffers in the shapes of the projections
+    that backward adds their gradients to, instead of returning them. Projections may have any strides; their gradients
+    come in the same memory order, as ``torch.empty_like`` has it.
     """
 
     x: Tensor
@@ -52,10 +57,18 @@ class Call(NamedTuple):
     tile_rows: int = 0
     up_main_grad: Tensor | None = None
     down_main_grad: Tensor | None = None
+    gate_proj: Tensor | None = None
+    gate_main_grad: Tensor | None = None
+
+    @property
+    def buffers(self) -> tuple[Tensor | None, ...]:
+        """The projections' main gradients."""
+        return self.up_main_grad, self.down_main_grad, self.gate_main_grad
 
     def with_buffers(self, buffers: Sequence[Tensor | None]) -> Call:
-        """The same with these for the main gradients of up and down projection."""
-        return self._replace(up_main_grad=buffers[0], down_main_grad=buffers[1])
+        """The same with these for the main gradients of the projections; of the gate, if it is left out, None."""
+        up, down, gate = (*buffers, None)[:3]
+        return self._replace(up_main_grad=up, down_main_grad=down, gate_main_grad=gate)
 
     @property
     def num_experts(self) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dmoe.ops._checks import check_index_tensors
 from dmoe.ops._library import define, has_triton, register_autograd
+from dmoe.ops._strides import is_transposed
 from dmoe.ops.tile_table import preferred_tile_rows, tile_table
 
 if TYPE_CHECKING:
@@ -137,9 +138,18 @@ _grouped_gemm_weight = define(
 
 def _save_factors(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     a, b, expert_offsets, ctx.last = inputs
+    ctx.columns_first = is_transposed(b)  # and so b's gradient
     # Either factor is needed only for the other's gradient.
     needs_a, needs_b = ctx.needs_input_grad[:2]
     ctx.save_for_backward(a if needs_b else None, b if needs_a else None, expert_offsets)
+
+
+def outer_sums(a: Tensor, b: Tensor, expert_offsets: Tensor, *, columns_first: bool) -> Tensor:
+    """:func:`grouped_gemm_weight` as it is, or with contiguous columns ``(E, M, N)`` instead of rows."""
+    num_experts = expert_offsets.shape[0] - 1
+    if columns_first:
+        return _grouped_gemm_weight(b, a, expert_offsets, num_experts).transpose(1, 2)
+    return _grouped_gemm_weight(a, b, expert_offsets, num_experts)
 
 
 # The gradient of each is made of both, through the public operations, so derivatives of any order exist.
@@ -154,7 +164,7 @@ def _grouped_gemm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tenso
         grad_a = _grouped_gemm(grad, b, expert_offsets, not trans_b)
     if ctx.needs_input_grad[1]:
         left, right = (grad, a) if trans_b else (a, grad)
-        grad_b = _grouped_gemm_weight(left, right, expert_offsets, expert_offsets.shape[0] - 1)
+        grad_b = outer_sums(left, right, expert_offsets, columns_first=ctx.columns_first)
     return grad_a, grad_b, None, None
 
 

@@ -14,7 +14,7 @@ more up projection, a sixth of a training step's products (gated: two of nine).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from dmoe.ops._library import define, refuse_double_backward, register_autograd
-from dmoe.ops._moe_mlp_call import SCHEMA, SCHEMA_INTO, Call
+from dmoe.ops._moe_mlp_call import PROJECTIONS, SCHEMA, SCHEMA_INTO, WEIGHTS, Call
 from dmoe.ops.moe_mlp_cuda import (
     add_to_main_grads,
     moe_mlp_backward_cuda,
@@ -33,7 +33,7 @@ from dmoe.ops.moe_mlp_cuda import (
 )
 from dmoe.ops.moe_mlp_ref import moe_mlp_backward_ref, moe_mlp_ref, moe_mlp_twice_differentiable
 
-WEIGHTS = ("up_proj", "down_proj", "up_bias", "down_bias")
+GRADS = ("x", "gate_weights", *WEIGHTS)  # what backward returns
 
 
 def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -46,7 +46,7 @@ def fake_backward(grad_y: Tensor, pre: Tensor, of_weights: bool, *arguments: Any
     call = Call(*arguments)
     weights = (getattr(call, name) if of_weights else None for name in WEIGHTS)
     given = (call.x, call.gate_weights, *weights)
-    return tuple(call.x.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape) for tensor in given)
+    return tuple(call.x.new_empty(0) if tensor is None else torch.empty_like(tensor) for tensor in given)
 
 
 def autocast(op: Any, dtype: torch.dtype, *arguments: Any) -> Any:
@@ -56,7 +56,7 @@ def autocast(op: Any, dtype: torch.dtype, *arguments: Any) -> Any:
         eligible = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
         return value.to(dtype) if eligible else value
 
-    names = ("x", "up_proj", "down_proj", "up_bias", "down_bias", "residual")
+    names = ("x", *WEIGHTS, "residual")
     call = Call(*arguments)
     return op(*call._replace(**{name: cast(getattr(call, name)) for name in names}))
 
@@ -96,7 +96,7 @@ _pre_activation = define(
 )
 _backward = define(
     f"moe_mlp_backward(Tensor grad_y, Tensor pre_activation, bool of_weights, {SCHEMA})"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     moe_mlp_backward_ref,
     fake=fake_backward,
     cuda=moe_mlp_backward_cuda,
@@ -105,15 +105,15 @@ refuse_double_backward(_backward)
 
 
 def _backward_into_ref(grad_y: Tensor, pre: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """:func:`moe_mlp_backward_ref`, or its compiled twin, and then the two additions."""
+    """:func:`moe_mlp_backward_ref`, or its compiled twin, and then the additions."""
     call = Call(*arguments)
     grads = _backward(grad_y, pre, True, *call.with_buffers((None, None)))
     add_to_main_grads(call, grads)
     return _without_projections(grads)
 
 
-def _without_projections(grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (*grads[:2], *grads[4:])
+def _without_projections(grads: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(grad for name, grad in zip(GRADS, grads, strict=True) if name not in PROJECTIONS)
 
 
 # An operation of its own, because it writes into its arguments, which autograd does not differentiate.
@@ -129,8 +129,8 @@ def save(ctx: Any, inputs: tuple[Any, ...], pre: Tensor | None) -> None:
     """Keep what backward needs; ``pre`` is None where it is to be computed again."""
     call = Call(*inputs)
     # Neither residual nor buffers are read by backward as they are now: y is linear in the one, the others are sums.
-    ctx.main_grads = (call.up_main_grad, call.down_main_grad)
-    tensors = call._replace(residual=None, up_main_grad=None, down_main_grad=None)
+    ctx.main_grads = call.buffers
+    tensors = call.with_buffers((None, None))._replace(residual=None)
     ctx.are_tensors = [isinstance(value, Tensor) for value in tensors]
     ctx.save_for_backward(pre, *(value for value in tensors if isinstance(value, Tensor)))
     ctx.others = [None if isinstance(value, Tensor) else value for value in tensors]
@@ -146,7 +146,7 @@ class Saved:
         pre: the pre-activation.
         call: the arguments, without residual and buffers.
         wanted: by argument, whether its gradient is.
-        buffers: the main gradients' of both projections; a frozen one's stays as it is, and is None here.
+        buffers: the main gradients' of the projections; a frozen one's stays as it is, and is None here.
     """
 
     pre: Tensor
@@ -157,7 +157,7 @@ class Saved:
     @property
     def of_weights(self) -> bool:
         """Whether any weight's gradient is wanted."""
-        return any(self.wanted[name] for name in WEIGHTS)
+        return any(self.wanted.get(name) for name in WEIGHTS)
 
 
 def saved(ctx: Any, needs_input_grad: Sequence[bool]) -> Saved:
@@ -168,13 +168,13 @@ def saved(ctx: Any, needs_input_grad: Sequence[bool]) -> Saved:
         *(next(tensors) if is_one else other for is_one, other in zip(ctx.are_tensors, ctx.others, strict=True))
     )
     wanted = dict(zip(Call._fields, needs_input_grad, strict=False))
-    buffers = [buffer if wanted[name] else None for name, buffer in zip(WEIGHTS[:2], ctx.main_grads, strict=True)]
+    buffers = [b if wanted.get(name) else None for name, b in zip(PROJECTIONS, ctx.main_grads, strict=True)]
     return Saved(_pre_activation(*call) if pre is None else pre, call, wanted, buffers)
 
 
-def as_wanted(ctx: Any, wanted: dict[str, bool], grad_y: Tensor, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    """One gradient for each argument: those given, of the arguments from the first on, where they are wanted."""
-    given = {name: grad for name, grad in zip(Call._fields, grads, strict=False) if wanted[name]}
+def as_wanted(ctx: Any, wanted: dict[str, bool], grad_y: Tensor, grads: Mapping[str, Tensor]) -> tuple[Any, ...]:
+    """One gradient for each argument: those given, by the argument's name, where they are wanted."""
+    given: dict[str, Tensor | None] = {name: grad for name, grad in grads.items() if wanted.get(name)}
     given["residual"] = grad_y if wanted.get("residual") else None
     return tuple(given.get(name) for name in Call._fields[: ctx.num_inputs])
 
@@ -183,13 +183,12 @@ def _differentiate(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]
     if grad_y is None:
         return (None,) * ctx.num_inputs
     kept, grad_y = saved(ctx, ctx.needs_input_grad), grad_y.contiguous()
-    grads: list[Tensor | None]
     if any(buffer is not None for buffer in kept.buffers):
-        grad_x, grad_gate, *grad_biases = _backward_into(grad_y, kept.pre, *kept.call.with_buffers(kept.buffers))
-        grads = [grad_x, grad_gate, None, None, *grad_biases]
+        grads = _backward_into(grad_y, kept.pre, *kept.call.with_buffers(kept.buffers))
+        names = _without_projections(GRADS)
     else:
-        grads = list(_backward(grad_y, kept.pre, kept.of_weights, *kept.call))
-    return as_wanted(ctx, kept.wanted, grad_y, grads)
+        grads, names = _backward(grad_y, kept.pre, kept.of_weights, *kept.call), GRADS
+    return as_wanted(ctx, kept.wanted, grad_y, dict(zip(names, grads, strict=True)))
 
 
 register_autograd(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dmoe.ops._library import has_triton
-from dmoe.ops._moe_mlp_call import Call
+from dmoe.ops._moe_mlp_call import PROJECTIONS, WEIGHTS, Call
 from dmoe.ops.moe_mlp_ref import (
     moe_mlp_backward_data_ref,
     moe_mlp_backward_ref,
@@ -37,6 +37,9 @@ def _served(call: Call) -> bool:
         and call.x.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and not call.ffn_sizes
         and 0 not in (call.x.numel(), call.row_to_token.numel(), call.down_proj.numel())
+        and call.gate_proj is None
+        and call.up_proj.is_contiguous()
+        and call.down_proj.is_contiguous()
     )
 
 
@@ -132,7 +135,7 @@ def moe_mlp_backward_cuda(grad_y: Tensor, pre: Tensor, of_weights: bool, *argume
     call = Call(*arguments)
     if not _served(call):
         return add_to_main_grads(call, moe_mlp_backward_ref(grad_y, pre, of_weights, *arguments))
-    rows, nothing = _rows(call), [call.x.new_empty(0) for _ in range(4)]  # an operation's results do not share memory
+    rows, nothing = _rows(call), [call.x.new_empty(0) for _ in range(5)]  # an operation's results do not share memory
     grad_out = _grad_out(call, rows, grad_y)
     grad_pre, hidden, row_grads = _through_down(call, rows, grad_out, pre, with_hidden=of_weights)
     grad_down, grad_down_bias = nothing[:2]
@@ -140,8 +143,8 @@ def moe_mlp_backward_cuda(grad_y: Tensor, pre: Tensor, of_weights: bool, *argume
         grad_down, grad_down_bias = _down_grads(call, rows, grad_out, hidden)
         del hidden  # its memory may serve the rows that follow
     grad_x, grad_gate = _to_tokens(call, rows, grad_pre, row_grads)
-    grad_up, grad_up_bias = _up_grads(call, rows, grad_pre) if of_weights else nothing[2:]
-    return grad_x, grad_gate, grad_up, grad_down, grad_up_bias, grad_down_bias
+    grad_up, grad_up_bias = _up_grads(call, rows, grad_pre) if of_weights else nothing[2:4]
+    return grad_x, grad_gate, grad_up, grad_down, grad_up_bias, grad_down_bias, nothing[4]
 
 
 def moe_mlp_backward_data_cuda(grad_y: Tensor, pre: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -166,7 +169,7 @@ def moe_mlp_backward_weights_cuda(
     rows = _rows(call)
     grad_down, grad_down_bias = _down_grads(call, rows, _grad_out(call, rows, grad_y), hidden)
     grad_up, grad_up_bias = _up_grads(call, rows, grad_pre)
-    return grad_up, grad_down, grad_up_bias, grad_down_bias
+    return grad_up, grad_down, grad_up_bias, grad_down_bias, call.x.new_empty(0)
 
 
 class _GradOut(NamedTuple):
@@ -283,9 +286,10 @@ def _weight_grad(buffer: Tensor | None, weight: Tensor, a: Tensor, b: Tensor, ro
 
 
 def add_to_main_grads(call: Call, grads: tuple[Tensor, ...], first: int = 2) -> tuple[Tensor, ...]:
-    """Move the projections' gradients, from ``grads[first]`` on, into the call's buffers, where it has some."""
+    """Move the projections' gradients into the call's buffers, where it has some; the weights' begin at ``first``."""
     moved = list(grads)
-    for index, buffer in enumerate((call.up_main_grad, call.down_main_grad), first):
+    for name, buffer in zip(PROJECTIONS, call.buffers, strict=True):
+        index = first + WEIGHTS.index(name)
         if buffer is not None and moved[index].numel():
             buffer.add_(moved[index])
             moved[index] = moved[index].new_empty(0)

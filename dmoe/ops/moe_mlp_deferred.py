@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from dmoe.ops._library import define, refuse_double_backward
-from dmoe.ops._moe_mlp_call import SCHEMA, SCHEMA_INTO, Call
+from dmoe.ops._moe_mlp_call import SCHEMA, SCHEMA_INTO, WEIGHTS, Call
 from dmoe.ops.moe_mlp import (
-    WEIGHTS,
     _backward,
     _forward,
     _inference,
@@ -56,7 +55,7 @@ _data = define(
 )
 _weights = define(
     f"moe_mlp_backward_weights(Tensor grad_y, Tensor grad_pre, Tensor hidden, {SCHEMA})"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     moe_mlp_backward_weights_ref,
     fake=_fake_weights,
     cuda=moe_mlp_backward_weights_cuda,
@@ -66,17 +65,17 @@ refuse_double_backward(_weights)
 
 
 def _weights_into_ref(grad_y: Tensor, grad_pre: Tensor, hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """:func:`moe_mlp_backward_weights_ref`, and then the two additions."""
+    """:func:`moe_mlp_backward_weights_ref`, and then the additions."""
     call = Call(*arguments)
     grads = _weights(grad_y, grad_pre, hidden, *call.with_buffers((None, None)))
-    return add_to_main_grads(call, grads, first=0)[2:]
+    return add_to_main_grads(call, grads, first=0)[2:4]
 
 
 _weights_into = define(
     f"moe_mlp_backward_weights_into(Tensor grad_y, Tensor grad_pre, Tensor hidden, {SCHEMA_INTO}) -> (Tensor, Tensor)",
     _weights_into_ref,
-    fake=lambda *arguments: _fake_weights(*arguments)[2:],
-    cuda=lambda *arguments: moe_mlp_backward_weights_cuda(*arguments)[2:],
+    fake=lambda *arguments: _fake_weights(*arguments)[2:4],
+    cuda=lambda *arguments: moe_mlp_backward_weights_cuda(*arguments)[2:4],
 )
 
 
@@ -93,10 +92,10 @@ class _Work:
         """Of the weights; None where a buffer took it, or there is no such weight."""
         half = (self.grad_y, self.grad_pre, self.hidden, *self.call)
         grads: list[Tensor | None]
-        if self.call.up_main_grad is None and self.call.down_main_grad is None:
+        if all(buffer is None for buffer in self.call.buffers):
             grads = list(_weights(*half))
         else:
-            grads = [None, None, *_weights_into(*half)]
+            grads = [None, None, *_weights_into(*half), None]
         given = (getattr(self.call, name) for name in WEIGHTS)
         return [None if weight is None else grad for weight, grad in zip(given, grads, strict=True)]
 
@@ -157,15 +156,14 @@ class _DataHalf(torch.autograd.Function):
             ctx.later.put(_Work(grad_y, grad_pre, hidden, kept.call.with_buffers(kept.buffers)))
         else:
             grad_x, grad_gate, *_ = _backward(grad_y, kept.pre, False, *kept.call)
-        nothing = [None] * len(WEIGHTS)
-        return None, None, *as_wanted(ctx, kept.wanted, grad_y, [grad_x, grad_gate, *nothing])
+        return None, None, *as_wanted(ctx, kept.wanted, grad_y, {"x": grad_x, "gate_weights": grad_gate})
 
 
 def defer(*weights: Tensor | None) -> tuple[tuple[Tensor | None, ...], Later | None]:
     """The same weights, whose gradients are computed where backward comes to this call; for :func:`moe_mlp_deferred`.
 
     Args:
-        *weights: both projections and both biases, in the schema's order.
+        *weights: projections and biases, in the order of ``WEIGHTS``.
 
     Returns:
         Them, and what ties the halves together; None where there is nothing to defer: no gradient is wanted, or the

@@ -5,6 +5,8 @@ These serve where neither ``csrc/`` nor the Triton kernels do, and the tests com
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmoe.ops._moe_mlp_call import Call
+from dmoe.ops._moe_mlp_call import WEIGHTS, Call
+from dmoe.ops._strides import in_layout_of, is_transposed
 from dmoe.ops.activation import accumulate_dtype, activate, activate_backward
-from dmoe.ops.grouped_gemm import grouped_gemm, grouped_gemm_weight
+from dmoe.ops.grouped_gemm import grouped_gemm, grouped_gemm_weight, outer_sums
 from dmoe.ops.permute import permute
 from dmoe.ops.philox import ACTIVATION_DROPOUT, EXPERT_DROPOUT, dropout_scale
 from dmoe.ops.unpermute import unpermute
@@ -36,21 +39,34 @@ def _unstack(stacked: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
 
 
 class _Stacked(NamedTuple):
-    """Weights as grouped_gemm takes them: up (E, C, H) with C the pre-activation's width, down (E, H, F)."""
+    """Weights as grouped_gemm takes them: up (E, C, H) with C the pre-activation's width, down (E, H, F).
 
-    up: Tensor
+    Where gate and up lie apart from each other in memory, ``up`` is the two, ``(E, F, H)`` each.
+    """
+
+    up: tuple[Tensor, ...]
     down: Tensor
     up_bias: Tensor | None
 
+    @property
+    def widths(self) -> list[int]:
+        """Columns of the pre-activation that each of ``up`` makes."""
+        return [up.shape[1] for up in self.up]
+
 
 def _stacked(call: Call) -> _Stacked:
-    up, down, up_bias = call.up_proj, call.down_proj, call.up_bias
+    up, gate, down, up_bias = call.up_proj, call.gate_proj, call.down_proj, call.up_bias
     if call.ffn_sizes:
         up, down = _stack(up, call.ffn_sizes, -2), _stack(down, call.ffn_sizes, -1)
+        gate = None if gate is None else _stack(gate, call.ffn_sizes, -2)
         up_bias = None if up_bias is None else _stack(up_bias, call.ffn_sizes, -1)
-    num_experts = down.shape[0]
-    bias = None if up_bias is None else up_bias.reshape(num_experts, -1)
-    return _Stacked(up.reshape(num_experts, call.pre_width, up.shape[-1]), down, bias)
+    bias = None if up_bias is None else up_bias.reshape(down.shape[0], -1)
+    if gate is not None:
+        return _Stacked((gate, up), down, bias)
+    if call.gated:
+        in_one = up.stride(1) == up.shape[2] * up.stride(2)
+        return _Stacked((up.flatten(1, 2),) if in_one else up.unbind(1), down, bias)
+    return _Stacked((up,), down, bias)
 
 
 def _row_values(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -67,6 +83,10 @@ def _row_values(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if not weights.numel():  # no token, yet a plan with holes
         weights = weights.new_zeros(1)
     return real, expert, assignment, (weights[assignment] * real).unsqueeze(1)
+
+
+def _beside(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
 
 def _dropout(call: Call, stream: int, p: float, assignment: Tensor, width: int, dtype: torch.dtype) -> Tensor | None:
@@ -108,7 +128,7 @@ def _expert_rows(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     rows = permute(call.x, call.row_to_token, call.token_offsets, call.token_rows)
     if call.gate_weight_on == "input":
         rows = (rows * gate).to(dtype)
-    pre = grouped_gemm(rows, weights.up, call.expert_offsets)
+    pre = _beside([grouped_gemm(rows, up, call.expert_offsets) for up in weights.up])
     if weights.up_bias is not None:
         pre = pre + _bias_rows(weights.up_bias, expert, real)
 
@@ -128,13 +148,13 @@ def _expert_rows(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def moe_mlp_backward_ref(grad_y: Tensor, pre: Tensor, of_weights: bool, *arguments: Any) -> tuple[Tensor, ...]:
-    """Gradients of x, gate weights, both projections and both biases.
+    """Gradients of x, gate weights, up and down projection, both biases and the gate projection.
 
-    Empty tensors stand for biases that do not exist, and for all four without ``of_weights`` (frozen experts).
+    Empty tensors stand for what does not exist, and for all five without ``of_weights`` (frozen experts).
     """
     grad_x, grad_gate, grad_pre, hidden = moe_mlp_backward_data_ref(grad_y, pre, *arguments)
     if not of_weights:
-        return grad_x, grad_gate, *(grad_x.new_empty(0) for _ in range(4))
+        return grad_x, grad_gate, *(grad_x.new_empty(0) for _ in WEIGHTS)
     return grad_x, grad_gate, *moe_mlp_backward_weights_ref(grad_y, grad_pre, hidden, *arguments)
 
 
@@ -172,7 +192,9 @@ def moe_mlp_backward_data_ref(grad_y: Tensor, pre: Tensor, *arguments: Any) -> t
 
     # Through the activation and the up projection.
     grad_pre = activate_backward(grad_hidden, pre, call.activation, call.gated).to(dtype)
-    grad_rows = grouped_gemm(grad_pre, weights.up, call.expert_offsets, trans_b=False)
+    parts = zip(grad_pre.split(weights.widths, 1), weights.up, strict=True)
+    products = (grouped_gemm(part, up, call.expert_offsets, trans_b=False) for part, up in parts)
+    grad_rows = functools.reduce(operator.add, products)
     if call.gate_weight_on == "input":
         rows = permute(call.x, call.row_to_token, call.token_offsets, call.token_rows)
         grad_gate = (rows.to(wide) * grad_rows).sum(1)
@@ -190,11 +212,15 @@ def moe_mlp_backward_data_ref(grad_y: Tensor, pre: Tensor, *arguments: Any) -> t
 
 def moe_mlp_backward_weights_ref(
     grad_y: Tensor, grad_pre: Tensor, hidden: Tensor, *arguments: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of both projections and both biases, from what :func:`moe_mlp_backward_data_ref` returned."""
+) -> tuple[Tensor, ...]:
+    """Gradients of the weights, in the order of ``WEIGHTS``, from what :func:`moe_mlp_backward_data_ref` returned."""
     call = Call(*arguments)
+    weights = _stacked(call)
     _, _, assignment, gate = _row_values(call)
     offsets, num_experts = call.expert_offsets, call.num_experts
+
+    def sums(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+        return outer_sums(a, b, offsets, columns_first=is_transposed(weight))
 
     def per_expert_sum(rows: Tensor) -> Tensor:
         ones = rows.new_ones(rows.shape[0], 1)
@@ -204,23 +230,27 @@ def moe_mlp_backward_weights_ref(
     rows = permute(call.x, call.row_to_token, call.token_offsets, call.token_rows)
     if call.gate_weight_on == "input":
         rows = (rows * gate).to(call.x.dtype)
-    grad_up = grouped_gemm_weight(grad_pre, rows, offsets, num_experts)
-    grad_down = grouped_gemm_weight(grad_out, hidden, offsets, num_experts)
+    parts = grad_pre.split(weights.widths, 1)
+    grads_up = [sums(part, rows, up) for part, up in zip(parts, weights.up, strict=True)]
+    grad_down = sums(grad_out, hidden, weights.down)
     grad_up_bias, grad_down_bias = call.x.new_empty(0), call.x.new_empty(0)  # results do not share memory
     if call.up_bias is not None:
         grad_up_bias = per_expert_sum(grad_pre)
     if call.down_bias is not None:
         weighted = (grad_out * gate).to(call.x.dtype) if call.gate_weight_on == "output" else grad_out
         grad_down_bias = per_expert_sum(weighted)
-    return *_as_given(call, grad_up, grad_down, grad_up_bias), grad_down_bias
+    grad_up, grad_gate = grads_up[-1], call.x.new_empty(0)
+    if call.gate_proj is not None:
+        grad_gate = _as_given(call, grads_up[0], call.gate_proj, -2)
+    elif call.gated:
+        grad_up = grads_up[0].unflatten(1, (2, -1)) if len(grads_up) == 1 else torch.stack(grads_up, 1)
+    grad_up, grad_down = _as_given(call, grad_up, call.up_proj, -2), _as_given(call, grad_down, call.down_proj, -1)
+    if call.up_bias is not None:
+        halves = (2, call.width) if call.gated else (call.width,)
+        grad_up_bias = _as_given(call, grad_up_bias.view(-1, *halves), call.up_bias, -1)
+    return grad_up, grad_down, grad_up_bias, grad_down_bias, grad_gate
 
 
-def _as_given(call: Call, up: Tensor, down: Tensor, up_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Weight gradients in the shapes of the weights."""
-    halves = (2, call.width) if call.gated else (call.width,)
-    up = up.view(up.shape[0], *halves, up.shape[-1])
-    up_bias = up_bias.view(-1, *halves) if call.up_bias is not None else up_bias
-    if call.ffn_sizes:
-        up, down = _unstack(up, call.ffn_sizes, -2), _unstack(down, call.ffn_sizes, -1)
-        up_bias = _unstack(up_bias, call.ffn_sizes, -1) if call.up_bias is not None else up_bias
-    return up, down, up_bias
+def _as_given(call: Call, grad: Tensor, weight: Tensor, f_dim: int) -> Tensor:
+    """A weight's gradient in the weight's shape and memory order, from that of stacked weights."""
+    return in_layout_of(weight, _unstack(grad, call.ffn_sizes, f_dim) if call.ffn_sizes else grad)

@@ -29,7 +29,7 @@ tl = pytest.importorskip("triton.language")
 configs = pytest.importorskip("dmoe.kernels.configs")
 pieces = pytest.importorskip("dmoe.kernels._pieces")
 
-NAMES = ("x", "gate_weights", "up_proj", "down_proj", "up_bias", "down_bias")
+NAMES = ("x", "gate_weights", "up_proj", "down_proj", "up_bias", "down_bias", "gate_proj")
 
 
 @contextlib.contextmanager

@@ -192,7 +192,7 @@ def test_a_sick_expert_or_token_spoils_only_its_own(name):
         well_token, well_expert = torch.ones(len(x), dtype=torch.bool), torch.ones(call.num_experts, dtype=torch.bool)
         well_token[tokens[touched]] = False
         well_expert[experts[touched]] = False
-        well = [well_token, well_token, ~touched, *[well_expert] * 4]
+        well = [well_token, well_token, ~touched, *[well_expert] * 5]
         for which, a, b, part in zip(("y", *NAMES), ours, healthy, well, strict=True):
             if a.numel():
                 a, b = (a.flatten(), b.flatten()) if which == "gate_weights" else (a, b)

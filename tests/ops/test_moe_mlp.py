@@ -34,7 +34,7 @@ def test_moe_mlp_equals_the_oracle(implementation, dtype, case):
     y, pre = forward(*arguments)
     results = [y, *backward(grad, pre, True, *arguments)]
     exact = truth(case, arguments, grad, indices, kept, torch.float64, torch.float64)
-    names = ["y", "x", "gate_weights", "up_proj", "down_proj", "up_bias", "down_bias"]
+    names = ["y", "x", "gate_weights", "up_proj", "down_proj", "up_bias", "down_bias", "gate_proj"]
     if dtype == torch.float64:
         for name, ours, theirs in zip(names, results, exact, strict=True):
             if theirs is not None:

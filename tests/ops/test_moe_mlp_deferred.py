@@ -47,7 +47,7 @@ def test_the_halves_are_the_whole(dtype, case):
     assert torch.equal(grad_x, whole[0])
     assert torch.equal(grad_gate, whole[1])
     grads = OPS.moe_mlp_backward_weights(grad, grad_pre, hidden, *arguments)
-    for name, one, other in zip(NAMES, grads, whole[2:], strict=True):
+    for name, one, other in zip((*NAMES, "gate_proj"), grads, whole[2:], strict=True):
         tolerance = 1e-12 if dtype == torch.float64 else 2e-2
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
     *_, ref_pre, ref_hidden = reference.moe_mlp_backward_data_ref(grad, pre, *arguments)
@@ -69,7 +69,8 @@ def test_the_kernels_halves_are_the_whole_to_the_bit(drawn, tiling):
         weights = kernels.moe_mlp_backward_weights_cuda(grad, grad_pre, hidden, *call)
         into = kernels.moe_mlp_backward_weights_cuda(grad, grad_pre, hidden, *call.with_buffers(buffers[:2]))
         kernels.moe_mlp_backward_cuda(grad, pre, True, *call.with_buffers(buffers[2:]))
-    for name, one, other in zip(("x", "gate_weights", *NAMES), (grad_x, grad_gate, *weights), whole, strict=True):
+    names = ("x", "gate_weights", *NAMES, "gate_proj")
+    for name, one, other in zip(names, (grad_x, grad_gate, *weights), whole, strict=True):
         assert torch.equal(one, other), name
     assert [tensor.numel() for tensor in into[:2]] == [0, 0]
     assert torch.equal(buffers[0], buffers[2])

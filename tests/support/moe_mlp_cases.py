@@ -7,7 +7,12 @@ import torch
 from hypothesis import strategies as st
 
 from dmoe import plan_token_choice
+from dmoe.ops._moe_mlp_call import Call
 from dmoe.ops.activation import ACTIVATIONS
+
+# How projections lie in memory: contiguous; each matrix transposed; (E, H, 2 F), as some models of Hugging Face's; gate
+# and up as two tensors.
+LAYOUTS = ("plain", "transposed", "merged", "apart", "apart, transposed")
 
 
 @st.composite
@@ -29,6 +34,7 @@ def cases(draw):
         "gate_on": draw(st.sampled_from(["output", "activation", "input"])),
         "layout": draw(st.sampled_from(["packed", "capacity", "padded", "binned"])),
         "hot": draw(st.booleans()),
+        "weights": draw(st.sampled_from(LAYOUTS)),
         "seed": draw(st.integers(0, 2**20)),
     }
 
@@ -65,16 +71,39 @@ def build(case, dtype):
     ]
     index = [plan.expert_offsets, plan.row_to_token, plan.row_to_slot, plan.token_offsets, plan.token_rows]
     arguments = [*tensors, *index, None, packed, case["activation"], gated, case["gate_on"], 0.0, 0.0]
+    arguments = relaid(arguments, case.get("weights", "plain"))
     return arguments, torch.randn(T, H).to(dtype), indices.tolist(), (plan.token_to_rows >= 0).tolist()
+
+
+def relaid(arguments, layout):
+    """The same call with projections that lie in memory in this way."""
+    if layout == "plain":
+        return arguments
+    call = Call(*arguments)
+    halves = 0 if call.ffn_sizes else 1
+    up, down, gate = call.up_proj, transposed(call.down_proj), None
+    if "apart" in layout and call.gated:
+        gate, up = (half.contiguous() for half in up.unbind(halves))
+    if layout == "merged" and call.gated:
+        up = transposed(up.flatten(halves, halves + 1)).unflatten(-2, (2, -1))
+    elif layout != "apart":
+        up, gate = transposed(up), None if gate is None else transposed(gate)
+    return list(call._replace(up_proj=up, down_proj=down, gate_proj=gate))
+
+
+def transposed(weight):
+    """The same numbers, columns first."""
+    return weight.mT.contiguous().mT
 
 
 def truth(case, arguments, grad, indices, kept, dtype, wide):
     """y and all gradients from the oracle, in ``dtype`` with gate arithmetic in ``wide``."""
-    kinds = [dtype, wide, dtype, dtype, dtype, dtype]
-    leaves = [
-        None if t is None else t.detach().to(k).requires_grad_() for t, k in zip(arguments[:6], kinds, strict=True)
-    ]
-    x, gates, *weights = leaves
+    kinds = [dtype, wide, dtype, dtype, dtype, dtype, dtype]
+    given = [*arguments[:6], Call(*arguments).gate_proj]
+    leaves = [None if t is None else t.detach().to(k).requires_grad_() for t, k in zip(given, kinds, strict=True)]
+    x, gates, *weights, gate = leaves
+    if gate is not None:
+        weights[0] = torch.stack([gate, weights[0]], 0 if arguments[12] else 1)
     y = oracle.moe(
         x, indices, gates, kept, weights, activation=case["activation"], gated=case["gated"], gate_on=case["gate_on"],
         ffn_sizes=arguments[12],
