@@ -118,13 +118,13 @@ def matrices(experts: nn.Module) -> tuple[Tensor, Tensor]:
 def mark_router(router: nn.Module, config: Any) -> None:
     """With sequence parallelism each rank's gradient is a part of a sum over tensor-parallel ranks."""
     for parameter in router.parameters():
-        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        parameter.sequence_parallel = config.sequence_parallel
 
 
 def mark_output_bias(moe: MoE, config: Any) -> None:
     """The layer's one bias, where it has that, gets a part of its gradient on each tensor-parallel rank, too."""
     if moe.output_bias is not None:
-        moe.output_bias.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        moe.output_bias.sequence_parallel = config.sequence_parallel
 
 
 def mark_experts(experts: nn.Module, config: Any, ep_ranks: int, etp_ranks: int) -> None:
@@ -135,12 +135,12 @@ def mark_experts(experts: nn.Module, config: Any, ep_ranks: int, etp_ranks: int)
     """
     apart = ep_ranks > 1 or etp_ranks != config.tensor_model_parallel_size
     for name, parameter in parameters_by_name(experts):
-        parameter.allreduce = not apart  # type: ignore[attr-defined]
+        parameter.allreduce = not apart
         f_dim = axis_of_width(name)
         # What all ranks of expert tensor parallelism hold alike counts once.
-        parameter.tensor_model_parallel = f_dim is not None or etp_ranks == 1  # type: ignore[attr-defined]
-        parameter.partition_dim = 0 if f_dim is None or parameter.dim() == 1 else f_dim  # type: ignore[attr-defined]
-        parameter.partition_stride = 1  # type: ignore[attr-defined]
+        parameter.tensor_model_parallel = f_dim is not None or etp_ranks == 1
+        parameter.partition_dim = 0 if f_dim is None or parameter.dim() == 1 else f_dim
+        parameter.partition_stride = 1
 
 
 def announce_main_grads(experts: nn.Module) -> None:
@@ -155,7 +155,7 @@ def announce_main_grads(experts: nn.Module) -> None:
     for name, parameter in parameters_by_name(experts):
         if name.endswith("bias") or not parameter.requires_grad:
             continue
-        parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+        parameter.grad_added_to_main_grad = True
         if parameter.grad is None:
             parameter.grad = torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
 

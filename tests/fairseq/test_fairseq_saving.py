@@ -63,7 +63,7 @@ def test_a_training_killed_while_it_saves_goes_on_from_a_whole_checkpoint(
     saving = {"save_dir": tmp_path / "ck", "keep_interval_updates": 1, **SAVING}
     argv = [data(), *jobs.flags(max_update=5, **saving)]
     with pytest.raises(RankError) as died:
-        pool().run(jobs.killed, argv, where, stage, times, ranks=2, limit=180)
+        pool().run(jobs.killed, argv, where, stage, times, ranks=2)
     assert died.value.by_rank[where][0] == "died"
     assert set(files_of("checkpoint_1_2")) < set(os.listdir(tmp_path / "ck"))  # nothing old goes before all is saved
     rest = train(2, max_update=7, **saving)
@@ -76,7 +76,7 @@ def test_a_full_disk_is_told_on_all_ranks_and_costs_no_checkpoint(tmp_path, wher
     saving = {"save_dir": tmp_path / "ck", **SAVING}
     times = 2 if where else 3  # rank 0 writes two files in each save
     argv = [data(), *jobs.flags(max_update=5, **saving)]
-    for told in pool().run(jobs.full, argv, where, times, ranks=2, limit=180):
+    for told in pool().run(jobs.full, argv, where, times, ranks=2):
         assert told.startswith(f"{tmp_path}/ck/checkpoint_1_4: expected every rank to write its files, got from rank")
         assert told.endswith("[Errno 28] No space left on device")
     assert sorted(os.listdir(tmp_path / "ck")) == files_of("checkpoint_1_2", "checkpoint_last")

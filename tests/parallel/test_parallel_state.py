@@ -78,7 +78,7 @@ def test_an_adapter_around_experts_on_ranks(ranks, fields):
 
 def test_an_adapter_whose_parameters_ddp_would_average_is_refused(ranks):
     with pytest.raises(RankError) as caught:
-        ranks.run(jobs.adapted, BASE, False, torch.randn(5, H), limit=30)
+        ranks.run(jobs.adapted, BASE, False, torch.randn(5, H))
     assert set(caught.value.by_rank) == {0, 1, 2, 3}
     for kind, text in caught.value.by_rank.values():
         assert kind == "ValueError"
@@ -112,6 +112,6 @@ def test_an_overflow_on_one_rank_is_one_on_all(ranks, kind, options, wrapped):
 def test_torchs_scaler_takes_no_dtensor_beside_plain_parameters(ranks):
     """What README says about it: it refuses by itself, so that nothing drifts."""
     with pytest.raises(RankError) as caught:
-        ranks.run(jobs.scaled_steps, BASE, {}, "torch", True, 2, limit=30)
+        ranks.run(jobs.scaled_steps, BASE, {}, "torch", True, 2)
     for _, text in caught.value.by_rank.values():
         assert "got mixed torch.Tensor and DTensor" in text
