@@ -118,13 +118,13 @@ def matrices(experts: nn.Module) -> tuple[Tensor, Tensor]:
 def mark_router(router: nn.Module, config: Any) -> None:
     """With sequence parallelism each rank's gradient is a part of a sum over tensor-parallel ranks."""
     for parameter in router.parameters():
-        parameter.sequence_parallel = config.sequence_parallel
+        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 def mark_output_bias(moe: MoE, config: Any) -> None:
     """The layer's one bias, where it has that, gets a part of its gradient on each tensor-parallel rank, too."""
     if moe.output_bias is not None:
-        moe.output_bias.sequence_parallel = config.sequence_parallel
+        moe.output_bias.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 def mark_experts(experts: nn.Module, config: Any, ep_ranks: int, etp_ranks: int) -> None:

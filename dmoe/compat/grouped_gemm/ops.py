@@ -8,7 +8,7 @@ from torch import Tensor
 from dmoe.compat._not_offered import attributes_of
 from dmoe.compat.grouped_gemm import backend
 from dmoe.ops.permute import permute as _permute
-from dmoe.ops.unpermute import unpermute as _unpermute
+from dmoe.ops.permute import unpermute as _unpermute
 
 __getattr__ = attributes_of(__name__)
 
