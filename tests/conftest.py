@@ -6,6 +6,7 @@ import os
 
 import hypothesis
 import pytest
+import quick_interpreter
 import torch
 import torch.distributed as dist
 from megatron_cases import MegatronRanks
@@ -43,6 +44,11 @@ def _poisoned_empty(monkeypatch):
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _quick_interpreter():
+    quick_interpreter.install()  # where a test has imported kernels
 
 
 @pytest.fixture(autouse=True)
