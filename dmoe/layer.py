@@ -49,7 +49,8 @@ class MoE(Float32Buffers):
             ``("ep", "expert_tp")``; each has tokens of its own.
         ep_levels: two hops, inside a node and between nodes: a ``DeviceMesh`` of (nodes, ranks of a node), or the two
             groups as a :class:`dmoe.parallel.TwoLevel` beside ``ep_group``.
-        loss_group: the ranks whose tokens are one batch for ``load_balancing_over="global"``; None is ``ep_group``.
+        loss_group: the ranks whose tokens are one batch for ``load_balancing_over="global"``, and whose load moves the
+            selection bias; None is ``ep_group``.
         dtensor: whether the experts' parameters are ``DTensor`` on the mesh of ``ep_group``, as
             ``torch.distributed.checkpoint`` and FSDP2 need to know which part of them is here. False keeps plain
             tensors, for frameworks that know by themselves. Experts of different widths are always plain.
