@@ -15,6 +15,11 @@ from dmoe.losses import attach_loss, load_balancing_loss, router_z_loss, sequenc
 from dmoe.parallel.statistics import LoadOfRanks
 from dmoe.routing import Routing
 
+_UNREAD = (
+    "dmoe: a MoE layer ran a second training forward before the auxiliary loss of the first was read, and that loss is "
+    "lost. Add dmoe.aux_loss(model) to the task's loss, set aux_loss='attached', or set the coefficients to 0."
+)
+
 
 class AuxiliaryLosses:
     """Computes a layer's losses, and hands them over. A copy, or a file, is without the loss that waits here.
@@ -62,6 +67,10 @@ class AuxiliaryLosses:
         if self.config.aux_loss == "attached":
             return attach_loss(y, loss, scale) if loss.requires_grad else y
         if torch.compiler.is_compiling():
+            if self._kept is not None:  # which compiles anew, once
+                from torch._dynamo.comptime import comptime  # there by now; importing dmoe does not import it
+
+                comptime(_tell_while_compiling)
             self._kept = loss
         elif not _inside_backward():  # a checkpoint's second forward: the first one's loss is in use already
             self._warn_of_unread()
@@ -130,12 +139,11 @@ class AuxiliaryLosses:
         lost = self._kept is not None and self._kept.requires_grad
         if lost and not self._warned_unread:
             self._warned_unread = True
-            warnings.warn(
-                "dmoe: a MoE layer ran a second training forward before the auxiliary loss of the first was read, "
-                "and that loss is lost. Add dmoe.aux_loss(model) to the task's loss, set aux_loss='attached', or "
-                "set the coefficients to 0.",
-                stacklevel=5,
-            )
+            warnings.warn(_UNREAD, stacklevel=5)
+
+
+def _tell_while_compiling(_: Any) -> None:
+    warnings.warn(_UNREAD, stacklevel=2)
 
 
 def _inside_backward() -> bool:

@@ -4,15 +4,15 @@
                         |                     |          other ranks, only with expert parallelism
                         +--> losses           +--> metrics
 
-Every step is a file with that step's name: ``routing/``, ``plan.py``, ``parallel/dispatch.py``, ``experts.py``,
-``losses.py``, ``metrics.py``.
+Every step is a file with that step's name: ``inputs.py``, ``routing/``, ``plan.py``, ``parallel/dispatch.py``,
+``experts.py``, ``losses.py`` (handed over by ``auxiliary.py``), ``metrics.py``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,8 +32,6 @@ from dmoe.parallel.statistics import LoadOfRanks, move_selection_bias
 from dmoe.routing import Routing, build_router
 from dmoe.sums import add_to_tokens
 
-_Results: TypeAlias = tuple[Tensor, tuple[Dispatched, ...], Tensor | None]  # y, what was dispatched, kept per expert
-
 
 class MoE(Float32Buffers):
     """A Mixture-of-Experts feed-forward layer, dropless unless a capacity is given.
@@ -52,7 +50,8 @@ class MoE(Float32Buffers):
             ``("ep", "expert_tp")``; each has tokens of its own.
         ep_levels: two hops, inside a node and between nodes: a ``DeviceMesh`` of (nodes, ranks of a node), or the two
             groups as a :class:`dmoe.parallel.TwoLevel` beside ``ep_group``.
-        loss_group: the ranks whose tokens are one batch for ``load_balancing_over="global"``; None is ``ep_group``.
+        loss_group: the ranks whose tokens are one batch for ``load_balancing_over="global"``, and whose load moves the
+            selection bias; None is ``ep_group``.
         dtensor: whether the experts' parameters are ``DTensor`` on the mesh of ``ep_group``, as
             ``torch.distributed.checkpoint`` and FSDP2 need to know which part of them is here. False keeps plain
             tensors, for frameworks that know by themselves. Experts of different widths are always plain.
@@ -163,8 +162,7 @@ class MoE(Float32Buffers):
             token_ids=None if token_ids is None else token_ids.reshape(-1),
             expert_indices=None if expert_indices is None else expert_indices.reshape(-1, self.config.top_k),
         )
-        in_chunks = self.config.overlap_degree > 1 and isinstance(self.dispatcher, AllToAllDispatcher)
-        y, arrived, kept = (self._in_chunks if in_chunks else self._at_once)(tokens, routing)
+        y, arrived, kept = self._through_experts(tokens, routing)
         y = self.auxiliary.hand_over(
             y.view(*x.shape[:-1], y.shape[-1]),
             routing,
@@ -177,27 +175,28 @@ class MoE(Float32Buffers):
             return y
         return (y, self.output_bias) if self.config.return_bias else add_to_tokens(y, self.output_bias.to(y.dtype))
 
-    def _at_once(self, tokens: Tensor, routing: Routing) -> _Results:
-        """Dispatch, experts, combine; while tokens travel, the shared expert; while gradients do, those of weights."""
-        going = self.dispatcher.start_dispatch(tokens, routing.expert_indices, routing.gate_weights, routing.plan)
-        moved = isinstance(self.dispatcher, AllToAllDispatcher)
-        ahead = moved and isinstance(self.experts, Experts)  # not what an adapter or FSDP1 put in its place
-        weights = self.experts.weights_ahead() if ahead else None
+    def _through_experts(
+        self, tokens: Tensor, routing: Routing
+    ) -> tuple[Tensor, tuple[Dispatched, ...], Tensor | None]:
+        """Dispatch, experts, combine; while tokens travel, the shared expert; while gradients do, those of weights.
+
+        Returns y, what was dispatched, and what the dispatch kept for each expert where that is less than planned.
+        """
+        dispatcher, experts, degree = self.dispatcher, self.experts, self.config.overlap_degree
+        if isinstance(dispatcher, AllToAllDispatcher) and degree > 1:
+            done = run_in_chunks(dispatcher, experts, self.shared_expert, tokens, routing, degree=degree)
+            return done.y, done.chunks, done.kept_per_expert
+        going = dispatcher.start_dispatch(tokens, routing.expert_indices, routing.gate_weights, routing.plan)
+        moved = isinstance(dispatcher, AllToAllDispatcher)
+        ahead = moved and isinstance(experts, Experts)  # not what an adapter or FSDP1 put in its place
+        weights = experts.weights_ahead() if ahead else None
         shared = None if self.shared_expert is None else self.shared_expert(tokens)
-        arrived = self.dispatcher.finish_dispatch(going)
+        arrived = dispatcher.finish_dispatch(going)
         residual = None if moved else shared  # where nothing moved the experts' own sum takes in the shared one
-        y = self.experts(arrived.x, arrived.plan, arrived.gate_weights, residual, weights)
-        y = self.dispatcher.combine(y, arrived)
+        y = experts(arrived.x, arrived.plan, arrived.gate_weights, residual, weights)
+        y = dispatcher.combine(y, arrived)
         y = y + shared if moved and shared is not None else y
         return y, (arrived,), arrived.kept_per_expert
-
-    def _in_chunks(self, tokens: Tensor, routing: Routing) -> _Results:
-        """The same in chunks of experts, one of which travels while another computes."""
-        assert isinstance(self.dispatcher, AllToAllDispatcher)
-        done = run_in_chunks(
-            self.dispatcher, self.experts, self.shared_expert, tokens, routing, degree=self.config.overlap_degree
-        )
-        return done.y, done.chunks, done.kept_per_expert
 
     def router_losses(self, routing: Routing, num_sequences: int = 1) -> Tensor | None:
         """Sum of this layer's auxiliary losses times their coefficients, a scalar; None when there is none.

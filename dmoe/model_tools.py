@@ -21,7 +21,7 @@ def moe_layers(model: nn.Module) -> dict[str, MoE]:
 
 
 def aux_loss(model: nn.Module) -> Tensor:
-    """Sum of the auxiliary losses of all MoE layers since their last forward; add it to the task's loss.
+    """Sum of the auxiliary losses of all MoE layers' last training forwards; add it to the task's loss.
 
     Each layer's loss already carries its coefficients and is divided by ``num_moe_layers``. Reading clears it, so call
     this once for each training forward, gradient accumulation included, and scale the sum like the task's loss
@@ -31,8 +31,8 @@ def aux_loss(model: nn.Module) -> Tensor:
         model: any module; layers inside wrappers (DDP, FSDP, ``torch.compile``) are found.
 
     Returns:
-        Scalar float32 (float64 for a float64 model) with a graph; 0 in evaluation, when nothing was recorded, or with
-        ``aux_loss="attached"``.
+        Scalar float32 (float64 for a float64 model) with a graph; 0 when nothing waits to be read: an evaluation
+        records nothing, and leaves what is there, and with ``aux_loss="attached"`` nothing is kept.
 
     Raises:
         RuntimeError: a layer's loss has no graph, as under reentrant activation checkpointing.

@@ -33,11 +33,13 @@ def check_layers(layer: Any, dtype: torch.dtype) -> None:
             "they run the same layer"
         )
     config, dispatcher = layer.config, layer.dispatcher
-    unmarked = [name for name, each in layer.experts.named_parameters() if not hasattr(each, "allreduce")]
-    if unmarked:
+    holders = [module for module in layer.experts.modules() if hasattr(module, "owned")]  # Experts, maybe in an adapter
+    own = {id(each) for holder in holders for each in holder.parameters(recurse=False)}
+    added = {name: each for name, each in layer.experts.named_parameters() if id(each) not in own}
+    if unmarked := [name for name, each in added.items() if not hasattr(each, "allreduce")]:
         raise ValueError(
-            f"MoE: experts: expected parameters that say whether other ranks have others, got {unmarked} without: mark "
-            "those of an adapter with expert = True and allreduce = False, and shard by fully_shard_experts"
+            f"MoE: experts: expected parameters of an adapter to say whether other ranks have others, got {unmarked} "
+            "without: mark them with expert = True and allreduce = False"
         )
     options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     weights = {"dtype of x": dtype, "dtype of the experts": next(layer.experts.parameters()).dtype}

@@ -160,7 +160,6 @@ def data_parallel(
     experts = [(name, parameter) for name, parameter in model.named_parameters() if is_sharded(parameter)]
     if experts:
         _check_replicas(model, process_group, expert_replicas)
-    if experts:
         names = [name for name, _ in experts]
         nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
     for module in model.modules():

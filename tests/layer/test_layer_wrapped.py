@@ -275,3 +275,14 @@ def test_a_checkpointed_layer_still_reads_its_loss_once():
     (twin(x).sum() + aux_loss(twin)).backward()
     torch.testing.assert_close(layer.router.weight.grad, twin.router.weight.grad)
     assert aux_loss(layer) == 0
+
+
+def test_weights_are_not_asked_for_ahead_where_a_forward_brings_them():
+    """Under expert parallelism a layer takes its weights while tokens travel, unless they may not be here yet."""
+    experts = MoE(**SIZES).experts
+    assert experts.weights_ahead() is not None
+    hook = experts.register_forward_pre_hook(lambda module, args: None)
+    assert experts.weights_ahead() is None
+    hook.remove()
+    offload(experts)
+    assert experts.weights_ahead() is None

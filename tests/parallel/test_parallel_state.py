@@ -82,7 +82,7 @@ def test_an_adapter_whose_parameters_ddp_would_average_is_refused(ranks):
     assert set(caught.value.by_rank) == {0, 1, 2, 3}
     for kind, text in caught.value.by_rank.values():
         assert kind == "ValueError"
-        assert "got ['own'] without: mark those of an adapter with expert = True and allreduce = False" in text
+        assert "got ['own'] without: mark them with expert = True and allreduce = False" in text
 
 
 WAYS = [
