@@ -699,7 +699,7 @@ Gradients7 moe_mlp_backward(Tensor grad_y, Tensor pre_activation, bool of_weight
     Gradients<T> grads{out<T>(grad_x), out<T>(grad_up_bias), out<T>(grad_down_bias), out<Accumulate<T>>(grad_gate)};
     if (of_weights) {
       const optional<Tensor> gate = gate_proj ? optional<Tensor>(grad_gate_proj) : std::nullopt;
-      grads.weights = Weights<T>(gated, !ffn_sizes.empty(), grad_up, gate, grad_down);
+      grads.weights = Weights<T>(gated, !args.ffn_sizes.empty(), grad_up, gate, grad_down);
     }
     backward<T>(args, static_cast<const T*>(grad_y.const_data_ptr()),
                 static_cast<const T*>(pre_activation.const_data_ptr()), of_weights, grads);
