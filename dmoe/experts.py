@@ -89,7 +89,7 @@ def run_experts(
         plan.token_offsets,
         plan.token_rows,
         seed,
-        list(weights.ffn_sizes),
+        list(weights.ffn_sizes) or None,  # an empty list is what AOTInductor's runtime cannot read back
         activation,
         weights.gated,
         gate_weight_on,

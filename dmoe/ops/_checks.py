@@ -9,6 +9,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
+def known(condition: bool) -> bool:
+    """Whether a condition on lengths holds; while a compiler traces with symbolic lengths, whether it does for all.
+
+    Asking a symbol outright would tie the traced program to the answer.
+    """
+    if not torch.compiler.is_compiling():
+        return bool(condition)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
+
+
 def check_tensors(op: str, **values: Any) -> None:
     """Each is a tensor; the keyword is the name that errors use.
 

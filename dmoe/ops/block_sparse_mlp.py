@@ -86,7 +86,7 @@ class _Call(NamedTuple):
     token_offsets: Tensor
     token_rows: Tensor
     seed: Tensor | None
-    ffn_sizes: Sequence[int]
+    ffn_sizes: Sequence[int] | None
     activation: str
     gated: bool
     gate_weight_on: str
@@ -318,7 +318,7 @@ def _autocast(op: Any, dtype: torch.dtype, *arguments: Any) -> Any:
 _ARGUMENTS = (
     "Tensor x, Tensor gate_weights, Tensor up_proj, Tensor down_proj, Tensor? up_bias, Tensor? down_bias, "
     "Tensor expert_offsets, Tensor row_to_token, Tensor row_to_slot, Tensor token_offsets, Tensor token_rows, "
-    "Tensor? seed, int[] ffn_sizes, str activation, bool gated, str gate_weight_on, float activation_dropout, "
+    "Tensor? seed, int[]? ffn_sizes, str activation, bool gated, str gate_weight_on, float activation_dropout, "
     "float expert_dropout"
 )
 _forward_op = define(
