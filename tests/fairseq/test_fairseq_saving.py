@@ -158,6 +158,11 @@ def test_of_one_file_and_parts_the_one_saved_later_is_read(copy):
     for modified, expected in ((0, 4), (shared.stat().st_mtime + 1, 2)):
         os.utime(one, (modified, modified))
         assert read(one)[0] == expected
+    one.write_bytes(one.read_bytes()[:700])
+    updates, (said,) = read(one)
+    assert updates == 4
+    assert said.startswith(f"{one}: expected a file of torch.save, got: ")
+    assert f". Going on with {shared} (4 updates, saved 20" in said
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -169,6 +174,10 @@ def test_a_checkpoint_of_several_ranks_is_finetuned(saved, tmp_path, ranks):
         if not name.endswith("_float_tensor"):  # memory that fairseq leaves unwritten
             assert torch.equal(loaded[0]["model"][name], value), name
     for told in failure(ranks, save_dir=tmp_path / "empty", no_save=True, finetune_from_model=tmp_path / "none.pt"):
-        assert told == f"--finetune-from-model {tmp_path}/none.pt does not exist"
+        assert told == (
+            f"--finetune-from-model {tmp_path}/none.pt: expected a checkpoint, of one rank or more, got none"
+        )
+    with pytest.raises(RankError, match="can not be set together"):
+        load(ranks, save_dir=folder, finetune_from_model=folder / "checkpoint_last.pt", reset_meters=True)
     begun = load(ranks, save_dir=folder, finetune_from_model=tmp_path / "none.pt")
     assert {run["updates"] for run in begun} == {4}
