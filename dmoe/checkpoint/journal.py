@@ -141,10 +141,10 @@ def clear(folder: Path, name: Path, but: str = "") -> None:
 
 
 def listed(folder: Path) -> list[str]:
-    """Names in a folder; none where there is no such folder."""
+    """Names in a folder; none where there is no such folder, or one that may not be looked into."""
     try:
         return os.listdir(folder)
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
         return []
 
 

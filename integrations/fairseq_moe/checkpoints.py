@@ -31,22 +31,31 @@ def load_checkpoint(stock: Any, cfg: Any, trainer: Any, **passed_on: Any) -> Any
 
     Of ``checkpoint_last``, the one to go on from, nothing may be whole, as where another program was killed: then the
     newest whole checkpoint of the folder is taken, and the log says so.
+
+    Raises:
+        FlagError: on all ranks: what is named is not there, or not whole.
     """
     if not getattr(trainer, "num_experts", 0):
         return stock(cfg, trainer, **passed_on)
     path, finetune = cfg.restore_file, cfg.finetune_from_model
     goes_on = path == "checkpoint_last.pt"
+    resets = cfg.reset_optimizer or cfg.reset_lr_scheduler or cfg.reset_meters or cfg.reset_dataloader
+    if finetune is not None and (resets or not goes_on):
+        return stock(cfg, trainer, **passed_on)  # which refuses them together
     if goes_on:
         path = os.path.join(cfg.save_dir, path)
     is_last = os.path.basename(parts.stem_of(path)) == "checkpoint_last"
     files = find_together(path, trainer.num_experts, or_another=is_last)
     try:
         if files is not None:
-            cfg.restore_file = files.main
-            cfg.finetune_from_model = None if goes_on else finetune  # where training has begun it is of no account
-        elif goes_on and finetune is not None:
+            cfg.restore_file, cfg.finetune_from_model = files.main, None  # training has begun: that is of no account
+        elif finetune is not None:
             files = find_together(finetune, trainer.num_experts)
-            cfg.finetune_from_model = finetune if files is None else files.main
+            if files is None:
+                raise FlagError(
+                    f"--finetune-from-model {finetune}: expected a checkpoint, of one rank or more, got none"
+                )
+            cfg.finetune_from_model = files.main
         with trainer.with_suffix(""), trainer.having_found(files):
             return stock(cfg, trainer, **passed_on)
     finally:

@@ -74,12 +74,16 @@ def find(path: str, num_experts: int | None = None, *, or_another: bool = False)
         FlagError: a file is missing, or files that do not belong together, or another number of experts.
     """
     stem = stem_of(path)
-    folder = os.path.dirname(stem)
-    try:
-        dmoe.checkpoint.finish_writing(folder)
-    except (OSError, ValueError) as error:
-        raise FlagError(str(error)) from error
-    found, problems = _at(stem, parts_alone=path not in (stem, stem + ".pt"))
+    found: list[Files] = []
+    problems: list[FlagError] = []
+    for _ in range(2):  # twice: a training may have been putting its files in place, one by one, while this looked
+        try:
+            dmoe.checkpoint.finish_writing(os.path.dirname(stem))
+        except (OSError, ValueError) as error:
+            raise FlagError(str(error)) from error
+        found, problems = _at(stem, parts_alone=path not in (stem, stem + ".pt"))
+        if not problems:
+            break
     files = _newest(found)
     if files is None and problems:
         # A dense one, or that of another model, is nobody's next best.

@@ -445,6 +445,11 @@ def test_the_program_refuses_in_one_line(files, capsys, tmp_path):
     assert "rank0.pt: expected no file" in told(capsys, "split", files / "whole.pt", 4, files / "rank{rank}.pt")
     assert (files / "whole.pt").read_bytes() == whole
     assert main(["merge", str(files / "whole.pt"), *map(str, parts), "--overwrite"]) == 0
+    before = parts[1].read_bytes()
+    (files / "link.pt").hardlink_to(parts[1])  # another name of what is read, while it is read
+    assert main(["merge", str(files / "link.pt"), *map(str, parts), "--overwrite"]) == 0
+    assert same(read_file(files / "link.pt"), read_file(files / "whole.pt"))
+    assert parts[1].read_bytes() == before
 
 
 class Strange:

@@ -110,30 +110,31 @@ def test_no_space_for_the_journal_is_told_on_all_ranks(ranks, tmp_path):
     assert found(tmp_path) == OLD
 
 
-def killed_at(stage, act, *, times=1):
-    """Whether ``act`` came to a stage, where its process ends as if by SIGKILL."""
-    left = [times]
+@pytest.mark.parametrize(
+    ("stage", "times", "value"),
+    [("open x", 1, OLD), ("half a file", 1, OLD), ("os.rename", 1, OLD), ("os.rename", 2, NEW)],
+)
+def test_one_file_needs_no_journal(tmp_path, stage, times, value):
+    path = tmp_path / "ck.pt"
 
-    def at(reached):
-        if reached == stage:
-            left[0] -= 1
-            if left[0] == 0:
-                os._exit(9)
+    def write(value):
+        write_together(path, {path: {"value": value}}, overwrite=True)
 
-    child = os.fork()
-    if child == 0:
-        with jobs.stages(at):
-            act()
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    write(OLD)
+    assert jobs.killed_at(stage, lambda: write(NEW), times=times) == (value == OLD)
+    assert read_file(path)["value"] == value
+    write(NEXT)
+    assert names(tmp_path) == ["ck.pt"]
 
 
 def test_what_is_removed_together_is_gone_for_whoever_looks_next(tmp_path):
     files = [tmp_path / name for name in jobs.NAMES]
     alone(tmp_path, OLD)
-    assert killed_at("os.rename", lambda: remove_together(tmp_path / "ck", files))  # before the journal
+    assert jobs.killed_at("os.rename", lambda: remove_together(tmp_path / "ck", files))  # before the journal
     assert found(tmp_path) == OLD
-    assert killed_at("os.remove", lambda: remove_together(tmp_path / "ck", files), times=3)  # a draft, a file, a file
+    assert jobs.killed_at(
+        "os.remove", lambda: remove_together(tmp_path / "ck", files), times=3
+    )  # a draft, a file, a file
     assert any(path.exists() for path in files)
     finish_writing(tmp_path)
     assert names(tmp_path) == []
@@ -151,10 +152,10 @@ def test_files_in_folders_of_ranks_find_their_journal(tmp_path):
         write_together(tmp_path / "ck{rank}", {path: {"value": value} for path in files}, overwrite=True)
 
     write(OLD)
-    assert killed_at("os.rename", lambda: write(NEW), times=3)  # after the journal and the first file
+    assert jobs.killed_at("os.rename", lambda: write(NEW), times=3)  # after the journal and the first file
     assert read_file(files[1])["value"] == NEW
     assert read_file(files[0])["value"] == NEW
-    assert killed_at("os.rename", lambda: write(NEXT), times=1)
+    assert jobs.killed_at("os.rename", lambda: write(NEXT), times=1)
     assert [read_file(path)["value"] for path in files] == [NEW, NEW]
     write(OLD)
     assert names(tmp_path) == ["ck0", "ck1"]
@@ -200,8 +201,8 @@ def test_the_program_splits_into_all_files_or_none(tmp_path):
         if value == OLD:
             assert main(split) == 0
     parts = [tmp_path / f"ck-{rank}.pt" for rank in range(2)]
-    assert killed_at("half a file", lambda: main(split), times=2)
+    assert jobs.killed_at("half a file", lambda: main(split), times=2)
     assert [torch.load(part)["value"] for part in parts] == [OLD, OLD]
-    assert killed_at("os.rename", lambda: main(split), times=3)
+    assert jobs.killed_at("os.rename", lambda: main(split), times=3)
     assert [read_file(part)["value"] for part in parts] == [NEW, NEW]
     assert names(tmp_path) == ["ck-0.pt", "ck-1.pt", "whole.pt"]

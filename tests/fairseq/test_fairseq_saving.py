@@ -71,6 +71,20 @@ def test_a_training_killed_while_it_saves_goes_on_from_a_whole_checkpoint(
     assert rest[0]["files"] == files_of("checkpoint_1_6", "checkpoint_last")
 
 
+def test_fairseqs_rules_hold_for_whole_checkpoints(tmp_path):
+    """Names and numbers of what is kept: of epochs, of the best ones, and those without a number."""
+    rules = {"keep_last_epochs": 1, "keep_best_checkpoints": 1, "batch_size": 64, "max_epoch": 3, "max_update": None}
+    (files, _) = (run["files"] for run in train(2, save_dir=tmp_path / "ck", disable_validation=None, **rules))
+    best = {name.rpartition("-")[0].removesuffix("-rank") for name in files if name.startswith("checkpoint.best_loss_")}
+    assert len(best) == 1
+    assert files == sorted(files_of(*best, "checkpoint3", "checkpoint_best", "checkpoint_last"))
+    contents = {name: torch.load(tmp_path / "ck" / name, weights_only=False) for name in files}
+    assert {content["saved"]["set"] for content in contents.values()} == {
+        contents["checkpoint3-shared.pt"]["saved"]["set"]
+    }
+    assert {content["extra_state"]["train_iterator"]["epoch"] for content in contents.values()} == {4}
+
+
 @pytest.mark.parametrize("where", [0, 1])
 def test_a_full_disk_is_told_on_all_ranks_and_costs_no_checkpoint(tmp_path, where):
     saving = {"save_dir": tmp_path / "ck", **SAVING}
@@ -144,6 +158,11 @@ def test_of_one_file_and_parts_the_one_saved_later_is_read(copy):
     for modified, expected in ((0, 4), (shared.stat().st_mtime + 1, 2)):
         os.utime(one, (modified, modified))
         assert read(one)[0] == expected
+    one.write_bytes(one.read_bytes()[:700])
+    updates, (said,) = read(one)
+    assert updates == 4
+    assert said.startswith(f"{one}: expected a file of torch.save, got: ")
+    assert f". Going on with {shared} (4 updates, saved 20" in said
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -155,6 +174,10 @@ def test_a_checkpoint_of_several_ranks_is_finetuned(saved, tmp_path, ranks):
         if not name.endswith("_float_tensor"):  # memory that fairseq leaves unwritten
             assert torch.equal(loaded[0]["model"][name], value), name
     for told in failure(ranks, save_dir=tmp_path / "empty", no_save=True, finetune_from_model=tmp_path / "none.pt"):
-        assert told == f"--finetune-from-model {tmp_path}/none.pt does not exist"
+        assert told == (
+            f"--finetune-from-model {tmp_path}/none.pt: expected a checkpoint, of one rank or more, got none"
+        )
+    with pytest.raises(RankError, match="can not be set together"):
+        load(ranks, save_dir=folder, finetune_from_model=folder / "checkpoint_last.pt", reset_meters=True)
     begun = load(ranks, save_dir=folder, finetune_from_model=tmp_path / "none.pt")
     assert {run["updates"] for run in begun} == {4}

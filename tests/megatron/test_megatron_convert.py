@@ -7,10 +7,12 @@ import tempfile
 import pytest
 import torch
 from megatron_cases import call
+from rank_jobs_together import killed_at
 from rank_pool import RankPool
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 
+from dmoe.checkpoint import read_file
 from dmoe.integrations.megatron import convert_ranks, convert_state
 from dmoe.integrations.megatron.__main__ import main
 from dmoe.integrations.megatron.expert_layouts import LAYOUTS
@@ -275,6 +277,23 @@ def test_files(tmp_path, capsys):
     torch.save(halves[0], files[0])  # a bare state dict
     assert main(["convert", "--overwrite", whole, files[0]]) == 0
     _assert_same(torch.load(whole), convert_state(halves[0], "dmoe", expert_parallel_size=2))
+
+
+def test_files_are_all_converted_or_none_of_them(tmp_path):
+    """In place: what is read is what is written over."""
+    halves = [_native(range(2)), _native(range(2, 4))]
+    files = [str(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    convert = ["convert", "--overwrite", str(tmp_path / "rank{rank}.pt"), *files]
+    for half, file in zip(halves, files, strict=True):
+        torch.save({"model": half, "iteration": 7}, file)
+    assert killed_at("half a file", lambda: main(convert), times=2)
+    for half, file in zip(halves, files, strict=True):
+        _assert_same(torch.load(file)["model"], half)
+    assert killed_at("os.rename", lambda: main(convert), times=3)
+    for half, file in zip(halves, files, strict=True):
+        found = read_file(file)
+        _assert_same(found["model"], convert_state(half, "dmoe", expert_parallel_size=2))
+        assert found["iteration"] == 7
 
 
 def test_files_that_cannot_be_converted(tmp_path, capsys):

@@ -93,3 +93,25 @@ def fail(group, folder, value, where, stage):
     except Exception as error:
         return type(error).__name__, str(error)
     return "written", ""
+
+
+def killed_at(stage, act, *, times=1):
+    """Whether ``act`` came to a stage for the so-manieth time, where its process, a fork, ends as if by SIGKILL."""
+    left = [times]
+
+    def at(reached):
+        left[0] -= reached == stage
+        if left[0] == 0:
+            os._exit(9)
+
+    child = os.fork()
+    if child == 0:
+        try:
+            with stages(at):
+                act()
+            os._exit(0)
+        finally:
+            os._exit(1)  # whatever went wrong: the tests go on in the other process alone
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, 9)
+    return status == 9
