@@ -7,6 +7,10 @@ what                                                   since                    
 configs may be defaults of other configs                                           ``default_factory``
 ``torch.serialization.add_safe_globals``: what         torch 2.6                   fairseq loads with
 fairseq pickles into checkpoints beside tensors                                    ``weights_only=False``
+``numpy.compat``, ``numpy.int``, ``numpy.float``:      numpy 1.24 and 2.0          fairseq names Python's own
+for the modules of fairseq that use them
+``TransformerEncoderLayerBase``: by its own steps      torch 2.0                   fairseq says which kind of
+in evaluation, not by torch's fused layer                                          mask it passes
 ``DistributedDataParallel``: no ``device_ids`` for     torch 1.1                   fairseq does not pass them for
 a model on the CPU                                                                 ``--cpu``
 hydra's notices about old ways to call it: silent      hydra 1.1                   fairseq calls it the new way
@@ -19,10 +23,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import inspect
 import sys
 import warnings
 from importlib import metadata
+from types import SimpleNamespace
 from typing import Any
 
 SUPPORTED = "0.12.2"
@@ -44,6 +50,8 @@ def apply() -> None:
     import fairseq  # noqa: F401
 
     _trust_checkpoint_types()
+    _give_names_of_numpy_back()
+    _keep_encoders_unfused()
     _let_ddp_run_on_cpu()
     apply.done = True  # type: ignore[attr-defined]
 
@@ -98,14 +106,46 @@ def _trust_checkpoint_types() -> None:
     import collections
     import typing
 
+    import numpy as np
     import torch
     from fairseq.distributed.utils import _TensorPlaceholder
+    from numpy._core import multiarray
     from omegaconf import base, dictconfig, listconfig, nodes
 
     containers = [dictconfig.DictConfig, listconfig.ListConfig, base.ContainerMetadata, base.Metadata]
     leaves = [nodes.AnyNode, nodes.IntegerNode, nodes.FloatNode, nodes.StringNode, nodes.BooleanNode, nodes.EnumNode]
     plain = [typing.Any, dict, list, int, float, str, bool, tuple, set, collections.defaultdict, argparse.Namespace]
+    # Meters of --eval-bleu and other scores are numpy's; its modules have had two names.
+    made_by = [multiarray._reconstruct, multiarray.scalar]
+    arrays = [(made, f"numpy.{core}.multiarray.{made.__name__}") for made in made_by for core in ("core", "_core")]
+    kinds = {type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["Float"] + "?"}
     torch.serialization.add_safe_globals([*containers, *leaves, *plain, _TensorPlaceholder])
+    torch.serialization.add_safe_globals([*arrays, np.ndarray, np.dtype, *kinds])
+
+
+class _OlderNumpy:
+    """numpy with the names for Python's own types that it once had."""
+
+    compat = SimpleNamespace(long=int)
+    int = int
+    float = float
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module("numpy"), name)
+
+
+def _give_names_of_numpy_back() -> None:
+    """To the modules that use them, and to nobody else: other packages ask numpy what it has."""
+    for module in ("data.data_utils", "data.language_pair_dataset", "data.token_block_dataset"):
+        importlib.import_module(f"fairseq.{module}").np = _OlderNumpy()  # type: ignore[attr-defined]
+    importlib.import_module("fairseq.modules.dynamic_crf_layer").np = _OlderNumpy()  # type: ignore[attr-defined]
+
+
+def _keep_encoders_unfused() -> None:
+    """torch's fused layer takes other arguments since, and fairseq asks every layer whether it may go that way."""
+    from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
+
+    TransformerEncoderLayerBase.can_use_fastpath = property(lambda layer: False, lambda layer, found: None)
 
 
 def _let_ddp_run_on_cpu() -> None:
