@@ -13,6 +13,8 @@ for the modules of fairseq that use them
 in evaluation, not by torch's fused layer                                          mask it passes
 ``DistributedDataParallel``: no ``device_ids`` for     torch 1.1                   fairseq does not pass them for
 a model on the CPU                                                                 ``--cpu``
+... which waits for no gradient of the copies of       fairseq 0.12                fairseq keeps them as buffers
+weights that encoder layers keep for the fused one
 hydra's notices about old ways to call it: silent      hydra 1.1                   fairseq calls it the new way
 =====================================================  ==========================  ===================================
 
@@ -27,6 +29,8 @@ import importlib
 import inspect
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from types import SimpleNamespace
 from typing import Any
@@ -148,6 +152,27 @@ def _keep_encoders_unfused() -> None:
     TransformerEncoderLayerBase.can_use_fastpath = property(lambda layer: False, lambda layer, found: None)
 
 
+@contextmanager
+def unused_copies_aside(model: Any) -> Iterator[None]:
+    """Hide from whoever looks for parameters to train the ones in encoder layers that nothing is computed with.
+
+    Afterwards they are parameters again: optimizers and checkpoints have always counted them.
+    """
+    from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
+
+    names = [f"{of}_{kind}" for of in ("in_proj", "out_proj", "fc1", "fc2") for kind in ("weight", "bias")]
+    layers = [module for module in model.modules() if isinstance(module, TransformerEncoderLayerBase)]
+    held = [copied for layer in layers for name in names if (copied := getattr(layer, name, None)) is not None]
+    aside = [copied for copied in held if copied.requires_grad]
+    for copied in aside:
+        copied.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for copied in aside:
+            copied.requires_grad_(True)
+
+
 def _let_ddp_run_on_cpu() -> None:
     """fairseq passes ``device_ids`` also with ``--cpu``; torch refuses them for a model on the CPU."""
     from fairseq.models import distributed_fairseq_model as wrappers
@@ -158,6 +183,7 @@ def _let_ddp_run_on_cpu() -> None:
     def data_parallel(module: Any, device_ids: Any = None, output_device: Any = None, **options: Any) -> Any:
         if next(module.parameters()).device.type == "cpu":
             device_ids = output_device = None
-        return stock(module=module, device_ids=device_ids, output_device=output_device, **options)
+        with unused_copies_aside(module):
+            return stock(module=module, device_ids=device_ids, output_device=output_device, **options)
 
     wrappers.DistributedDataParallel = data_parallel

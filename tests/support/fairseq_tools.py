@@ -28,7 +28,8 @@ PAIRS = flags_of(
     log_format="json",
     log_interval=1,
 )
-EXPERTS = ["--moe-dropless", *flags_of(moe_freq=2, moe_expert_count=4, criterion="moe_cross_entropy")]
+EXPERTS = ["--moe-dropless"]
+EXPERTS += flags_of(moe_freq=2, moe_expert_count=4, moe_second_expert_policy="all", criterion="moe_cross_entropy")
 LINES = flags_of(
     task="language_modeling",
     arch="transformer_lm_gpt",
@@ -72,23 +73,23 @@ def translation(folder, experts):
     trained = [run_cli("train", data, *PAIRS, *kind, *bleu, *where, "--max-update", updates) for updates in (6, 12)]
     saved = ["--path", f"{folder}/saved/checkpoint_last.pt", "--cpu"]
     valid = ["--batch-size", 8, "--num-workers", 0]
-    beam = ["--beam", 2, "--max-len-b", 9]
+    beam, subset = ["--beam", 2, "--max-len-b", 9], ["--gen-subset", "valid"]
     with open(f"{folder}/valid.en") as file, patch.object(sys, "stdin", io.StringIO("".join(file.readlines()[:5]))):
         interactive = run_cli("interactive", data, *saved, *beam, "--num-workers", 0)
     return trained, {
-        "generate": run_cli("generate", data, *saved, *valid, *beam, "--gen-subset", "valid"),
-        "sacrebleu": run_cli("generate", data, *saved, *valid, *beam, "--gen-subset", "valid", "--scoring", "sacrebleu"),
-        "reference": run_cli("generate", data, *saved, *valid, "--gen-subset", "valid", "--score-reference"),
+        "generate": run_cli("generate", data, *saved, *valid, *beam, *subset),
+        "sacrebleu": run_cli("generate", data, *saved, *valid, *beam, *subset, "--scoring", "sacrebleu"),
+        "reference": run_cli("generate", data, *saved, *valid, *subset, "--score-reference"),
         "interactive": interactive,
         "validate": run_cli("validate", data, "--task", "translation", *saved, *valid, "--log-format", "json"),
         "no task": run_cli("validate", data, *saved, *valid),
     }
 
 
-def cut_into_samples(folder, mode):
-    """A language model on text that is cut as ``--sample-break-mode`` says: its training, and `eval_lm` of the same."""
+def write_lines(folder):
+    """Real text with documents, which an empty line ends, binarised in ``folder/bin``."""
     write_text(folder)
-    for split, most in (("train", 80), ("valid", 40)):  # with documents, which an empty line ends
+    for split, most in (("train", 80), ("valid", 40)):
         with open(f"{folder}/{split}.txt") as file:
             lines = file.readlines()[:most]
         with open(f"{folder}/{split}.txt", "w") as file:
@@ -96,9 +97,15 @@ def cut_into_samples(folder, mode):
     texts = [f"--{split}pref={folder}/{split}.txt" for split in ("train", "valid")]
     prepared = run_cli("preprocess", "--only-source", *texts, "--destdir", f"{folder}/bin", "--workers", 1)
     assert prepared.status == 0, prepared.err
+    return f"{folder}/bin"
+
+
+def cut_into_samples(folder, mode):
+    """A language model on text that is cut as ``--sample-break-mode`` says: its training, and `eval_lm` of the same."""
+    data = write_lines(folder)
     cut = ["--sample-break-mode", mode, "--cpu"]
     where = ["--save-dir", f"{folder}/{mode}", "--no-epoch-checkpoints"]
-    trained = run_cli("train", f"{folder}/bin", *LINES, *EXPERTS, *cut, *where)
+    trained = run_cli("train", data, *LINES, *EXPERTS, *cut, *where)
     sizes = flags_of(gen_subset="valid", tokens_per_sample=64, batch_size=8, num_workers=0)
     saved = ["--path", f"{folder}/{mode}/checkpoint_last.pt"]
-    return trained, run_cli("eval_lm", f"{folder}/bin", *saved, *sizes, *cut)
+    return trained, run_cli("eval_lm", data, *saved, *sizes, *cut)
