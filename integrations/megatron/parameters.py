@@ -10,10 +10,13 @@ from torch import Tensor, nn
 
 from dmoe import MoE, MoEConfig
 from dmoe.integrations.megatron.refusals import refuse_placement
+from dmoe.integrations.megatron.translate import FLAGS
+from dmoe.integrations.naming import by_flags
 
 GRAD_DTYPE = torch.float32
 
 
+@by_flags(FLAGS, "dmoe.integrations.megatron: ")
 def build_moe(config: Any, moe_config: MoEConfig, pg_collection: Any, *, with_router: bool = True, **hooks: Any) -> MoE:
     """dmoe's layer over Megatron's process groups, with values and marks.
 

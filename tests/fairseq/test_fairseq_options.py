@@ -115,6 +115,7 @@ RANKS = {"distributed_world_size": 2, "distributed_init_method": "tcp://localhos
             "--moe-eval-capacity-token-fraction: expected none with --moe-dropless, or 0, got 0.5",
         ),
         ({"moe_random_second_expert_in_eval": True}, "--moe-random-second-expert-in-eval: expected two experts and"),
+        ({"dropout": 1.0}, "--dropout (expert_dropout): expected 0 <= p < 1, got 1.0"),
         ({"use_stable_embedding": True}, "--use-stable-embedding: expected none: bitsandbytes' embedding is not in"),
         ({"block_wise": True}, "--block-wise: expected none: it cuts up the 8-bit moments of bitsandbytes' Adam"),
         (
