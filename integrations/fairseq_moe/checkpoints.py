@@ -86,9 +86,17 @@ def _move_in_data(state: dict[str, Any], ranks: int) -> None:
         iterator["iterations_in_epoch"] = iterator.get("iterations_in_epoch", 0) * wrote // ranks
 
 
-def load_model_ensemble_and_task(stock: Any, filenames: list[str], *rest: Any, **options: Any) -> Any:
-    """As the stock one; ``X.pt`` also names a checkpoint that is there in parts."""
-    options["suffix"], suffix = "", options.get("suffix", "")
+def load_model_ensemble_and_task(
+    stock: Any,
+    filenames: list[str],
+    arg_overrides: Any = None,
+    task: Any = None,
+    strict: bool = True,
+    suffix: str = "",
+    *rest: Any,
+    **options: Any,
+) -> Any:
+    """As the stock one, whose caller in fairseq gives all by position; ``X.pt`` also names a checkpoint in parts."""
     names = []
     for filename in filenames:
         files = find_together(filename)
@@ -96,7 +104,7 @@ def load_model_ensemble_and_task(stock: Any, filenames: list[str], *rest: Any, *
             names.append(filename.replace(".pt", suffix + ".pt") if suffix else filename)
         else:
             names.append(files.main)
-    return stock(names, *rest, **options)
+    return stock(names, arg_overrides, task, strict, "", *rest, **options)
 
 
 def find_together(path: str, num_experts: int | None = None, *, or_another: bool = False) -> finding.Files | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 import secrets
 import sys
 import time
@@ -182,12 +183,22 @@ def _staying_on_cpu() -> Iterator[None]:
         torch.Tensor.cuda = stock  # type: ignore[method-assign]
 
 
+def _as_the_branch_counts(record: logging.LogRecord) -> bool:
+    """The two lines about a model's parameters in the branch's words, which scripts look for."""
+    told = str(record.msg)
+    if told.startswith(("num. shared model params:", "num. expert model params:")):
+        told = re.sub(r"\d{4,}", lambda number: f"{int(number[0]):,}", told)
+        record.msg = told.replace("num. shared", "num. non-expert")
+    return True
+
+
 def register() -> None:
     """Put the trainer where fairseq's programs look for theirs, and fairscale's wrapping nowhere; once."""
     ours = {"Trainer": MoETrainer, "fsdp_enable_wrap": lambda cfg: nullcontext(), "fsdp_wrap": lambda module: module}
     places = {"fairseq.trainer": ("Trainer",), "fairseq_cli.train": tuple(ours), "__main__": tuple(ours)}
     import fairseq_cli.train as program
 
+    program.logger.addFilter(_as_the_branch_counts)  # added once, however often it is
     stock = program.main
     if not hasattr(stock, "of_dmoe"):
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from dmoe.integrations.megatron.translate import OPTIONS
-
-PREFIX = "moe_dmoe_"  # of the attributes in Megatron's args; the flags are --moe-dmoe-...
+from dmoe.integrations.megatron.translate import OPTIONS, PREFIX
 
 
 def options_from_args(args: Any) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from dmoe import MoE, MoEConfig
 from dmoe.integrations.megatron.flat_biases import axis_of_width, flatten_biases, parameters_by_name
 from dmoe.integrations.megatron.refusals import refuse, refuse_placement
+from dmoe.integrations.megatron.translate import FLAGS
+from dmoe.integrations.naming import by_flags
 
 GRAD_DTYPE = torch.float32
 OF_MATRICES = (
@@ -19,6 +21,7 @@ OF_MATRICES = (
 )
 
 
+@by_flags(FLAGS, "dmoe.integrations.megatron: ")
 def build_moe(config: Any, moe_config: MoEConfig, pg_collection: Any, *, with_router: bool = True, **hooks: Any) -> MoE:
     """dmoe's layer over Megatron's process groups, with values and marks.
 

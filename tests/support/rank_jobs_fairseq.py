@@ -11,6 +11,7 @@ import sys
 from unittest.mock import patch
 
 import fairseq_jobs
+import fairseq_tools
 import torch
 import torch.distributed as dist
 from rank_jobs_together import stages
@@ -204,6 +205,42 @@ def replaced(group, path, part):
     except FlagError as error:
         return str(error)
     return "loaded"
+
+
+def prepare_pairs(group, folder):
+    """Sentences and the same backwards, in ``folder/pairs``."""
+    return fairseq_tools.write_pairs(folder)
+
+
+def not_a_number(group, argv):
+    """``train`` whose experts hand back NaN gradients: the exception that ends it, and what fairseq found out then."""
+    with _as_rank(group, argv):
+        import fairseq_cli.train as program
+
+        from dmoe.integrations.fairseq_moe.layer import MoELayer
+
+        stock, found, said = MoELayer.forward, logging.getLogger("fairseq.nan_detector"), []
+
+        def forward(self, x, *rest):
+            y, loss = stock(self, x, *rest)
+            y.register_hook(lambda gradient: gradient * float("nan"))
+            return y, loss
+
+        def keep(record):
+            said.append(record.getMessage())
+            return True
+
+        found.addFilter(keep)
+        found.setLevel(logging.INFO)
+        try:
+            with patch.object(MoELayer, "forward", forward):
+                program.main(config(group, "train", argv))
+        except FloatingPointError as error:
+            return str(error), said
+        finally:
+            found.removeFilter(keep)
+            found.setLevel(logging.NOTSET)
+    return "no failure", said
 
 
 def failure(group, tool, argv):
