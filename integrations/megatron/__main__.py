@@ -91,6 +91,8 @@ def _read(path: str, trust: bool) -> Mapping[str, Any]:
     try:
         return read_file(path)
     except ValueError as error:
+        if "plain data only" not in str(error):
+            raise
         raise ValueError(f"{error}; --trust reads Python objects, too, if you know where the file is from") from error
 
 
@@ -110,7 +112,7 @@ def _read_objects(path: str) -> Mapping[str, Any]:
             "(Megatron's own files: with its checkout in PYTHONPATH)"
         ) from error
     except Exception as error:  # bytes that are no pickle, or a part of one, end in an error of almost any type
-        if isinstance(error, OSError) and error.filename is not None:
+        if isinstance(error, MemoryError) or getattr(error, "filename", None) is not None:  # no such file, say
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path}: expected a file of torch.save, got: {reason}") from error
