@@ -34,7 +34,7 @@ OTHERS = {
 def test_other_files_are_told_apart(tmp_path, capsys, content):
     path = tmp_path / "model.pt"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="expected a file of torch.save, got: .") as told:
+    with pytest.raises(ValueError, match=r"expected a file of torch\.save, got: .") as told:
         read_file(path)
     assert str(told.value).startswith(f"{path}: ")
     assert "Weights only load failed" not in str(told.value)
