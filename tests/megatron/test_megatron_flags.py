@@ -6,17 +6,12 @@ The wheels of megatron-core up to 0.16 hold no parser. `MEGATRON_WHEEL=folder` n
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import types
-import typing
 import warnings
 
 import pytest
 
-sys.path[:0] = [wheel for wheel in [os.environ.get("MEGATRON_WHEEL")] if wheel]
-if not hasattr(typing, "override"):
-    typing.override = lambda method: method  # Python 3.11, for megatron-core from 0.17 on
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     pytest.importorskip("megatron.core", reason="megatron-core is not installed")
@@ -25,15 +20,15 @@ with warnings.catch_warnings():
     except ImportError:
         real_parse_args = None
 
-import dmoe.integrations.megatron  # noqa: E402
-from dmoe.integrations.megatron import (  # noqa: E402
+import dmoe.integrations.megatron
+from dmoe.integrations.megatron import (
     add_moe_args,
     current_options,
     moe_config,
     options_from_args,
     training_loop,
 )
-from dmoe.integrations.megatron.translate import OPTIONS  # noqa: E402
+from dmoe.integrations.megatron.translate import OPTIONS
 
 SPEC = ["dmoe.integrations.megatron", "dmoe_gpt_spec"]
 
