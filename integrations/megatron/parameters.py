@@ -135,12 +135,12 @@ def mark_experts(experts: nn.Module, config: Any, ep_ranks: int, etp_ranks: int)
     """
     apart = ep_ranks > 1 or etp_ranks != config.tensor_model_parallel_size
     for name, parameter in parameters_by_name(experts):
-        parameter.allreduce = not apart  # type: ignore[attr-defined]
+        parameter.allreduce = not apart
         f_dim = axis_of_width(name)
         # What all ranks of expert tensor parallelism hold alike counts once.
-        parameter.tensor_model_parallel = f_dim is not None or etp_ranks == 1  # type: ignore[attr-defined]
-        parameter.partition_dim = 0 if f_dim is None or parameter.dim() == 1 else f_dim  # type: ignore[attr-defined]
-        parameter.partition_stride = 1  # type: ignore[attr-defined]
+        parameter.tensor_model_parallel = f_dim is not None or etp_ranks == 1
+        parameter.partition_dim = 0 if f_dim is None or parameter.dim() == 1 else f_dim
+        parameter.partition_stride = 1
 
 
 def announce_main_grads(experts: nn.Module) -> None:
@@ -155,7 +155,7 @@ def announce_main_grads(experts: nn.Module) -> None:
     for name, parameter in parameters_by_name(experts):
         if name.endswith("bias") or not parameter.requires_grad:
             continue
-        parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+        parameter.grad_added_to_main_grad = True
         if parameter.grad is None:
             parameter.grad = torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
 
