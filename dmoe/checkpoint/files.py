@@ -49,9 +49,13 @@ def read_file(path: str | os.PathLike[str], *, mapped: bool = False) -> dict[str
                 "torch.distributed.checkpoint, which knows their parts; or save value.to_local()"
             ) from error
         refused = re.search(r"Unsupported (?:global|class): .*?(?=\s*was not|\s*$)", str(error), re.MULTILINE)
-        reason = refused[0] if refused else str(error).splitlines()[0]
-        raise ValueError(f"{path}: expected a file of torch.save with plain data only, got: {reason}") from error
-    except (RuntimeError, EOFError, ValueError) as error:
+        no_pickle = re.search(r"Unsupported operand.*", str(error))  # a byte that stands for nothing there
+        reason = (refused or no_pickle or [str(error).splitlines()[0]])[0]
+        plain = "" if no_pickle else " with plain data only"
+        raise ValueError(f"{path}: expected a file of torch.save{plain}, got: {reason}") from error
+    except Exception as error:  # bytes that are no pickle, or a part of one, end in an error of almost any type
+        if isinstance(error, MemoryError) or getattr(error, "filename", None) is not None:  # no such file, say
+            raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path}: expected a file of torch.save, got: {reason}") from error
     if not isinstance(content, Mapping):

@@ -88,11 +88,38 @@ def _converted(states: list[Mapping[str, Any]], options: argparse.Namespace) -> 
 
 def _read(path: str, trust: bool) -> Mapping[str, Any]:
     if trust:
-        return torch.load(path, map_location="cpu", weights_only=False)
+        return _read_objects(path)
     try:
         return read_file(path, mapped=True)
     except ValueError as error:
+        if "plain data only" not in str(error):
+            raise
         raise ValueError(f"{error}; --trust reads Python objects, too, if you know where the file is from") from error
+
+
+def _read_objects(path: str) -> Mapping[str, Any]:
+    """Whatever torch.save wrote.
+
+    Raises:
+        OSError: no such file, or one that cannot be read.
+        ValueError: no file of torch.save, objects of packages or names that are not here, or no state dict.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = torch.load(file, map_location="cpu", weights_only=False)
+    except (ImportError, AttributeError) as error:  # what pickle says of a module, or of a name in one
+        raise ValueError(
+            f"{path}: expected objects of packages that are installed here, got: {error}; make that importable "
+            "(Megatron's own files: with its checkout in PYTHONPATH)"
+        ) from error
+    except Exception as error:  # bytes that are no pickle, or a part of one, end in an error of almost any type
+        if isinstance(error, MemoryError) or getattr(error, "filename", None) is not None:  # no such file, say
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path}: expected a file of torch.save, got: {reason}") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path}: expected a state dict, or a dict around one, got {type(content).__name__}")
+    return content
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
+import types
 
 import pytest
 import torch
@@ -310,3 +312,35 @@ def test_files_that_cannot_be_converted(tmp_path, capsys):
     assert "expected a name with {rank} in it for 2 files" in error(out, given, given)
     torch.save({"model": {"weight": torch.ones(1)}}, given)
     assert "found none" in error("--overwrite", out, given)
+
+
+def test_trusted_files_that_are_something_else(tmp_path, capsys, monkeypatch):
+    """Objects of packages that are not here, text, half a file, another object: a sentence each, and no traceback."""
+    given, out = tmp_path / "in.pt", tmp_path / "out.pt"
+
+    def error():
+        assert main(["convert", "--trust", str(out), str(given)]) == 2
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1
+        assert f"error: {given}: expected " in told
+        return told
+
+    package = types.ModuleType("a_package_of_old")
+    package.Args = type("Args", (), {"__module__": "a_package_of_old"})
+    monkeypatch.setitem(sys.modules, "a_package_of_old", package)
+    torch.save({"model": _native(), "args": package.Args()}, given)
+    whole = given.read_bytes()
+    del package.Args
+    assert "objects of packages that are installed here, got: Can't get attribute 'Args'" in error()
+    monkeypatch.delitem(sys.modules, "a_package_of_old")
+    told = error()
+    assert "objects of packages that are installed here, got: No module named 'a_package_of_old'" in told
+    assert "PYTHONPATH" in told
+    for content in (b"iteration 7\nloss 3.2\n", b"", whole[: len(whole) // 2], b"\x80\x02K"):
+        given.write_bytes(content)
+        assert "a file of torch.save, got: " in error()
+    torch.save([torch.ones(1)], given)
+    assert "a state dict, or a dict around one, got list" in error()
+    given.unlink()
+    assert main(["convert", "--trust", str(out), str(given)]) == 2
+    assert "No such file" in capsys.readouterr().err

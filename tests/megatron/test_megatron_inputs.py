@@ -160,11 +160,28 @@ else:
     [
         (None, "found none; install it with: pip install 'megatron-core>=0.16,<0.20'"),
         ("0.15.3", "found 0.15.3; install a supported one with: pip install 'megatron-core>=0.16,<0.20'"),
-        ("0.20.0rc1", "found 0.20.0rc1; install a supported one with: pip install 'megatron-core>=0.16,<0.20'"),
+        (
+            "0.20.0rc1",
+            "found 0.20.0rc1; install a supported one with: pip install 'megatron-core>=0.16,<0.20', or try this one "
+            "as it is, with DMOE_UNTRIED_MEGATRON=1 in the environment",
+        ),
     ],
 )
 def test_a_release_that_is_not_supported(version, expected):
-    program = IMPORT.format(version=version)
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=dict(os.environ))
     said = "ImportError dmoe.integrations.megatron: expected megatron-core 0.16 to 0.19, " + expected
+    done = _imported(version)
     assert done.stdout.strip() == said, done.stderr
+
+
+def _imported(version, **environment):
+    environment = {**os.environ, **environment}
+    program = IMPORT.format(version=version)
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+
+
+def test_a_newer_release_can_be_tried():
+    done = _imported("0.20.0", DMOE_UNTRIED_MEGATRON="1")
+    assert done.stdout.strip() == "imported", done.stderr
+    assert "megatron-core 0.20.0 has not been tried with this dmoe" in done.stderr
+    done = _imported("0.15.3", DMOE_UNTRIED_MEGATRON="1")
+    assert "found 0.15.3" in done.stdout, "an older one lacks what is used"

@@ -25,7 +25,11 @@ from megatron.core.distributed import (  # noqa: E402
 )
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec  # noqa: E402
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
+from megatron.core.optimizer import (  # noqa: E402
+    OptimizerConfig,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.transformer.module import Float16Module, MegatronModule  # noqa: E402
 from megatron.core.transformer.moe import moe_utils  # noqa: E402
@@ -266,7 +270,8 @@ class Training:
             bf16=self.config.bf16,
             use_distributed_optimizer=case.distributed_optimizer,
         )
-        self.optimizer = get_megatron_optimizer(options, [self.model])
+        rules = get_standard_config_overrides(options) if case.weight_decay else None  # as Megatron's scripts pass
+        self.optimizer = get_megatron_optimizer(options, [self.model], rules)
         for group in self.optimizer.param_groups if case.weight_decay else ():  # as Megatron's scheduler, in each step
             group["weight_decay"] = case.weight_decay * group["wd_mult"]
         self.config.finalize_model_grads_func = finalize_model_grads

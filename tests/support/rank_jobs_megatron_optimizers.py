@@ -19,7 +19,8 @@ def rules_met(group, case, impls, store):
         training = jobs.Training(case, impl)
         name_of = {parameter: name for name, parameter in training.model.named_parameters()}
         options = optimizer.OptimizerConfig(optimizer="adam", lr=1e-3, weight_decay=0.1)
-        groups = optimizer._get_param_groups([training.model], options, None)
+        rules = optimizer.get_standard_config_overrides(options)  # as Megatron's scripts pass
+        groups = optimizer._get_param_groups([training.model], options, rules)
         met = {}
         for each in groups:
             for parameter in each["params"]:
