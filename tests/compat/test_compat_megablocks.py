@@ -723,8 +723,8 @@ def test_arguments_of_megatron_are_taken_by_name():
     args = from_megatron(theirs)
     assert (args.hidden_size, args.moe_num_experts, args.moe_top_k, args.fp16) == (12, 8, 2, False)
     assert args.shared_expert_hidden_size == 20
-    theirs.moe_expert_model_parallelism = True
-    with pytest.raises(NotImplementedError, match="moe_expert_model_parallelism"):
+    theirs.quantize_inputs_num_bits = 8
+    with pytest.raises(NotImplementedError, match="quantize_inputs_num_bits"):
         from_megatron(theirs)
 
 

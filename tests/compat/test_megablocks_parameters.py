@@ -11,6 +11,7 @@ import torch.distributed as dist
 from helpers import without_generated_products
 from megablocks_cases import KINDS, arguments, expert, layer_of, names_of
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dmoe
 from dmoe.compat import megablocks
@@ -164,6 +165,42 @@ def test_fully_shard_takes_the_experts_mlp(kind, one_rank):
     for name, parameter in layer.named_parameters():
         assert isinstance(parameter, DTensor), name
         torch.testing.assert_close(parameter.full_tensor(), twin.get_parameter(name))
+
+
+class Large(TorchDispatchMode):
+    """Operations whose results are new memory of the size of all experts' ``w1``."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.size = layer.experts.mlp.w1.untyped_storage().nbytes()
+        self.known = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        for tensor in results if isinstance(results, tuple | list) else (results,):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes() >= self.size:
+                if tensor.untyped_storage().data_ptr() not in self.known:
+                    self.found.append(str(func))
+                self.known.add(tensor.untyped_storage().data_ptr())
+        return results
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", ["fused", "by steps", "another activation"])
+def test_a_call_makes_nothing_as_large_as_all_experts_but_their_gradients(kind, how):
+    options = {"activation_fn": lambda x: torch.sin(x) + x} if how == "another activation" else {}
+    layer, _ = layer_of(kind, moe_num_experts=64, hidden_size=16, moe_capacity_factor=0, moe_loss_weight=0, **options)
+    if how == "by steps":
+        layer.experts.mlp.register_forward_hook(lambda *given: None)
+    x = torch.randn(3, 16, dtype=torch.float64)
+    with Large(layer) as large:
+        y = layer(x).sum()
+        assert large.found == []
+        y.backward()
+    assert len(large.found) == len(names_of(kind)), large.found
+    grads = {getattr(layer.experts.mlp, name).grad.data_ptr() for name in names_of(kind)}
+    assert grads <= large.known
 
 
 def test_experts_alone_have_the_names_too():

@@ -177,11 +177,11 @@ class ExpertParameters(nn.Module):
 
 
 def as_dmoe(w1: Tensor, w2: Tensor, v1: Tensor | None = None) -> ExpertWeights:
-    """Weights ``(E, F, H)`` under MegaBlocks' names as dmoe's operations take them."""
-    down = w2.transpose(1, 2)
+    """Weights ``(E, F, H)`` under MegaBlocks' names as dmoe's operations read them, in place."""
+    down_proj = w2.transpose(1, 2)
     if v1 is None:
-        return ExpertWeights(w1, down, gated=False)
-    return ExpertWeights(torch.stack([w1, v1], 1), down)
+        return ExpertWeights(w1, down_proj, gated=False)
+    return ExpertWeights(v1, down_proj, gate_proj=w1)
 
 
 @steps("forward")
