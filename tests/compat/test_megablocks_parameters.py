@@ -148,14 +148,15 @@ def one_rank(tmp_path):
     dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("wrapped", ["experts.mlp", "experts", "router"])
 @pytest.mark.parametrize("kind", ["MoE", "dMoE glu"])
-def test_fully_shard_takes_the_experts_mlp(kind, one_rank):
+def test_fully_shard_takes_any_part(kind, wrapped, one_rank):
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
     layer, _ = layer_of(kind)
     twin, x = copy.deepcopy(layer), torch.randn(3, 4, 6, dtype=torch.float64)
-    fully_shard(layer.experts.mlp)
+    fully_shard(layer.get_submodule(wrapped))
     fully_shard(layer)
     names = [name for name, _ in layer.named_parameters()]
     assert names == [name for name, _ in twin.named_parameters()]
@@ -165,6 +166,25 @@ def test_fully_shard_takes_the_experts_mlp(kind, one_rank):
     for name, parameter in layer.named_parameters():
         assert isinstance(parameter, DTensor), name
         torch.testing.assert_close(parameter.full_tensor(), twin.get_parameter(name))
+
+
+@pytest.mark.parametrize("kind", ["MoE", "dMoE glu"])
+def test_parameters_may_be_dtensors(kind, one_rank):
+    """As LLM-foundry makes them, over a mesh."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    layer, _ = layer_of(kind)
+    twin, x, mesh = copy.deepcopy(layer), torch.randn(3, 4, 6, dtype=torch.float64), init_device_mesh("cpu", (1,))
+    for name in names_of(kind):
+        local = getattr(layer.experts.mlp, name).data
+        setattr(layer.experts.mlp, name, nn.Parameter(DTensor.from_local(local, mesh, [Shard(0)], run_check=False)))
+    for each in (layer, twin):
+        each(x).square().sum().backward()
+    for name in names_of(kind):
+        grad = getattr(layer.experts.mlp, name).grad
+        assert isinstance(grad, DTensor)
+        torch.testing.assert_close(grad.to_local(), getattr(twin.experts.mlp, name).grad)
 
 
 class Large(TorchDispatchMode):
