@@ -112,11 +112,11 @@ def test_an_initialisation_goes_expert_by_expert_over_rows():
 
 def test_active_parameters_are_counted_by_rows():
     """As OLMoE does: the first K experts' rows of what lies under ``experts.mlp``."""
-    args = arguments(hidden_size=32, ffn_hidden_size=64, moe_num_experts=8, moe_top_k=4, mlp_type="glu", bias=False)
+    args = arguments(hidden_size=32, ffn_hidden_size=128, moe_num_experts=4, moe_top_k=2, mlp_type="glu", bias=False)
     layer = megablocks.dMoE(args)
     rows = args.moe_top_k * args.ffn_hidden_size
     active = sum((p[:rows] if "experts.mlp" in name else p).numel() for name, p in layer.named_parameters())
-    assert active == 8 * 32 + 4 * 3 * 64 * 32
+    assert active == 24_704  # 4 * 32 of the router, 2 experts of 3 * 128 * 32
 
 
 @pytest.mark.parametrize("kind", KINDS)
