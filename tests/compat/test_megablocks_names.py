@@ -32,13 +32,6 @@ ROWS = re.findall(r"^\| `([\w.]+)` \| (yes|no) \| (.*) \|$", DOCS, re.MULTILINE)
 IN_AN_OBJECT = {"layers.moe.ParallelMLP": "MoE", "layers.dmoe.ParallelDroplessMLP": "dMoE grouped"}
 
 
-@pytest.fixture(autouse=True)
-def _nothing_left_over():
-    yield
-    megablocks.clear_load_balancing_loss()
-    router.clear_router_zloss()
-
-
 @pytest.fixture
 def one_rank(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)

@@ -20,13 +20,6 @@ from dmoe.compat.megablocks.layers.mlp import GroupedMLP
 pytestmark = without_generated_products
 
 
-@pytest.fixture(autouse=True)
-def _nothing_left_over():
-    megablocks.clear_load_balancing_loss()
-    yield
-    megablocks.clear_load_balancing_loss()
-
-
 def shape_of(kind, name, args):
     e, f, h = args.moe_num_experts, args.ffn_hidden_size, args.hidden_size
     if kind == "MoE":

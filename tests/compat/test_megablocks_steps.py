@@ -21,12 +21,6 @@ pytestmark = without_generated_products
 close = functools.partial(torch.testing.assert_close, rtol=1e-9, atol=1e-11)
 
 
-@pytest.fixture(autouse=True)
-def _nothing_left_over():
-    yield
-    megablocks.clear_load_balancing_loss()
-
-
 def tokens():
     return torch.randn(5, 4, 6, dtype=torch.float64, requires_grad=True)
 
