@@ -67,12 +67,17 @@ def run_experts(
     _check(x, plan, gate_weights, weights)
     _check_extras(x, weights, residual, main_grads, recompute, backend)
     gate_weights = gate_weights.to(accumulate_dtype(x.dtype))
+    packed, gate_proj = bool(weights.ffn_sizes), weights.gate_proj
+    up_proj, down_proj = (readable(weight, packed=packed) for weight in (weights.up_proj, weights.down_proj))
+    gate_proj = None if gate_proj is None else readable(gate_proj, packed=packed)
+    if gate_proj is not None and x.is_cuda and gate_proj.stride() != up_proj.stride():
+        gate_proj, up_proj = gate_proj.contiguous(), up_proj.contiguous()  # one kernel reads both, in one way
     seed = draw_seed(x.device) if activation_dropout or expert_dropout else None
     arguments: tuple[Any, ...] = (
         x.contiguous(),
         gate_weights.contiguous(),
-        readable(weights.up_proj),
-        readable(weights.down_proj),
+        up_proj,
+        down_proj,
         None if weights.up_bias is None else weights.up_bias.contiguous(),
         None if weights.down_bias is None else weights.down_bias.contiguous(),
         plan.expert_offsets,
@@ -101,7 +106,7 @@ def run_experts(
         plan.tile_rows,
         up_main_grad,
         down_main_grad,
-        None if weights.gate_proj is None else readable(weights.gate_proj),
+        gate_proj,
         gate_main_grad,
     )
     if weights.later is not None and backend != "reference" and torch.is_grad_enabled():

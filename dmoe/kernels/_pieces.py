@@ -66,6 +66,34 @@ def matrix_tile(
 
 
 @triton.jit
+def operand_tile(
+    source,
+    first,
+    n,
+    k,
+    n_end: tl.constexpr,
+    k_end: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    K_ROWS: tl.constexpr,
+):
+    """``(BLOCK_K, BLOCK_N)`` of an expert's weight, which begins at row ``first``: rows are n, or k with K_ROWS."""
+    if K_ROWS:
+        tile = matrix_tile(
+            source, first + k, n, first + k_end, n_end, STRIDE, BLOCK_K, BLOCK_N, EVEN_K, EVEN_N, DESCRIPTOR
+        )
+    else:
+        tile = matrix_tile(
+            source, first + n, k, first + n_end, k_end, STRIDE, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, DESCRIPTOR
+        ).T
+    return tile
+
+
+@triton.jit
 def rows_tile(pointers, columns, column_end, EVEN: tl.constexpr):
     """Columns of rows given by pointers to their beginnings, ``(M, 1)``; zeros behind the end, unless it is even."""
     if EVEN:

@@ -10,7 +10,7 @@ from dmoe.kernels._pieces import (
     act,
     act_slope,
     dropout_scale,
-    matrix_tile,
+    operand_tile,
     part_of,
     place,
     row_values,
@@ -22,7 +22,8 @@ from dmoe.kernels._pieces import (
 @triton.jit
 def up_kernel(
     x,  # (T, H)
-    weight,  # (E * F, H), or (E * 2 * F, H) gate then up with GATED
+    weight,  # for each expert (F, H), or (H, F) with K_ROWS; from EXPERT_ROWS rows to the next
+    gate_weight,  # the gate's, likewise; None where it is in weight, UP_ROW rows and UP_COLUMN columns before up
     bias,  # (E, F) or (E, 2, F), or None
     gate_weights,
     seed,
@@ -38,6 +39,12 @@ def up_kernel(
     scale,
     H: tl.constexpr,
     F: tl.constexpr,
+    EXPERT_ROWS: tl.constexpr,
+    STRIDE: tl.constexpr,
+    K_ROWS: tl.constexpr,
+    UP_ROW: tl.constexpr,
+    UP_COLUMN: tl.constexpr,
+    APART: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     BIAS: tl.constexpr,
@@ -70,19 +77,44 @@ def up_kernel(
         token = tl.maximum(token, 0)
         # Rows without a token read token 0: an unmasked load is cheaper, and they are stored as zeros.
         starts = x + token.to(tl.int64)[:, None] * H
-        gate_row = expert * parts * F + n0
-        up_row = gate_row + (parts - 1) * F
+        start = expert * EXPERT_ROWS
         gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, tl.where(expert >= 0, H, 0), BLOCK_K):
             left = rows_tile(starts, k + tl.arange(0, BLOCK_K), H, even_k)
             if GATED:
-                right = matrix_tile(
-                    weight, gate_row, k, gate_row - n0 + F, H, H, BLOCK_N, BLOCK_K, even_n, even_k, DESCRIPTOR
+                right = operand_tile(
+                    gate_weight if APART else weight,
+                    start,
+                    n0,
+                    k,
+                    F,
+                    H,
+                    STRIDE,
+                    BLOCK_N,
+                    BLOCK_K,
+                    even_n,
+                    even_k,
+                    DESCRIPTOR,
+                    K_ROWS,
                 )
-                gate = tl.dot(left, right.T, gate, input_precision=PRECISION)
-            right = matrix_tile(weight, up_row, k, up_row - n0 + F, H, H, BLOCK_N, BLOCK_K, even_n, even_k, DESCRIPTOR)
-            up = tl.dot(left, right.T, up, input_precision=PRECISION)
+                gate = tl.dot(left, right, gate, input_precision=PRECISION)
+            right = operand_tile(
+                weight,
+                start + UP_ROW,
+                UP_COLUMN + n0,
+                k,
+                UP_COLUMN + F,
+                H,
+                STRIDE,
+                BLOCK_N,
+                BLOCK_K,
+                even_n,
+                even_k,
+                DESCRIPTOR,
+                K_ROWS,
+            )
+            up = tl.dot(left, right, up, input_precision=PRECISION)
 
         if WEIGH_INPUT or WEIGH_HIDDEN or DROPOUT:
             assignment, row_weight = row_values(gate_weights, row_to_slot, token_offsets, rows, token, real)
@@ -193,7 +225,7 @@ def _back_through_activation(
 @triton.jit
 def hidden_grad_kernel(
     grad_out,  # (R, H), or (T, H) with GATHER
-    weight,  # (E * H, F)
+    weight,  # for each expert (H, F), or (F, H) without K_ROWS; from EXPERT_ROWS rows to the next
     pre,
     gate_weights,
     seed,
@@ -211,6 +243,9 @@ def hidden_grad_kernel(
     scale,
     H: tl.constexpr,
     F: tl.constexpr,
+    EXPERT_ROWS: tl.constexpr,
+    STRIDE: tl.constexpr,
+    K_ROWS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     WEIGHED: tl.constexpr,
@@ -243,11 +278,12 @@ def hidden_grad_kernel(
         token = tl.maximum(token, 0)
         picked = token if GATHER else tl.minimum(rows, num_rows - 1)
         starts = grad_out + picked.to(tl.int64)[:, None] * H
+        start = expert * EXPERT_ROWS
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, tl.where(expert >= 0, H, 0), BLOCK_K):
             left = rows_tile(starts, k + tl.arange(0, BLOCK_K), H, even_k)
-            right = matrix_tile(
-                weight, expert * H + k, n0, (expert + 1) * H, F, F, BLOCK_K, BLOCK_N, even_k, even_n, DESCRIPTOR
+            right = operand_tile(
+                weight, start, n0, k, F, H, STRIDE, BLOCK_N, BLOCK_K, even_n, even_k, DESCRIPTOR, K_ROWS
             )
             total = tl.dot(left, right, total, input_precision=PRECISION)
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from dmoe.kernels._pieces import (
     EXPERT_DROPOUT,
     dropout_scale,
-    matrix_tile,
+    operand_tile,
     part_of,
     place,
     row_values,
@@ -24,8 +24,9 @@ from dmoe.kernels._pieces import (
 
 @triton.jit
 def rows_kernel(
-    a,  # (R, K)
-    weight,  # (E * N, K), or (E * K, N) without TRANS_B
+    a,  # (R, K), or (R, 2 K) with SECOND
+    weight,  # for each expert (N, K), or (K, N) with K_ROWS; from EXPERT_ROWS rows to the next
+    second,  # with SECOND, which multiplies the other K columns of a, likewise
     bias,  # (E, N) or None
     out,  # (R, N)
     tiles,
@@ -42,7 +43,10 @@ def rows_kernel(
     scale,
     K: tl.constexpr,
     N: tl.constexpr,
-    TRANS_B: tl.constexpr,
+    EXPERT_ROWS: tl.constexpr,
+    STRIDE: tl.constexpr,
+    K_ROWS: tl.constexpr,
+    SECOND: tl.constexpr,
     BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
     DOTS: tl.constexpr,
@@ -56,30 +60,36 @@ def rows_kernel(
     PARTS: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):
-    """``out[r] = a[r] @ weight[e]^T + bias[e]`` (``@ weight[e]`` without TRANS_B) for the rows r of every expert e."""
+    """``out[r] = a[r] @ weight[e]^T + bias[e]`` (``@ weight[e]`` with K_ROWS) for the rows r of every expert e."""
     even_k: tl.constexpr = K % BLOCK_K == 0
     even_n: tl.constexpr = N % BLOCK_N == 0
     num_columns: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    a_width: tl.constexpr = 2 * K if SECOND else K
     for index in tl.range(tl.program_id(0), num_tiles * num_columns, tl.num_programs(0), flatten=FLATTEN):
         position, column = place(index, num_tiles, num_columns, GROUP)
         expert, first, rows, end = tile_rows(tiles, expert_offsets, position, BLOCK_M)
         n0 = column * BLOCK_N
         # A row behind the end belongs to another expert or to nobody; it is computed and not stored.
-        starts = a + tl.minimum(rows, num_rows - 1).to(tl.int64)[:, None] * K if not DESCRIPTOR_A else 0
+        starts = a + tl.minimum(rows, num_rows - 1).to(tl.int64)[:, None] * a_width if not DESCRIPTOR_A else 0
+        start = expert * EXPERT_ROWS
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, tl.where(expert >= 0, K, 0), BLOCK_K):
             if DESCRIPTOR_A:  # noqa: SIM108  # the other branch would be compiled too
                 left = a.load([first, k])
             else:
                 left = rows_tile(starts, k + tl.arange(0, BLOCK_K), K, even_k)
-            if TRANS_B:
-                right = matrix_tile(
-                    weight, expert * N + n0, k, (expert + 1) * N, K, K, BLOCK_N, BLOCK_K, even_n, even_k, DESCRIPTOR_B
-                )
-                total = tl.dot(left, right.T, total, input_precision=PRECISION)
-            else:
-                right = matrix_tile(
-                    weight, expert * K + k, n0, (expert + 1) * K, N, N, BLOCK_K, BLOCK_N, even_k, even_n, DESCRIPTOR_B
+            right = operand_tile(
+                weight, start, n0, k, N, K, STRIDE, BLOCK_N, BLOCK_K, even_n, even_k, DESCRIPTOR_B, K_ROWS
+            )
+            total = tl.dot(left, right, total, input_precision=PRECISION)
+        if SECOND:
+            for k in range(0, tl.where(expert >= 0, K, 0), BLOCK_K):
+                if DESCRIPTOR_A:
+                    left = a.load([first, K + k])
+                else:
+                    left = rows_tile(starts + K, k + tl.arange(0, BLOCK_K), K, even_k)
+                right = operand_tile(
+                    second, start, n0, k, N, K, STRIDE, BLOCK_N, BLOCK_K, even_n, even_k, DESCRIPTOR_B, K_ROWS
                 )
                 total = tl.dot(left, right, total, input_precision=PRECISION)
 
@@ -115,13 +125,23 @@ def rows_kernel(
 
 
 @triton.jit
-def _picked(source, index, rows, end, columns, WIDTH: tl.constexpr, GATHER: tl.constexpr, EVEN: tl.constexpr):
+def _picked(
+    source,
+    index,
+    rows,
+    end,
+    columns,
+    WIDTH: tl.constexpr,
+    STRIDE: tl.constexpr,
+    GATHER: tl.constexpr,
+    EVEN: tl.constexpr,
+):
     """Rows of a sum's operand ``(BLOCK_K, BLOCK)``: rows behind the end, and of no token, are zeros."""
     live = rows < end
     if GATHER:
         rows = tl.load(index + rows, mask=live, other=-1)
         live = rows >= 0
-    pointers = source + rows.to(tl.int64)[:, None] * WIDTH + columns[None, :]
+    pointers = source + rows.to(tl.int64)[:, None] * STRIDE + columns[None, :]
     if EVEN:
         return tl.load(pointers, mask=live[:, None], other=0.0)
     return tl.load(pointers, mask=live[:, None] & (columns < WIDTH)[None, :], other=0.0)
@@ -132,7 +152,7 @@ def weight_grad_kernel(
     a,  # (R, M), or (T, M) with GATHER_A
     b,  # (R, N), or (T, N) with GATHER_B
     gate_weights,  # with WEIGHED
-    out,  # (E, M, N)
+    out,  # for each expert (M, N), from EXPERT_ROWS rows to the next
     expert_offsets,
     experts_by_load,
     row_to_token,
@@ -140,6 +160,10 @@ def weight_grad_kernel(
     token_offsets,
     M: tl.constexpr,
     N: tl.constexpr,
+    A_STRIDE: tl.constexpr,
+    B_STRIDE: tl.constexpr,
+    EXPERT_ROWS: tl.constexpr,
+    STRIDE: tl.constexpr,
     GATHER_A: tl.constexpr,
     GATHER_B: tl.constexpr,
     WEIGHED: tl.constexpr,
@@ -165,15 +189,15 @@ def weight_grad_kernel(
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for row in range(begin, end, BLOCK_K):
         rows = row + tl.arange(0, BLOCK_K)
-        left = _picked(a, row_to_token, rows, end, rows_of_out, M, GATHER_A, even_m)
+        left = _picked(a, row_to_token, rows, end, rows_of_out, M, A_STRIDE, GATHER_A, even_m)
         if WEIGHED:
             token = tl.load(row_to_token + rows, mask=rows < end, other=-1)
             _, weight = row_values(gate_weights, row_to_slot, token_offsets, rows, tl.maximum(token, 0), token >= 0)
             left = (left.to(tl.float32) * weight[:, None]).to(left.dtype)
-        right = _picked(b, row_to_token, rows, end, columns, N, GATHER_B, even_n)
+        right = _picked(b, row_to_token, rows, end, columns, N, B_STRIDE, GATHER_B, even_n)
         total = tl.dot(left.T, right, total, input_precision=PRECISION)
 
-    starts = out + (expert.to(tl.int64) * M + rows_of_out)[:, None] * N
+    starts = out + (expert.to(tl.int64) * EXPERT_ROWS + rows_of_out)[:, None] * STRIDE
     part_width: tl.constexpr = BLOCK_N // PARTS
     for index in tl.static_range(PARTS):
         part = part_of(total, index, PARTS, BLOCK_M, BLOCK_N)
@@ -208,7 +232,7 @@ def expert_sums_kernel(
     total = tl.zeros((BLOCK_N,), tl.float32)
     for row in range(begin, end, BLOCK_K):
         rows = row + tl.arange(0, BLOCK_K)
-        values = _picked(a, row_to_token, rows, end, columns, N, GATHER, False).to(tl.float32)
+        values = _picked(a, row_to_token, rows, end, columns, N, N, GATHER, False).to(tl.float32)
         if WEIGHED:
             token = tl.load(row_to_token + rows, mask=rows < end, other=-1)
             _, weight = row_values(gate_weights, row_to_slot, token_offsets, rows, tl.maximum(token, 0), token >= 0)
@@ -235,7 +259,7 @@ def bias_dots_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     for column in range(0, tl.where(expert >= 0, N, 0), BLOCK_N):
         columns = column + tl.arange(0, BLOCK_N)
-        values = _picked(grad_out, row_to_token, rows, end, columns, N, GATHER, False).to(tl.float32)
+        values = _picked(grad_out, row_to_token, rows, end, columns, N, N, GATHER, False).to(tl.float32)
         total += tl.sum(values * tl.load(bias + expert * N + columns, mask=columns < N, other=0.0).to(tl.float32), 1)
     tl.store(dots + rows, total, mask=rows < end)
 

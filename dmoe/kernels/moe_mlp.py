@@ -6,8 +6,9 @@ A :class:`Rows` says where the rows are; every function here writes into tensors
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from dmoe.kernels.grouped_gemm import (
     rows_kernel,
     weight_grad_kernel,
 )
+from dmoe.ops._strides import is_transposed
 
 
 @dataclass(frozen=True)
@@ -80,12 +82,44 @@ def _precision(like: Tensor) -> str:
 
 
 def _descriptor(matrix: Tensor, block_rows: int, block_columns: int) -> TensorDescriptor | None:
-    """A view for the copy engine (TMA), where the GPU has one and rows are 16-byte aligned."""
-    aligned = matrix.shape[-1] * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0
+    """A view ``(rows, columns)`` for the copy engine (TMA), where the GPU has one and rows are 16-byte aligned."""
+    aligned = matrix.stride(0) * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0
     if matrix.element_size() != 2 or not aligned or capability(matrix.device) // 10 not in (9, 10):
         return None
-    flat = matrix.view(-1, matrix.shape[-1])
-    return TensorDescriptor(flat, list(flat.shape), [flat.shape[1], 1], [block_rows, block_columns])
+    return TensorDescriptor(matrix, list(matrix.shape), [matrix.stride(0), 1], [block_rows, block_columns])
+
+
+class _Operand(NamedTuple):
+    """A weight ``(E, N, K)`` as kernels take it: ``rows`` below each other, and an expert's begin ``expert_rows`` after
+    another's. They are rows of n, or of k where the weight is transposed in memory, or was asked for as ``(E, K, N)``.
+    """
+
+    rows: Tensor
+    expert_rows: int
+    k_rows: bool
+
+    @classmethod
+    def of(cls, weight: Tensor, *, k_rows: bool = False) -> _Operand:
+        if is_transposed(weight):
+            weight, k_rows = weight.mT, not k_rows
+        experts, height, width = weight.shape
+        plain = weight.is_contiguous()
+        stride = width if plain else weight.stride(1)
+        expert_rows = height if plain else weight.stride(0) // stride
+        rows = weight.as_strided(((experts - 1) * expert_rows + height, width), (stride, 1))
+        return cls(rows, expert_rows, k_rows)
+
+    def descriptor(self, config: Config, k: int) -> TensorDescriptor | None:
+        """For tiles of a product that sums over ``k``."""
+        if not self.k_rows:
+            return _descriptor(self.rows, config.block_n, config.block_k)
+        # The summed dimension runs over rows, and the copy engine does not stop at an expert's last.
+        return _descriptor(self.rows, config.block_k, config.block_n) if k % config.block_k == 0 else None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What kernels are told about it."""
+        return {"EXPERT_ROWS": self.expert_rows, "STRIDE": self.rows.stride(0), "K_ROWS": self.k_rows}
 
 
 def _persistent(config: Config, like: Tensor, num_tiles: int, n: int) -> tuple[int]:
@@ -103,7 +137,7 @@ def _shape(config: Config) -> dict[str, Any]:
 
 def up(
     x: Tensor,
-    weight: Tensor,
+    weights: Sequence[Tensor],
     bias: Tensor | None,
     gate_weights: Tensor,
     pre: Tensor | None,
@@ -115,15 +149,25 @@ def up(
     gate_weight_on: str,
     dropout: Dropout,
 ) -> None:
-    """Fill ``pre`` (R, F or 2F) and ``hidden`` (R, F), each unless it is None, from x ``(T, H)``."""
-    h, f = weight.shape[-1], weight.shape[-2]
+    """Fill ``pre`` (R, F or 2F) and ``hidden`` (R, F), each unless it is None, from x ``(T, H)``.
+
+    ``weights`` is ``(E, F, H)``; gated, two of them that lie alike, gate and up, or one ``(E, 2 F, H)``.
+    """
+    apart = len(weights) == 2
+    *gate, weight = (_Operand.of(each) for each in weights)
+    h, f = weights[0].shape[2], weights[0].shape[1] // (1 if apart or not gated else 2)
     config = _config("up_gated" if gated else "up", x, rows.tile_rows, h, f)
-    descriptor = _descriptor(weight, config.block_n, config.block_k)
+    descriptor = weight.descriptor(config, h)
+    gate_descriptor = gate[0].descriptor(config, h) if apart else None
+    if apart and gate_descriptor is None:
+        descriptor = None
+    in_front = f if gated and not apart else 0  # of up, the gate
     launch(
         up_kernel,
         _persistent(config, x, rows.tiles.shape[0], f),
         x,
-        descriptor or weight,
+        descriptor or weight.rows,
+        (gate_descriptor if descriptor else gate[0].rows) if apart else None,
         bias,
         gate_weights,
         dropout.seed,
@@ -139,6 +183,10 @@ def up(
         dropout.scale,
         H=h,
         F=f,
+        UP_ROW=0 if weight.k_rows else in_front,
+        UP_COLUMN=in_front if weight.k_rows else 0,
+        APART=apart,
+        **weight.options,
         ACTIVATION=activation,
         GATED=gated,
         BIAS=bias is not None,
@@ -160,7 +208,7 @@ def up(
 def multiply_rows(
     kernel: str,
     a: Tensor,
-    weight: Tensor,
+    weight: Tensor | Sequence[Tensor],
     out: Tensor,
     rows: Rows,
     *,
@@ -174,25 +222,30 @@ def multiply_rows(
 
     Args:
         kernel: ``down`` or ``row_grad``: whose launch shape.
-        a, weight, out: ``(R, K)``, ``(E, K, N)`` (transposed ``(E, N, K)``), ``(R, N)``.
+        a, weight, out: ``(R, K)``, ``(E, K, N)`` (transposed ``(E, N, K)``), ``(R, N)``. Or two weights that lie
+            alike, of which one takes the first half of K and the other the second.
         rows: where the rows are.
         trans_b: see ``weight``.
         bias: ``(E, N)``, added to every row of its expert.
         dropout: of the result.
         x, dots: fill ``dots`` (:func:`num_columns` of them, R) with ``<out[r], x[token of r]>`` in parts.
     """
-    k, n = a.shape[1], out.shape[1]
+    weights = (weight,) if isinstance(weight, Tensor) else tuple(weight)
+    first, *second = (_Operand.of(each, k_rows=not trans_b) for each in weights)
+    k, n = a.shape[1] // len(weights), out.shape[1]
     config = _config(kernel, a, rows.tile_rows, k, n)
-    block = (config.block_n, config.block_k) if trans_b else (config.block_k, config.block_n)
-    # Without the transpose the summed dimension runs over rows, and the copy engine does not stop at an expert's last.
-    descriptor_b = _descriptor(weight, *block) if trans_b or k % config.block_k == 0 else None
+    descriptor_b = first.descriptor(config, k)
+    second_b = second[0].descriptor(config, k) if second else None
+    if second and second_b is None:
+        descriptor_b = None
     descriptor_a = _descriptor(a, rows.tile_rows, config.block_k)
     dropout = dropout or Dropout(0.0, None)
     launch(
         rows_kernel,
         _persistent(config, a, rows.tiles.shape[0], n),
         descriptor_a or a,
-        descriptor_b or weight,
+        descriptor_b or first.rows,
+        (second_b if descriptor_b else second[0].rows) if second else None,
         bias,
         out,
         rows.tiles,
@@ -209,7 +262,8 @@ def multiply_rows(
         dropout.scale,
         K=k,
         N=n,
-        TRANS_B=trans_b,
+        **first.options,
+        SECOND=bool(second),
         BIAS=bias is not None,
         DROPOUT=dropout.p > 0,
         DOTS=dots is not None,
@@ -219,7 +273,7 @@ def multiply_rows(
         BLOCK_M=rows.tile_rows,
         GROUP=config.group,
         PARTS=config.parts,
-        FLATTEN=config.flatten,
+        FLATTEN=config.flatten and not second,  # only one loop becomes one with the loop around it
         **_shape(config),
     )
 
@@ -229,9 +283,11 @@ def num_columns(kernel: str, like: Tensor, rows: Rows, k: int, n: int) -> int:
     return math.ceil(n / _config(kernel, like, rows.tile_rows, k, n).block_n)
 
 
-def hidden_grad_name(dropout: Dropout) -> str:
-    """Whose launch shape :func:`hidden_grad` takes: a mask in the epilogue needs registers that a wide tile uses up."""
-    return "hidden_grad_dropout" if dropout.p else "hidden_grad"
+def hidden_grad_name(dropout: Dropout, weight: Tensor) -> str:
+    """Whose launch shape :func:`hidden_grad` takes: a mask in the epilogue, or a weight that is transposed in memory,
+    needs registers that a wide tile uses up.
+    """
+    return "hidden_grad_dropout" if dropout.p or is_transposed(weight) else "hidden_grad"
 
 
 def hidden_grad(
@@ -255,14 +311,14 @@ def hidden_grad(
     ``grad_out`` is ``(T, H)`` to be gathered, or already ``(R, H)``.
     """
     h, f = weight.shape[-2:]
-    config = _config(hidden_grad_name(dropout), grad_out, rows.tile_rows, h, f)
-    even = h % config.block_k == 0
-    descriptor = _descriptor(weight, config.block_k, config.block_n) if even else None
+    config = _config(hidden_grad_name(dropout, weight), grad_out, rows.tile_rows, h, f)
+    operand = _Operand.of(weight, k_rows=True)
+    descriptor = operand.descriptor(config, h)
     launch(
         hidden_grad_kernel,
         _persistent(config, grad_out, rows.tiles.shape[0], f),
         grad_out,
-        descriptor or weight,
+        descriptor or operand.rows,
         pre,
         gate_weights,
         dropout.seed,
@@ -280,6 +336,7 @@ def hidden_grad(
         dropout.scale,
         H=h,
         F=f,
+        **operand.options,
         ACTIVATION=activation,
         GATED=gated,
         WEIGHED=weighed,
@@ -310,14 +367,17 @@ def weight_grad(
     """``out[e] = sum of outer(w[r] a[r], b[r])`` over e's rows: out ``(E, M, N)``, a of M and b of N columns.
 
     Args:
-        a, b: ``(R, ...)``, or ``(T, ...)`` where they are to be gathered.
-        out: any floating dtype.
+        a, b: ``(R, ...)``, or ``(T, ...)`` where they are to be gathered; rows contiguous.
+        out: any floating dtype; each expert's rows, or its columns, contiguous.
         rows: where the rows are.
         gather_a, gather_b: read rows through ``row_to_token``.
         gate_weights: multiply rows of ``a`` by these; None for 1.
         accumulate: add to ``out`` instead of overwriting it.
     """
+    if is_transposed(out):  # that of outer(b, a), the weight being part of either
+        a, b, gather_a, gather_b, out = b, a, gather_b, gather_a, out.mT
     m, n = a.shape[1], b.shape[1]
+    places = _Operand.of(out)
     config = _config("weight_grad", a, rows.tile_rows, m, n)
     # A gathered operand's row numbers are fetched a step ahead of its rows, which takes one stage from these.
     block_m = min(config.block_m, max(16, 1 << (m - 1).bit_length()))
@@ -327,7 +387,7 @@ def weight_grad(
         a,
         b,
         gate_weights,
-        out,
+        places.rows,
         rows.expert_offsets,
         rows.experts_by_load,
         rows.row_to_token,
@@ -335,6 +395,10 @@ def weight_grad(
         rows.token_offsets,
         M=m,
         N=n,
+        A_STRIDE=a.stride(0),
+        B_STRIDE=b.stride(0),
+        EXPERT_ROWS=places.expert_rows,
+        STRIDE=places.rows.stride(0),
         GATHER_A=gather_a,
         GATHER_B=gather_b,
         WEIGHED=gate_weights is not None,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dmoe.ops._library import has_triton
 from dmoe.ops._moe_mlp_call import PROJECTIONS, WEIGHTS, Call
+from dmoe.ops._strides import matrices, readable
 from dmoe.ops.moe_mlp_ref import (
     moe_mlp_backward_data_ref,
     moe_mlp_backward_ref,
@@ -37,9 +38,8 @@ def _served(call: Call) -> bool:
         and call.x.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and not call.ffn_sizes
         and 0 not in (call.x.numel(), call.row_to_token.numel(), call.down_proj.numel())
-        and call.gate_proj is None
-        and call.up_proj.is_contiguous()
-        and call.down_proj.is_contiguous()
+        and (call.gate_proj is None or call.gate_proj.stride() == call.up_proj.stride())
+        and all(readable(weight) is weight for weight in (call.up_proj, call.down_proj))
     )
 
 
@@ -73,7 +73,7 @@ def _activated(call: Call, rows: Rows, *, with_pre: bool, with_hidden: bool) -> 
     hidden = call.x.new_empty((num_rows, call.width)) if with_hidden else None
     up(
         call.x,
-        call.up_proj,
+        matrices(call.up_proj, call.gate_proj, call.gated),
         call.up_bias,
         call.gate_weights,
         pre,
@@ -143,8 +143,8 @@ def moe_mlp_backward_cuda(grad_y: Tensor, pre: Tensor, of_weights: bool, *argume
         grad_down, grad_down_bias = _down_grads(call, rows, grad_out, hidden)
         del hidden  # its memory may serve the rows that follow
     grad_x, grad_gate = _to_tokens(call, rows, grad_pre, row_grads)
-    grad_up, grad_up_bias = _up_grads(call, rows, grad_pre) if of_weights else nothing[2:4]
-    return grad_x, grad_gate, grad_up, grad_down, grad_up_bias, grad_down_bias, nothing[4]
+    grad_up, grad_up_bias, grad_gate_proj = _up_grads(call, rows, grad_pre) if of_weights else nothing[2:]
+    return grad_x, grad_gate, grad_up, grad_down, grad_up_bias, grad_down_bias, grad_gate_proj
 
 
 def moe_mlp_backward_data_cuda(grad_y: Tensor, pre: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -168,8 +168,8 @@ def moe_mlp_backward_weights_cuda(
         return add_to_main_grads(call, grads, first=0)
     rows = _rows(call)
     grad_down, grad_down_bias = _down_grads(call, rows, _grad_out(call, rows, grad_y), hidden)
-    grad_up, grad_up_bias = _up_grads(call, rows, grad_pre)
-    return grad_up, grad_down, grad_up_bias, grad_down_bias, call.x.new_empty(0)
+    grad_up, grad_up_bias, grad_gate_proj = _up_grads(call, rows, grad_pre)
+    return grad_up, grad_down, grad_up_bias, grad_down_bias, grad_gate_proj
 
 
 class _GradOut(NamedTuple):
@@ -203,7 +203,8 @@ def _through_down(
     grad_pre = torch.empty_like(pre)
     hidden = x.new_empty((num_rows, width)) if with_hidden else None
     dropout = kernels.Dropout(call.activation_dropout, call.seed)
-    parts = kernels.num_columns(kernels.hidden_grad_name(dropout), x, rows, x.shape[1], width)
+    kernel = kernels.hidden_grad_name(dropout, call.down_proj)
+    parts = kernels.num_columns(kernel, x, rows, x.shape[1], width)
     with_bias = call.down_bias is not None and call.gate_weight_on == "output"
     row_grads = None if on_input else x.new_empty((parts + with_bias, num_rows), dtype=torch.float32)
     kernels.hidden_grad(
@@ -234,12 +235,12 @@ def _to_tokens(call: Call, rows: Rows, grad_pre: Tensor, row_grads: Tensor | Non
 
     x, on_input = call.x, call.gate_weight_on == "input"
     grad_rows = x.new_empty((rows.num_rows, x.shape[1]))
+    ups = matrices(call.up_proj, call.gate_proj, call.gated)
     dots = None
     if on_input:
-        parts = kernels.num_columns("row_grad", x, rows, call.pre_width, x.shape[1])
+        parts = kernels.num_columns("row_grad", x, rows, call.pre_width // len(ups), x.shape[1])
         dots = row_grads = x.new_empty((parts, rows.num_rows), dtype=torch.float32)
-    up = call.up_proj.view(call.num_experts, call.pre_width, x.shape[1])
-    kernels.multiply_rows("row_grad", grad_pre, up, grad_rows, rows, trans_b=False, x=x, dots=dots)
+    kernels.multiply_rows("row_grad", grad_pre, ups, grad_rows, rows, trans_b=False, x=x, dots=dots)
     grad_x, grad_gate = torch.empty_like(x), torch.empty_like(call.gate_weights)
     weights = call.gate_weights if on_input else None
     kernels.combine(grad_rows, weights, None, grad_x, rows, row_grads=row_grads, gate_grads=grad_gate)
@@ -247,11 +248,13 @@ def _to_tokens(call: Call, rows: Rows, grad_pre: Tensor, row_grads: Tensor | Non
 
 
 def _down_grads(call: Call, rows: Rows, grad_out: _GradOut, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the down projection and its bias."""
-    from dmoe.kernels.moe_mlp import expert_sums
+    """Of the down projection and its bias; empty where the buffer took it."""
+    from dmoe.kernels.moe_mlp import expert_sums, weight_grad
 
     gather = grad_out.gather
-    grad = _weight_grad(call.down_main_grad, call.down_proj, grad_out.rows, hidden, rows, gather_a=gather)
+    out = torch.empty_like(call.down_proj) if call.down_main_grad is None else call.down_main_grad
+    weight_grad(grad_out.rows, hidden, out, rows, gather_a=gather, accumulate=call.down_main_grad is not None)
+    grad = out if call.down_main_grad is None else call.x.new_empty(0)
     if call.down_bias is None:
         return grad, call.x.new_empty(0)
     grad_bias = torch.empty_like(call.down_bias)
@@ -260,29 +263,25 @@ def _down_grads(call: Call, rows: Rows, grad_out: _GradOut, hidden: Tensor) -> t
     return grad, grad_bias
 
 
-def _up_grads(call: Call, rows: Rows, grad_pre: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the up projection and its bias."""
-    from dmoe.kernels.moe_mlp import expert_sums
+def _up_grads(call: Call, rows: Rows, grad_pre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the up projection, its bias and the gate projection."""
+    from dmoe.kernels.moe_mlp import expert_sums, weight_grad
 
-    weights = call.gate_weights if call.gate_weight_on == "input" else None
-    grad = _weight_grad(call.up_main_grad, call.up_proj, grad_pre, call.x, rows, gather_b=True, gate_weights=weights)
-    if call.up_bias is None:
-        return grad, call.x.new_empty(0)
-    grad_bias = torch.empty_like(call.up_bias)
-    expert_sums(grad_pre, grad_bias, rows, gather=False)
-    return grad, grad_bias
-
-
-def _weight_grad(buffer: Tensor | None, weight: Tensor, a: Tensor, b: Tensor, rows: Rows, **options: Any) -> Tensor:
-    """A projection's gradient, or an empty tensor when it was added to the buffer."""
-    from dmoe.kernels.moe_mlp import weight_grad
-
-    if buffer is not None:
-        weight_grad(a, b, buffer, rows, accumulate=True, **options)
-        return weight.new_empty(0)
-    out = torch.empty_like(weight)
-    weight_grad(a, b, out, rows, **options)
-    return out
+    x, weights = call.x, call.gate_weights if call.gate_weight_on == "input" else None
+    up = torch.empty_like(call.up_proj) if call.up_main_grad is None else call.up_main_grad
+    gate = call.gate_main_grad
+    if call.gate_proj is not None and gate is None:
+        gate = torch.empty_like(call.gate_proj)
+    places = matrices(up, gate, call.gated)
+    for place, part in zip(places, grad_pre.split([place.shape[1] for place in places], 1), strict=True):
+        added = call.gate_main_grad if place is gate else call.up_main_grad
+        weight_grad(part, x, place, rows, gather_b=True, gate_weights=weights, accumulate=added is not None)
+    grad_bias = x.new_empty(0)
+    if call.up_bias is not None:
+        grad_bias = torch.empty_like(call.up_bias)
+        expert_sums(grad_pre, grad_bias, rows, gather=False)
+    up = up if call.up_main_grad is None else x.new_empty(0)
+    return up, grad_bias, x.new_empty(0) if gate is None or call.gate_main_grad is not None else gate
 
 
 def add_to_main_grads(call: Call, grads: tuple[Tensor, ...], first: int = 2) -> tuple[Tensor, ...]:

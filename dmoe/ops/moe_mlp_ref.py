@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmoe.ops._moe_mlp_call import WEIGHTS, Call
-from dmoe.ops._strides import in_layout_of, is_transposed
+from dmoe.ops._strides import in_layout_of, is_transposed, matrices
 from dmoe.ops.activation import accumulate_dtype, activate, activate_backward
 from dmoe.ops.grouped_gemm import grouped_gemm, grouped_gemm_weight, outer_sums
 from dmoe.ops.permute import permute
@@ -61,12 +61,7 @@ def _stacked(call: Call) -> _Stacked:
         gate = None if gate is None else _stack(gate, call.ffn_sizes, -2)
         up_bias = None if up_bias is None else _stack(up_bias, call.ffn_sizes, -1)
     bias = None if up_bias is None else up_bias.reshape(down.shape[0], -1)
-    if gate is not None:
-        return _Stacked((gate, up), down, bias)
-    if call.gated:
-        in_one = up.stride(1) == up.shape[2] * up.stride(2)
-        return _Stacked((up.flatten(1, 2),) if in_one else up.unbind(1), down, bias)
-    return _Stacked((up,), down, bias)
+    return _Stacked(matrices(up, gate, call.gated), down, bias)
 
 
 def _row_values(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:

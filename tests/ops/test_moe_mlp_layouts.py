@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import interpreted
 from moe_mlp_cases import LAYOUTS, build, relaid
+from test_moe_mlp_kernels import small_blocks
 from test_moe_mlp_options import CASE
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,9 +17,12 @@ from dmoe import ExpertWeights, plan_token_choice
 from dmoe.experts import run_experts
 from dmoe.functional import moe_mlp
 from dmoe.ops._library import compiled
-from dmoe.ops._moe_mlp_call import Call
+from dmoe.ops._moe_mlp_call import PROJECTIONS, Call
 from dmoe.ops._strides import in_layout_of, is_transposed, readable
 from dmoe.ops.grouped_gemm import grouped_gemm
+from dmoe.ops.moe_mlp import GRADS
+from dmoe.ops.moe_mlp_cuda import _served, moe_mlp_backward_cuda, moe_mlp_cuda
+from dmoe.ops.moe_mlp_ref import moe_mlp_backward_ref, moe_mlp_ref
 
 OPS = torch.ops.dmoe
 OTHERS = LAYOUTS[1:]
@@ -289,8 +294,10 @@ def test_which_strides_are_read_in_place():
         assert readable(weight) is weight
     assert is_transposed(plain.mT)
     assert not any(is_transposed(weight) for weight in (plain, plain[:, :1], plain[..., 1:2].contiguous()))
-    for weight in (plain[..., ::2], plain.permute(2, 1, 0)):
+    for weight in (plain[..., ::2], plain.permute(2, 1, 0), plain.as_strided((3, 2, 5), (11, 5, 1))):
+        assert not weight.is_contiguous()
         assert readable(weight).is_contiguous()
+    assert readable(packed := torch.zeros(6, 2, 8).permute(1, 2, 0), packed=True) is packed  # one matrix of both halves
 
 
 def test_a_gradient_moves_only_where_its_order_differs():
@@ -401,3 +408,27 @@ def test_the_compiled_operation_names_wrong_shapes():
     ):
         with pytest.raises(RuntimeError, match="dmoe::moe_mlp: .*" + message):
             OPS.moe_mlp(*call._replace(**change))
+
+
+@interpreted
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("change", [{}, {"gate_on": "input"}, {"gated": False, "hidden": 32, "sizes": 32}], ids=str)
+def test_kernels_read_and_write_every_layout(layout, change):
+    """Several tiles of each weight, with and without an overhang, against the reference; main gradients as well."""
+    arguments, grad, _, _ = build({**CASE, "hidden": 33, "sizes": 20, **change, "weights": layout}, torch.float32)
+    call = Call(*arguments)
+    assert _served(call)
+    projections = (call.up_proj, call.down_proj, call.gate_proj)
+    buffers = [None if weight is None else torch.full(weight.shape, 2.0) for weight in projections]
+    with small_blocks(16, 16, 1, 16, 2):
+        y, pre = moe_mlp_cuda(*call)
+        ours = [y, *moe_mlp_backward_cuda(grad, pre, True, *call)]
+        moe_mlp_backward_cuda(grad, pre, True, *call.with_buffers(buffers))
+    y, pre = moe_mlp_ref(*call)
+    theirs = [y, *moe_mlp_backward_ref(grad, pre, True, *call)]
+    for name, got, expected in zip(("y", *GRADS), ours, theirs, strict=True):
+        assert got.stride() == expected.stride(), name
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+    for buffer, name in zip(buffers, PROJECTIONS, strict=True):
+        if buffer is not None:
+            torch.testing.assert_close(buffer - 2, theirs[1 + GRADS.index(name)], rtol=1e-4, atol=1e-4)

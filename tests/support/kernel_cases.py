@@ -49,8 +49,9 @@ def expert_mlp(
     residual=False,
     main_grad=False,
     backward=True,
+    weights="plain",
 ):
-    """Forward and backward of the expert MLP on shapes alone."""
+    """Forward and backward of the expert MLP on shapes alone; ``weights`` is how they lie, of MegaBlocks, say."""
     from dmoe.ops.moe_mlp_cuda import moe_mlp_backward_cuda, moe_mlp_cuda
 
     def tensor(*shape, of=dtype):
@@ -61,7 +62,12 @@ def expert_mlp(
     def index(*shape):
         return tensor(*shape, of=torch.int32)
 
-    up, down = tensor(experts, *halves, ffn, hidden), tensor(experts, hidden, ffn)
+    up, down, gate = tensor(experts, *halves, ffn, hidden), tensor(experts, hidden, ffn), None
+    if weights == "megablocks":
+        up, gate = (tensor(experts, ffn, hidden) for _ in range(2))
+        down = tensor(experts, ffn, hidden).mT
+    elif weights == "transposed":
+        up, down = tensor(experts, hidden, 2 * ffn).mT.unflatten(1, (2, ffn)), tensor(experts, ffn, hidden).mT
     arguments = [
         tensor(tokens, hidden),
         tensor(tokens, top_k, of=torch.float32),
@@ -87,6 +93,7 @@ def expert_mlp(
         0,
         tensor(*up.shape, of=torch.float32) if main_grad else None,
         tensor(*down.shape, of=torch.float32) if main_grad else None,
+        gate,
     ]
     y, pre = moe_mlp_cuda(*arguments)
     if backward:
@@ -110,6 +117,8 @@ EXPERT_MLP = {
     "64 rows": {"tokens": 256},
     "32 rows": {"tokens": 128},
     "decode": {"tokens": 8},
+    "gate apart, down transposed": {"weights": "megablocks"},
+    "both transposed": {"weights": "transposed"},
 }
 for _name, _options in EXPERT_MLP.items():
     case(f"expert_mlp: {_name}")(functools.partial(expert_mlp, **_options))
