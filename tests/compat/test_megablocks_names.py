@@ -6,7 +6,6 @@ import functools
 import importlib
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -31,13 +30,6 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = (ROOT / "docs" / "megablocks.md").read_text()
 ROWS = re.findall(r"^\| `([\w.]+)` \| (yes|no) \| (.*) \|$", DOCS, re.MULTILINE)
 IN_AN_OBJECT = {"layers.moe.ParallelMLP": "MoE", "layers.dmoe.ParallelDroplessMLP": "dMoE grouped"}
-
-
-@pytest.fixture(autouse=True)
-def _nothing_left_over():
-    yield
-    megablocks.clear_load_balancing_loss()
-    router.clear_router_zloss()
 
 
 @pytest.fixture
@@ -391,6 +383,5 @@ def test_what_does_not_fit_permute_is_named():
 
 
 def test_importing_the_names_needs_no_stk():
-    modules = "dmoe.compat.megablocks.layers.dmoe, dmoe.compat.megablocks.layers.gelu"
-    code = f"import sys; sys.modules['stk'] = None; import {modules}"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    for path in (ROOT / "dmoe" / "compat").rglob("*.py"):
+        assert not re.search(r"^(import|from) stk", path.read_text(), re.MULTILINE), path

@@ -11,19 +11,13 @@ import torch.distributed as dist
 from helpers import without_generated_products
 from megablocks_cases import KINDS, arguments, expert, layer_of, names_of
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dmoe
 from dmoe.compat import megablocks
 from dmoe.compat.megablocks.layers.mlp import GroupedMLP
 
 pytestmark = without_generated_products
-
-
-@pytest.fixture(autouse=True)
-def _nothing_left_over():
-    megablocks.clear_load_balancing_loss()
-    yield
-    megablocks.clear_load_balancing_loss()
 
 
 def shape_of(kind, name, args):
@@ -111,11 +105,11 @@ def test_an_initialisation_goes_expert_by_expert_over_rows():
 
 def test_active_parameters_are_counted_by_rows():
     """As OLMoE does: the first K experts' rows of what lies under ``experts.mlp``."""
-    args = arguments(hidden_size=32, ffn_hidden_size=64, moe_num_experts=8, moe_top_k=4, mlp_type="glu", bias=False)
+    args = arguments(hidden_size=32, ffn_hidden_size=128, moe_num_experts=4, moe_top_k=2, mlp_type="glu", bias=False)
     layer = megablocks.dMoE(args)
     rows = args.moe_top_k * args.ffn_hidden_size
     active = sum((p[:rows] if "experts.mlp" in name else p).numel() for name, p in layer.named_parameters())
-    assert active == 8 * 32 + 4 * 3 * 64 * 32
+    assert active == 24_704  # 4 * 32 of the router, 2 experts of 3 * 128 * 32
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -147,14 +141,15 @@ def one_rank(tmp_path):
     dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("wrapped", ["experts.mlp", "experts", "router"])
 @pytest.mark.parametrize("kind", ["MoE", "dMoE glu"])
-def test_fully_shard_takes_the_experts_mlp(kind, one_rank):
+def test_fully_shard_takes_any_part(kind, wrapped, one_rank):
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
     layer, _ = layer_of(kind)
     twin, x = copy.deepcopy(layer), torch.randn(3, 4, 6, dtype=torch.float64)
-    fully_shard(layer.experts.mlp)
+    fully_shard(layer.get_submodule(wrapped))
     fully_shard(layer)
     names = [name for name, _ in layer.named_parameters()]
     assert names == [name for name, _ in twin.named_parameters()]
@@ -164,6 +159,61 @@ def test_fully_shard_takes_the_experts_mlp(kind, one_rank):
     for name, parameter in layer.named_parameters():
         assert isinstance(parameter, DTensor), name
         torch.testing.assert_close(parameter.full_tensor(), twin.get_parameter(name))
+
+
+@pytest.mark.parametrize("kind", ["MoE", "dMoE glu"])
+def test_parameters_may_be_dtensors(kind, one_rank):
+    """As LLM-foundry makes them, over a mesh."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    layer, _ = layer_of(kind)
+    twin, x, mesh = copy.deepcopy(layer), torch.randn(3, 4, 6, dtype=torch.float64), init_device_mesh("cpu", (1,))
+    for name in names_of(kind):
+        local = getattr(layer.experts.mlp, name).data
+        setattr(layer.experts.mlp, name, nn.Parameter(DTensor.from_local(local, mesh, [Shard(0)], run_check=False)))
+    for each in (layer, twin):
+        each(x).square().sum().backward()
+    for name in names_of(kind):
+        grad = getattr(layer.experts.mlp, name).grad
+        assert isinstance(grad, DTensor)
+        torch.testing.assert_close(grad.to_local(), getattr(twin.experts.mlp, name).grad)
+
+
+class Large(TorchDispatchMode):
+    """Operations whose results are new memory of the size of all experts' ``w1``."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.size = layer.experts.mlp.w1.untyped_storage().nbytes()
+        self.known = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        for tensor in results if isinstance(results, tuple | list) else (results,):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes() >= self.size:
+                if tensor.untyped_storage().data_ptr() not in self.known:
+                    self.found.append(str(func))
+                self.known.add(tensor.untyped_storage().data_ptr())
+        return results
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", ["fused", "by steps", "another activation"])
+def test_a_call_makes_nothing_as_large_as_all_experts_but_their_gradients(kind, how):
+    options = {"activation_fn": lambda x: torch.sin(x) + x} if how == "another activation" else {}
+    layer, _ = layer_of(kind, moe_num_experts=64, hidden_size=16, moe_capacity_factor=0, moe_loss_weight=0, **options)
+    if how == "by steps":
+        layer.experts.mlp.register_forward_hook(lambda *given: None)
+    x = torch.randn(3, 16, dtype=torch.float64)
+    with Large(layer) as large:
+        y = layer(x).sum()
+        assert large.found == []
+        y.backward()
+    assert len(large.found) == len(names_of(kind)), large.found
+    grads = {getattr(layer.experts.mlp, name).grad.data_ptr() for name in names_of(kind)}
+    assert grads <= large.known
 
 
 def test_experts_alone_have_the_names_too():

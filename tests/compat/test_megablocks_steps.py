@@ -14,17 +14,11 @@ from torch import nn
 
 from dmoe.compat import megablocks
 from dmoe.compat.megablocks import ops
+from dmoe.compat.megablocks.layers import dmlp_registry, glu, mlp, moe, mpu, router
 from dmoe.compat.megablocks.layers import dmoe as dmoe_module
-from dmoe.compat.megablocks.layers import glu, mlp, moe, router
 
 pytestmark = without_generated_products
 close = functools.partial(torch.testing.assert_close, rtol=1e-9, atol=1e-11)
-
-
-@pytest.fixture(autouse=True)
-def _nothing_left_over():
-    yield
-    megablocks.clear_load_balancing_loss()
 
 
 def tokens():
@@ -258,6 +252,35 @@ def test_a_subclass_of_the_experts_is_called(kind, cls):
     own.load_state_dict(layer.experts.mlp.state_dict())
     layer.experts.mlp = own
     close(layer(x), expected)
+
+
+def test_experts_of_ones_own_are_registered_and_the_layers_forward_is_patched(monkeypatch):
+    """As fms-acceleration does: one more weight made as MegaBlocks makes ``v1``, and no loss saved."""
+
+    class WithThird(mlp.SparseMLP):
+        def __init__(self, args):
+            super().__init__(args)
+            self.w3 = nn.Parameter(torch.empty(self._num_rows_per_rank, args.hidden_size))
+            with torch.no_grad():
+                self.w3.copy_(mlp.create_dmoe_expert_weights(args, 4, 128, args.hidden_size, args.init_method))
+            mpu.set_expert_model_parallel_attributes(self.w3, self._should_set_parallelism_attribute)
+
+        def forward(self, x, topo):
+            return super().forward(x, topo) * self.scale_grad(self.w3).mean()
+
+    def forward(self, x, scores, expert_weights, top_experts):
+        y, _ = self.forward_fn(x, expert_weights, top_experts)
+        return y.view(x.shape), None
+
+    monkeypatch.setitem(dmlp_registry._REGISTRY["mlp"], "sparse", WithThird)
+    monkeypatch.setattr(megablocks.ParallelMLP, "forward", forward)
+    layer, _ = layer_of("dMoE sparse")
+    y, nothing = layer(tokens())
+    assert nothing is None
+    assert megablocks.get_load_balancing_loss() == []
+    y.sum().backward()
+    assert {name for name, p in layer.experts.mlp.named_parameters() if p.grad.any()} == {"w1", "w2", "w3"}
+    assert all(mpu.is_moe_param(p) for p in layer.experts.mlp.parameters())
 
 
 def test_a_wrapper_that_patches_forward_is_called():

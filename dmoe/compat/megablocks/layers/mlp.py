@@ -86,6 +86,9 @@ class ExpertParameters(nn.Module):
             weight = torch.empty(shape_there, device=args.device, dtype=common.dtype(args))
             self.register_parameter(name, nn.Parameter(weight))
         self.gradient_scale: float | None = None  # there: 1 / ranks of expert parallelism
+        # Subclasses make more weights with these, as MegaBlocks' own do.
+        self._num_rows_per_rank = args.moe_num_experts * args.ffn_hidden_size
+        self._should_set_parallelism_attribute = args.moe_expert_model_parallelism
         self._mark()
         self.reset_parameters()
 
@@ -100,7 +103,7 @@ class ExpertParameters(nn.Module):
     def _mark(self) -> None:
         for param in self.parameters():
             param.expert = True  # type: ignore[attr-defined]
-            param.expert_model_parallel = bool(self.args.moe_expert_model_parallelism)  # type: ignore[attr-defined]
+            param.expert_model_parallel = self._should_set_parallelism_attribute  # type: ignore[attr-defined]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Marks again: a deep copy of a parameter is without its attributes."""
@@ -176,11 +179,11 @@ class ExpertParameters(nn.Module):
 
 
 def as_dmoe(w1: Tensor, w2: Tensor, v1: Tensor | None = None) -> ExpertWeights:
-    """Weights ``(E, F, H)`` under MegaBlocks' names as dmoe's operations take them."""
-    down = w2.transpose(1, 2)
+    """Weights ``(E, F, H)`` under MegaBlocks' names as dmoe's operations read them, in place."""
+    down_proj = w2.transpose(1, 2)
     if v1 is None:
-        return ExpertWeights(w1, down, gated=False)
-    return ExpertWeights(torch.stack([w1, v1], 1), down)
+        return ExpertWeights(w1, down_proj, gated=False)
+    return ExpertWeights(v1, down_proj, gate_proj=w1)
 
 
 @steps("forward")
