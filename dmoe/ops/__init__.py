@@ -1,6 +1,5 @@
 """The operations, one per file, each with its plain-PyTorch ``*_ref`` beside it."""
 
-from dmoe.ops import flops as _flops  # noqa: F401  # registers
 from dmoe.ops.block_sparse import block_dds, block_dsd, block_sdd
 from dmoe.ops.cumsum import exclusive_cumsum, inclusive_cumsum
 from dmoe.ops.gate_weights import gate_weights

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dmoe.ops._library import define, refuse_double_backward, register_autograd
+from dmoe.ops._library import count_flops, define, refuse_double_backward, register_autograd
 from dmoe.ops.activation import accumulate_dtype
 from dmoe.ops.block_activation import block_activation_ref, block_row_sums_ref, finish_rows_ref, row_experts
 from dmoe.ops.block_sparse import block_size_for, sdd_cuda, sdd_ref, spmm_cuda, spmm_ref
@@ -377,6 +377,7 @@ def block_sparse_mlp(*arguments: Any) -> Tensor:
         ValueError: a width that is no multiple of 16.
         TypeError: on CUDA, another dtype than bfloat16, float16 and float32.
     """
+    count_flops()
     assert _Call(*arguments).block_size  # refuse widths before anything runs
     differentiable = any(isinstance(value, Tensor) and value.requires_grad for value in arguments[:6])
     if torch.is_grad_enabled() and differentiable:

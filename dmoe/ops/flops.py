@@ -2,7 +2,8 @@
 
 Rows are counted as the plan holds them: what a capacity dropped costs nothing. A tensor without values (fake, or on
 ``meta``) tells the number that its plan reserves instead, and of different widths the mean. Padding,
-activations and sums are not counted.
+activations and sums are not counted. Loaded by :func:`dmoe.ops._library.count_flops`; who calls ``block_sdd``,
+``block_dsd`` or ``block_dds`` and nothing else of dmoe imports it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
 
 from dmoe.ops import block_sparse, block_sparse_mlp, grouped_gemm, moe_mlp, moe_mlp_deferred, router_logits  # noqa: F401
 from dmoe.ops._moe_mlp_call import Call
@@ -48,7 +50,8 @@ def _mlp(*arguments: Any, up: bool = True, down: bool = True) -> int:
 
 
 def _register(*names: str) -> Any:
-    return register_flop_formula([getattr(_ops, name) for name in names], get_raw=True)
+    operations = [getattr(_ops, name) for name in names]
+    return register_flop_formula(operations, get_raw=True)
 
 
 @_register("moe_mlp", "moe_mlp_inference", "moe_mlp_lean", "block_sparse_mlp", "block_sparse_mlp_inference")
@@ -117,3 +120,15 @@ def _block_dsd(data: Tensor, *rest: Any, out_val: Any = None) -> int:
 @_register("block_dds")
 def _block_dds(dense: Tensor, data: Tensor, *rest: Any, out_val: Any = None) -> int:
     return 2 * _last(rest[2], rest[0].shape[0]) * data.shape[-1] ** 2 * dense.shape[0]
+
+
+def _tell_active_counters() -> None:
+    """A counter copies the formulas when it is made, and this file may be loaded by the first call that it sees."""
+    ours = {op: formula for op, formula in flop_registry.items() if str(op).startswith("dmoe.")}
+    for mode in _get_current_dispatch_mode_stack():
+        counter = getattr(mode, "counter", mode)
+        if isinstance(counter, FlopCounterMode):
+            counter.flop_registry.update(ours)
+
+
+_tell_active_counters()

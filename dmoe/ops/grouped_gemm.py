@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dmoe.ops._checks import check_index_tensors
-from dmoe.ops._library import compiled, define, has_triton, register_autograd
+from dmoe.ops._library import compiled, count_flops, define, has_triton, register_autograd
 from dmoe.ops._strides import is_transposed
 from dmoe.ops.tile_table import preferred_tile_rows, tile_table
 
@@ -191,6 +191,7 @@ def _even_offsets(a: Tensor) -> Tensor | None:
 
 
 def _check_factors(op: str, a: Tensor, b: Tensor, expert_offsets: Tensor | None) -> None:
+    count_flops()
     for name, tensor in (("a", a), ("b", b)):
         if tensor.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             raise TypeError(f"{op}: {name}: expected float32, float64, bfloat16 or float16, got {tensor.dtype}")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmoe.ops._library import define, refuse_double_backward, register_autograd
+from dmoe.ops._library import count_flops, define, refuse_double_backward, register_autograd
 from dmoe.ops.grouped_gemm import grouped_gemm, grouped_gemm_weight
 from dmoe.ops.philox import jitter_scale
 from dmoe.sums import sum_tokens
@@ -183,6 +183,7 @@ def router_logits(
     Raises:
         ValueError: the last dimensions differ.
     """
+    count_flops()
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(
             f"router_logits: expected x (T, H) and weight (E, H), got {tuple(x.shape)} and {tuple(weight.shape)}"

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmoe.ops._library import count_flops
 from dmoe.ops.block_sparse import BLOCK_SIZES, block_dds, block_dsd, block_sdd
 from dmoe.ops.topology import BlockTopology
 
@@ -43,6 +44,7 @@ def sparse_matrix(size: tuple[int, int], data: Tensor, topology: BlockTopology) 
 
 
 def _check(op: str, name: str, value: Any) -> None:
+    count_flops()
     if not isinstance(value, _matrix_type(op)):
         raise TypeError(f"{op}: {name}: expected an stk.Matrix, got {type(value).__name__}")
     if value.data.dim() != 3 or value.data.shape[1] != value.data.shape[2] or value.blocking not in BLOCK_SIZES:

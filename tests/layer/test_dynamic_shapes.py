@@ -52,6 +52,35 @@ def test_an_exported_program_runs_at_other_lengths(name):
         torch.testing.assert_close(program.module()(x), layer(x))
 
 
+def test_ahead_of_time_inductor_runs_it(tmp_path):
+    """Its runtime cannot read an empty list back, which the widths of equal experts were."""
+    layer, x = build("dropless").eval(), torch.randn(12, 8)
+    tokens = torch.export.Dim("tokens", min=4, max=4096)
+    with torch.no_grad(), torch._inductor.config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}):
+        program = torch.export.export(layer, (x,), dynamic_shapes={"x": {0: tokens}})
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "layer.pt2"))
+        loaded = torch._inductor.aoti_load_package(package)
+        for length in (12, 33):
+            x = torch.randn(length, 8)
+            torch.testing.assert_close(loaded(x), layer(x))
+
+
+def test_no_call_passes_an_empty_list():
+    seen: list[object] = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.namespace == "dmoe":
+                seen.extend([function, *args])
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        for name in ("dropless", "expert choice"):
+            build(name)(torch.randn(9, 8)).sum().backward()
+    assert torch.ops.dmoe.moe_mlp_backward.default in seen
+    assert [value for value in seen if isinstance(value, list) and not value] == []
+
+
 def plan(x, length):
     return routing_plan(x, 4, capacity=length)[0]
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -101,3 +104,17 @@ def test_without_values_a_plan_counts_as_full():
     layer = dmoe.MoE(hidden_size=H, ffn_hidden_size=F, num_experts=E, top_k=K, device="meta").eval()
     x = torch.randn(T, H, device="meta")
     assert counted(lambda: layer(x)) == 2 * T * K * H * F * 3 + 2 * T * H * E
+
+
+def test_a_counter_that_was_there_first():
+    """The formulas come with the first call, as importing PyTorch's counter with dmoe would load Triton."""
+    program = """
+import sys, torch, dmoe
+from torch.utils.flop_counter import FlopCounterMode
+assert "dmoe.ops.flops" not in sys.modules
+with FlopCounterMode(display=False) as counter:
+    dmoe.ops.grouped_gemm(torch.randn(5, 3), torch.randn(1, 4, 3), torch.tensor([0, 5], dtype=torch.int32))
+print(counter.get_total_flops())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == 2 * 5 * 3 * 4
