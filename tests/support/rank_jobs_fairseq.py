@@ -105,7 +105,9 @@ def train(group, argv, poison=None, only_load=False):
     """
     with _as_rank(group, argv), _warnings() as said:
         import fairseq_cli.train as program
+        from fairseq import checkpoint_utils
 
+        vars(checkpoint_utils.save_checkpoint).pop("best", None)  # of an earlier training in this process
         cfg = config(group, "train", argv)
         seen = {"norms": [], "scales": [], "losses": [], "steps": 0, "said": said}
 
