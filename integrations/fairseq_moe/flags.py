@@ -148,7 +148,7 @@ def check_together(flags: EncoderDecoderFlags) -> list[str]:
 
     refused, told = [], []
     if not has_moe_layers(flags):
-        refused += without_effect(flag_names(), "--moe-freq beside it, without which no layer has experts")
+        told += without_effect(flag_names(), "--moe-freq beside it, without which no layer has experts")
     if flags.moe_dropless:
         refused += without_effect(
             ["moe_batch_prioritized_routing"], "none with --moe-dropless, under which every token comes through"

@@ -97,15 +97,12 @@ def test_options_without_effect_are_refused(saved):
     assert told == [(1, f"fairseq_moe: {sentence}") for sentence in cases.values()]
 
 
-NONE = {"moe_freq": None, "moe_second_expert_policy": None, "moe_normalize_expert_grad": None}
-NONE |= {"moe_gating_use_fp32": None, "moe_eval_capacity_token_fraction": None}
 RANKS = {"distributed_world_size": 2, "distributed_init_method": "tcp://localhost:1"}
 
 
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        (NONE, "--moe-expert-count: expected --moe-freq beside it, without which no layer has experts, got 8"),
         (
             {"moe_dropless": True, "moe_batch_prioritized_routing": True},
             "--moe-batch-prioritized-routing: expected none with --moe-dropless, under which every token comes through",
@@ -135,10 +132,15 @@ def test_training_options_without_effect_are_refused(changes, told):
     assert last.startswith(f"fairseq_moe: {told}"), last
 
 
-def test_what_the_branch_accepts_without_effect_is_told():
-    """`--moe-top1-expert` added to a command for two experts."""
-    done = in_fairseq(jobs.run_cli, "train", *jobs.small(moe_top1_expert=True, max_update=1, no_save=True))
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"moe_top1_expert": True}, "--moe-second-expert-policy: expected nothing with --moe-top1-expert"),
+        ({"moe_freq": 0}, "--moe-expert-count: expected --moe-freq beside it, without which no layer has experts"),
+    ],
+    ids=["one expert", "no layers"],
+)
+def test_what_the_branch_accepts_without_effect_is_told(changes, told):
+    done = in_fairseq(jobs.run_cli, "train", *jobs.small(**changes, max_update=1, no_save=True))
     assert done.status == 0, done.err
-    assert any(
-        line.startswith("--moe-second-expert-policy: expected nothing with --moe-top1-expert") for _, line in done.log
-    )
+    assert any(line.startswith(told) for _, line in done.log)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 
-from fairseq_jobs import flags_of, run_cli, stats_of
+from fairseq_jobs import fairseq_moe, flags_of, run_cli, stats_of
 from fairseq_tools import EXPERTS, LINES, write_lines
 
 BRANCH = ["--no-best-checkpoints", "--symlink-best-and-last-checkpoints", "--log-nvidia-smi"]
@@ -23,13 +23,21 @@ def trained(folder):
         "capacity": [*capacity, *flags_of(moe_eval_capacity_token_fraction=0.05)],
         "dense": flags_of(criterion="cross_entropy"),
     }
-    done = {
-        name: run_cli("train", data, *LINES, *kind, *short, "--save-dir", f"{folder}/{name}")
-        for name, kind in runs.items()
-    }
+    done = {}
+    for name, kind in runs.items():
+        _forget_the_best()
+        done[name] = run_cli("train", data, *LINES, *kind, *short, "--save-dir", f"{folder}/{name}")
     files = {name: sorted(os.listdir(f"{folder}/{name}")) for name in runs}
     _forget_what_the_branch_lacks(f"{folder}/capacity/checkpoint_last.pt", f"{folder}/branch.pt")
     return done, files
+
+
+def _forget_the_best():
+    """fairseq keeps the best loss as long as the process lives, and takes one run's for another's."""
+    fairseq_moe()
+    from fairseq import checkpoint_utils
+
+    vars(checkpoint_utils.save_checkpoint).pop("best", None)
 
 
 def _forget_what_the_branch_lacks(path, to):
