@@ -19,6 +19,7 @@ from dmoe.integrations.megatron import convert_ranks, convert_state
 from dmoe.integrations.megatron.__main__ import main
 from dmoe.integrations.megatron.expert_layouts import LAYOUTS
 
+pytestmark = pytest.mark.xdist_group("megatron convert")  # one process with Megatron in it
 CASES = ("gated", "plain", "biases", "gated biases", "shared", "sigmoid", "every other layer")
 ACCURACY = 3e-5  # of float32, relative to the largest value
 

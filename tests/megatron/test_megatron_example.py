@@ -15,6 +15,7 @@ from patience import PATIENCE
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.xdist_group("megatron example"),  # its run is made once
     pytest.mark.skipif("MEGATRON_WHEEL" in os.environ, reason="the example runs on the installed megatron-core"),
 ]
 
