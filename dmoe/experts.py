@@ -17,7 +17,6 @@ from dmoe.expert_states import other_layout
 from dmoe.expert_weights import F_DIM, ExpertWeights
 from dmoe.ops._checks import check_plain, check_tensors
 from dmoe.ops._library import has_triton
-from dmoe.ops._strides import is_transposed, readable
 from dmoe.ops.activation import accumulate_dtype
 from dmoe.ops.block_sparse import block_size_for
 from dmoe.ops.block_sparse_mlp import block_sparse_mlp
@@ -26,6 +25,7 @@ from dmoe.ops.moe_mlp import has_tangent, moe_mlp
 from dmoe.ops.moe_mlp_deferred import moe_mlp_deferred
 from dmoe.ops.philox import draw_seed
 from dmoe.plan import RoutingPlan, device_tile_rows, plan_token_choice
+from dmoe.strides import is_transposed, readable
 
 
 def run_experts(

@@ -25,7 +25,7 @@ from dmoe.kernels.grouped_gemm import (
     rows_kernel,
     weight_grad_kernel,
 )
-from dmoe.ops._strides import is_transposed
+from dmoe.strides import is_transposed
 
 
 @dataclass(frozen=True)

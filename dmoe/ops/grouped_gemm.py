@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dmoe.ops._checks import check_index_tensors
 from dmoe.ops._library import compiled, count_flops, define, has_triton, register_autograd
-from dmoe.ops._strides import is_transposed
 from dmoe.ops.tile_table import preferred_tile_rows, tile_table
+from dmoe.strides import is_transposed
 
 if TYPE_CHECKING:
     from dmoe.kernels.moe_mlp import Rows

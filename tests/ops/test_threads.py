@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import thread_cases
 import torch
+from patience import PATIENCE
 
 import dmoe.ops._library as library
 
@@ -61,7 +62,7 @@ def test_nor_on_the_code_paths_of_libraries(path, intel):
     # Threads that wait asleep: there are more of them than cores.
     environment = os.environ | intel | settings | {"PYTHONPATH": str(program.parent), "OMP_WAIT_POLICY": "passive"}
     run = subprocess.run(
-        [sys.executable, program, *dtypes], env=environment, capture_output=True, text=True, timeout=600
+        [sys.executable, program, *dtypes], env=environment, capture_output=True, text=True, timeout=PATIENCE
     )
     assert run.returncode == 0, run.stderr
     changed = {name: found for name, found in json.loads(run.stdout).items() if found}

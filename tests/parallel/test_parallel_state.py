@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import rank_jobs_state as jobs
 import torch
+from parallel_layer_cases import BASE
 from rank_pool import RankError
-from test_parallel_layer import BASE
 
 import dmoe
 

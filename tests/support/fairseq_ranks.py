@@ -35,7 +35,7 @@ def _pairs():
     """A folder of binarised sentence pairs."""
     folder = tempfile.TemporaryDirectory()
     atexit.register(folder.cleanup)
-    return pool().run(jobs.prepare_pairs, folder.name, ranks=1, limit=300)[0]
+    return pool().run(jobs.prepare_pairs, folder.name, ranks=1)[0]
 
 
 @functools.cache
@@ -43,7 +43,7 @@ def train_pairs(ranks, experts, *flags):
     """What each rank ends with after three updates of an encoder and a decoder, dense or with experts."""
     words = [*tools.PAIRS, *(tools.EXPERTS if experts else ["--criterion", "cross_entropy"])]
     short = ["--cpu", "--no-save", "--disable-validation", "--max-update", "3"]
-    return pool().run(jobs.train, [_pairs(), *map(str, words), *short, *flags], ranks=ranks, limit=180)
+    return pool().run(jobs.train, [_pairs(), *map(str, words), *short, *flags], ranks=ranks)
 
 
 def train(ranks, poison=None, only_load=False, **changes):

@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from patience import PATIENCE
 
 from dmoe.checkpoint import write_together
 
@@ -60,7 +61,7 @@ def stages(at):
 def process(rank, folder, store, value, kill, pipe):
     """A rank of two in a process of its own, that kills itself at stage ``kill`` of all. The stages it came to."""
     torch.set_num_threads(1)
-    limit = datetime.timedelta(seconds=60)
+    limit = datetime.timedelta(seconds=PATIENCE)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=limit)
     seen = []
 
