@@ -2,9 +2,15 @@
 //
 // What is here
 //   parallel_tasks(n, fn)    runs fn(task) for every task in [0, n), tasks handed out one at a time to the threads of
-//                            PyTorch's pool. Inside, MKL and oneDNN see a parallel region and stay single-threaded.
+//                            PyTorch's pool. A product inside runs on one thread: see "Who cuts a product".
 //   Matrix, row_major(), transposed(), mm_out()     out = a @ b, or out += a @ b, on raw pointers with strides.
 //   round_up_rows(), Scratch                        see "Shapes in bfloat16".
+//
+// Who cuts a product. A library that shares one product among threads adds it up in an order that depends on how many
+// there are, and MKL even plans for threads that it then does not get: in a parallel region PyTorch leaves the number
+// of its caller to one thread and the machine's to the others, so bits depended on who took which task. So every
+// product is one task here, cut by shape alone, and every library is told that it has one thread: oneDNN and BLAS
+// libraries on OpenMP by a parallel region around them, MKL by its own switch.
 //
 // What a call costs beyond its arithmetic: see the figures at mm_out. Blocks of 64 rows or more make it disappear; a
 // product of a handful of rows is dominated by it.
@@ -25,6 +31,8 @@
 #include <memory>
 #include <new>
 
+#include <dlfcn.h>
+
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -34,14 +42,33 @@
 
 namespace dmoe {
 
+// While it lives, MKL calls of this thread run on this thread alone. Nothing where PyTorch has no MKL.
+class OneMklThread {
+ public:
+  OneMklThread() : previous_(set(1)) {}
+  ~OneMklThread() { set(previous_); }  // 0, where this thread had no number of its own
+  OneMklThread(const OneMklThread&) = delete;
+  OneMklThread& operator=(const OneMklThread&) = delete;
+
+ private:
+  // MKL's own function, which libtorch_cpu exports; it returns what was set before.
+  static int set(int threads) {
+    using Setter = int (*)(int);
+    static const Setter setter = reinterpret_cast<Setter>(dlsym(RTLD_DEFAULT, "MKL_Set_Num_Threads_Local"));
+    return setter == nullptr ? 0 : setter(threads);
+  }
+
+  int previous_;
+};
+
 // Runs fn(task) once for each task in [0, num_tasks), in no particular order, on PyTorch's threads. A free thread takes
 // the next task, so tasks may differ in size; put the large ones first. Each task must write its own memory only.
 //
 // A task may throw: the tasks not yet begun are then left out, and the first exception is thrown again here, once every
 // thread is back. (An exception that leaves a parallel region would end the process.)
 //
-// With one task, or one thread, it runs in the caller's thread, and a product inside may use all of PyTorch's threads.
-// Called inside another parallel region it runs there, on one thread.
+// A product inside runs on one thread, also when it is the only task. Called inside another parallel region everything
+// runs there, on one thread.
 template <typename Function>
 void parallel_tasks(int64_t num_tasks, const Function& fn) {
   if (num_tasks <= 0) return;
@@ -49,6 +76,7 @@ void parallel_tasks(int64_t num_tasks, const Function& fn) {
   std::atomic<bool> failed{false};
   std::exception_ptr error;
   const auto worker = [&](int64_t, int64_t) {
+    const OneMklThread one_thread;
     while (!failed.load(std::memory_order_relaxed)) {
       const int64_t task = next.fetch_add(1, std::memory_order_relaxed);
       if (task >= num_tasks) return;
@@ -60,7 +88,8 @@ void parallel_tasks(int64_t num_tasks, const Function& fn) {
       }
     }
   };
-  const int64_t workers = std::min<int64_t>(num_tasks, torch::stable::get_num_threads());
+  // Two at least: a loop of one would run outside of a parallel region.
+  const int64_t workers = std::max<int64_t>(2, std::min<int64_t>(num_tasks, torch::stable::get_num_threads()));
   torch::stable::parallel_for(0, workers, 1, worker);
   if (error) std::rethrow_exception(error);
 }

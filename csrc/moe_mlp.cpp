@@ -642,19 +642,19 @@ T* out(Tensor& tensor) {
 }
 
 // The tile table serves the GPU; the main gradients are for the operation that is made of this one's backward.
-#define DMOE_MOE_MLP_PARAMETERS                                                                                     \
-  Tensor x, Tensor gate_weights, Tensor up_proj, Tensor down_proj, optional<Tensor> up_bias,                        \
-      optional<Tensor> down_bias, Tensor expert_offsets, Tensor row_to_token, Tensor row_to_slot,                   \
-      Tensor token_offsets, Tensor token_rows, optional<Tensor> seed, vector<int64_t> ffn_sizes, string activation, \
-      bool gated, string gate_weight_on, double activation_dropout, double expert_dropout,                          \
-      optional<Tensor> residual, optional<Tensor> /*tiles*/, optional<Tensor> /*experts_by_load*/,                  \
-      int64_t /*tile_rows*/, optional<Tensor> /*up_main_grad*/, optional<Tensor> /*down_main_grad*/,                \
+#define DMOE_MOE_MLP_PARAMETERS                                                                               \
+  Tensor x, Tensor gate_weights, Tensor up_proj, Tensor down_proj, optional<Tensor> up_bias,                  \
+      optional<Tensor> down_bias, Tensor expert_offsets, Tensor row_to_token, Tensor row_to_slot,             \
+      Tensor token_offsets, Tensor token_rows, optional<Tensor> seed, optional<vector<int64_t>> ffn_sizes,    \
+      string activation, bool gated, string gate_weight_on, double activation_dropout, double expert_dropout, \
+      optional<Tensor> residual, optional<Tensor> /*tiles*/, optional<Tensor> /*experts_by_load*/,            \
+      int64_t /*tile_rows*/, optional<Tensor> /*up_main_grad*/, optional<Tensor> /*down_main_grad*/,          \
       optional<Tensor> gate_proj, optional<Tensor> /*gate_main_grad*/
-#define DMOE_MOE_MLP_ARGUMENTS                                                                                     \
-  Arguments {                                                                                                      \
-    x, gate_weights, up_proj, down_proj, up_bias, down_bias, expert_offsets, row_to_token, row_to_slot,            \
-        token_offsets, token_rows, seed, ffn_sizes, activation, gated, parse_gate_on(gate_weight_on),              \
-        activation_dropout, expert_dropout, residual, gate_proj                                                    \
+#define DMOE_MOE_MLP_ARGUMENTS                                                                          \
+  Arguments {                                                                                           \
+    x, gate_weights, up_proj, down_proj, up_bias, down_bias, expert_offsets, row_to_token, row_to_slot, \
+        token_offsets, token_rows, seed, ffn_sizes.value_or(vector<int64_t>{}), activation, gated,      \
+        parse_gate_on(gate_weight_on), activation_dropout, expert_dropout, residual, gate_proj          \
   }
 
 std::tuple<Tensor, Tensor> moe_mlp(DMOE_MOE_MLP_PARAMETERS) {

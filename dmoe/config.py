@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import torch
+
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 GateWeightOn = Literal["output", "activation", "input"]
 DropOrder = Literal["token_major", "choice_major", "batch_prioritized", "gate_weight", "normalized_gate_weight"]
@@ -192,7 +194,8 @@ class MoEConfig:
         else:
             share = self.capacity_factor * num_tokens * self.top_k / self.num_experts
             rows = (math.ceil if self.capacity_formula == "ceil" else math.floor)(share)
-        return min(max(rows, self.min_capacity), num_tokens * self.top_k)
+        # Not min and max, which would ask a symbolic number of tokens how large it is.
+        return torch.sym_min(torch.sym_max(rows, self.min_capacity), num_tokens * self.top_k)
 
     def _require(self, condition: bool, field: str, allowed: str) -> None:
         if not condition:

@@ -9,20 +9,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 from dmoe.config import Activation, GateWeightOn, MoEConfig
 from dmoe.expert_slice import ExpertSlice, local_part, scaled
+from dmoe.expert_states import other_layout
 from dmoe.expert_weights import F_DIM, ExpertWeights
-from dmoe.ops._checks import check_tensors
+from dmoe.ops._checks import check_plain, check_tensors
 from dmoe.ops._library import has_triton
-from dmoe.ops._strides import is_transposed, readable
 from dmoe.ops.activation import accumulate_dtype
 from dmoe.ops.block_sparse import block_size_for
 from dmoe.ops.block_sparse_mlp import block_sparse_mlp
+from dmoe.ops.grouped_gemm import grouped_gemm
 from dmoe.ops.moe_mlp import has_tangent, moe_mlp
 from dmoe.ops.moe_mlp_deferred import moe_mlp_deferred
 from dmoe.ops.philox import draw_seed
 from dmoe.plan import RoutingPlan, device_tile_rows, plan_token_choice
+from dmoe.strides import is_transposed, readable
 
 
 def run_experts(
@@ -86,7 +89,7 @@ def run_experts(
         plan.token_offsets,
         plan.token_rows,
         seed,
-        list(weights.ffn_sizes),
+        list(weights.ffn_sizes) or None,  # an empty list is what AOTInductor's runtime cannot read back
         activation,
         weights.gated,
         gate_weight_on,
@@ -294,6 +297,10 @@ class Experts(nn.Module):
         self.mark_parameters()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        names = dict(self.named_parameters())
+        wrong = other_layout(state_dict, prefix, names, [name for name in names if name in (self.up_name, "down_proj")])
+        if wrong is not None:
+            args[-1].append(wrong)  # torch's error_msgs, which are raised with strict=False, too
         for name, parameter in self.named_parameters() if self.distributed else ():
             value = state_dict.get(prefix + name)  # whose dict is load_state_dict's own
             if isinstance(value, Tensor) and isinstance(self.config.ffn_hidden_size, int):
@@ -308,9 +315,11 @@ class Experts(nn.Module):
         def here(parameter: Tensor | None) -> Tensor | None:
             return None if parameter is None else local_part(parameter)
 
+        up_proj, down_proj = local_part(getattr(self, self.up_name)), local_part(self.down_proj)
+        check_plain("Experts", up_proj=up_proj, down_proj=down_proj)
         return ExpertWeights(
-            up_proj=local_part(getattr(self, self.up_name)),
-            down_proj=local_part(self.down_proj),
+            up_proj=up_proj,
+            down_proj=down_proj,
             up_bias=here(getattr(self, self.up_bias_name)),
             down_bias=here(self.down_bias),
             gated=self.config.gated,
@@ -331,9 +340,11 @@ class Experts(nn.Module):
     def weights_ahead(self) -> ExpertWeights | None:
         """The weights at work for a :meth:`forward` to come, their gradients computed where backward comes to this.
 
-        None where the weights are not here yet: FSDP gathers them for that forward, and takes their gradients after it.
+        None where they may not be here yet: FSDP gathers them for that forward, and takes their gradients after it;
+        offloading replaces the forward, or hooks it, to bring them.
         """
-        return None if hasattr(self, "unshard") else self._weights_at_work().deferred()
+        hooked = hasattr(self, "unshard") or "forward" in self.__dict__ or bool(self._forward_pre_hooks)
+        return None if hooked else self._weights_at_work().deferred()
 
     def in_parts(self, count: int) -> list[ExpertWeights]:
         """The weights at work in ``count`` groups of consecutive experts, for :meth:`forward` one by one.
@@ -375,7 +386,7 @@ class Experts(nn.Module):
         One seed is drawn from PyTorch's default generator. Uniform in +-1/sqrt(fan_in) as ``nn.Linear``, or normal with
         ``init_std`` and zero biases.
         """
-        if self.down_proj.is_meta:
+        if self.down_proj.is_meta or is_fake(self.down_proj):
             return
         seed = self.seed = int(torch.randint(2**62, (), device="cpu").item())  # whatever the default device is
         for position, expert in enumerate(self.owned.experts):
@@ -450,6 +461,16 @@ class Experts(nn.Module):
         return f"num_experts={c.num_experts}{here}, {sizes}, {kind}"
 
 
+class _Gate(nn.Linear):
+    """A linear without a bias, whose bits do not depend on the number of threads on the CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(T, H)`` to ``(T, 1)``."""
+        if x.device.type != "cpu":
+            return super().forward(x)
+        return grouped_gemm(x.unsqueeze(0), self.weight.unsqueeze(0))[0]
+
+
 class SharedExpert(nn.Module):
     """One expert that every token takes beside its own (DeepSeekMoE), optionally scaled by ``sigmoid(x @ w)``.
 
@@ -482,9 +503,7 @@ class SharedExpert(nn.Module):
         )
         self.mlp = Experts(one, routed=False, device=device, dtype=dtype)
         self.gate = (
-            nn.Linear(config.hidden_size, 1, bias=False, device=device, dtype=dtype)
-            if config.shared_expert_gate
-            else None
+            _Gate(config.hidden_size, 1, bias=False, device=device, dtype=dtype) if config.shared_expert_gate else None
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmoe.sums import sum_tokens
+
 
 def load_balancing_loss(
     router_probs: Tensor,
@@ -45,9 +47,9 @@ def load_balancing_loss(
     counts = tokens_per_expert.to(wide)
     share = counts / counts.sum().clamp(min=1)
     if token_mask is None:
-        total = router_probs.sum(0, dtype=wide)
+        total = sum_tokens(router_probs, wide)
     else:  # One masked row may hold NaN; 0 * NaN would spread it to every expert.
-        total = router_probs.masked_fill(~token_mask.unsqueeze(1), 0).sum(0, dtype=wide)
+        total = sum_tokens(router_probs.masked_fill(~token_mask.unsqueeze(1), 0), wide)
     if num_tokens is None:
         if token_mask is None:
             return (total * (share * (num_experts / max(num_tokens_here, 1)))).sum()
@@ -83,7 +85,7 @@ def sequence_load_balancing_loss(
         return router_probs.sum(dtype=wide)
     by_sequence = (num_sequences, num_tokens // num_sequences)
     mask = router_probs.new_ones(num_tokens, dtype=torch.bool) if token_mask is None else token_mask
-    probs = router_probs.masked_fill(~mask.unsqueeze(1), 0).view(*by_sequence, num_experts).sum(1, dtype=wide)
+    probs = sum_tokens(router_probs.masked_fill(~mask.unsqueeze(1), 0).view(*by_sequence, num_experts), wide)
     counts = probs.new_zeros(num_sequences, num_experts + 1)
     ids = expert_indices.long().view(num_sequences, -1)
     counts = counts.scatter_add(1, ids, torch.ones_like(ids, dtype=wide))[:, :num_experts]  # sums of ones: exact
@@ -104,8 +106,9 @@ def router_z_loss(log_z: Tensor, token_mask: Tensor | None = None) -> Tensor:
     """
     wide = torch.promote_types(log_z.dtype, torch.float32)
     if token_mask is None:
-        return log_z.to(wide).square().sum() / max(log_z.shape[0], 1)
-    return log_z.masked_fill(~token_mask, 0).to(wide).square().sum() / token_mask.sum().clamp(min=1)
+        return sum_tokens(log_z.to(wide).square().unsqueeze(1)).squeeze(0) / max(log_z.shape[0], 1)
+    squares = log_z.masked_fill(~token_mask, 0).to(wide).square()
+    return sum_tokens(squares.unsqueeze(1)).squeeze(0) / token_mask.sum().clamp(min=1)
 
 
 class _AttachLoss(torch.autograd.Function):
@@ -116,7 +119,7 @@ class _AttachLoss(torch.autograd.Function):
         # Not save_for_backward: a training loop may set the scale between forward and backward, and means the new
         # value.
         ctx.scale, ctx.loss_dtype = scale, loss.dtype
-        return output.view_as(output)
+        return output.detach()  # shares memory, and is no view, which nobody could change in place
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:

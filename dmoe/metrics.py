@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from dmoe.parallel.interface import Dispatched
+from dmoe.routing import Routing
+from dmoe.sums import sum_tokens
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,29 @@ class RoutingMetrics:
         return dead_experts(self.tokens_per_expert)
 
 
+@torch.no_grad()
+def metrics_of(routing: Routing, arrived: Sequence[Dispatched], kept_per_expert: Tensor | None) -> RoutingMetrics:
+    """The record of one forward.
+
+    Args:
+        routing: of this rank's tokens.
+        arrived: what was dispatched, in one piece or several.
+        kept_per_expert: ``(E,)`` where the dispatch dropped more than the plan; None otherwise.
+    """
+    plan, probs = routing.plan, routing.router_probs
+    if probs is None:
+        entropy = routing.gate_weights.new_full((), math.log(plan.num_experts))
+    else:
+        entropy = routing_entropy(probs.detach(), routing.token_mask)
+    kept = plan.kept_per_expert if kept_per_expert is None else kept_per_expert
+    traffic = [each.traffic for each in arrived if each.traffic is not None]
+    if not traffic:
+        return RoutingMetrics(plan.tokens_per_expert, kept, entropy)
+    naive = [each.naive_bytes_sent for each in traffic]
+    total = None if None in naive else sum(number for number in naive if number is not None)
+    return RoutingMetrics(plan.tokens_per_expert, kept, entropy, sum(each.bytes_sent for each in traffic), total)
+
+
 def expert_load(tokens_per_expert: Tensor) -> Tensor:
     """Each expert's share of the assignments, ``(E,)`` float32; zeros for an empty batch."""
     counts = tokens_per_expert.float()
@@ -69,10 +98,11 @@ def routing_entropy(router_probs: Tensor, token_mask: Tensor | None = None) -> T
         router_probs: ``(T, E)``, rows summing to 1.
         token_mask: ``(T,)`` bool, True for tokens that count; None counts all.
     """
-    per_token = torch.special.entr(router_probs).sum(-1)
+    per_token = torch.special.entr(router_probs).sum(-1, keepdim=True)
     if token_mask is None:
-        return per_token.sum() / max(per_token.shape[0], 1)
-    return per_token.masked_fill(~token_mask, 0).sum() / token_mask.sum().clamp(min=1)
+        return sum_tokens(per_token).squeeze(0) / max(per_token.shape[0], 1)
+    counted = per_token.masked_fill(~token_mask.unsqueeze(1), 0)
+    return sum_tokens(counted).squeeze(0) / token_mask.sum().clamp(min=1)
 
 
 def choice_dropped_share(expert_indices: Tensor, token_to_rows: Tensor, num_experts: int) -> Tensor:

@@ -21,7 +21,7 @@ def moe_layers(model: nn.Module) -> dict[str, MoE]:
 
 
 def aux_loss(model: nn.Module) -> Tensor:
-    """Sum of the auxiliary losses of all MoE layers since their last forward; add it to the task's loss.
+    """Sum of the auxiliary losses of all MoE layers' last training forwards; add it to the task's loss.
 
     Each layer's loss already carries its coefficients and is divided by ``num_moe_layers``. Reading clears it, so call
     this once for each training forward, gradient accumulation included, and scale the sum like the task's loss
@@ -31,8 +31,8 @@ def aux_loss(model: nn.Module) -> Tensor:
         model: any module; layers inside wrappers (DDP, FSDP, ``torch.compile``) are found.
 
     Returns:
-        Scalar float32 (float64 for a float64 model) with a graph; 0 in evaluation, when nothing was recorded, or with
-        ``aux_loss="attached"``.
+        Scalar float32 (float64 for a float64 model) with a graph; 0 when nothing waits to be read: an evaluation
+        records nothing, and leaves what is there, and with ``aux_loss="attached"`` nothing is kept.
 
     Raises:
         RuntimeError: a layer's loss has no graph, as under reentrant activation checkpointing.
@@ -42,7 +42,9 @@ def aux_loss(model: nn.Module) -> Tensor:
         home = losses[0].device
         return torch.stack([loss.to(home) for loss in losses]).sum()
     parameter = next(model.parameters(), None)
-    return torch.zeros((), device=None if parameter is None else parameter.device)
+    if parameter is None or parameter.is_meta:  # offloaded: a number on the CPU goes with tensors on any device
+        return torch.zeros((), device="cpu")
+    return torch.zeros((), device=parameter.device)
 
 
 def set_aux_loss_scale(model: nn.Module, scale: float | Tensor) -> None:
@@ -62,10 +64,18 @@ def set_aux_loss_scale(model: nn.Module, scale: float | Tensor) -> None:
             layer.aux_loss_scale.fill_(scale)
 
 
-def update_selection_bias(model: nn.Module) -> None:
-    """Move the selection bias of every layer that has one (DeepSeek-V3); call it after the optimizer step."""
+def update_selection_bias(model: nn.Module, group: ProcessGroup | None = None) -> None:
+    """Move the selection bias of every layer that has one (DeepSeek-V3); call it after the optimizer step.
+
+    Args:
+        model: any module, the same on all ranks.
+        group: all ranks that train it; None: those that the layers know of, see :meth:`dmoe.MoE.update_selection_bias`.
+
+    Raises:
+        ValueError: None, and there are ranks that no layer knows of.
+    """
     for layer in moe_layers(model).values():
-        layer.update_selection_bias()
+        layer.update_selection_bias(group)
 
 
 @torch.no_grad()

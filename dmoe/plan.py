@@ -176,7 +176,8 @@ def plan_expert_choice(token_indices: Tensor, num_tokens: int, *, tile_rows: int
     row_to_token = token_indices.to(torch.int32).flatten()
     # Places without a token are sorted behind the last one and belong to nobody.
     keys = torch.where(row_to_token < 0, num_tokens, row_to_token)
-    _, order = sort(keys, end_bit=max(num_tokens.bit_length(), 1))
+    # While tracing the number may be a symbol, which has no bits to count; all of them sort as well.
+    _, order = sort(keys, end_bit=None if torch.compiler.is_compiling() else max(num_tokens.bit_length(), 1))
     counts = histogram(keys, num_tokens + 1)
     starts = exclusive_cumsum(counts, 0)
     position = torch.empty_like(order)
@@ -184,8 +185,7 @@ def plan_expert_choice(token_indices: Tensor, num_tokens: int, *, tile_rows: int
     real = row_to_token >= 0
     row_to_slot = torch.where(real, position - starts[keys.long()], -1).to(torch.int32)
     token_rows = torch.where(keys[order.long()] < num_tokens, order, -1)
-    offsets = torch.arange(0, num_experts * per_expert + 1, max(per_expert, 1), dtype=torch.int32, device=device)
-    offsets = offsets if per_expert else torch.zeros(num_experts + 1, dtype=torch.int32, device=device)
+    offsets = torch.arange(num_experts + 1, dtype=torch.int32, device=device) * per_expert
     kept = real.view(num_experts, per_expert).sum(1, dtype=torch.int32)
     tiles, by_load = tile_table(offsets, num_experts * per_expert, tile_rows) if tile_rows else (None, None)
     return RoutingPlan(

@@ -265,7 +265,6 @@ def _build(job: _Job, upcycle: bool, perturb: float) -> MoE:
         moe = MoE(config, device="meta", dtype=weight.dtype)  # experts are copied: drawing them first takes longer
         moe.experts.to_empty(device=weight.device)
         moe.router = type(moe.router)(config, **where)
-        moe.aux_loss_scale = torch.ones((), device=weight.device)
         if moe.output_bias is not None:
             moe.output_bias = nn.Parameter(ffn.down_bias().detach().clone())
         _copy_into_experts(ffn, moe, perturb)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 import hypothesis
 import pytest
@@ -27,6 +28,12 @@ def pytest_configure(config):
     # Triton reads this once, when it is imported. With `-m "not gpu"` the suite runs as on a machine without a GPU.
     if not torch.cuda.is_available() or config.option.markexpr == "not gpu":
         os.environ["TRITON_INTERPRET"] = "1"
+    # inductor finds compiled graphs by the names of our operations, whatever these do by now, and its folder in /tmp is
+    # that of every checkout: what another one compiled would run here. One folder for a run and all its workers.
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        folder = tempfile.TemporaryDirectory(prefix="inductor")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder.name
+        config.add_cleanup(folder.cleanup)
 
 
 def pytest_collection_modifyitems(items):

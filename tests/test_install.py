@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("install")]  # one worker builds the wheel
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("csrc", "dmoe", "integrations", "tests", "examples", "benchmarks")

@@ -1,4 +1,4 @@
-"""What `.ci/run` says about the machine is there, and follows what the libraries are told to be."""
+"""What `.ci/run` says of the machine is there, and follows what libraries are told to be; no run sees another one."""
 
 from __future__ import annotations
 
@@ -55,3 +55,10 @@ def test_what_the_libraries_say_is_found(monkeypatch):
     assert told["MKL"].endswith("(Intel(R) AVX-512) enabled processors")
     monkeypatch.setattr(subprocess, "run", lambda run, **_: subprocess.CompletedProcess(run, 0, stdout="", stderr=""))
     assert machine.libraries() == {}
+
+
+def test_graphs_that_another_checkout_compiled_are_not_found():
+    """inductor's key has the names and arguments of our operations, and nothing of what they return."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
+
+    assert cache_dir() != default_cache_dir()

@@ -18,8 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dmoe import ExpertWeights, plan_token_choice, run_experts
-from dmoe.ops.permute import permute
-from dmoe.ops.unpermute import unpermute
+from dmoe.ops.permute import permute, unpermute
 from dmoe.parallel import AllToAllDispatcher, Dispatched
 from parts.ep_bytes import draw_choices
 from parts.harness import relative_error, stopwatch

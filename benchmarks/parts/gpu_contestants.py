@@ -124,7 +124,6 @@ class DmoeLayer(Contestant):
         generator = torch.Generator(self.x.device).manual_seed(7)
         router = torch.randn(shape.experts, shape.hidden, generator=generator, device=self.x.device)
         self.layer.router.weight = nn.Parameter((router * shape.hidden**-0.5).bfloat16())
-        self.layer.aux_loss_scale = torch.ones((), device=self.x.device)
 
     def forward(self) -> Tensor:
         y = self.layer(self.x)

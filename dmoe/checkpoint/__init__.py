@@ -7,6 +7,8 @@
 Files are ``torch.save``'s, of a model's ``state_dict()`` or of dicts and lists around it, with optimizers' states. With
 ``MoE(ep_group=...)`` each rank's holds E / W experts of each layer, and everything else alike; the merged one is that
 of the same model in one process. Parameters that are DTensors are the business of ``torch.distributed.checkpoint``.
+
+Files that belong together become valid together, also those that a training's ranks write: :func:`write_together`.
 """
 
 from __future__ import annotations
@@ -15,5 +17,18 @@ from dmoe.checkpoint.command import run_command
 from dmoe.checkpoint.files import read_file, write_file
 from dmoe.checkpoint.inspection import LayerPart, inspect_state
 from dmoe.checkpoint.states import merge_states, split_state
+from dmoe.checkpoint.together import finish_writing, name_of, remove_together, write_together
 
-__all__ = ["LayerPart", "inspect_state", "merge_states", "read_file", "run_command", "split_state", "write_file"]
+__all__ = [
+    "LayerPart",
+    "finish_writing",
+    "inspect_state",
+    "merge_states",
+    "name_of",
+    "read_file",
+    "remove_together",
+    "run_command",
+    "split_state",
+    "write_file",
+    "write_together",
+]

@@ -6,15 +6,17 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import dmoe.checkpoint
 from dmoe.checkpoint.command import run_command
-from dmoe.checkpoint.files import in_rank_order, read_file, refuse_existing, write_file
+from dmoe.checkpoint.files import in_rank_order, read_file, write_file
 from dmoe.checkpoint.inspection import inspect_state, report
 from dmoe.checkpoint.slots import Widths
 from dmoe.checkpoint.states import Cut, merge_states
+from dmoe.checkpoint.together import finish_writing, name_of, refuse_existing, write_together
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,9 +91,10 @@ def _merge(options: argparse.Namespace) -> None:
     out = Path(options.out)
     if os.path.realpath(out) in map(os.path.realpath, files):
         raise ValueError(f"merge: {out}: expected another file to write than those to read")
+    finish_writing(out.parent)
     refuse_existing([out], options.overwrite)
     widths = _widths(options.widths)
-    states = [read_file(file) for file in files]
+    states = [read_file(file, mapped=True) for file in files]
     whole = merge_states(
         states, shards=options.shards, widths=widths, ignore=options.ignore, progress=_bar("merging", "tensor")
     )
@@ -105,10 +108,13 @@ def _split(options: argparse.Namespace) -> None:
     outs = [Path(options.pattern.replace("{rank}", str(rank))) for rank in range(max(0, options.ranks))]
     if os.path.realpath(options.file) in map(os.path.realpath, outs):
         raise ValueError(f"split: {options.pattern}: expected other files to write than the one to read")
+    name = name_of(options.pattern)
+    finish_writing(name.parent)
     refuse_existing(outs, options.overwrite)
-    cut = Cut(read_file(options.file), options.ranks, shards=options.shards, widths=_widths(options.widths))
-    for rank in _bar("writing", "file")(range(options.ranks), options.ranks):
-        write_file(outs[rank], cut.part(rank), overwrite=options.overwrite)
+    whole = read_file(options.file, mapped=True)
+    cut = Cut(whole, options.ranks, shards=options.shards, widths=_widths(options.widths))
+    files = {out: partial(cut.part, rank) for rank, out in enumerate(outs)}
+    write_together(name, files, overwrite=options.overwrite, progress=_bar("writing", "file"))
     print(f"{', '.join(map(str, outs))}: split {options.file}")
 
 
@@ -116,7 +122,7 @@ def _inspect(options: argparse.Namespace) -> None:
     files = _ordered(options)
     found = []
     for file in files:
-        parts = inspect_state(read_file(file))
+        parts = inspect_state(read_file(file, mapped=True))
         if not parts:
             raise ValueError(f"inspect: {file}: expected a checkpoint with MoE layers, got none of their parameters")
         found.append(parts)

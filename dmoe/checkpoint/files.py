@@ -5,30 +5,39 @@ from __future__ import annotations
 import os
 import pickle
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dmoe.checkpoint.together import finish_writing, write_together
 from dmoe.config import MoEConfig
 
 
-def read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A checkpoint, on the CPU; tensors are mapped from the file, and read when they are used.
+def read_file(path: str | os.PathLike[str], *, mapped: bool = False) -> dict[str, Any]:
+    """A checkpoint, on the CPU.
 
-    Only plain data is loaded (``weights_only=True``), and :class:`dmoe.MoEConfig`.
+    Only plain data is loaded (``weights_only=True``), and :class:`dmoe.MoEConfig`. What a killed process had made valid
+    in the file's folder is put in place first: see :func:`dmoe.checkpoint.finish_writing`.
+
+    Args:
+        path: of the file.
+        mapped: leave tensors in the file, and read them when they are used: for a look at what is there, and for data
+            that goes into other files. They change with the file where a program writes over it in place, and end
+            the process where it gets shorter, so nothing of them may be kept: not in an optimizer, which keeps what
+            ``load_state_dict`` gets.
 
     Raises:
         OSError: no such file, or one that cannot be read.
         ValueError: a file that is no checkpoint, or damaged.
         TypeError: a checkpoint of DTensors, or of objects that are no plain data.
     """
+    finish_writing(Path(path).parent)
     try:
         with torch.serialization.safe_globals([MoEConfig]):
             try:
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
             except RuntimeError as error:
                 if "mmap can only be used" not in str(error):
                     raise
@@ -40,9 +49,13 @@ def read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
                 "torch.distributed.checkpoint, which knows their parts; or save value.to_local()"
             ) from error
         refused = re.search(r"Unsupported (?:global|class): .*?(?=\s*was not|\s*$)", str(error), re.MULTILINE)
-        reason = refused[0] if refused else str(error).splitlines()[0]
-        raise ValueError(f"{path}: expected a file of torch.save with plain data only, got: {reason}") from error
-    except (RuntimeError, EOFError, ValueError) as error:
+        no_pickle = re.search(r"Unsupported operand.*", str(error))  # a byte that stands for nothing there
+        reason = (refused or no_pickle or [str(error).splitlines()[0]])[0]
+        plain = "" if no_pickle else " with plain data only"
+        raise ValueError(f"{path}: expected a file of torch.save{plain}, got: {reason}") from error
+    except Exception as error:  # bytes that are no pickle, or a part of one, end in an error of almost any type
+        if isinstance(error, MemoryError) or getattr(error, "filename", None) is not None:  # no such file, say
+            raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path}: expected a file of torch.save, got: {reason}") from error
     if not isinstance(content, Mapping):
@@ -57,28 +70,7 @@ def write_file(path: str | os.PathLike[str], content: Mapping[str, Any], *, over
         FileExistsError: there is one, and ``overwrite`` is not set.
         OSError: the folder is missing, the disk is full, and the like.
     """
-    target = Path(path)
-    refuse_existing([target], overwrite)
-    descriptor, temporary = tempfile.mkstemp(dir=target.absolute().parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's is for its owner alone
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def refuse_existing(paths: Sequence[Path], overwrite: bool) -> None:
-    """Raise FileExistsError for the first path that exists, unless it may be replaced."""
-    for path in paths:
-        if not overwrite and path.exists():
-            raise FileExistsError(f"{path}: expected no file of that name, got one; --overwrite replaces it")
+    write_together(path, {path: content}, overwrite=overwrite)
 
 
 def in_rank_order(paths: Sequence[str]) -> list[str]:

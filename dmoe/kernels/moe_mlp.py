@@ -15,7 +15,6 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dmoe.kernels._launch import capability, launch, multiprocessors
-from dmoe.kernels._layout import is_transposed
 from dmoe.kernels.combine import combine_kernel
 from dmoe.kernels.configs import Config, choose
 from dmoe.kernels.expert_mlp import hidden_grad_kernel, up_kernel
@@ -26,6 +25,7 @@ from dmoe.kernels.grouped_gemm import (
     rows_kernel,
     weight_grad_kernel,
 )
+from dmoe.strides import is_transposed
 
 
 @dataclass(frozen=True)

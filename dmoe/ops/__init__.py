@@ -5,7 +5,7 @@ from dmoe.ops.cumsum import exclusive_cumsum, inclusive_cumsum
 from dmoe.ops.gate_weights import gate_weights
 from dmoe.ops.grouped_gemm import grouped_gemm, grouped_gemm_weight
 from dmoe.ops.histogram import histogram
-from dmoe.ops.permute import permute
+from dmoe.ops.permute import permute, unpermute
 from dmoe.ops.replicate import replicate
 from dmoe.ops.router_logits import router_logits
 from dmoe.ops.router_scores import router_scores
@@ -16,7 +16,6 @@ from dmoe.ops.stk_matrix import dds, dsd, sdd, sparse_matrix
 from dmoe.ops.tile_table import tile_table
 from dmoe.ops.topk_indices import topk_indices
 from dmoe.ops.topology import BlockTopology, expert_topology, topology
-from dmoe.ops.unpermute import unpermute
 
 __all__ = [
     "BlockTopology",

@@ -6,6 +6,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+
+def known(condition: bool) -> bool:
+    """Whether a condition on lengths holds; while a compiler traces with symbolic lengths, whether it does for all.
+
+    Asking a symbol outright would tie the traced program to the answer.
+    """
+    if not torch.compiler.is_compiling():
+        return bool(condition)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
 
 
 def check_tensors(op: str, **values: Any) -> None:
@@ -17,6 +30,22 @@ def check_tensors(op: str, **values: Any) -> None:
     for name, value in values.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{op}: {name}: expected a tensor, got {type(value).__name__}")
+
+
+def check_plain(op: str, **tensors: Tensor) -> None:
+    """None is a tensor made of other tensors, such as torchao's quantised weights, which no operation of ours takes.
+
+    Raises:
+        TypeError: one is.
+    """
+    for name, tensor in tensors.items():
+        if type(tensor) in (Tensor, torch.nn.Parameter) or not is_traceable_wrapper_subclass(tensor):
+            continue
+        if type(tensor).__name__ != "AsyncCollectiveTensor":  # a plain one on its way, that a DTensor's part may be
+            raise TypeError(
+                f"{op}: {name}: expected a plain tensor, got {type(tensor).__name__}; leave this module out of what "
+                "makes its weights so (a filter_fn, say)"
+            )
 
 
 def check_index_tensors(op: str, device: torch.device, **tensors: Tensor) -> None:

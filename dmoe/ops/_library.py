@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -121,6 +122,15 @@ def _autocast_kernel(op: Any, device_type: str, rule: Callable[..., Any] | None)
             return op(*args, **kwargs) if rule is None else rule(op, dtype, *args, **kwargs)
 
     return kernel
+
+
+def count_flops() -> None:
+    """Give PyTorch's FLOP counter the formulas of :mod:`dmoe.ops.flops`, where it has been imported.
+
+    Not at ``import dmoe``, because importing the counter loads Triton. What users call calls this first.
+    """
+    if not torch.compiler.is_compiling() and "torch.utils.flop_counter" in sys.modules:
+        import dmoe.ops.flops  # noqa: F401
 
 
 def register_autograd(op: Any, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 SCHEMA = (
     "Tensor x, Tensor gate_weights, Tensor up_proj, Tensor down_proj, Tensor? up_bias, Tensor? down_bias, "
     "Tensor expert_offsets, Tensor row_to_token, Tensor row_to_slot, Tensor token_offsets, Tensor token_rows, "
-    "Tensor? seed, int[] ffn_sizes, str activation, bool gated, str gate_weight_on, float activation_dropout, "
+    "Tensor? seed, int[]? ffn_sizes, str activation, bool gated, str gate_weight_on, float activation_dropout, "
     "float expert_dropout, Tensor? residual=None, Tensor? tiles=None, Tensor? experts_by_load=None, int tile_rows=0, "
     "Tensor? up_main_grad=None, Tensor? down_main_grad=None, Tensor? gate_proj=None, Tensor? gate_main_grad=None"
 )
@@ -45,7 +45,7 @@ class Call(NamedTuple):
     token_offsets: Tensor
     token_rows: Tensor
     seed: Tensor | None
-    ffn_sizes: Sequence[int]
+    ffn_sizes: Sequence[int] | None
     activation: str
     gated: bool
     gate_weight_on: str

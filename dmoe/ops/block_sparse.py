@@ -24,6 +24,7 @@ from torch import Tensor
 
 from dmoe.ops._library import define, register_autograd
 from dmoe.ops.activation import accumulate_dtype
+from dmoe.ops.grouped_gemm import grouped_gemm
 from dmoe.ops.topology import BlockTopology
 
 BLOCK_SIZES = (128, 64, 32, 16)
@@ -47,7 +48,7 @@ def sdd_ref(
         return a.new_zeros(row_indices.shape[0], block_size, block_size)
     left = rows[row_indices.masked_fill(~used, 0).long()].to(wide)
     right = columns[column_indices.masked_fill(~used, 0).long()].to(wide)
-    return torch.bmm(left, right.transpose(1, 2)).masked_fill(~used[:, None, None], 0).to(a.dtype)
+    return grouped_gemm(left, right).masked_fill(~used[:, None, None], 0).to(a.dtype)
 
 
 def spmm_ref(
@@ -72,7 +73,7 @@ def spmm_ref(
         blocks = blocks.transpose(1, 2) if transposed else blocks
         factor = dense.reshape(dense.shape[0] * (dense.shape[1] // block_size), block_size, columns)
         factor = factor[indices.masked_fill(~used, 0).long()].to(wide)
-        sums.index_add_(0, row, torch.bmm(blocks, factor))
+        sums.index_add_(0, row, grouped_gemm(blocks, factor, trans_b=False))
     out.copy_(sums[:-1].reshape(out.shape))
 
 

@@ -24,15 +24,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dmoe.ops._library import define, refuse_double_backward, register_autograd
+from dmoe.ops._library import count_flops, define, refuse_double_backward, register_autograd
 from dmoe.ops.activation import accumulate_dtype
 from dmoe.ops.block_activation import block_activation_ref, block_row_sums_ref, finish_rows_ref, row_experts
 from dmoe.ops.block_sparse import block_size_for, sdd_cuda, sdd_ref, spmm_cuda, spmm_ref
 from dmoe.ops.grouped_gemm import grouped_gemm_weight
 from dmoe.ops.pad_plan import PaddedPlan, pad_plan_cuda, pad_plan_ref, padded_row_blocks
-from dmoe.ops.permute import permute
+from dmoe.ops.permute import permute, unpermute
 from dmoe.ops.topology import BlockTopology, expert_topology_cuda, expert_topology_ref, topology_arguments
-from dmoe.ops.unpermute import unpermute
 
 
 class _Kernels(NamedTuple):
@@ -87,7 +86,7 @@ class _Call(NamedTuple):
     token_offsets: Tensor
     token_rows: Tensor
     seed: Tensor | None
-    ffn_sizes: Sequence[int]
+    ffn_sizes: Sequence[int] | None
     activation: str
     gated: bool
     gate_weight_on: str
@@ -319,7 +318,7 @@ def _autocast(op: Any, dtype: torch.dtype, *arguments: Any) -> Any:
 _ARGUMENTS = (
     "Tensor x, Tensor gate_weights, Tensor up_proj, Tensor down_proj, Tensor? up_bias, Tensor? down_bias, "
     "Tensor expert_offsets, Tensor row_to_token, Tensor row_to_slot, Tensor token_offsets, Tensor token_rows, "
-    "Tensor? seed, int[] ffn_sizes, str activation, bool gated, str gate_weight_on, float activation_dropout, "
+    "Tensor? seed, int[]? ffn_sizes, str activation, bool gated, str gate_weight_on, float activation_dropout, "
     "float expert_dropout"
 )
 _forward_op = define(
@@ -378,6 +377,7 @@ def block_sparse_mlp(*arguments: Any) -> Tensor:
         ValueError: a width that is no multiple of 16.
         TypeError: on CUDA, another dtype than bfloat16, float16 and float32.
     """
+    count_flops()
     assert _Call(*arguments).block_size  # refuse widths before anything runs
     differentiable = any(isinstance(value, Tensor) and value.requires_grad for value in arguments[:6])
     if torch.is_grad_enabled() and differentiable:

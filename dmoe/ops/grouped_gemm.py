@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from dmoe.ops._checks import check_index_tensors
-from dmoe.ops._library import define, has_triton, register_autograd
-from dmoe.ops._strides import is_transposed
+from dmoe.ops._library import compiled, count_flops, define, has_triton, register_autograd
 from dmoe.ops.tile_table import preferred_tile_rows, tile_table
+from dmoe.strides import is_transposed
 
 if TYPE_CHECKING:
     from dmoe.kernels.moe_mlp import Rows
@@ -180,7 +180,18 @@ register_autograd(_grouped_gemm, _grouped_gemm_backward, _save_factors)
 register_autograd(_grouped_gemm_weight, _grouped_gemm_weight_backward, _save_factors)
 
 
+def _even_offsets(a: Tensor) -> Tensor | None:
+    """Offsets that say what the capacity form implies; None where the batched product of PyTorch serves.
+
+    On the CPU that one is shared among threads by the BLAS library, so that bits depend on how many there are.
+    """
+    if a.device.type != "cpu" or not compiled:
+        return None
+    return torch.arange(a.shape[0] + 1, dtype=torch.int32) * a.shape[1]
+
+
 def _check_factors(op: str, a: Tensor, b: Tensor, expert_offsets: Tensor | None) -> None:
+    count_flops()
     for name, tensor in (("a", a), ("b", b)):
         if tensor.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             raise TypeError(f"{op}: {name}: expected float32, float64, bfloat16 or float16, got {tensor.dtype}")
@@ -237,9 +248,12 @@ def grouped_gemm(a: Tensor, b: Tensor, expert_offsets: Tensor | None = None, *, 
             f"grouped_gemm: b: expected {experts} experts, as many as "
             f"{'a' if expert_offsets is None else 'expert_offsets'} has, got shape {tuple(b.shape)}"
         )
-    if expert_offsets is None:
+    if expert_offsets is not None:
+        return _grouped_gemm(a, b, expert_offsets, trans_b)
+    even = _even_offsets(a)
+    if even is None:
         return torch.bmm(a, b.transpose(1, 2) if trans_b else b)
-    return _grouped_gemm(a, b, expert_offsets, trans_b)
+    return _grouped_gemm(a.flatten(0, 1), b, even, trans_b).unflatten(0, a.shape[:2])
 
 
 def grouped_gemm_weight(
@@ -277,6 +291,9 @@ def grouped_gemm_weight(
             f"grouped_gemm_weight: num_experts: expected {experts}, as many as "
             f"{'a' if expert_offsets is None else 'expert_offsets'} has, got {num_experts}"
         )
-    if expert_offsets is None:
+    if expert_offsets is not None:
+        return _grouped_gemm_weight(a, b, expert_offsets, experts)
+    even = _even_offsets(a)
+    if even is None:
         return torch.bmm(a.transpose(1, 2), b)
-    return _grouped_gemm_weight(a, b, expert_offsets, experts)
+    return _grouped_gemm_weight(a.flatten(0, 1), b.flatten(0, 1), even, experts)

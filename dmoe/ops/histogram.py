@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dmoe.ops._checks import known
 from dmoe.ops._library import define
 
 _DTYPES = (torch.int16, torch.int32, torch.int64)
@@ -26,7 +27,7 @@ def _fake(values: Tensor, num_bins: int) -> Tensor:
     return values.new_empty((num_bins,), dtype=torch.int32)
 
 
-_histogram = define("histogram(Tensor values, int num_bins) -> Tensor", histogram_ref, fake=_fake)
+_histogram = define("histogram(Tensor values, SymInt num_bins) -> Tensor", histogram_ref, fake=_fake)
 
 
 def histogram(values: Tensor, num_bins: int) -> Tensor:
@@ -48,8 +49,8 @@ def histogram(values: Tensor, num_bins: int) -> Tensor:
         raise TypeError(f"histogram: values: expected dtype int16, int32 or int64, got {values.dtype}")
     if values.dim() != 1:
         raise ValueError(f"histogram: values: expected one dimension, got shape {tuple(values.shape)}")
-    if values.shape[0] >= 2**31:
+    if known(values.shape[0] >= 2**31):
         raise ValueError(f"histogram: values: expected fewer than 2**31 (counts are int32), got {values.shape[0]}")
-    if num_bins < 1:
+    if known(num_bins < 1):
         raise ValueError(f"histogram: num_bins: expected at least 1, got {num_bins}")
     return _histogram(values, num_bins)

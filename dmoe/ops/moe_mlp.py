@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from dmoe.ops._library import define, refuse_double_backward, register_autograd
+from dmoe.ops._library import count_flops, define, refuse_double_backward, register_autograd
 from dmoe.ops._moe_mlp_call import PROJECTIONS, SCHEMA, SCHEMA_INTO, WEIGHTS, Call
 from dmoe.ops.moe_mlp_cuda import (
     add_to_main_grads,
@@ -214,6 +214,7 @@ def moe_mlp(*arguments: Any, backend: str | None = None, recompute: bool = False
         backend: ``reference`` runs the composition under autograd; otherwise the tensors' device decides.
         recompute: save x only, and compute the pre-activation again in backward.
     """
+    count_flops()
     if backend not in (None, "grouped", "reference"):
         raise ValueError(f"moe_mlp: backend: expected None, 'grouped' or 'reference', got {backend!r}")
     if backend == "reference":

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from dmoe.ops._library import has_triton
 from dmoe.ops._moe_mlp_call import PROJECTIONS, WEIGHTS, Call
-from dmoe.ops._strides import matrices, readable
 from dmoe.ops.moe_mlp_ref import (
     moe_mlp_backward_data_ref,
     moe_mlp_backward_ref,
@@ -27,6 +26,7 @@ from dmoe.ops.moe_mlp_ref import (
     moe_mlp_ref,
 )
 from dmoe.ops.tile_table import preferred_tile_rows, tile_table
+from dmoe.strides import matrices, readable
 
 if TYPE_CHECKING:
     from dmoe.kernels.moe_mlp import Rows

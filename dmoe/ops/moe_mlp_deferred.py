@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmoe.ops._library import define, refuse_double_backward
+from dmoe.ops._library import count_flops, define, refuse_double_backward
 from dmoe.ops._moe_mlp_call import SCHEMA, SCHEMA_INTO, WEIGHTS, Call
 from dmoe.ops.moe_mlp import (
     _backward,
@@ -179,4 +179,5 @@ def defer(*weights: Tensor | None) -> tuple[tuple[Tensor | None, ...], Later | N
 
 def moe_mlp_deferred(later: Later, *arguments: Any, recompute: bool = False) -> Tensor:
     """:func:`dmoe.ops.moe_mlp.moe_mlp` on weights that :func:`defer` returned, with what ties the halves together."""
+    count_flops()
     return under_autocast(lambda *cast: _DataHalf.apply(later, recompute, *cast), *arguments)

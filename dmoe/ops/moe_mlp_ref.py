@@ -15,12 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmoe.ops._moe_mlp_call import WEIGHTS, Call
-from dmoe.ops._strides import in_layout_of, is_transposed, matrices
 from dmoe.ops.activation import accumulate_dtype, activate, activate_backward
 from dmoe.ops.grouped_gemm import grouped_gemm, grouped_gemm_weight, outer_sums
-from dmoe.ops.permute import permute
+from dmoe.ops.permute import permute, unpermute
 from dmoe.ops.philox import ACTIVATION_DROPOUT, EXPERT_DROPOUT, dropout_scale
-from dmoe.ops.unpermute import unpermute
+from dmoe.strides import in_layout_of, is_transposed, matrices
 
 
 def _stack(packed: Tensor, sizes: Sequence[int], dim: int) -> Tensor:

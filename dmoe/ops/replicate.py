@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmoe.ops._checks import known
 from dmoe.ops._library import define, register_autograd
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -44,7 +45,7 @@ def _check_bins(name: str, bins: Tensor, length: int) -> None:
 
 
 _replicate = define(
-    "replicate(Tensor x, Tensor bins, int length) -> Tensor",
+    "replicate(Tensor x, Tensor bins, SymInt length) -> Tensor",
     replicate_ref,
     fake=lambda x, bins, length: x.new_empty((x.shape[0], length)),
 )
@@ -104,7 +105,7 @@ def replicate(x: Tensor, bins: Tensor, length: int) -> Tensor:
         raise ValueError(f"replicate: bins: expected shape ({x.shape[-1]},), got {tuple(bins.shape)}")
     if bins.device != x.device:
         raise ValueError(f"replicate: bins: expected device {x.device} of x, got {bins.device}")
-    if length < 0:
+    if known(length < 0):
         raise ValueError(f"replicate: length: expected at least 0, got {length}")
     if x.dim() == 1:
         return _replicate(x[None], bins, length)[0]

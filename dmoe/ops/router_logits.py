@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmoe.ops._library import define, refuse_double_backward, register_autograd
+from dmoe.ops._library import count_flops, define, refuse_double_backward, register_autograd
+from dmoe.ops.grouped_gemm import grouped_gemm, grouped_gemm_weight
 from dmoe.ops.philox import jitter_scale
+from dmoe.sums import sum_tokens
 
 
 def _router_input(x: Tensor, dtype: torch.dtype, jitter: float, seed: Tensor | None) -> Tensor:
@@ -38,6 +40,32 @@ def router_logits_backward_ref(
     if seed is not None:
         grad_x = grad_x * jitter_scale(seed, x.shape[0], x.shape[1], jitter, grad.dtype)
     return grad_x.to(x.dtype), grad_weight.to(weight.dtype)
+
+
+def _all_rows(x: Tensor) -> Tensor:
+    """Offsets of one expert that takes every row: a dense product as a grouped one, which is cut by its shape alone."""
+    return torch.tensor([0, x.shape[0]], dtype=torch.int32)
+
+
+def router_logits_cpu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, jitter: float, seed: Tensor | None
+) -> Tensor:
+    """:func:`router_logits_ref` with the same bits for any number of threads."""
+    x = _router_input(x, dtype, jitter, seed)
+    out = grouped_gemm(x, weight.to(dtype).unsqueeze(0), _all_rows(x))
+    return out if bias is None else out + bias.to(dtype)
+
+
+def router_logits_backward_cpu(
+    grad: Tensor, x: Tensor, weight: Tensor, jitter: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """:func:`router_logits_backward_ref` with the same bits for any number of threads."""
+    rows, everyone = _router_input(x, grad.dtype, jitter, seed), _all_rows(x)
+    grad_weight = grouped_gemm_weight(rows, grad, everyone)[0].t()  # (H, E) is cut along H, which is long
+    grad_x = grouped_gemm(grad, weight.to(grad.dtype).unsqueeze(0), everyone, trans_b=False)
+    if seed is not None:
+        grad_x = grad_x * jitter_scale(seed, x.shape[0], x.shape[1], jitter, grad.dtype)
+    return grad_x.to(x.dtype), grad_weight.to(weight.dtype).contiguous()
 
 
 def cut(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -99,13 +127,13 @@ def router_logits_backward_cuda(
 
 _forward = define(
     "router_logits(Tensor x, Tensor weight, Tensor? bias, ScalarType dtype, float jitter, Tensor? seed) -> Tensor",
-    router_logits_ref,
+    router_logits_cpu,
     fake=lambda x, weight, bias, dtype, jitter, seed: x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype),
     cuda=router_logits_cuda,
 )
 _backward = define(
     "router_logits_backward(Tensor grad, Tensor x, Tensor weight, float jitter, Tensor? seed) -> (Tensor, Tensor)",
-    router_logits_backward_ref,
+    router_logits_backward_cpu,
     fake=lambda grad, x, weight, jitter, seed: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
     cuda=router_logits_backward_cuda,
 )
@@ -121,7 +149,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, seed = ctx.saved_tensors
     grad_x, grad_weight = _backward(grad, x, weight, ctx.jitter, seed)
-    grad_bias = None if ctx.bias_dtype is None else grad.sum(0).to(ctx.bias_dtype)
+    grad_bias = None if ctx.bias_dtype is None else sum_tokens(grad).to(ctx.bias_dtype)
     return grad_x, grad_weight, grad_bias, None, None, None
 
 
@@ -155,6 +183,7 @@ def router_logits(
     Raises:
         ValueError: the last dimensions differ.
     """
+    count_flops()
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(
             f"router_logits: expected x (T, H) and weight (E, H), got {tuple(x.shape)} and {tuple(weight.shape)}"

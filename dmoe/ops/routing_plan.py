@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dmoe.ops._checks import known
 from dmoe.ops._library import define
 from dmoe.ops.tile_table import tile_bound, tile_table_ref
 
@@ -132,7 +133,7 @@ def _fake(
 
 
 _routing_plan = define(
-    "routing_plan(Tensor expert_indices, int num_experts, int block_size, int? capacity, bool choice_major, "
+    "routing_plan(Tensor expert_indices, int num_experts, int block_size, SymInt? capacity, bool choice_major, "
     "Tensor? token_order, bool binned, int tile_rows) -> (Tensor row_to_token, Tensor row_to_slot, "
     "Tensor expert_offsets, Tensor token_rows, Tensor tokens_per_expert, Tensor tiles, Tensor experts_by_load)",
     routing_plan_ref,
@@ -198,7 +199,7 @@ def routing_plan(
         raise ValueError(f"{name}: block_size: expected at least 1, got {block_size}")
     if tile_rows < 0:
         raise ValueError(f"{name}: tile_rows: expected at least 0, got {tile_rows}")
-    if capacity is not None and (isinstance(capacity, float) or capacity < 0):
+    if capacity is not None and (isinstance(capacity, float) or known(capacity < 0)):
         raise ValueError(f"{name}: capacity: expected an integer of at least 0 or None, got {capacity}")
     if binned and (capacity is None or block_size != 1):
         raise ValueError(
@@ -216,7 +217,7 @@ def routing_plan(
                 f"got {token_order.device}"
             )
     bound = row_bound(T * K, num_experts, block_size=block_size, capacity=capacity, binned=binned)
-    if bound > INT32_MAX or T * K > INT32_MAX:
+    if known(bound > INT32_MAX) or known(T * K > INT32_MAX):
         raise ValueError(
             f"{name}: expected fewer than 2**31 rows and assignments (they are counted in int32), "
             f"got {bound} rows for {T * K} assignments"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dmoe.ops._checks import known
 from dmoe.ops._library import define
 
 _BITS = {torch.int16: 15, torch.int32: 31, torch.int64: 63}
@@ -47,7 +48,7 @@ def sort(keys: Tensor, end_bit: int | None = None) -> tuple[Tensor, Tensor]:
         raise TypeError(f"sort: keys: expected dtype int16, int32 or int64, got {keys.dtype}")
     if keys.dim() != 1:
         raise ValueError(f"sort: keys: expected one dimension, got shape {tuple(keys.shape)}")
-    if keys.shape[0] >= 2**31:
+    if known(keys.shape[0] >= 2**31):
         raise ValueError(f"sort: keys: expected fewer than 2**31 (the permutation is int32), got {keys.shape[0]}")
     bits = _BITS[keys.dtype]
     if end_bit is None:

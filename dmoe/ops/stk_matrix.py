@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmoe.ops._library import count_flops
 from dmoe.ops.block_sparse import BLOCK_SIZES, block_dds, block_dsd, block_sdd
 from dmoe.ops.topology import BlockTopology
 
@@ -43,6 +44,7 @@ def sparse_matrix(size: tuple[int, int], data: Tensor, topology: BlockTopology) 
 
 
 def _check(op: str, name: str, value: Any) -> None:
+    count_flops()
     if not isinstance(value, _matrix_type(op)):
         raise TypeError(f"{op}: {name}: expected an stk.Matrix, got {type(value).__name__}")
     if value.data.dim() != 3 or value.data.shape[1] != value.data.shape[2] or value.blocking not in BLOCK_SIZES:
@@ -61,8 +63,18 @@ def _check_dense(op: str, name: str, value: Any, like: Any, extent: int | None, 
             f"{op}: {name}: expected {extent} {('rows', 'columns')[dim]} for a sparse matrix of size "
             f"{tuple(like.size())}, got shape {tuple(value.shape)}"
         )
-    if value.device != like.data.device:
-        raise ValueError(f"{op}: {name}: expected on {like.data.device} like the sparse matrix, got {value.device}")
+    # The structure's device: the values of one that only says where blocks are may be nowhere (on ``meta``).
+    device = like.offsets.device
+    if value.device != device:
+        raise ValueError(f"{op}: {name}: expected on {device} like the sparse matrix, got {value.device}")
+
+
+def _check_values(op: str, name: str, value: Any) -> None:
+    """Where values are multiplied, they lie where their structure does."""
+    if value.data.device != value.offsets.device:
+        raise ValueError(
+            f"{op}: {name}: expected values on {value.offsets.device} like their structure, got {value.data.device}"
+        )
 
 
 def _same_dtype(op: str, a: Tensor, b: Tensor) -> None:
@@ -128,6 +140,7 @@ def dsd(a: Any, b: Tensor) -> Tensor:
     """
     _check("dsd", "a", a)
     _check_dense("dsd", "b", b, a, a.size()[1], 0)
+    _check_values("dsd", "a", a)
     _same_dtype("dsd", a.data, b)
     return block_dsd(a.data, *_topology(a), not a.is_contiguous(), b)
 
@@ -148,5 +161,6 @@ def dds(a: Tensor, b: Any) -> Tensor:
     """
     _check("dds", "b", b)
     _check_dense("dds", "a", a, b, b.size()[0], 1)
+    _check_values("dds", "b", b)
     _same_dtype("dds", b.data, a)
     return block_dds(a, b.data, *_topology(b), not b.is_contiguous())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dmoe.ops._checks import known
 from dmoe.ops._library import define
 
 
@@ -15,7 +16,7 @@ def topk_indices_ref(scores: Tensor, k: int) -> Tensor:
 
 
 _topk_indices = define(
-    "topk_indices(Tensor scores, int k) -> Tensor",
+    "topk_indices(Tensor scores, SymInt k) -> Tensor",
     topk_indices_ref,
     fake=lambda scores, k: scores.new_empty((scores.shape[0], k), dtype=torch.int64),
 )
@@ -43,6 +44,6 @@ def topk_indices(scores: Tensor, k: int) -> Tensor:
         raise TypeError(f"topk_indices: scores: expected a floating-point tensor, got {scores.dtype}")
     if scores.ndim != 2:
         raise ValueError(f"topk_indices: scores: expected shape (T, E), got {tuple(scores.shape)}")
-    if not 1 <= k <= scores.shape[1]:
+    if known(k < 1) or known(k > scores.shape[1]):
         raise ValueError(f"topk_indices: k: expected 1 to E = {scores.shape[1]}, got {k}")
     return _topk_indices(scores, k)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dmoe.ops._checks import known
 from dmoe.ops._library import define
 
 
@@ -40,7 +41,7 @@ def _fake(expert_offsets: Tensor, block_size: int, ffn_blocks_per_expert: int, n
 
 
 _topology = define(
-    "topology(Tensor expert_offsets, int block_size, int ffn_blocks_per_expert, int num_row_blocks) -> Tensor",
+    "topology(Tensor expert_offsets, int block_size, int ffn_blocks_per_expert, SymInt num_row_blocks) -> Tensor",
     topology_ref,
     fake=_fake,
 )
@@ -77,7 +78,7 @@ def topology(expert_offsets: Tensor, block_size: int, ffn_blocks_per_expert: int
         raise ValueError(f"topology: block_size: expected at least 1, got {block_size}")
     if ffn_blocks_per_expert < 1:
         raise ValueError(f"topology: ffn_blocks_per_expert: expected at least 1, got {ffn_blocks_per_expert}")
-    if num_row_blocks < 0:
+    if known(num_row_blocks < 0):
         raise ValueError(f"topology: num_row_blocks: expected at least 0, got {num_row_blocks}")
     columns = (expert_offsets.shape[0] - 1) * ffn_blocks_per_expert
     if columns >= 2**31:

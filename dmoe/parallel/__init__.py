@@ -14,6 +14,7 @@ from dmoe.parallel.clipping import clip_grad_norm, grad_norm
 from dmoe.parallel.collectives import Exchange, all_to_all_rows
 from dmoe.parallel.dispatch import AllToAllDispatcher
 from dmoe.parallel.fsdp import fully_shard_experts
+from dmoe.parallel.grad_scaler import GradScaler
 from dmoe.parallel.gradients import average_gradients, data_parallel, split_parameters
 from dmoe.parallel.interface import Dispatched, Dispatcher, LocalDispatcher, Returning, UnderWay
 from dmoe.parallel.overlap import Overlapped, chunk_of, run_overlapped
@@ -27,6 +28,7 @@ __all__ = [
     "Dispatched",
     "Dispatcher",
     "Exchange",
+    "GradScaler",
     "Hop",
     "LocalDispatcher",
     "NarrowExchange",

@@ -2,15 +2,57 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 
 from dmoe.parallel.collectives import outside_graphs
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+def check_layers(layer: Any, dtype: torch.dtype) -> None:
+    """Ask the other ranks of an expert-parallel layer whether they run the same one.
+
+    Args:
+        layer: a :class:`dmoe.MoE` with ``ep_group``.
+        dtype: of its input.
+
+    Raises:
+        ValueError: on every rank, when they do not; or parameters beside the experts' own, such as an adapter's, that
+            DDP would average over ranks that hold other experts.
+        RuntimeError: a CUDA graph is being captured, in which nobody can be asked.
+    """
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "MoE: expected one forward before a CUDA graph is captured: the first one asks the other ranks whether "
+            "they run the same layer"
+        )
+    config, dispatcher = layer.config, layer.dispatcher
+    holders = [module for module in layer.experts.modules() if hasattr(module, "owned")]  # Experts, maybe in an adapter
+    own = {id(each) for holder in holders for each in holder.parameters(recurse=False)}
+    added = {name: each for name, each in layer.experts.named_parameters() if id(each) not in own}
+    if unmarked := [name for name, each in added.items() if not hasattr(each, "allreduce")]:
+        raise ValueError(
+            f"MoE: experts: expected parameters of an adapter to say whether other ranks have others, got {unmarked} "
+            "without: mark them with expert = True and allreduce = False"
+        )
+    options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    weights = {"dtype of x": dtype, "dtype of the experts": next(layer.experts.parameters()).dtype}
+    hints = {"seed": "call torch.manual_seed with one value on all ranks before the layer is built"}
+    levels, losses = dispatcher.two_level, layer.auxiliary.ranks
+    hops = {"ep_levels": None if levels is None else (levels.num_nodes, levels.ranks_per_node)}
+    groups = {
+        "ranks of expert_tp_group": dispatcher.num_ranks // dispatcher.world_size,
+        "ranks of loss_group": None if losses is None else losses.num_ranks,
+        "frozen parameters": [name for name, parameter in layer.named_parameters() if not parameter.requires_grad],
+    }
+    fields = {**options, **weights, **hops, **groups, "seed": getattr(layer.experts, "seed", None)}
+    check_agreement("MoE", fields, dispatcher.groups, hints)
 
 
 @outside_graphs

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dmoe.expert_slice import local_part
 from dmoe.ops.activation import accumulate_dtype
 from dmoe.parallel.collectives import explained
-from dmoe.parallel.gradients import dispatchers, is_sharded
+from dmoe.parallel.gradients import dispatchers, experts_of, is_sharded
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -109,9 +109,10 @@ def _groups_of(parameter: Any, owners: dict[int, Any]) -> tuple[tuple[ProcessGro
     own: tuple[str, ...] = ()
     if layer is not None and is_sharded(parameter):
         groups += layer.dispatcher.groups
-        owned = layer.experts.owned
+        experts = experts_of(layer)
+        owned = experts.owned
         own = (owned.mesh.mesh_dim_names or ()) if owned.mesh is not None else ()
-        if parameter is layer.experts.down_bias:  # every shard of an expert holds the whole of it
+        if parameter is experts._parameters.get("down_bias"):  # every shard of an expert holds the whole of it
             share = 1 / owned.num_shards
         if mesh == owned.mesh:
             mesh = None

@@ -34,8 +34,7 @@ from torch import Tensor
 
 from dmoe.ops.activation import accumulate_dtype
 from dmoe.ops.histogram import histogram
-from dmoe.ops.permute import permute
-from dmoe.ops.unpermute import unpermute
+from dmoe.ops.permute import permute, unpermute
 from dmoe.parallel.agreement import raise_unless_equal
 from dmoe.parallel.collectives import Exchange, RowExchange, outside_graphs
 from dmoe.parallel.counting import Counting

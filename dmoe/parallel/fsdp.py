@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from dmoe.parallel.gradients import dispatchers
+from dmoe.parallel.gradients import dispatchers, experts_of
+from dmoe.parallel.statistics import LoadOfRanks
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -21,6 +22,8 @@ def fully_shard_experts(model: nn.Module, mesh: DeviceMesh, **options: Any) -> l
         model = Model(ep_group=mesh["ep"])
         dmoe.parallel.fully_shard_experts(model, mesh["replicas"])
         fully_shard(model, mesh=all_ranks)
+
+    Selection biases of routers follow the load of all these ranks, replicas and experts' alike, from then on.
 
     The stack of experts is cut, or, where there are more replicas than experts on a rank, each expert along its first
     dimension that the replicas divide (FSDP2 cuts evenly there). Gradients are averaged over the replicas.
@@ -42,7 +45,7 @@ def fully_shard_experts(model: nn.Module, mesh: DeviceMesh, **options: Any) -> l
     wrapped = []
     for layer, dispatcher in dispatchers(model):
         experts: Any = layer.experts
-        if not isinstance(experts.down_proj, DTensor):
+        if not all(isinstance(parameter, DTensor) for parameter in experts.parameters()):
             raise ValueError(
                 "fully_shard_experts: expected experts whose parameters are DTensor, got plain tensors: build the "
                 "layer with dtensor=True and with experts of one width"
@@ -54,6 +57,8 @@ def fully_shard_experts(model: nn.Module, mesh: DeviceMesh, **options: Any) -> l
             return Shard(next((dim for dim in inner if parameter.shape[dim] % mesh.size() == 0), 0))
 
         fully_shard(experts, mesh=mesh, **{"shard_placement_fn": placement, **options})
-        experts.mark_parameters()  # FSDP made parameters of its own
+        experts_of(layer).mark_parameters()  # FSDP made parameters of its own
+        if layer.bias_ranks is None:
+            layer.bias_ranks = LoadOfRanks(*dispatcher.groups, mesh.get_group())
         wrapped.append(experts)
     return wrapped

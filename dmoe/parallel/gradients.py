@@ -73,32 +73,62 @@ def average_gradients(parameters: Iterable[Tensor], group: ProcessGroup | None, 
             grad.copy_(mean.view_as(grad))
 
 
-class ExpertReplicas:
-    """Averages the experts' gradients over their replicas at the end of every backward that DDP synchronises.
+@torch.no_grad()
+def share_overflow(parameters: Iterable[Tensor], group: ProcessGroup | None) -> None:
+    """Where a gradient is not finite on one rank, make one infinite on all of them.
+
+    Args:
+        parameters: plain tensors; other ranks may have others.
+        group: the ranks; None is all of them.
+    """
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not grads:
+        return
+    bad = torch.stack([~torch.isfinite(grad).all() for grad in grads]).any().float()
+    explained(lambda: dist.all_reduce(bad, dist.ReduceOp.MAX, group=group), "the all-reduce of overflows", group)
+    first = grads[0][(0,) * grads[0].dim()]  # a view, whatever the strides
+    first += torch.where(bad > 0, torch.inf, 0.0).to(first.dtype)
+
+
+class ExpertGradients:
+    """What the experts' gradients need at the end of every backward that DDP synchronises.
+
+    They are averaged over their replicas. And where they are plain tensors, which a scaler looks at on each rank alone,
+    the ranks share whether any is not finite; of ``DTensor`` PyTorch's own knows that they are parts of a whole.
 
     Args:
         module: the model, wrapped in ``DistributedDataParallel``.
         parameters: the experts'. Those that are frozen now have no gradients to wait for; unfreeze, then wrap.
-        group: the ranks that hold the same experts.
+        replicas: the ranks that hold the same experts; None where this one alone does.
+        everyone: all ranks that train the model.
     """
 
     def __init__(
-        self, module: nn.parallel.DistributedDataParallel, parameters: list[nn.Parameter], group: ProcessGroup
+        self,
+        module: nn.parallel.DistributedDataParallel,
+        parameters: list[nn.Parameter],
+        replicas: ProcessGroup | None,
+        everyone: ProcessGroup,
     ) -> None:
-        self._module, self._parameters, self._group, self._queued = module, parameters, group, False
+        self._module, self._parameters, self._queued = module, parameters, False
+        self._replicas, self._everyone = replicas, everyone
+        self._plain = [parameter for parameter in parameters if not hasattr(parameter, "to_local")]
+        if not self._plain and (replicas is None or dist.get_world_size(replicas) == 1):
+            return
         for parameter in parameters:
-            if not parameter.requires_grad:
-                continue
-            parameter.register_post_accumulate_grad_hook(self._on_gradient)
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._on_gradient)
 
     def _on_gradient(self, parameter: Tensor) -> None:
         if self._module.require_backward_grad_sync and not self._queued:
             self._queued = True
-            torch.autograd.Variable._execution_engine.queue_callback(self._average)
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
 
-    def _average(self) -> None:
+    def _finish(self) -> None:
         self._queued = False
-        average_gradients(self._parameters, self._group)
+        if self._replicas is not None:
+            average_gradients(self._parameters, self._replicas)
+        share_overflow(self._plain, self._everyone)
 
 
 def data_parallel(
@@ -112,8 +142,9 @@ def data_parallel(
 
     Everything else is averaged over ``process_group`` as ever. The experts' gradients already sum over the tokens of
     their expert-parallel ranks, scaled by the config's ``expert_grad_scale``; over ``expert_replicas`` they are
-    averaged here, when backward ends (not inside ``no_sync()``). Selection biases of routers follow the load of all
-    ranks of ``process_group`` from then on.
+    averaged here, when backward ends (not inside ``no_sync()``). One that is not finite, and no ``DTensor``, is made so
+    on every rank: a scaler, or a loop that skips bad steps, then decides alike on all of them. Selection biases of
+    routers follow the load of all ranks of ``process_group`` from then on.
 
     Args:
         model: with layers built with ``ep_group``; without any this is plain DDP.
@@ -125,20 +156,18 @@ def data_parallel(
     Raises:
         ValueError: experts that are left alone, or replicas that do not add up to all ranks.
     """
+    everyone: Any = dist.group.WORLD if process_group is None else process_group
     experts = [(name, parameter) for name, parameter in model.named_parameters() if is_sharded(parameter)]
     if experts:
         _check_replicas(model, process_group, expert_replicas)
-    loads = [name for name, _ in model.named_buffers() if name.rpartition(".")[2] == "load_since_update"]
-    if experts or loads:  # DDP would send rank 0's to all, in every forward
-        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-            model, [*(name for name, _ in experts), *loads]
-        )
+        names = [name for name, _ in experts]
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
     for module in model.modules():
         if hasattr(module, "bias_ranks") and module.bias_ranks is None:
-            module.bias_ranks = LoadOfRanks(dist.group.WORLD if process_group is None else process_group)
+            module.bias_ranks = LoadOfRanks(everyone)
     wrapped = nn.parallel.DistributedDataParallel(model, process_group=process_group, **ddp_options)
-    if experts and expert_replicas is not None and dist.get_world_size(expert_replicas) > 1:
-        ExpertReplicas(wrapped, [parameter for _, parameter in experts], expert_replicas)
+    if experts:
+        ExpertGradients(wrapped, [parameter for _, parameter in experts], expert_replicas, everyone)
     return wrapped
 
 
@@ -146,6 +175,11 @@ def dispatchers(model: nn.Module) -> list[tuple[nn.Module, AllToAllDispatcher]]:
     """Every expert-parallel layer of a model with its dispatcher."""
     found = [(module, getattr(module, "dispatcher", None)) for module in model.modules()]
     return [(module, held) for module, held in found if isinstance(held, AllToAllDispatcher)]
+
+
+def experts_of(layer: Any) -> Any:
+    """The experts of a layer, also where an adapter stands in their place, with the experts inside."""
+    return next(module for module in layer.experts.modules() if hasattr(module, "owned"))
 
 
 def _check_replicas(model: nn.Module, process_group: ProcessGroup | None, expert_replicas: ProcessGroup | None) -> None:

@@ -13,7 +13,8 @@ A token that chose experts of several chunks on one rank travels there once for 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,6 +125,49 @@ def run_overlapped(
     results = [one.finish_combine(each) for each in returning]
     y = results[0] if degree == 1 else torch.stack(results).sum(0)
     return Overlapped(y, tuple(arrived), _kept_per_expert(arrived, num_local // degree))
+
+
+def run_in_chunks(
+    dispatcher: AllToAllDispatcher,
+    experts: Any,
+    shared_expert: Callable[[Tensor], Tensor] | None,
+    x: Tensor,
+    routing: Any,
+    *,
+    degree: int,
+) -> Overlapped:
+    """:func:`run_overlapped` for a layer: its experts in groups, its shared expert while the first of them travels.
+
+    Args:
+        dispatcher: of all experts.
+        experts: :class:`dmoe.experts.Experts`.
+        shared_expert: ``(T, H)`` to ``(T, H)``, or None.
+        x: ``(T, H)``.
+        routing: its :class:`dmoe.Routing`.
+        degree: the number of chunks.
+
+    Raises:
+        ValueError: an adapter stands in the experts' place, and what they raise.
+    """
+    if not hasattr(experts, "in_parts"):
+        raise ValueError(
+            f"MoE: overlap_degree: expected 1 with {type(experts).__name__} in the experts' place, got {degree}: it "
+            "would run once for each chunk"
+        )
+    weights = experts.in_parts(degree)
+    shared: list[Tensor] = []
+
+    def on_the_way(chunk: int) -> None:
+        weights[chunk] = weights[chunk].deferred()
+        if shared_expert is not None and chunk == 0:
+            shared.append(shared_expert(x))
+
+    def compute(chunk: int, arrived: Dispatched) -> Tensor:
+        return experts(arrived.x, arrived.plan, arrived.gate_weights, weights=weights[chunk])
+
+    choices = (routing.expert_indices, routing.gate_weights, routing.plan)
+    done = run_overlapped(dispatcher, compute, x, *choices, degree=degree, on_the_way=on_the_way)
+    return replace(done, y=done.y + shared[0]) if shared else done
 
 
 def _kept_per_expert(chunks: Sequence[Dispatched], each: int) -> Tensor | None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from dmoe.parallel.collectives import explained, outside_graphs
 
@@ -15,14 +18,19 @@ if TYPE_CHECKING:
 
 
 class LoadOfRanks:
-    """Sums loads over the ranks of a group. A copy of a layer counts over the same ranks.
+    """Sums loads over ranks. A copy of a layer counts over the same ranks.
 
     Args:
-        group: the ranks.
+        *groups: the ranks; or the dimensions of a grid of ranks, one group of this rank for each.
     """
 
-    def __init__(self, group: ProcessGroup) -> None:
-        self.group = group
+    def __init__(self, *groups: ProcessGroup) -> None:
+        self.groups = groups
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that are counted over."""
+        return math.prod(dist.get_world_size(group) for group in self.groups)
 
     def __deepcopy__(self, memo: Any) -> LoadOfRanks:
         return self
@@ -49,5 +57,39 @@ class LoadOfRanks:
         counts = torch.empty(tokens_per_expert.shape[0] + 1, dtype=torch.int64, device=tokens_per_expert.device)
         counts[:-1] = tokens_per_expert
         counts[-1] = num_tokens
-        explained(lambda: dist.all_reduce(counts, group=self.group), "the all-reduce of loads", self.group)
-        return counts[:-1], counts[-1].double() / dist.get_world_size(self.group)
+        self.add_up(counts)
+        return counts[:-1], counts[-1].double() / self.num_ranks
+
+    def add_up(self, counts: Tensor) -> None:
+        """Sum over the ranks, in place."""
+        for group in self.groups:
+            explained(functools.partial(dist.all_reduce, counts, group=group), "the all-reduce of loads", group)
+
+
+def move_selection_bias(router: nn.Module, told: LoadOfRanks | None, ep_groups: Sequence[ProcessGroup]) -> None:
+    """Move a router's selection bias by the load of all ranks that train it, on which it is to stay the same.
+
+    Args:
+        router: with :class:`dmoe.routing.Router`'s methods; or an adapter that has it inside.
+        told: the ranks that somebody named; None where nobody did.
+        ep_groups: of an expert-parallel layer, the dimensions of its grid; empty otherwise.
+
+    Raises:
+        ValueError: nobody said which ranks train the layer, and there are more than the layer knows of.
+    """
+    inner: Any = next(module for module in router.modules() if hasattr(module, "update_selection_bias"))
+    load = getattr(inner, "load_since_update", None)
+    if load is not None:
+        ranks = LoadOfRanks(*ep_groups) if told is None else told
+        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if told is None and ranks.num_ranks < world:
+            raise ValueError(
+                f"update_selection_bias: expected to know which of the {world} ranks train this layer, whose biases "
+                "would drift apart otherwise: call dmoe.update_selection_bias(model, group), with "
+                "torch.distributed.group.WORLD if all do; or wrap the model by dmoe.parallel.data_parallel, or build "
+                "the layer with loss_group"
+            )
+        # Where the bias is: NCCL takes nothing that lies on the host.
+        inner.load_since_update = load = load.to(getattr(inner, "selection_bias", load).device)
+        ranks.add_up(load)
+    inner.update_selection_bias()

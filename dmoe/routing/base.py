@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dmoe.buffers import Float32Buffers
 from dmoe.config import MoEConfig
+from dmoe.ops._checks import check_plain
 from dmoe.ops.activation import accumulate_dtype
 from dmoe.ops.philox import draw_seed
 from dmoe.ops.router_logits import router_logits
@@ -101,6 +102,9 @@ class LinearRouter(Float32Buffers):
 
     def logits(self, x: Tensor) -> Tensor:
         """Router logits ``(T, E)`` in the router's dtype; jittered in training."""
+        check_plain("MoE.router", weight=self.weight)
+        if x.device != self.weight.device:
+            raise ValueError(f"MoE: expected x on the weights' device {self.weight.device}, got {x.device}")
         jitter = self.config.input_jitter if self.training else 0.0
         seed = draw_seed(x.device) if jitter else None
         dtype = accumulate_dtype(x.dtype) if self.config.router_dtype == "float32" else x.dtype

@@ -53,11 +53,14 @@ class ExpertChoiceRouter(LinearRouter):
             backend=config.backend,
         )
         factor = config.top_k if config.capacity_factor is None else config.capacity_factor
-        per_expert = min(max(math.ceil(factor * num_tokens / config.num_experts), config.min_capacity), num_tokens)
+        share = math.ceil(factor * num_tokens / config.num_experts)
+        if config.min_capacity:  # a symbolic share is easier to reason about alone
+            share = torch.sym_max(share, config.min_capacity)
+        per_expert = torch.sym_min(share, num_tokens)
         wanted = scores.detach()
         if token_mask is not None:
             wanted = wanted.masked_fill(~token_mask.unsqueeze(1), -torch.inf)
-        if per_expert == 0:  # an empty batch
+        if num_tokens == 0:
             token_indices = torch.empty(config.num_experts, 0, dtype=torch.int64, device=scores.device)
         else:
             token_indices = topk_indices(wanted.t().contiguous(), per_expert)
@@ -69,7 +72,7 @@ class ExpertChoiceRouter(LinearRouter):
         # The weight of each assignment, token by token: the score at (token, expert) of its row.
         row = plan.token_rows.clamp(min=0).long()
         token = token_indices.flatten()[row].clamp(min=0)
-        expert = row // max(per_expert, 1)
+        expert = row // torch.sym_max(per_expert, 1)
         weights = scores.flatten()[token * config.num_experts + expert].masked_fill(plan.token_rows < 0, 0)
         return Routing(
             plan=plan,

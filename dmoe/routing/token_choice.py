@@ -41,13 +41,13 @@ class TopKRouter(LinearRouter):
             self.register_float32("load_since_update", 0.0, config.num_experts, device=device, persistent=False)
         else:
             self.register_buffer("selection_bias", None)
-            self.register_buffer("load_since_update", None, persistent=False)
+            self.load_since_update = None
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Fresh values: the linear's, and a selection bias of 0."""
         super().reset_parameters()
-        for name in self.float32_buffers:
+        for name in (*self.float32_saved, *self.float32_unsaved):
             getattr(self, name).zero_()
 
     def forward(
@@ -92,7 +92,7 @@ class TopKRouter(LinearRouter):
         choice = router_top_k(
             router_logits,
             self.rule,
-            selection_bias=self.selection_bias,
+            selection_bias=self.float32("selection_bias", router_logits.device) if config.selection_bias else None,
             token_mask=token_mask,
             expert_indices=expert_indices,
             with_log_z=config.router_z_loss_coefficient > 0,
@@ -123,7 +123,8 @@ class TopKRouter(LinearRouter):
                 backend=config.backend,
             )
         if self.load_since_update is not None and self.training and torch.is_grad_enabled():
-            weights = _CountInBackward.apply(weights, plan.tokens_per_expert, self.load_since_update)
+            counter = self.float32("load_since_update", weights.device)
+            weights = _CountInBackward.apply(weights, plan.tokens_per_expert, counter)
         return Routing(
             plan=plan,
             gate_weights=weights,
@@ -139,8 +140,9 @@ class TopKRouter(LinearRouter):
         """Raise the bias of experts below the mean load since the last update and lower the others (DeepSeek-V3)."""
         if self.selection_bias is None or self.load_since_update is None:
             return
-        load = self.load_since_update
-        self.selection_bias += self.config.selection_bias_update_rate * torch.sign(load.mean() - load)
+        load = self.float32("load_since_update", self.selection_bias.device)
+        bias = self.float32("selection_bias", load.device)
+        bias += self.config.selection_bias_update_rate * torch.sign(load.mean() - load)
         load.zero_()
 
 

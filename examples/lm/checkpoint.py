@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from dmoe.checkpoint import write_together
 
 from .data import Corpus
 from .settings import Settings, UsageError
@@ -23,6 +23,9 @@ def save(folder: Path, settings: Settings, corpus: Corpus, runs: Sequence[Run]) 
     """Writes ``folder/checkpoint.pt`` so that a crash at any moment leaves the old file or the new one, whole.
 
     All ranks call this; rank 0 writes, and the others wait until it has.
+
+    Raises:
+        UsageError: on all ranks: it cannot be written, as on a full disk.
     """
     ranks = runs[0].ranks
     content = {
@@ -32,24 +35,11 @@ def save(folder: Path, settings: Settings, corpus: Corpus, runs: Sequence[Run]) 
         "runs": {run.name: run.state_dict() for run in runs},
     }
     target = folder / FILE
-    if ranks.first:
-        _write(content, target)
-    ranks.highest(0)
-    return target
-
-
-def _write(content: dict[str, Any], target: Path) -> None:
-    folder = target.parent
-    descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=f".{FILE}.")
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        write_together(target, {target: content} if ranks.first else {}, group=ranks.control, overwrite=True)
+    except OSError as error:
+        raise UsageError(f"--out {folder}: expected to write {FILE}, got: {error}") from error
+    return target
 
 
 def load(folder: Path) -> dict[str, Any]:

@@ -30,13 +30,24 @@ def register() -> None:
     ``transformer_lm`` and ``transformer`` are registered again under their own names, so that every ``--arch`` of
     theirs stays; without ``--moe-freq`` they build what they always did.
     """
-    from dmoe.integrations.fairseq_moe import checkpoints, commands, criterion, evaluation, models, trainer
+    from dmoe.integrations.fairseq_moe import (
+        checkpoints,
+        commands,
+        criterion,
+        evaluation,
+        models,
+        nan_detector,
+        overrides,
+        trainer,
+    )
 
     models.register()
     criterion.register()
-    commands.register()
     checkpoints.register()
+    commands.register()
+    overrides.register()
     trainer.register()
+    nan_detector.register()
     evaluation.register()
 
 

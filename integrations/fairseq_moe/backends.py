@@ -23,6 +23,7 @@ _REFUSED: tuple[tuple[str, Any, str], ...] = (
     ("model_parallel_size", 1, "more ranks: the experts are spread over all"),
     ("amp", False, "--fp16 or --bf16"),
     ("store_ema", False, "no moving average: it would keep one rank's experts only"),
+    ("ddp_comm_hook", "none", "--memory-efficient-fp16, whose gradients travel in half precision"),
     ("heartbeat_timeout", -1, "torchrun, which ends all ranks when one fails"),
 )
 _BACKENDS = ("legacy_ddp", "no_c10d", "pytorch_ddp", "c10d", "fully_sharded")
@@ -66,6 +67,13 @@ def settle(args: Namespace, ranks: int) -> None:
         if value not in (off, None):
             spelled = "--" + name.replace("_", "-")
             raise FlagError(f"{spelled}: expected none with experts on several ranks, got {value!r}; use {instead}")
+    if args.ddp_backend in ("pytorch_ddp", "c10d") and not getattr(args, "find_unused_parameters", False):
+        for name in ("encoder_layerdrop", "decoder_layerdrop"):
+            if getattr(args, name, 0):
+                raise FlagError(
+                    f"--{name.replace('_', '-')}: expected --find-unused-parameters or --ddp-backend legacy_ddp beside "
+                    f"it, got {args.ddp_backend}, which waits for the gradients of layers that were left out"
+                )
 
 
 def _settle_fsdp(args: Namespace, ranks: int) -> None:

@@ -7,20 +7,18 @@ import os
 from itertools import chain
 from typing import Any
 
-import torch.distributed as dist
 from fairseq import checkpoint_utils
-from fairseq.distributed import utils as distributed_utils
 from fairseq.utils import safe_getattr
 
-from dmoe.integrations.fairseq_moe import parallel, parts
+from dmoe.integrations.fairseq_moe import finding, parallel, parts, saving
 from dmoe.integrations.fairseq_moe.flags import FlagError
 
-_found: dict[str, parts.Files] = {}  # what find_together found, for load_checkpoint_to_cpu to come
+_found: dict[str, finding.Files] = {}  # what find_together found, for load_checkpoint_to_cpu to come
 
 
 def register() -> None:
     """Put this module in front of four functions of ``fairseq.checkpoint_utils``; a second call does nothing."""
-    for ours in (save_checkpoint, load_checkpoint, load_checkpoint_to_cpu, load_model_ensemble_and_task):
+    for ours in (saving.save_checkpoint, load_checkpoint, load_checkpoint_to_cpu, load_model_ensemble_and_task):
         stock = getattr(checkpoint_utils, ours.__name__)
         if not hasattr(stock, "of_dmoe"):
             replaced: Any = functools.wraps(stock)(functools.partial(ours, stock))
@@ -28,32 +26,47 @@ def register() -> None:
             setattr(checkpoint_utils, ours.__name__, replaced)
 
 
-def save_checkpoint(stock: Any, cfg: Any, trainer: Any, epoch_itr: Any, val_loss: Any) -> Any:
-    """A rank's own file; then, on the first rank, the shared one, under the same names and rules."""
-    stock(cfg, trainer, epoch_itr, val_loss)
-    if getattr(trainer, "spread", False) and trainer.data_parallel_rank == 0:
-        with trainer.with_suffix("-shared"):
-            stock(cfg, trainer, epoch_itr, val_loss)
-
-
 def load_checkpoint(stock: Any, cfg: Any, trainer: Any, **passed_on: Any) -> Any:
-    """As the stock one, with the same file name on every rank; ``trainer.load_checkpoint`` does the rest."""
+    """As the stock one, with the same file name on every rank; ``trainer.load_checkpoint`` does the rest.
+
+    Of ``checkpoint_last``, the one to go on from, nothing may be whole, as where another program was killed: then the
+    newest whole checkpoint of the folder is taken, and the log says so.
+
+    Raises:
+        FlagError: on all ranks: what is named is not there, or not whole.
+    """
     if not getattr(trainer, "num_experts", 0):
         return stock(cfg, trainer, **passed_on)
-    path = cfg.restore_file
-    if path == "checkpoint_last.pt":
+    path, finetune = cfg.restore_file, cfg.finetune_from_model
+    goes_on = path == "checkpoint_last.pt"
+    resets = cfg.reset_optimizer or cfg.reset_lr_scheduler or cfg.reset_meters or cfg.reset_dataloader
+    if finetune is not None and (resets or not goes_on):
+        return stock(cfg, trainer, **passed_on)  # which refuses them together
+    if goes_on:
         path = os.path.join(cfg.save_dir, path)
-    files = find_together(path, trainer.num_experts)
-    in_parts = files is not None and files.main != parts.stem_of(path) + ".pt"
-    with trainer.with_suffix("-shared" if in_parts else ""):
-        return stock(cfg, trainer, **passed_on)
+    is_last = os.path.basename(parts.stem_of(path)) == "checkpoint_last"
+    files = find_together(path, trainer.num_experts, or_another=is_last)
+    try:
+        if files is not None:
+            cfg.restore_file, cfg.finetune_from_model = files.main, None  # training has begun: that is of no account
+        elif finetune is not None:
+            files = find_together(finetune, trainer.num_experts)
+            if files is None:
+                raise FlagError(
+                    f"--finetune-from-model {finetune}: expected a checkpoint, of one rank or more, got none"
+                )
+            cfg.finetune_from_model = files.main
+        with trainer.with_suffix(""), trainer.having_found(files):
+            return stock(cfg, trainer, **passed_on)
+    finally:
+        cfg.restore_file, cfg.finetune_from_model = "checkpoint_last.pt" if goes_on else path, finetune
 
 
 def load_checkpoint_to_cpu(
     stock: Any, path: str, arg_overrides: Any = None, load_on_all_ranks: bool = False
 ) -> dict[str, Any]:
     """A state with the experts of this rank, whichever of a checkpoint's files the path names."""
-    files = _found.pop(path, None) or parts.find(path)
+    files = _found.pop(path, None) or finding.find(path)
     if files is None or not files.num_experts:
         return stock(path, arg_overrides, load_on_all_ranks)
     state = stock(files.main, arg_overrides, load_on_all_ranks)
@@ -73,9 +86,17 @@ def _move_in_data(state: dict[str, Any], ranks: int) -> None:
         iterator["iterations_in_epoch"] = iterator.get("iterations_in_epoch", 0) * wrote // ranks
 
 
-def load_model_ensemble_and_task(stock: Any, filenames: list[str], *rest: Any, **options: Any) -> Any:
-    """As the stock one; ``X.pt`` also names a checkpoint that is there in parts."""
-    options["suffix"], suffix = "", options.get("suffix", "")
+def load_model_ensemble_and_task(
+    stock: Any,
+    filenames: list[str],
+    arg_overrides: Any = None,
+    task: Any = None,
+    strict: bool = True,
+    suffix: str = "",
+    *rest: Any,
+    **options: Any,
+) -> Any:
+    """As the stock one, whose caller in fairseq gives all by position; ``X.pt`` also names a checkpoint in parts."""
     names = []
     for filename in filenames:
         files = find_together(filename)
@@ -83,26 +104,23 @@ def load_model_ensemble_and_task(stock: Any, filenames: list[str], *rest: Any, *
             names.append(filename.replace(".pt", suffix + ".pt") if suffix else filename)
         else:
             names.append(files.main)
-    return stock(names, *rest, **options)
+    return stock(names, arg_overrides, task, strict, "", *rest, **options)
 
 
-def find_together(path: str, num_experts: int | None = None) -> parts.Files | None:
-    """What the first rank finds (see :func:`parts.find`), for all ranks, which all have to ask.
+def find_together(path: str, num_experts: int | None = None, *, or_another: bool = False) -> finding.Files | None:
+    """What the first rank finds (see :func:`finding.find`), for all ranks, which all have to ask.
 
     Raises:
         FlagError: on every rank, when the first one finds something wrong, or any rank lacks a file.
     """
-    rank, ranks = parallel.world()
-    answer: list[Any] = [None, None]
+    rank, _ = parallel.world()
+    files, problem = None, None
     if rank == 0:
         try:
-            answer = [parts.find(path, num_experts), None]
+            files = finding.find(path, num_experts, or_another=or_another)
         except FlagError as error:
-            answer = [None, str(error)]
-    if ranks > 1:
-        group = distributed_utils.get_data_parallel_group()
-        dist.broadcast_object_list(answer, src=dist.get_global_rank(group, 0), group=group)
-    files, problem = answer
+            problem = str(error)
+    files, problem = parallel.from_first((files, problem))
     if files is not None:
         absent = next((each for each in (files.main, *files.parts) if not os.path.isfile(each)), None)
         if absent is not None:

@@ -1,4 +1,7 @@
-"""Flags of the branch's commands that fairseq 0.12.2 lacks, or knows and cannot keep: accepted, mapped or refused."""
+"""What fairseq's programs take beside their own flags, and what they cannot keep: accepted, mapped or refused.
+
+``branch_flags.py`` has the flags of the branch that fairseq 0.12.2 lacks, ``backends.py`` those for several ranks.
+"""
 
 from __future__ import annotations
 
@@ -6,50 +9,91 @@ import ast
 import functools
 import logging
 import os
+import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from typing import Any
 
-from fairseq import options
+from fairseq import checkpoint_utils, options
+from fairseq.dataclass import utils as dataclass_utils
+from fairseq.utils import safe_getattr
+from omegaconf import open_dict
 
-from dmoe.integrations.fairseq_moe import backends
-from dmoe.integrations.fairseq_moe.flags import FlagError, read_flags
+from dmoe.integrations.fairseq_moe import backends, branch_flags
+from dmoe.integrations.fairseq_moe.flags import FlagError, check_together, read_flags
+from dmoe.integrations.fairseq_moe.overrides import of_capacity
 
 logger = logging.getLogger(__name__)
 
 _EVALUATION = "--model-overrides"  # a flag of every program that evaluates a checkpoint, and of no other
-_DATA = "--num-workers"
 
 
 def register() -> None:
-    """Have fairseq's programs ask :func:`add_flags` and :func:`settle`; a second call does nothing."""
-    stock = options.parse_args_and_arch
-    if getattr(stock, "of_dmoe", False):
-        return
+    """Have fairseq's programs ask this module for their flags; a second call does nothing."""
+    for owner, ours in (
+        (options, parse_args_and_arch),
+        (dataclass_utils, convert_namespace_to_omegaconf),
+        (checkpoint_utils, save_checkpoint),
+    ):
+        stock = getattr(owner, ours.__name__)
+        if getattr(stock, "of_flags", False):
+            continue
+        replaced: Any = functools.wraps(stock)(functools.partial(ours, stock))
+        replaced.of_flags = True
+        for name, module in list(sys.modules.items()):  # fairseq's modules import such functions by name
+            of_fairseq = name.partition(".")[0] in ("fairseq", "fairseq_cli", "__main__")
+            if of_fairseq and vars(module).get(ours.__name__) is stock:
+                setattr(module, ours.__name__, replaced)
 
-    @functools.wraps(stock)
-    def parse_args_and_arch(parser: ArgumentParser, *rest: Any, **kwargs: Any) -> Any:
+
+def parse_args_and_arch(
+    stock: Any,
+    parser: ArgumentParser,
+    input_args: Any = None,
+    parse_known: bool = False,
+    suppress_defaults: bool = False,
+    modify_parser: Callable[[ArgumentParser], None] | None = None,
+) -> Any:
+    """As the stock one, with more flags, and those that were given checked and mapped."""
+
+    def modify(parser: ArgumentParser) -> None:  # fairseq calls it before and after it adds a task's and a model's
         add_flags(parser)
-        parsed = stock(parser, *rest, **kwargs)
-        try:
-            settle(parsed[0] if isinstance(parsed, tuple) else parsed)
-        except FlagError as error:
-            raise SystemExit(f"fairseq_moe: {error}") from None
-        return parsed
+        if modify_parser is not None:
+            modify_parser(parser)
 
-    parse_args_and_arch.of_dmoe = True  # type: ignore[attr-defined]
-    options.parse_args_and_arch = parse_args_and_arch
+    parsed = stock(parser, input_args, parse_known, suppress_defaults, modify)
+    try:
+        settle(parsed[0] if isinstance(parsed, tuple) else parsed)
+    except FlagError as error:
+        raise SystemExit(f"fairseq_moe: {error}") from None
+    return parsed
+
+
+def convert_namespace_to_omegaconf(stock: Any, args: Namespace) -> Any:
+    """As the stock one, which takes the flags that fairseq knows."""
+    cfg = stock(args)
+    with open_dict(cfg):
+        branch_flags.keep(args, cfg)
+    return cfg
+
+
+def save_checkpoint(stock: Any, cfg: Any, trainer: Any, epoch_itr: Any, val_loss: Any) -> Any:
+    """As the stock one, which without a loss takes no checkpoint for the best (``--no-best-checkpoints``)."""
+    stock(cfg, trainer, epoch_itr, None if safe_getattr(cfg, "no_best_checkpoints", False) else val_loss)
 
 
 def add_flags(parser: ArgumentParser) -> None:
-    """What the branch has in its own parsers."""
-    known = {spelled for action in parser._actions for spelled in action.option_strings}
+    """What the branch has in its own parsers, and dmoe's own; as often as one likes."""
+    branch_flags.add(parser)
+    known = parser._option_string_actions
+    task = known.get("--task")
+    if task is not None and task.default is None:
+        task.required = True  # `validate` has none by default, and fails over that
 
     def add(*spelled: str, **how: Any) -> None:
         if spelled[0] not in known:
             parser.add_argument(*spelled, **how)
 
-    if _DATA in known:
-        add("--num-workers-valid", type=int, help="accepted: validation loads with --num-workers of fairseq 0.12.2")
     if _EVALUATION in known:
         add("--is-moe", action="store_true", help="the checkpoint has experts (also found out without this)")
         add(
@@ -66,15 +110,17 @@ def settle(args: Namespace) -> None:
     Raises:
         FlagError: what this fairseq cannot do, with what to use instead.
     """
-    if hasattr(args, "arch"):
+    if hasattr(args, "max_update"):  # `generate` has an arch as well
         flags = read_flags(args)
         if flags.dummy_a2a and ranks(args) > 1:
             raise FlagError(
                 "--dummy-a2a: expected one rank, got more: without exchange the experts compute other tokens; "
                 "--record-a2a-perf-stats measures what the exchange costs"
             )
-    if getattr(args, "num_workers_valid", None) is not None:
-        logger.info("--num-workers-valid: fairseq 0.12.2 has no such option; validation uses --num-workers")
+        for sentence in check_together(flags):
+            logger.info(sentence)
+    branch_flags.settle(args)
+    _settle_batches(args)
     if getattr(args, "fp16_adam_stats", False) and not _has_fused_adam():
         args.fp16_adam_stats = False
         logger.info("--fp16-adam-stats: needs apex's FusedAdam, which is not here; Adam's moments stay in float32")
@@ -83,20 +129,26 @@ def settle(args: Namespace) -> None:
         _override_model(args)
 
 
+def _settle_batches(args: Namespace) -> None:
+    """``--max-valid-steps``, which every program accepts: it ends ``eval_lm`` and the validation in training early."""
+    most = getattr(args, "max_valid_steps", None)
+    if most is None:
+        return
+    if most < 0:
+        raise FlagError(f"--max-valid-steps: expected at least 0, got {most}")
+    if not hasattr(args, "max_update") and not hasattr(args, "context_window"):
+        raise FlagError("--max-valid-steps: expected none where all batches are taken: train and eval_lm take a part")
+
+
 def _override_model(args: Namespace) -> None:
-    """Evaluation flags, as changes to the model's arguments in the checkpoint."""
-    changed: dict[str, Any] = {}
-    fraction, dropless = getattr(args, "moe_eval_capacity_token_fraction", None), getattr(args, "moe_dropless", False)
-    if fraction is not None:
-        changed["moe_eval_capacity_token_fraction"] = fraction
-        if fraction > 0:  # a capacity was asked for, also of a model that was trained without
-            changed["moe_dropless"] = False
-    if dropless and changed.get("moe_dropless") is False:
-        raise FlagError(f"--moe-dropless: expected no --moe-eval-capacity-token-fraction beside it, got {fraction}")
-    if dropless:
-        changed["moe_dropless"] = True
-    if changed:
-        args.model_overrides = repr({**ast.literal_eval(args.model_overrides), **changed})
+    """Evaluation flags, as changes to the model's arguments in the checkpoint; ``overrides.py`` makes them."""
+    flags = ("moe_eval_capacity_token_fraction", "moe_dropless", "is_moe")
+    values = {name: getattr(args, name, None) for name in flags}
+    given = {name: value for name, value in values.items() if value is not None and value is not False}
+    changed = {**ast.literal_eval(args.model_overrides), **given}
+    of_capacity(changed)
+    if given:
+        args.model_overrides = repr(changed)
 
 
 def ranks(args: Namespace) -> int:

@@ -7,8 +7,14 @@ what                                                   since                    
 configs may be defaults of other configs                                           ``default_factory``
 ``torch.serialization.add_safe_globals``: what         torch 2.6                   fairseq loads with
 fairseq pickles into checkpoints beside tensors                                    ``weights_only=False``
+``numpy.compat``, ``numpy.int``, ``numpy.float``:      numpy 1.24 and 2.0          fairseq names Python's own
+for the modules of fairseq that use them
+``TransformerEncoderLayerBase``: by its own steps      torch 2.0                   fairseq says which kind of
+in evaluation, not by torch's fused layer                                          mask it passes
 ``DistributedDataParallel``: no ``device_ids`` for     torch 1.1                   fairseq does not pass them for
 a model on the CPU                                                                 ``--cpu``
+... which waits for no gradient of the copies of       fairseq 0.12                fairseq keeps them as buffers
+weights that encoder layers keep for the fused one
 hydra's notices about old ways to call it: silent      hydra 1.1                   fairseq calls it the new way
 =====================================================  ==========================  ===================================
 
@@ -19,10 +25,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import inspect
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
+from types import SimpleNamespace
 from typing import Any
 
 SUPPORTED = "0.12.2"
@@ -44,6 +54,8 @@ def apply() -> None:
     import fairseq  # noqa: F401
 
     _trust_checkpoint_types()
+    _give_names_of_numpy_back()
+    _keep_encoders_unfused()
     _let_ddp_run_on_cpu()
     apply.done = True  # type: ignore[attr-defined]
 
@@ -98,14 +110,67 @@ def _trust_checkpoint_types() -> None:
     import collections
     import typing
 
+    import numpy as np
     import torch
     from fairseq.distributed.utils import _TensorPlaceholder
+    from numpy._core import multiarray
     from omegaconf import base, dictconfig, listconfig, nodes
 
     containers = [dictconfig.DictConfig, listconfig.ListConfig, base.ContainerMetadata, base.Metadata]
     leaves = [nodes.AnyNode, nodes.IntegerNode, nodes.FloatNode, nodes.StringNode, nodes.BooleanNode, nodes.EnumNode]
     plain = [typing.Any, dict, list, int, float, str, bool, tuple, set, collections.defaultdict, argparse.Namespace]
+    # Meters of --eval-bleu and other scores are numpy's; its modules have had two names.
+    made_by = [multiarray._reconstruct, multiarray.scalar]
+    arrays = [(made, f"numpy.{core}.multiarray.{made.__name__}") for made in made_by for core in ("core", "_core")]
+    kinds = {type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["Float"] + "?"}
     torch.serialization.add_safe_globals([*containers, *leaves, *plain, _TensorPlaceholder])
+    torch.serialization.add_safe_globals([*arrays, np.ndarray, np.dtype, *kinds])
+
+
+class _OlderNumpy:
+    """numpy with the names for Python's own types that it once had."""
+
+    compat = SimpleNamespace(long=int)
+    int = int
+    float = float
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module("numpy"), name)
+
+
+def _give_names_of_numpy_back() -> None:
+    """To the modules that use them, and to nobody else: other packages ask numpy what it has."""
+    for module in ("data.data_utils", "data.language_pair_dataset", "data.token_block_dataset"):
+        importlib.import_module(f"fairseq.{module}").np = _OlderNumpy()  # type: ignore[attr-defined]
+    importlib.import_module("fairseq.modules.dynamic_crf_layer").np = _OlderNumpy()  # type: ignore[attr-defined]
+
+
+def _keep_encoders_unfused() -> None:
+    """torch's fused layer takes other arguments since, and fairseq asks every layer whether it may go that way."""
+    from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
+
+    TransformerEncoderLayerBase.can_use_fastpath = property(lambda layer: False, lambda layer, found: None)
+
+
+@contextmanager
+def unused_copies_aside(model: Any) -> Iterator[None]:
+    """Hide from whoever looks for parameters to train the ones in encoder layers that nothing is computed with.
+
+    Afterwards they are parameters again: optimizers and checkpoints have always counted them.
+    """
+    from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
+
+    names = [f"{of}_{kind}" for of in ("in_proj", "out_proj", "fc1", "fc2") for kind in ("weight", "bias")]
+    layers = [module for module in model.modules() if isinstance(module, TransformerEncoderLayerBase)]
+    held = [copied for layer in layers for name in names if (copied := getattr(layer, name, None)) is not None]
+    aside = [copied for copied in held if copied.requires_grad]
+    for copied in aside:
+        copied.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for copied in aside:
+            copied.requires_grad_(True)
 
 
 def _let_ddp_run_on_cpu() -> None:
@@ -118,6 +183,7 @@ def _let_ddp_run_on_cpu() -> None:
     def data_parallel(module: Any, device_ids: Any = None, output_device: Any = None, **options: Any) -> Any:
         if next(module.parameters()).device.type == "cpu":
             device_ids = output_device = None
-        return stock(module=module, device_ids=device_ids, output_device=output_device, **options)
+        with unused_copies_aside(module):
+            return stock(module=module, device_ids=device_ids, output_device=output_device, **options)
 
     wrappers.DistributedDataParallel = data_parallel

@@ -7,7 +7,7 @@ from fairseq import options, tasks
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
 import dmoe
-from dmoe.integrations.fairseq_moe import commands
+from dmoe.integrations.fairseq_moe import branch_flags, commands
 from dmoe.integrations.fairseq_moe.flags import FlagError
 
 
@@ -17,9 +17,9 @@ def cli_main() -> None:
     ``--distributed-world-size`` says over how many ranks the experts are spread (by default over the devices here).
     """
     parser = options.get_training_parser()
-    commands.add_flags(parser)
     # The stock parser: what only matters to a run, such as the backend between ranks, is not looked at.
-    args = options.parse_args_and_arch.__wrapped__(parser)
+    args = options.parse_args_and_arch.__wrapped__(parser, modify_parser=commands.add_flags)
+    branch_flags.settle(args)
     cfg = convert_namespace_to_omegaconf(args)
     ranks = cfg.distributed_training.distributed_world_size
     if args.moe_expert_count % ranks:

@@ -1,4 +1,4 @@
-"""``eval_lm`` on several ranks: they stay together to the end, and their losses are added up.
+"""``eval_lm`` as on the branch: part of the batches, figures in a file, and losses added up over ranks.
 
 A model whose experts are spread needs every rank in every forward. fairseq deals batches out in turn, and ranks that
 get one less find an empty one in its place, which its loop skips: they take part with the rows of a batch they had, or,
@@ -8,8 +8,13 @@ when they had none, with one token. What a rank's figures are worth is counted w
 from __future__ import annotations
 
 import functools
+import json
 import logging
-from collections.abc import Iterator
+import os
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from itertools import islice
 from typing import Any
 
 import fairseq_cli.eval_lm as program
@@ -18,6 +23,7 @@ import torch.distributed as dist
 from fairseq import utils
 from fairseq.data import LMContextWindowDataset
 from fairseq.distributed import utils as distributed_utils
+from fairseq.utils import safe_getattr
 
 from dmoe.integrations.fairseq_moe import parallel, profiling
 from dmoe.integrations.fairseq_moe.flags import FlagError
@@ -52,20 +58,90 @@ def collater(stock: Any, dataset: Any, samples: list[Any]) -> Any:
 
 
 def main(stock: Any, cfg: Any, **unused: Any) -> Any:
-    """As the stock one; with ``--profile`` under a profiler."""
-    if not cfg.common.profile:
-        return stock(cfg, **unused)
-    with profiling.profiled(cfg.common_eval.results_path):
-        return stock(cfg, **unused)
+    """As the stock one; with ``--profile`` under a profiler, with ``--stats-path`` with its figures in a file."""
+    watch, stats = _Watch(), safe_getattr(cfg.eval_lm, "stats_path", None)
+    if cfg.common_eval.results_path and not cfg.common.profile:
+        logger.info("--results-path: eval_lm has the profile of --profile to write there, and --stats-path its figures")
+    if stats:
+        os.makedirs(os.path.dirname(stats) or ".", exist_ok=True)  # rather fail now than after an hour
+    ours = functools.partial(program.eval_lm, watch=watch, max_valid_steps=cfg.dataset.max_valid_steps)
+    with (
+        profiling.profiled(cfg.common_eval.results_path) if cfg.common.profile else nullcontext(),
+        _instead(program, "eval_lm", ours),
+    ):
+        results = stock(cfg, **unused)
+    if stats:
+        figures = {**{name: float(value) for name, value in results.items()}, **watch.figures()}
+        if parallel.world()[0] == 0:
+            with open(f"{stats}.json", "w") as file:
+                json.dump({cfg.dataset.gen_subset: figures}, file)
+            logger.info(f"Evaluation results saved to {stats}.json")
+    return results
+
+
+@contextmanager
+def _instead(owner: Any, name: str, ours: Any) -> Iterator[None]:
+    stock = getattr(owner, name)
+    setattr(owner, name, ours)
+    try:
+        yield
+    finally:
+        setattr(owner, name, stock)
+
+
+class _Watch:
+    """Counts tokens and seconds of an evaluation, under the branch's names."""
+
+    def __init__(self) -> None:
+        self._started = self._loaded = time.perf_counter()
+        self._tokens = 0
+
+    def over(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The same batches."""
+        self._loaded = time.perf_counter()
+        for batch in batches:
+            self._tokens += batch.get("ntokens", 0)
+            yield batch
+
+    def figures(self) -> dict[str, float]:
+        """``ntok_total`` of all ranks, which all have to ask; seconds of this one."""
+        ended, tokens = time.perf_counter(), torch.tensor(self._tokens)
+        if parallel.world()[1] > 1:
+            group = distributed_utils.get_data_parallel_group()
+            tokens = utils.move_to_cuda(tokens) if dist.get_backend(group) == "nccl" else tokens
+            dist.all_reduce(tokens, group=group)
+        return {
+            "ntok_total": int(tokens),
+            "wall_time": ended - self._started,
+            "wall_time_load": self._loaded - self._started,
+            "wall_time_model": ended - self._loaded,
+        }
 
 
 def eval_lm(
-    stock: Any, models: list[Any], source_dictionary: Any, batch_iterator: Any, *rest: Any, **options: Any
+    stock: Any,
+    models: list[Any],
+    source_dictionary: Any,
+    batch_iterator: Any,
+    *rest: Any,
+    max_valid_steps: int | None = None,
+    watch: _Watch | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
-    """As the stock one, over the batches of all ranks: every rank returns the loss and perplexity of all tokens."""
+    """As the stock one, over the batches of all ranks: every rank returns the loss and perplexity of all tokens.
+
+    Args:
+        stock, models, source_dictionary, batch_iterator, rest, options: as for fairseq's.
+        max_valid_steps: N, of which each rank takes N + 1 batches, as on the branch and in training's validation.
+        watch: what counts.
+    """
     if profiling.running():
         for model in models:
             profiling.label(model)
+    if max_valid_steps is not None:
+        batch_iterator = islice(batch_iterator, max_valid_steps + 1)
+    if watch is not None:
+        batch_iterator = watch.over(batch_iterator)
     ranks = parallel.world()[1]
     if ranks == 1:
         return stock(models, source_dictionary, batch_iterator, *rest, **options)
@@ -73,11 +149,8 @@ def eval_lm(
         raise FlagError("eval_lm: expected its options by name on several ranks")
     counted = _Counter(program.SequenceScorer, source_dictionary, options)
     batches = _together(models, source_dictionary, batch_iterator)
-    scorer, program.SequenceScorer = program.SequenceScorer, counted.scorer
-    try:
+    with _instead(program, "SequenceScorer", counted.scorer):
         results = stock(models, source_dictionary, batches, **options)
-    finally:
-        program.SequenceScorer = scorer
     device = next(models[0].parameters()).device
     tokens = torch.as_tensor(counted.tokens, dtype=torch.float64, device=device)
     sums = torch.stack([torch.as_tensor(results["loss"], dtype=torch.float64, device=device) * tokens, tokens])

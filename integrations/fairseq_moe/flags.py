@@ -3,6 +3,7 @@
 # No postponed annotations in this file, and Optional: fairseq reads the types of its configs' fields, as of 2022.
 # ruff: noqa: UP045
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, Optional
 
@@ -81,12 +82,22 @@ def read_flags(args: Any) -> EncoderDecoderFlags:
         FlagError: a value that no flag takes, or values that do not go together.
     """
     flags = EncoderDecoderFlags()
-    for known in fields(flags):
-        if not known.name.startswith("_"):
-            value = safe_getattr(args, known.name, None)  # a TransformerConfig says None for what it does not know
-            setattr(flags, known.name, known.default if value is None else value)
+    for name in flag_names():
+        value = safe_getattr(args, name, None)  # a TransformerConfig says None for what it does not know
+        if value is not None:
+            setattr(flags, name, value)
     _check(flags)
     return flags
+
+
+def flag_names() -> set[str]:
+    """Of all of them, as fairseq's arguments have them."""
+    return {known.name for known in fields(EncoderDecoderFlags) if not known.name.startswith("_")}
+
+
+def spelled(name: str) -> str:
+    """The flag of an argument."""
+    return "--" + name.replace("_", "-")
 
 
 def has_moe_layers(flags: EncoderDecoderFlags) -> bool:
@@ -97,8 +108,7 @@ def has_moe_layers(flags: EncoderDecoderFlags) -> bool:
 def _check(flags: EncoderDecoderFlags) -> None:
     def expect(holds: bool, name: str, expected: str) -> None:
         if not holds:
-            spelled = "--" + name.replace("_", "-")
-            raise FlagError(f"{spelled}: expected {expected}, got {getattr(flags, name)!r}")
+            raise FlagError(f"{spelled(name)}: expected {expected}, got {getattr(flags, name)!r}")
 
     expect(flags.moe_second_expert_policy in POLICIES, "moe_second_expert_policy", one_of(POLICIES))
     expect(flags.moe_normalize_expert_grad in EXPERT_GRADS, "moe_normalize_expert_grad", one_of(EXPERT_GRADS))
@@ -117,6 +127,48 @@ def _check(flags: EncoderDecoderFlags) -> None:
     if has_moe_layers(flags):
         fewest = 1 if flags.moe_top1_expert else 2
         expect(flags.moe_expert_count >= fewest, "moe_expert_count", f"at least {fewest} experts in a MoE model")
+
+
+def check_together(flags: EncoderDecoderFlags) -> list[str]:
+    """Look on a command line for what has no effect beside the rest of it; a checkpoint may hold anything.
+
+    Returns:
+        Sentences about flags that the branch accepts all the same.
+
+    Raises:
+        FlagError: the first other such flag.
+    """
+    stock = EncoderDecoderFlags()
+    given = sorted(name for name in flag_names() if getattr(flags, name) not in (getattr(stock, name), None))
+
+    def without_effect(names: Iterable[str], expected: str) -> list[str]:
+        return [
+            f"{spelled(name)}: expected {expected}, got {getattr(flags, name)!r}" for name in given if name in names
+        ]
+
+    refused, told = [], []
+    if not has_moe_layers(flags):
+        told += without_effect(flag_names(), "--moe-freq beside it, without which no layer has experts")
+    if flags.moe_dropless:
+        refused += without_effect(
+            ["moe_batch_prioritized_routing"], "none with --moe-dropless, under which every token comes through"
+        )
+        if (flags.moe_eval_capacity_token_fraction or 0) > 0:
+            refused += without_effect(["moe_eval_capacity_token_fraction"], "none with --moe-dropless, or 0")
+    if flags.moe_top1_expert or flags.moe_second_expert_policy == "all":
+        refused += without_effect(
+            ["moe_random_second_expert_in_eval"], "two experts and --moe-second-expert-policy sampling or random"
+        )
+    if flags.moe_top1_expert:
+        of_the_second = (
+            "moe_second_expert_policy",
+            "moe_normalize_gate_prob_before_dropping",
+            "moe_batch_prioritized_routing",
+        )
+        told += without_effect(of_the_second, "nothing with --moe-top1-expert, under which there is no second expert")
+    if refused:
+        raise FlagError(refused[0])
+    return told
 
 
 def one_of(names: tuple[str, ...]) -> str:

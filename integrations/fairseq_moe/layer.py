@@ -15,6 +15,7 @@ from dmoe.integrations.fairseq_moe.flags import FlagError, MoEFlags
 from dmoe.integrations.fairseq_moe.gate import Gate
 from dmoe.integrations.fairseq_moe.parallel import expert_groups
 from dmoe.integrations.fairseq_moe.statistics import NAMES, OF_CHOICES
+from dmoe.integrations.naming import by_flags
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 _ACTIVATIONS: dict[str, Activation] = {
@@ -23,6 +24,12 @@ _ACTIVATIONS: dict[str, Activation] = {
     "gelu_accurate": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
     "swish": "silu",
+}
+# Whose values the config checks; the others are checked as flags.
+_FLAGS = {
+    "expert_dropout": "--dropout",
+    "activation_dropout": "--activation-dropout",
+    "ffn_hidden_size": "--moe-expert-ffn-dim, --encoder-ffn-embed-dim or --decoder-ffn-embed-dim",
 }
 
 
@@ -54,20 +61,21 @@ class MoELayer(nn.Module):
         if activation not in _ACTIVATIONS:
             known = ", ".join(_ACTIVATIONS)
             raise FlagError(f"--activation-fn: expected one of {known} in a MoE layer, got {activation!r}")
-        config = dmoe.MoEConfig(
-            hidden_size=embed_dim,
-            ffn_hidden_size=flags.moe_expert_ffn_dim or ffn_dim,
-            num_experts=flags.moe_expert_count,
-            top_k=1 if flags.moe_top1_expert else 2,
-            activation=_ACTIVATIONS[activation],
-            gated=False,
-            bias="expert",
-            expert_dropout=float(dropout),
-            activation_dropout=float(activation_dropout),
-            router_dtype="input",
-            load_balancing_coefficient=0.0,  # the criterion weighs the gate's own loss
-            expert_grad_scale="mean" if flags.moe_normalize_expert_grad == "world_size" else "sqrt_world_size",
-        )
+        with by_flags(_FLAGS, "", FlagError):
+            config = dmoe.MoEConfig(
+                hidden_size=embed_dim,
+                ffn_hidden_size=flags.moe_expert_ffn_dim or ffn_dim,
+                num_experts=flags.moe_expert_count,
+                top_k=1 if flags.moe_top1_expert else 2,
+                activation=_ACTIVATIONS[activation],
+                gated=False,
+                bias="expert",
+                expert_dropout=float(dropout),
+                activation_dropout=float(activation_dropout),
+                router_dtype="input",
+                load_balancing_coefficient=0.0,  # the criterion weighs the gate's own loss
+                expert_grad_scale="mean" if flags.moe_normalize_expert_grad == "world_size" else "sqrt_world_size",
+            )
         self.flags = flags
         self.moe = dmoe.MoE(
             config,

@@ -23,6 +23,7 @@ from fairseq.models import DistributedFairseqModel
 from torch import Tensor, nn
 
 import dmoe
+from dmoe.integrations.fairseq_moe import compat
 from dmoe.integrations.fairseq_moe.flags import FlagError
 
 
@@ -97,17 +98,18 @@ def data_parallel(cfg: Any, model: nn.Module, groups: ExpertGroups, device: torc
     cfg, group = cfg.distributed_training, distributed_utils.get_data_parallel_group()
     if cfg.ddp_backend in ("c10d", "pytorch_ddp"):
         on_gpu = device.type == "cuda"
-        ddp: Any = dmoe.parallel.data_parallel(
-            model.to(device),
-            process_group=group,
-            expert_replicas=groups.replicas,
-            device_ids=[cfg.device_id] if on_gpu else None,
-            output_device=cfg.device_id if on_gpu else None,
-            broadcast_buffers=cfg.broadcast_buffers,
-            bucket_cap_mb=cfg.bucket_cap_mb,
-            find_unused_parameters=cfg.find_unused_parameters,
-            gradient_as_bucket_view=cfg.gradient_as_bucket_view,
-        )
+        with compat.unused_copies_aside(model):
+            ddp: Any = dmoe.parallel.data_parallel(
+                model.to(device),
+                process_group=group,
+                expert_replicas=groups.replicas,
+                device_ids=[cfg.device_id] if on_gpu else None,
+                output_device=cfg.device_id if on_gpu else None,
+                broadcast_buffers=cfg.broadcast_buffers,
+                bucket_cap_mb=cfg.bucket_cap_mb,
+                find_unused_parameters=cfg.find_unused_parameters,
+                gradient_as_bucket_view=cfg.gradient_as_bucket_view,
+            )
         wrapped = ModuleProxyWrapper(ddp)
         if groups.replicas is not None:
             # fairseq calls this when the gradients of a step are complete; DDP has averaged the replicas by then.
@@ -161,6 +163,15 @@ def count_experts_in_norm(optimizer: Any, model: nn.Module) -> None:
         return dmoe.parallel.grad_norm(model)
 
     inner.clip_grad_norm = clip_grad_norm
+
+
+def from_first(value: Any) -> Any:
+    """What the first rank gives, on all of them."""
+    holder = [value]
+    if world()[1] > 1:
+        group = distributed_utils.get_data_parallel_group()
+        dist.broadcast_object_list(holder, src=dist.get_global_rank(group, 0), group=group)
+    return holder[0]
 
 
 def agreed(problem: str | None) -> None:

@@ -10,15 +10,17 @@ file                        holds
 ==========================  =======================================================================================
 
 Expert i of rank N is expert ``N * local + i`` of all. Any number of ranks reads what any other wrote, each only the
-files that have experts of its own. Of both kinds beside each other, the one with more updates is read.
+files that have experts of its own. ``finding.py`` says which files are a checkpoint, and which of several is read.
+
+The files of several ranks become valid together, see :func:`dmoe.checkpoint.write_together`: a training killed while it
+saves leaves the checkpoint of before, or the new one, whole. They say when, and with which others, they were saved.
 """
 
 from __future__ import annotations
 
-import os
 import re
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,116 +28,22 @@ import dmoe
 from dmoe.integrations.fairseq_moe.flags import FlagError
 from dmoe.integrations.fairseq_moe.names import OF_EXPERTS
 
+if TYPE_CHECKING:
+    from dmoe.integrations.fairseq_moe.finding import Files
+
 OPTIMIZER = "last_optimizer_state"
 # Beside the optimizer's state, which counts parameters: their names, in that order.
 PARAMETERS = "optimizer_parameters"
+# When a checkpoint was saved (``time``, in seconds since 1970) and, of several ranks, a ``set`` that no other one has.
+SAVED = "saved"
 _SUFFIXES = re.compile(r"(-rank-\d+|-shared)*(\.pt)?$")
 _EXPERT = re.compile(rf"(.*\.)experts\.(\d+)\.({'|'.join(map(re.escape, OF_EXPERTS))})")
 _GATE = ".gate.wg.weight"
 
 
-@dataclass(frozen=True)
-class Files:
-    """A checkpoint that was found.
-
-    Attributes:
-        main: the file with what every rank has.
-        parts: files with experts, in the order of the ranks that wrote them; ``main`` alone when that has them all.
-        num_experts: E; 0 for a dense model.
-        updates: training steps it has seen.
-        resumable: whether the optimizer's state in it, if any, is one that this package wrote.
-    """
-
-    main: str
-    parts: tuple[str, ...]
-    num_experts: int
-    updates: int
-    resumable: bool
-
-    @property
-    def local(self) -> int:
-        """Experts in one file."""
-        return self.num_experts // len(self.parts)
-
-
 def stem_of(path: str) -> str:
     """The name of a checkpoint without what says which part of it a file is."""
     return _SUFFIXES.sub("", path, count=1)
-
-
-def find(path: str, num_experts: int | None = None) -> Files | None:
-    """The checkpoint that a path names, whichever of its files that is; None when there is none.
-
-    Args:
-        path: ``X.pt``, ``X-shared.pt`` or ``X-rank-N.pt``.
-        num_experts: E of the model that it is for, if known.
-
-    Raises:
-        FlagError: a file is missing, or files that do not belong together, or another number of experts.
-    """
-    stem = stem_of(path)
-    found = [each for each in (_whole(stem), _parts(stem)) if each is not None]
-    if not found:
-        return None
-    files = max(found, key=lambda each: each.updates)
-    if num_experts is not None and files.num_experts not in (0, num_experts):
-        raise FlagError(
-            f"{files.main}: expected a checkpoint of {num_experts} experts (--moe-expert-count), got one of "
-            f"{files.num_experts}"
-        )
-    return files
-
-
-def _whole(stem: str) -> Files | None:
-    path = stem + ".pt"
-    if not os.path.isfile(path):
-        return None
-    state = _read(path)
-    return Files(path, (path,), _num_experts(state), _updates(state), _resumable(state))
-
-
-def _parts(stem: str) -> Files | None:
-    folder, name = os.path.split(stem)
-    pattern = re.compile(re.escape(name) + r"-rank-(\d+)\.pt")
-    beside = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
-    ranks = sorted(int(match[1]) for match in map(pattern.fullmatch, beside) if match)
-    shared = f"{stem}-shared.pt"
-    if not ranks and not os.path.isfile(shared):
-        return None
-
-    def part(rank: int) -> str:
-        return f"{stem}-rank-{rank}.pt"
-
-    if not ranks:
-        raise FlagError(f"{part(0)}: expected this file beside {shared}, and those of all other ranks, got none")
-    first = _read(part(ranks[0]))
-    if not os.path.isfile(shared):
-        if not _num_experts(first):  # neither has the gates
-            raise FlagError(f"{shared}: expected this file beside {part(ranks[0])}, got none")
-        shared = part(ranks[0])  # as the branch wrote before it split them
-    state = _read(shared)
-    experts = _num_experts(state)
-    local = _local(first)
-    if not experts or not local or experts % local:
-        raise FlagError(
-            f"{part(ranks[0])}: expected experts that add up to the {experts} of {shared}, got {local} in this file"
-        )
-    needed = range(experts // local)
-    missing = [rank for rank in needed if rank not in ranks]
-    if missing:
-        raise FlagError(
-            f"{part(missing[0])}: expected the files of {len(needed)} ranks ({experts} experts, {local} in each file), "
-            f"got none of rank {', '.join(map(str, missing))}"
-        )
-    updates = _updates(state)
-    for rank in needed:
-        of_rank = _read(part(rank))
-        if (_local(of_rank), _updates(of_rank)) != (local, updates):
-            raise FlagError(
-                f"{part(rank)}: expected {local} experts after {updates} updates, as beside it, got {_local(of_rank)} "
-                f"after {_updates(of_rank)}; the files are of different runs, or saving was interrupted"
-            )
-    return Files(shared, tuple(part(rank) for rank in needed), experts, updates, _resumable(state))
 
 
 def take(state: dict[str, Any], files: Files, rank: int, ranks: int) -> None:
@@ -147,8 +55,9 @@ def take(state: dict[str, Any], files: Files, rank: int, ranks: int) -> None:
         rank, ranks: who asks.
 
     Raises:
-        FlagError: the optimizer's state cannot be divided.
+        FlagError: the optimizer's state cannot be divided, or another checkpoint has taken the place of this one.
     """
+    check_saved(state, files, files.main)
     total = files.num_experts
     if not total or (len(files.parts) == 1 and ranks == 1):
         return
@@ -158,7 +67,11 @@ def take(state: dict[str, Any], files: Files, rank: int, ranks: int) -> None:
     wanted = range(first // per_file, -(-(first + local) // per_file))
     if wanted.start * per_file % local or len(wanted) * per_file % local:
         wanted = range(len(files.parts))  # parts that do not fit into each other: cut all of it anew
-    trees = [_tree(state if path == files.main else _read(path), path) for path in (files.parts[n] for n in wanted)]
+    trees = []
+    for path in (files.parts[n] for n in wanted):
+        part = state if path == files.main else read(path)
+        check_saved(part, files, path)
+        trees.append(_tree(part, path))
     try:
         merged = trees[0] if len(trees) == 1 else dmoe.checkpoint.merge_states(trees)
         pieces = len(wanted) * per_file // local
@@ -214,25 +127,44 @@ def divided(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return experts, shared
 
 
-def _read(path: str) -> dict[str, Any]:
+def check_saved(state: Mapping[str, Any], files: Files, path: str) -> None:
+    """Look whether a file is still the one that was found.
+
+    Raises:
+        FlagError: it is not, as where a training goes on saving.
+    """
+    if state.get(SAVED) != files.saved:
+        raise FlagError(f"{path}: expected the checkpoint of {files.updates} updates, got another one, saved meanwhile")
+
+
+def read(path: str, *, mapped: bool = False) -> dict[str, Any]:
+    """A file's content; ``mapped`` for a look only: see :func:`dmoe.checkpoint.read_file`.
+
+    Raises:
+        FlagError: it cannot be read.
+    """
     try:
-        return dmoe.checkpoint.read_file(path)
+        return dmoe.checkpoint.read_file(path, mapped=mapped)
     except (OSError, ValueError, TypeError) as error:
         raise FlagError(str(error)) from error
 
 
-def _num_experts(state: dict[str, Any]) -> int:
+def num_experts_of(state: dict[str, Any]) -> int:
+    """E, by the gates in a state; 0 where there are none."""
     return next((len(value) for key, value in state.get("model", {}).items() if key.endswith(_GATE)), 0)
 
 
-def _local(state: dict[str, Any]) -> int:
+def local_experts(state: dict[str, Any]) -> int:
+    """How many experts a state holds."""
     return 1 + max((int(found[2]) for key in state.get("model", {}) if (found := _EXPERT.fullmatch(key))), default=-1)
 
 
-def _updates(state: dict[str, Any]) -> int:
+def updates_of(state: dict[str, Any]) -> int:
+    """Training steps that a state has seen."""
     history = state.get("optimizer_history") or [{}]
     return int(history[-1].get("num_updates", 0))
 
 
-def _resumable(state: dict[str, Any]) -> bool:
-    return state.get(OPTIMIZER) is None or PARAMETERS in state or not _num_experts(state)
+def resumable(state: dict[str, Any]) -> bool:
+    """Whether the optimizer's state, if any, is one that this package wrote."""
+    return state.get(OPTIMIZER) is None or PARAMETERS in state or not num_experts_of(state)

@@ -5,20 +5,21 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
+import secrets
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import fairseq.distributed
-import fairseq.trainer
 import torch
 from fairseq import utils
 from fairseq.trainer import Trainer
 from omegaconf import open_dict
 from torch import nn
 
-from dmoe.integrations.fairseq_moe import checkpoints, fsdp, parallel, parts, profiling
+from dmoe.integrations.fairseq_moe import checkpoints, finding, fsdp, parallel, parts, profiling, saving
 from dmoe.integrations.fairseq_moe.flags import FlagError
 from dmoe.integrations.fairseq_moe.layer import moe_layers
 
@@ -39,7 +40,7 @@ class MoETrainer(Trainer):
         self.num_experts = next((layer.flags.moe_expert_count for layer in moe_layers(model)), 0)
         self.shards = cfg.distributed_training.ddp_backend == "fully_sharded" and parallel.world()[1] > 1
         self._suffix: str | None = None
-        self._shared_state: dict[str, Any] | None = None
+        self._files: finding.Files | None = None
         if self.num_experts and cfg.common.fp16 and not cfg.common.memory_efficient_fp16:
             # One flat copy of all parameters would mix those of experts, which other ranks lack, with the rest.
             with open_dict(cfg):
@@ -110,15 +111,34 @@ class MoETrainer(Trainer):
         finally:
             self._suffix = None
 
+    @contextmanager
+    def having_found(self, files: finding.Files | None) -> Iterator[None]:
+        """What ``load_checkpoint`` is going to load, looked up already."""
+        self._files = files
+        try:
+            yield
+        finally:
+            self._files = None
+
     def state_dict(self) -> dict[str, Any]:
         """Everything of this rank, tensors whole."""
         state = super().state_dict()
+        if self.num_experts:
+            state[parts.SAVED] = {"time": time.time()}
         if self.num_experts and state.get(parts.OPTIMIZER) is not None:
             state[parts.PARAMETERS] = checkpoints.parameter_names(self.optimizer, self._model, self._criterion)
         return fsdp.gathered(state, everything=self.data_parallel_rank == 0) if self.shards else state
 
     def save_checkpoint(self, filename: str, extra_state: dict[str, Any]) -> None:
-        """Write this rank's experts, or, on the first rank with the suffix ``-shared``, what is kept from that call."""
+        """Write the files of a checkpoint, on all ranks, which all have to ask: it is valid when this returns.
+
+        Args:
+            filename: any of its files'.
+            extra_state: what fairseq adds.
+
+        Raises:
+            FlagError: on all ranks, if any could not write: then the checkpoint of before is still there.
+        """
         if not self.spread:
             super().save_checkpoint(filename, extra_state)
             return
@@ -126,23 +146,18 @@ class MoETrainer(Trainer):
             # From wherever this rank is, which the others need not be: nothing may be asked of them.
             logger.error(f"{filename} is not written: ranks that fail alone cannot save what all of them hold")
             return
-        if self._suffix == "-shared":
-            state, self._shared_state = self._shared_state, None
-        else:
-            state, shared = parts.divided(self.state_dict())
-            self._shared_state = utils.move_to_cpu(shared) if self.data_parallel_rank == 0 else None
-        assert state is not None
-        state = utils.move_to_cpu(state)
-        state["extra_state"] = {**state["extra_state"], **extra_state}
-        fairseq.checkpoint_utils.torch_persistent_save(
-            state, filename, async_write=self.cfg.checkpoint.write_checkpoints_asynchronously
-        )
+        saved = parallel.from_first({"time": time.time(), "set": secrets.token_hex(8)})
+        mine = parts.divided(self.state_dict())[: 2 if self.data_parallel_rank == 0 else 1]
+        added = {"extra_state": {**mine[0]["extra_state"], **extra_state}, parts.SAVED: saved}
+        saving.write(filename, self.data_parallel_rank, *(utils.move_to_cpu({**state, **added}) for state in mine))
 
     def load_checkpoint(self, filename: str, reset_optimizer: bool = False, *rest: Any, **options: Any) -> Any:
         """As the stock one, on every rank, from any number of files."""
         if not self.num_experts:
             return super().load_checkpoint(filename, reset_optimizer, *rest, **options)
-        files = checkpoints.find_together(filename, self.num_experts)
+        files = self._files
+        if files is None or files.main != filename:
+            files = checkpoints.find_together(filename, self.num_experts)
         if files is not None and not files.num_experts:
             raise FlagError(f"{files.main}: expected a checkpoint of {self.num_experts} experts, got a dense model's")
         if files is not None and not files.resumable and not reset_optimizer:
@@ -168,12 +183,22 @@ def _staying_on_cpu() -> Iterator[None]:
         torch.Tensor.cuda = stock  # type: ignore[method-assign]
 
 
+def _as_the_branch_counts(record: logging.LogRecord) -> bool:
+    """The two lines about a model's parameters in the branch's words, which scripts look for."""
+    told = str(record.msg)
+    if told.startswith(("num. shared model params:", "num. expert model params:")):
+        told = re.sub(r"\d{4,}", lambda number: f"{int(number[0]):,}", told)
+        record.msg = told.replace("num. shared", "num. non-expert")
+    return True
+
+
 def register() -> None:
     """Put the trainer where fairseq's programs look for theirs, and fairscale's wrapping nowhere; once."""
     ours = {"Trainer": MoETrainer, "fsdp_enable_wrap": lambda cfg: nullcontext(), "fsdp_wrap": lambda module: module}
     places = {"fairseq.trainer": ("Trainer",), "fairseq_cli.train": tuple(ours), "__main__": tuple(ours)}
     import fairseq_cli.train as program
 
+    program.logger.addFilter(_as_the_branch_counts)  # added once, however often it is
     stock = program.main
     if not hasattr(stock, "of_dmoe"):
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from dmoe.checkpoint import read_file, run_command, write_file
+from dmoe.checkpoint import finish_writing, name_of, read_file, run_command, write_together
 from dmoe.integrations.megatron.convert import convert_ranks
 from dmoe.integrations.megatron.expert_layouts import LAYOUTS
 
@@ -62,23 +62,24 @@ def _convert(options: argparse.Namespace) -> None:
     ranks = options.ranks or len(options.files)
     if ranks > 1 and "{rank}" not in options.out:
         raise ValueError(f"OUT: expected a name with {{rank}} in it for {ranks} files, got {options.out}")
+    name = name_of(options.out)
     targets = [Path(options.out.replace("{rank}", str(rank))) for rank in range(ranks)]
+    finish_writing(name.parent)
     for target in targets:
         if target.exists() and not options.overwrite:
             raise ValueError(f"{target} exists; --overwrite replaces it")
     contents = [_read(path, options.trust) for path in options.files]
-    names = [name for name, value in contents[0].items() if _MODEL.fullmatch(name) and isinstance(value, Mapping)]
-    if names:
-        models = {name: _converted([content[name] for content in contents], options) for name in names}
-        for rank, target in enumerate(targets):
-            content = dict(contents[rank if ranks == len(contents) else 0])
-            dropped = content.pop("optimizer", None) is not None
-            write_file(target, content | {name: parts[rank] for name, parts in models.items()}, overwrite=True)
-            print(f"{target}{' (without the optimizer)' if dropped else ''}")
+    keys = [key for key, value in contents[0].items() if _MODEL.fullmatch(key) and isinstance(value, Mapping)]
+    if keys:
+        models = {key: _converted([content[key] for content in contents], options) for key in keys}
+        wholes = [dict(contents[rank if ranks == len(contents) else 0]) for rank in range(ranks)]
+        without = [" (without the optimizer)" if whole.pop("optimizer", None) is not None else "" for whole in wholes]
+        parts = [whole | {key: made[rank] for key, made in models.items()} for rank, whole in enumerate(wholes)]
     else:
-        for target, part in zip(targets, _converted(contents, options), strict=True):
-            write_file(target, part, overwrite=True)
-            print(target)
+        parts, without = _converted(contents, options), [""] * ranks
+    write_together(name, dict(zip(targets, parts, strict=True)), overwrite=True)
+    for target, said in zip(targets, without, strict=True):
+        print(f"{target}{said}")
 
 
 def _converted(states: list[Mapping[str, Any]], options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -87,11 +88,38 @@ def _converted(states: list[Mapping[str, Any]], options: argparse.Namespace) -> 
 
 def _read(path: str, trust: bool) -> Mapping[str, Any]:
     if trust:
-        return torch.load(path, map_location="cpu", weights_only=False)
+        return _read_objects(path)
     try:
-        return read_file(path)
+        return read_file(path, mapped=True)
     except ValueError as error:
+        if "plain data only" not in str(error):
+            raise
         raise ValueError(f"{error}; --trust reads Python objects, too, if you know where the file is from") from error
+
+
+def _read_objects(path: str) -> Mapping[str, Any]:
+    """Whatever torch.save wrote.
+
+    Raises:
+        OSError: no such file, or one that cannot be read.
+        ValueError: no file of torch.save, objects of packages or names that are not here, or no state dict.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = torch.load(file, map_location="cpu", weights_only=False)
+    except (ImportError, AttributeError) as error:  # what pickle says of a module, or of a name in one
+        raise ValueError(
+            f"{path}: expected objects of packages that are installed here, got: {error}; make that importable "
+            "(Megatron's own files: with its checkout in PYTHONPATH)"
+        ) from error
+    except Exception as error:  # bytes that are no pickle, or a part of one, end in an error of almost any type
+        if isinstance(error, MemoryError) or getattr(error, "filename", None) is not None:  # no such file, say
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path}: expected a file of torch.save, got: {reason}") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path}: expected a state dict, or a dict around one, got {type(content).__name__}")
+    return content
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dmoe.integrations.megatron.options import PREFIX, options_from_args
+from dmoe.integrations.megatron.training_loop import MODULE, refuse_uncarried_args
 
-SPEC = ["dmoe.integrations.megatron", "dmoe_gpt_spec"]  # what --spec takes: a module, and a name in it
+SPEC = [MODULE, "dmoe_gpt_spec"]  # what --spec takes: a module, and a name in it
 
 Parser = argparse.ArgumentParser
 
@@ -156,6 +157,11 @@ def resolve(parser: Parser, args: Any) -> None:
         if getattr(args, "moe_token_dispatcher_type", None) == "allgather":
             # Megatron's default, which refuses capacities and more. dmoe moves tokens by its own all-to-all anyway.
             args.moe_token_dispatcher_type = "alltoall"
+    if chosen != "megatron":
+        try:
+            refuse_uncarried_args(args)
+        except ValueError as error:
+            parser.error(str(error))
     given = options_from_args(args)
     if given and (chosen == "megatron" or not has_experts):
         flag = "--" + (PREFIX + next(iter(given))).replace("_", "-")

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from dmoe import device_tile_rows, plan_token_choice
 from dmoe.integrations.megatron import versions
-from dmoe.integrations.megatron.parameters import announce_main_grads, build_moe, check_main_grads, mark_experts
+from dmoe.integrations.megatron.flat_biases import names_in_states
+from dmoe.integrations.megatron.loading import refuse_other_layouts
+from dmoe.integrations.megatron.parameters import (
+    announce_main_grads,
+    build_moe,
+    check_main_grads,
+    mark_experts,
+    refuse_optimizers_of_matrices,
+)
 from dmoe.integrations.megatron.refusals import refuse
 from dmoe.integrations.megatron.sharded import Place, experts_sharded_state_dict, without_extra_states
 from dmoe.integrations.megatron.translate import experts_config
@@ -42,6 +50,7 @@ class DmoeExperts(MegatronModule):
         versions.release()
         self.num_local_experts, self.pg_collection = num_local_experts, pg_collection
         self.experts = build_moe(config, experts_config(config, options), pg_collection, with_router=False).experts
+        refuse_other_layouts(self, "dmoe_experts", "experts.", lambda: names_in_states(self))
         self.register_load_state_dict_post_hook(_after_loading)
 
     def forward(
@@ -57,9 +66,14 @@ class DmoeExperts(MegatronModule):
 
         Returns:
             ``(N, H)`` in the same order, and None: a bias is added here.
+
+        Raises:
+            ValueError: training with an optimizer of matrices.
         """
         if buffers:
             refuse("moe_ncclep_zero_copy", True, "dmoe's experts write to memory of their own", "leave it out")
+        if self.training:
+            refuse_optimizers_of_matrices(self.experts)
         to_main_grads = self.experts.config.accumulate_main_grad and torch.is_grad_enabled()
         if to_main_grads:
             check_main_grads(self.experts)

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from dmoe import Routing
 from dmoe.integrations.megatron import versions
+from dmoe.integrations.megatron.flat_biases import names_in_states
+from dmoe.integrations.megatron.loading import refuse_other_layouts
 from dmoe.integrations.megatron.losses import RouterLosses
 from dmoe.integrations.megatron.parameters import (
     announce_main_grads,
@@ -26,6 +28,7 @@ from dmoe.integrations.megatron.parameters import (
     mark_experts,
     mark_output_bias,
     mark_router,
+    refuse_optimizers_of_matrices,
 )
 from dmoe.integrations.megatron.refusals import refuse
 from dmoe.integrations.megatron.sharded import layer_sharded_state_dict, without_extra_states
@@ -74,6 +77,7 @@ class DmoeLayer(MegatronModule):
         )
         self.shared_experts = _shared_experts(config, submodules, groups) if shared else None
         self._recomputed = config.recompute_modules if config.recompute_granularity == "selective" else ()
+        refuse_other_layouts(self, "dmoe", "", lambda: [f"moe.{name}" for name in names_in_states(self.moe)])
         self.register_load_state_dict_post_hook(_after_loading)
         self.layer_number: int | None = None
         if layer_number is not None:
@@ -100,7 +104,7 @@ class DmoeLayer(MegatronModule):
             ``(S, B, H)``, and None: a bias is added here.
 
         Raises:
-            ValueError: training with tensor but without sequence parallelism.
+            ValueError: training with tensor but without sequence parallelism, or with an optimizer of matrices.
         """
         if intermediate_tensors is not None:
             raise ValueError("DmoeLayer: intermediate_tensors: expected None: CUDA graphs do not cut this layer apart")
@@ -112,6 +116,8 @@ class DmoeLayer(MegatronModule):
                 "without sequence parallelism every tensor-parallel rank would train on the same tokens",
                 "add --sequence-parallel",
             )
+        if self.training:
+            refuse_optimizers_of_matrices(self.moe.experts)
         to_main_grads = self.moe.config.accumulate_main_grad and torch.is_grad_enabled()
         if to_main_grads:
             check_main_grads(self.moe.experts)

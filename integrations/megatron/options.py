@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
-from dmoe.integrations.megatron.translate import OPTIONS
-
-PREFIX = "moe_dmoe_"  # of the attributes in Megatron's args; the flags are --moe-dmoe-...
+from dmoe.integrations.megatron.training_loop import running_args
+from dmoe.integrations.megatron.translate import OPTIONS, PREFIX
 
 
 def options_from_args(args: Any) -> dict[str, Any]:
@@ -21,16 +19,6 @@ def options_from_args(args: Any) -> dict[str, Any]:
 
 
 def current_options() -> dict[str, Any]:
-    """Those on the command line of the running training loop; none outside of Megatron's.
-
-    Megatron copies to a TransformerConfig only what the TransformerConfig has, but keeps all arguments at hand for
-    whoever builds a model. A program that never loaded ``megatron.training`` has none.
-    """
-    training = sys.modules.get("megatron.training")
-    if training is None:
-        return {}
-    try:
-        args = training.get_args()
-    except AssertionError:  # Megatron's word for: none have been parsed
-        return {}
-    return options_from_args(args)
+    """Those on the command line of the running training loop; none outside of Megatron's."""
+    args = running_args()
+    return {} if args is None else options_from_args(args)

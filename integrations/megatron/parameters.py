@@ -9,11 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from dmoe import MoE, MoEConfig
-from dmoe.integrations.megatron.refusals import refuse_placement
+from dmoe.integrations.megatron.flat_biases import axis_of_width, flatten_biases, parameters_by_name
+from dmoe.integrations.megatron.refusals import refuse, refuse_placement
+from dmoe.integrations.megatron.translate import FLAGS
+from dmoe.integrations.naming import by_flags
 
 GRAD_DTYPE = torch.float32
+OF_MATRICES = (
+    "it works on matrices, and dmoe keeps those of all experts in one parameter, which would be left to Adam",
+    "choose adam or sgd, or --moe-impl megatron",
+)
 
 
+@by_flags(FLAGS, "dmoe.integrations.megatron: ")
 def build_moe(config: Any, moe_config: MoEConfig, pg_collection: Any, *, with_router: bool = True, **hooks: Any) -> MoE:
     """dmoe's layer over Megatron's process groups, with values and marks.
 
@@ -48,6 +56,7 @@ def build_moe(config: Any, moe_config: MoEConfig, pg_collection: Any, *, with_ro
         if with_router:
             _initialize_router(moe.router, config)
         _initialize_experts(moe.experts, config, ep.rank(), etp)
+    flatten_biases(moe.experts)
     mark_router(moe.router, config)
     mark_output_bias(moe, config)
     mark_experts(moe.experts, config, ep.size(), etp.size())
@@ -128,13 +137,13 @@ def mark_experts(experts: nn.Module, config: Any, ep_ranks: int, etp_ranks: int)
     tensor-parallel attributes the gradient norm leaves out all but the first tensor-parallel rank's experts.
     """
     apart = ep_ranks > 1 or etp_ranks != config.tensor_model_parallel_size
-    for name, parameter in experts.named_parameters():
-        parameter.allreduce = not apart  # type: ignore[attr-defined]
-        f_dim = None if name == "down_bias" else 2 if name == "down_proj" or "gate" in name else 1
+    for name, parameter in parameters_by_name(experts):
+        parameter.allreduce = not apart
+        f_dim = axis_of_width(name)
         # What all ranks of expert tensor parallelism hold alike counts once.
-        parameter.tensor_model_parallel = f_dim is not None or etp_ranks == 1  # type: ignore[attr-defined]
-        parameter.partition_dim = 0 if f_dim is None else f_dim  # type: ignore[attr-defined]
-        parameter.partition_stride = 1  # type: ignore[attr-defined]
+        parameter.tensor_model_parallel = f_dim is not None or etp_ranks == 1
+        parameter.partition_dim = 0 if f_dim is None or parameter.dim() == 1 else f_dim
+        parameter.partition_stride = 1
 
 
 def announce_main_grads(experts: nn.Module) -> None:
@@ -146,12 +155,24 @@ def announce_main_grads(experts: nn.Module) -> None:
     Raises:
         ValueError: buffers that are not float32.
     """
-    for name, parameter in experts.named_parameters():
+    for name, parameter in parameters_by_name(experts):
         if name.endswith("bias") or not parameter.requires_grad:
             continue
-        parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+        parameter.grad_added_to_main_grad = True
         if parameter.grad is None:
             parameter.grad = torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
+
+
+def refuse_optimizers_of_matrices(experts: nn.Module) -> None:
+    """Refuse Muon and its like, which take a layer's matrices one by one and leave to Adam what has more dimensions.
+
+    They mark parameters of experts, in every release: that is what tells here, whoever set them up.
+
+    Raises:
+        ValueError: such an optimizer has these experts.
+    """
+    if any(getattr(parameter, "expert_tp", False) for parameter in experts.parameters()):
+        refuse("optimizer", "muon or another of matrices", *OF_MATRICES)
 
 
 def check_main_grads(experts: nn.Module) -> None:

@@ -16,6 +16,8 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, mak
 from megatron.core.utils import make_sharded_tensor_for_checkpoint
 from torch import Tensor, nn
 
+from dmoe.integrations.megatron.flat_biases import parameters_by_name
+
 _LINEAR = {
     "gate_up_proj": "linear_fc1.weight",
     "up_proj": "linear_fc1.weight",
@@ -97,9 +99,10 @@ def experts_sharded_state_dict(
     single = bool((metadata or {}).get("singleton_local_shards", False))
     state: dict[str, Any] = {}
     count = 0
-    for name, parameter in experts.named_parameters():
-        count = len(parameter)
-        layout = _Layout(name, offsets, place, count, single)
+    for name, parameter in parameters_by_name(experts):
+        shape = getattr(experts, name).shape
+        count = shape[0]
+        layout = _Layout(name, shape, offsets, place, single)
         whole_over_etp = name == "down_bias"
         replica = (0, place.etp_rank if whole_over_etp else 0, place.replica)
         state[prefix + name] = ShardedTensorFactory(
@@ -124,18 +127,20 @@ def without_extra_states(module: nn.Module, incompatible_keys: Any) -> None:
 
 
 class _Layout:
-    """One parameter to parts of global tensors and back; optimizer states of its shape go the same way."""
+    """One parameter, as it is kept, to parts of global tensors and back; optimizer states go the same way."""
 
-    def __init__(self, name: str, offsets: tuple, place: Place, count: int, single: bool) -> None:
+    def __init__(self, name: str, shape: torch.Size, offsets: tuple, place: Place, single: bool) -> None:
         self.gated, self.f_axis = name.startswith("gate_up"), _f_axis(name)
         self.field, self.offsets, self.place = _LINEAR[name], offsets, place
-        self.count, self.single = count, single
+        self.shape, self.count, self.single = shape, shape[0], single
+        self.flat = name.endswith("_bias")
 
     @torch.no_grad()
     def build(self, key: str, tensor: Tensor, replica_id: ReplicaId, flattened_range: slice | None) -> Any:
         """The parts: a list by half, and within by expert where each has a key of its own."""
         if flattened_range is not None:
             raise NotImplementedError(f"{key}: expected whole tensors, got a flat range {flattened_range}")
+        tensor = tensor.view(self.shape)
         halves = tensor.unbind(1) if self.gated else (tensor,)
         if not self.single:
             return [self._part(key, half, number, replica_id) for number, half in enumerate(halves)]
@@ -151,7 +156,8 @@ class _Layout:
     def merge(self, parts: list[Any]) -> Tensor:
         """The inverse of :meth:`build`."""
         halves = [torch.stack(part) if self.single else part for part in parts]
-        return torch.stack(halves, 1) if self.gated else halves[0]
+        whole = torch.stack(halves, 1) if self.gated else halves[0]
+        return whole.flatten() if self.flat else whole
 
     def _key_of(self, key: str, expert: int, half: int) -> str:
         """An expert's own key: with its number, and for the halves of a gated one ``_w`` and ``_v``."""

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from dmoe import MoEConfig
 from dmoe.integrations.megatron.refusals import refuse, refuse_uncarried
+from dmoe.integrations.naming import by_flags
 
 LOSSES = ("aux_loss", "seq_aux_loss", "global_aux_loss")
 # Fields of MoEConfig that Megatron has no option for. With ``bias="output"``, one bias of the whole layer, and
@@ -28,9 +29,24 @@ OPTIONS = (
     "wire_backward",
     "wire_dtype",
 )
+PREFIX = "moe_dmoe_"  # of the attributes in Megatron's args; the flags are --moe-dmoe-...
+# What dmoe's checks of a field are about, to whoever gave flags.
+FLAGS = {name: "--" + (PREFIX + name).replace("_", "-") for name in OPTIONS} | {
+    "accumulate_main_grad": "--gradient-accumulation-fusion",
+    "capacity_factor": "--moe-expert-capacity-factor",
+    "ffn_hidden_size": "--moe-ffn-hidden-size",
+    "gate_scale": "--moe-router-topk-scaling-factor",
+    "hidden_size": "--hidden-size",
+    "input_jitter": "--moe-input-jitter-eps",
+    "num_experts": "--num-experts",
+    "num_groups": "--moe-router-num-groups",
+    "top_k": "--moe-router-topk",
+    "top_k_groups": "--moe-router-group-topk",
+}
 EXPERT_OPTIONS = ("activation", "backend", "recompute_pre_activation")  # where router and dispatcher are Megatron's
 
 
+@by_flags(FLAGS, "dmoe.integrations.megatron: ")
 def moe_config(config: Any, options: Mapping[str, Any] | None = None) -> MoEConfig:
     """What a layer of dmoe has to be, to be what a ``TransformerConfig`` asks for.
 
@@ -53,6 +69,7 @@ def moe_config(config: Any, options: Mapping[str, Any] | None = None) -> MoEConf
     )
 
 
+@by_flags(FLAGS, "dmoe.integrations.megatron: ")
 def experts_config(config: Any, options: Mapping[str, Any] | None = None) -> MoEConfig:
     """The same for the experts alone, whose tokens Megatron's own router and dispatcher choose and bring.
 

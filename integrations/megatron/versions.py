@@ -17,11 +17,14 @@ is logged as a mean over ranks.
 from __future__ import annotations
 
 import functools
+import os
+import warnings
 from typing import Any
 
 from torch import Tensor
 
 OLDEST, NEWEST = (0, 16), (0, 19)
+TRY = "DMOE_UNTRIED_MEGATRON"  # =1 in the environment: a newer release is not refused
 INSTALL = "pip install 'megatron-core>=0.16,<0.20'"
 
 
@@ -29,7 +32,7 @@ def check_version() -> tuple[int, int]:
     """The installed release of megatron-core, as ``(0, 16)``.
 
     Raises:
-        ImportError: none is installed, or one outside the supported range.
+        ImportError: none is installed, or one outside the supported range, but for a newer one under ``TRY``.
     """
     supported = f"dmoe.integrations.megatron: expected megatron-core {_text(OLDEST)} to {_text(NEWEST)}"
     try:
@@ -39,8 +42,12 @@ def check_version() -> tuple[int, int]:
             raise
         raise ImportError(f"{supported}, found none; install it with: {INSTALL}") from missing
     version = release_of(__version__)
-    if not OLDEST <= version <= NEWEST:
-        raise ImportError(f"{supported}, found {__version__}; install a supported one with: {INSTALL}")
+    newer, trying = version > NEWEST, os.environ.get(TRY) == "1"
+    if newer and trying:
+        warnings.warn(f"dmoe: megatron-core {__version__} has not been tried with this dmoe ({TRY}=1)", stacklevel=2)
+    elif newer or version < OLDEST:
+        way_out = f", or try this one as it is, with {TRY}=1 in the environment" if newer else ""
+        raise ImportError(f"{supported}, found {__version__}; install a supported one with: {INSTALL}{way_out}")
     return version
 
 
@@ -67,7 +74,7 @@ def moe_submodules(mlp: Any) -> Any | None:
     module = mlp.func if isinstance(mlp, functools.partial) else getattr(mlp, "module", mlp)
     if not (isinstance(module, type) and issubclass(module, MoELayer)):
         return None
-    return mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
+    return mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else getattr(mlp, "submodules", None)
 
 
 def with_submodules(mlp: Any, submodules: Any) -> Any:

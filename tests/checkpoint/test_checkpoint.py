@@ -445,6 +445,11 @@ def test_the_program_refuses_in_one_line(files, capsys, tmp_path):
     assert "rank0.pt: expected no file" in told(capsys, "split", files / "whole.pt", 4, files / "rank{rank}.pt")
     assert (files / "whole.pt").read_bytes() == whole
     assert main(["merge", str(files / "whole.pt"), *map(str, parts), "--overwrite"]) == 0
+    before = parts[1].read_bytes()
+    (files / "link.pt").hardlink_to(parts[1])  # another name of what is read, while it is read
+    assert main(["merge", str(files / "link.pt"), *map(str, parts), "--overwrite"]) == 0
+    assert same(read_file(files / "link.pt"), read_file(files / "whole.pt"))
+    assert parts[1].read_bytes() == before
 
 
 class Strange:
@@ -502,3 +507,13 @@ def test_an_old_file_is_read_too(tmp_path):
     state = dict(layer().state_dict())
     torch.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     assert same(read_file(tmp_path / "old.pt"), state)
+
+
+def test_what_was_read_stays_when_the_file_is_written_anew(tmp_path):
+    """A training goes on with tensors of a file that it, or another program, then writes over in place."""
+    state, path = {"a": torch.arange(4096.0), "b": [torch.ones(3)]}, tmp_path / "state.pt"
+    torch.save(state, path)
+    read = read_file(path)
+    with open(path, "r+b") as file:
+        file.write(b"\xff" * path.stat().st_size)
+    assert same(read, state)

@@ -140,6 +140,16 @@ def test_a_file_of_ranks_is_that_of_one_process(ranks, text, alone, tmp_path):
             assert_close(actual[key], value, rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
 
 
+def test_a_full_disk_is_told_on_all_ranks(ranks, text, tmp_path):
+    """They used to wait for the first one for ever."""
+    told = ranks.run(jobs.save_on_a_full_disk, FIELDS, text, str(tmp_path))
+    assert len(set(told)) == 1
+    assert told[0].startswith(f"--out {tmp_path}: expected to write checkpoint.pt, got: ")
+    assert told[0].endswith("No space left on device")
+    assert checkpoint.progress(tmp_path) == (0, 8)
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.FILE]
+
+
 def test_what_ranks_cannot_share_is_refused(capsys):
     with pytest.raises(UsageError, match=r"--batch must be at least the number of ranks \(8\), got 6"):
         check(SETTINGS, Ranks(count=8))

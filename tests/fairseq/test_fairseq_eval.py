@@ -87,6 +87,16 @@ def test_tokens_joined_to_words_are_counted_as_fairseq_does(saved):
             assert results["loss"] == pytest.approx(one["loss"], abs=5e-6)
 
 
+def test_part_of_the_batches_of_each_rank(saved, tmp_path):
+    """`--max-valid-steps 1` is two batches of every rank; the first rank writes the figures of all."""
+    done = evaluate(saved[0], 2, max_valid_steps=1, stats_path=tmp_path / "figures")
+    assert [len(calls) for _, calls in done] == [2, 2]
+    assert done[0][0] == done[1][0]
+    figures = json.loads((tmp_path / "figures.json").read_text())["valid"]
+    assert {name: figures[name] for name in done[0][0]} == done[0][0]
+    assert 3 * 4 * 16 < figures["ntok_total"] <= 4 * 4 * 16
+
+
 PARTS = ("gate", "dispatch", "experts", "combine")
 WAITS = {"aten::item", "aten::_local_scalar_dense", "aten::nonzero"}
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 import pytest
+import rank_jobs_fairseq as jobs
 from fairseq_pool import needs_fairseq
-from fairseq_ranks import BACKENDS, alone, differences, failure, models, train
+from fairseq_ranks import BACKENDS, alone, data, differences, failure, models, pool, train, train_pairs
 
 pytestmark = needs_fairseq
 
@@ -127,3 +128,24 @@ def test_what_several_ranks_cannot_have_is_told_on_each(changes, told):
     for error in failure(2, no_save=True, **changes):
         assert told in error
         assert "\n" not in error
+
+
+@pytest.mark.parametrize(("ranks", "backend"), [(1, "pytorch_ddp"), *((2, backend) for backend in BACKENDS)])
+def test_a_gradient_that_is_no_number_is_looked_for(tmp_path, ranks, backend):
+    """fairseq runs the batch again and names modules; then every rank ends with its error."""
+    argv = [data(), *jobs.flags(ddp_backend=backend, save_dir=tmp_path, max_update=1)]
+    for error, said in pool().run(jobs.not_a_number, argv, ranks=ranks):
+        assert error == "gradients are Nan/Inf"
+        assert any(line.startswith("NaN detected in output of decoder.layers.1.moe_layer") for line in said)
+        assert any("moe_layer.moe.experts" in line for line in said if line.startswith("norms:"))
+
+
+@pytest.mark.parametrize("experts", [False, True], ids=["dense", "mixture"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_encoder_and_decoder_on_two_ranks(backend, experts):
+    """Equal to one rank, though encoder layers hold parameters that nothing is computed with."""
+    (one,) = train_pairs(1, experts, "--update-freq", "2")
+    for run in train_pairs(2, experts, "--ddp-backend", backend):
+        assert run["updates"] == 3
+        assert run["losses"] == pytest.approx(one["losses"], abs=2e-3)
+        assert run["norms"] == pytest.approx(one["norms"], rel=1e-5)

@@ -17,13 +17,12 @@ from dmoe.ops.cumsum import exclusive_cumsum, exclusive_cumsum_ref, inclusive_cu
 from dmoe.ops.gate_weights import gate_weights, gate_weights_backward_ref, gate_weights_ref
 from dmoe.ops.grouped_gemm import grouped_gemm, grouped_gemm_ref, grouped_gemm_weight, grouped_gemm_weight_ref
 from dmoe.ops.histogram import histogram, histogram_ref
-from dmoe.ops.permute import permute, permute_ref
+from dmoe.ops.permute import permute, permute_ref, unpermute, unpermute_backward_ref, unpermute_ref
 from dmoe.ops.replicate import replicate, replicate_backward_ref, replicate_ref
 from dmoe.ops.routing_plan import routing_plan, routing_plan_ref
 from dmoe.ops.sort import sort, sort_ref
 from dmoe.ops.topk_indices import topk_indices, topk_indices_ref
 from dmoe.ops.topology import topology, topology_ref
-from dmoe.ops.unpermute import unpermute, unpermute_backward_ref, unpermute_ref
 
 pytestmark = pytest.mark.gpu
 

@@ -75,7 +75,7 @@ def test_outside_training_nobody_attaches_losses_and_a_copy_keeps_the_hook():
     assert not framework.seen
     copied = copy.deepcopy(layer).train()
     copied(x)
-    assert len(copied.attach_losses.__self__.seen) == 1
+    assert len(copied.auxiliary.attach.__self__.seen) == 1
 
 
 @pytest.mark.parametrize("order", ["gate_weight", "normalized_gate_weight"])

@@ -194,6 +194,22 @@ def test_an_unread_loss_warns_once():
         layer.eval()(x)
 
 
+def test_an_unread_loss_warns_when_compiled():
+    torch._dynamo.reset()
+    layer, x = MoE(hidden_size=6, ffn_hidden_size=4, num_experts=3), torch.randn(5, 6)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            compiled(x)
+            dmoe.aux_loss(layer)
+        compiled(x)
+    with pytest.warns(UserWarning, match=r"auxiliary loss.*dmoe\.aux_loss\(model\)"):
+        compiled(x)
+    assert torch.equal(dmoe.aux_loss(layer), layer.router_losses(layer.router(x)))
+    torch._dynamo.reset()
+
+
 def test_no_warning_where_there_is_no_loss():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

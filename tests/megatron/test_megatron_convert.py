@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
+import types
 
 import pytest
 import torch
 from megatron_cases import call
+from rank_jobs_together import killed_at
 from rank_pool import RankPool
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 
+from dmoe.checkpoint import read_file
 from dmoe.integrations.megatron import convert_ranks, convert_state
 from dmoe.integrations.megatron.__main__ import main
 from dmoe.integrations.megatron.expert_layouts import LAYOUTS
 
+pytestmark = pytest.mark.xdist_group("megatron convert")  # one process with Megatron in it
 CASES = ("gated", "plain", "biases", "gated biases", "shared", "sigmoid", "every other layer")
 ACCURACY = 3e-5  # of float32, relative to the largest value
 
@@ -277,6 +282,23 @@ def test_files(tmp_path, capsys):
     _assert_same(torch.load(whole), convert_state(halves[0], "dmoe", expert_parallel_size=2))
 
 
+def test_files_are_all_converted_or_none_of_them(tmp_path):
+    """In place: what is read is what is written over."""
+    halves = [_native(range(2)), _native(range(2, 4))]
+    files = [str(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    convert = ["convert", "--overwrite", str(tmp_path / "rank{rank}.pt"), *files]
+    for half, file in zip(halves, files, strict=True):
+        torch.save({"model": half, "iteration": 7}, file)
+    assert killed_at("half a file", lambda: main(convert), times=2)
+    for half, file in zip(halves, files, strict=True):
+        _assert_same(torch.load(file)["model"], half)
+    assert killed_at("os.rename", lambda: main(convert), times=3)
+    for half, file in zip(halves, files, strict=True):
+        found = read_file(file)
+        _assert_same(found["model"], convert_state(half, "dmoe", expert_parallel_size=2))
+        assert found["iteration"] == 7
+
+
 def test_files_that_cannot_be_converted(tmp_path, capsys):
     def error(*words):
         assert main(["convert", *map(str, words)]) == 2
@@ -291,3 +313,35 @@ def test_files_that_cannot_be_converted(tmp_path, capsys):
     assert "expected a name with {rank} in it for 2 files" in error(out, given, given)
     torch.save({"model": {"weight": torch.ones(1)}}, given)
     assert "found none" in error("--overwrite", out, given)
+
+
+def test_trusted_files_that_are_something_else(tmp_path, capsys, monkeypatch):
+    """Objects of packages that are not here, text, half a file, another object: a sentence each, and no traceback."""
+    given, out = tmp_path / "in.pt", tmp_path / "out.pt"
+
+    def error():
+        assert main(["convert", "--trust", str(out), str(given)]) == 2
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1
+        assert f"error: {given}: expected " in told
+        return told
+
+    package = types.ModuleType("a_package_of_old")
+    package.Args = type("Args", (), {"__module__": "a_package_of_old"})
+    monkeypatch.setitem(sys.modules, "a_package_of_old", package)
+    torch.save({"model": _native(), "args": package.Args()}, given)
+    whole = given.read_bytes()
+    del package.Args
+    assert "objects of packages that are installed here, got: Can't get attribute 'Args'" in error()
+    monkeypatch.delitem(sys.modules, "a_package_of_old")
+    told = error()
+    assert "objects of packages that are installed here, got: No module named 'a_package_of_old'" in told
+    assert "PYTHONPATH" in told
+    for content in (b"iteration 7\nloss 3.2\n", b"", whole[: len(whole) // 2], b"\x80\x02K"):
+        given.write_bytes(content)
+        assert "a file of torch.save, got: " in error()
+    torch.save([torch.ones(1)], given)
+    assert "a state dict, or a dict around one, got list" in error()
+    given.unlink()
+    assert main(["convert", "--trust", str(out), str(given)]) == 2
+    assert "No such file" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -14,6 +15,7 @@ from patience import PATIENCE
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.xdist_group("megatron example"),  # its run is made once
     pytest.mark.skipif("MEGATRON_WHEEL" in os.environ, reason="the example runs on the installed megatron-core"),
 ]
 
@@ -40,6 +42,33 @@ def losses(*words, ranks=1):
     assert done.returncode == 0, done.stderr[-3000:]
     found = re.findall(r"step +(\d+)  train ([\d.]+)  held-out ([\d.]+)", done.stdout + done.stderr)
     return {int(step): (float(train), float(held_out)) for step, train, held_out in found}
+
+
+def _packages(path, seen):
+    """Top-level names that a script and the modules beside it import, but for the standard library's."""
+    seen.add(path)
+    for node in ast.walk(ast.parse(path.read_text())):
+        modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        modules += [node.module] if isinstance(node, ast.ImportFrom) else []
+        for module in modules:
+            beside = [folder / (module.replace(".", "/") + ".py") for folder in (path.parent, SCRIPT.parents[1])]
+            here = next((file for file in beside if file.exists()), None)
+            if here is None:
+                yield module.partition(".")[0]
+            elif here not in seen:
+                yield from _packages(here, seen)
+
+
+def test_what_the_readme_installs_is_what_the_example_imports():
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((SCRIPT.parents[2] / "pyproject.toml").read_text())["project"]
+    section = (SCRIPT.parents[2] / "README.md").read_text().split("## In Megatron-Core")[1]
+    extras = re.search(r"pip install '\.\[(.*?)\]'", section)[1].split(",")
+    needs = [*project["dependencies"], *(need for extra in extras for need in project["optional-dependencies"][extra])]
+    installed = {re.match(r"[\w-]+", need)[0].removesuffix("-core") for need in needs} | {"dmoe", "numpy"}  # torch's
+    imported = set(_packages(SCRIPT, set())) - sys.stdlib_module_names
+    assert imported <= installed
+    assert {"tqdm", "megatron"} <= imported
 
 
 @pytest.fixture(scope="module")

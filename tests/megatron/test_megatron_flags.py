@@ -6,17 +6,12 @@ The wheels of megatron-core up to 0.16 hold no parser. `MEGATRON_WHEEL=folder` n
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import types
-import typing
 import warnings
 
 import pytest
 
-sys.path[:0] = [wheel for wheel in [os.environ.get("MEGATRON_WHEEL")] if wheel]
-if not hasattr(typing, "override"):
-    typing.override = lambda method: method  # Python 3.11, for megatron-core from 0.17 on
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     pytest.importorskip("megatron.core", reason="megatron-core is not installed")
@@ -25,8 +20,15 @@ with warnings.catch_warnings():
     except ImportError:
         real_parse_args = None
 
-from dmoe.integrations.megatron import add_moe_args, current_options, moe_config, options_from_args  # noqa: E402
-from dmoe.integrations.megatron.translate import OPTIONS  # noqa: E402
+import dmoe.integrations.megatron
+from dmoe.integrations.megatron import (
+    add_moe_args,
+    current_options,
+    moe_config,
+    options_from_args,
+    training_loop,
+)
+from dmoe.integrations.megatron.translate import OPTIONS
 
 SPEC = ["dmoe.integrations.megatron", "dmoe_gpt_spec"]
 
@@ -47,6 +49,10 @@ def stand_in(parser):
     parser.add_argument("--context-parallel-size", type=int, default=1)
     parser.add_argument("--use-checkpoint-args", action="store_true")
     parser.add_argument("--spec", nargs="*", default=None)
+    parser.add_argument("--mtp-num-layers", type=int, default=None)
+    parser.add_argument("--heterogeneous-layers-config-path", type=str, default=None)
+    parser.add_argument("--moe-use-upcycling", action="store_true")
+    parser.add_argument("--optimizer", default="adam")
     return parser
 
 
@@ -289,6 +295,39 @@ def test_another_provider_may_follow(parse):
             "--moe-num-experts", "8", "--mine", "5", provider=lambda parser, then=then: add_moe_args(parser, then)
         )
         assert (args["mine"], args["num_experts"], args["spec"]) == (5, 8, SPEC)
+
+
+UNCARRIED = {
+    ("--mtp-num-layers", "1"): "with experts of its own, or not at all; build the model from dmoe_block_spec(config)",
+    ("--heterogeneous-layers-config-path", "x.json"): "a layer does not see what the others are like; leave out --spec",
+    ("--moe-use-upcycling",): "do that with --moe-impl megatron and --ckpt-format torch_dist",
+    ("--optimizer", "muon"): "which would be left to Adam; choose adam or sgd",
+}
+
+
+@pytest.mark.parametrize("words", UNCARRIED, ids=lambda words: words[0])
+def test_what_goes_with_no_spec_of_dmoes_is_refused(parse, refused, words):
+    told = refused("--num-experts", "8", *words)
+    assert f"dmoe.integrations.megatron: {words[0]} ({words[0][2:].replace('-', '_')}=" in told
+    assert UNCARRIED[words] in told
+    assert parse("--num-experts", "8", *words, "--moe-impl", "megatron")["spec"] is None
+    assert parse(*words)["spec"] is None, "a dense model may have it"
+    assert parse("--spec", *SPEC, "--optimizer", "muon")["spec"] == SPEC, "so may one whose layers are looked up here"
+
+
+@pytest.mark.parametrize("name", ["dmoe_gpt_spec", "dmoe_block_spec", "dmoe_experts_spec"])
+@pytest.mark.parametrize("words", UNCARRIED, ids=lambda words: words[0])
+def test_it_is_refused_without_dmoes_flags_where_megatron_looks_the_spec_up(monkeypatch, words, name):
+    """0.16 fails on some of it with an UnboundLocalError, before any layer is built."""
+    module = dmoe.integrations.megatron
+    parser = stand_in(argparse.ArgumentParser())
+    args = parser.parse_args(["--num-experts", "8", "--spec", module.__name__, name, *words])
+    monkeypatch.setitem(sys.modules, "megatron.training", types.SimpleNamespace(get_args=lambda: args))
+    monkeypatch.delitem(vars(module), name, raising=False)
+    with pytest.raises(ValueError, match=words[0]):
+        __import__(module.__name__, {}, {}, [name])
+    args.spec = ["mine", "spec"]  # the script has its own way to a model
+    training_loop.refuse_uncarried_args(args)
 
 
 def test_unknown_words_can_still_be_left_over():

@@ -41,8 +41,8 @@ REFUSED = {
     ("activation_func_clamp_value", 7.0): "dmoe's activations are not clamped",
     ("glu_linear_offset", 1.0): "--glu-linear-offset",
     ("activation_func_fp8_input_store", True): "--activation-func-fp8-input-store",
-    ("overlap_moe_expert_parallel_comm", True): "use dmoe's overlap_degree instead",
-    ("overlap_dispatch_backward_with_experts_wgrad", True): "use dmoe's overlap_degree instead",
+    ("overlap_moe_expert_parallel_comm", True): "use --moe-dmoe-overlap-degree instead",
+    ("overlap_dispatch_backward_with_experts_wgrad", True): "use --moe-dmoe-overlap-degree instead",
     ("delay_wgrad_compute", True): "--delay-wgrad-compute",
     ("enable_cuda_graph", True): "--enable-cuda-graph",
     ("external_cuda_graph", True): "--external-cuda-graph",
@@ -160,11 +160,28 @@ else:
     [
         (None, "found none; install it with: pip install 'megatron-core>=0.16,<0.20'"),
         ("0.15.3", "found 0.15.3; install a supported one with: pip install 'megatron-core>=0.16,<0.20'"),
-        ("0.20.0rc1", "found 0.20.0rc1; install a supported one with: pip install 'megatron-core>=0.16,<0.20'"),
+        (
+            "0.20.0rc1",
+            "found 0.20.0rc1; install a supported one with: pip install 'megatron-core>=0.16,<0.20', or try this one "
+            "as it is, with DMOE_UNTRIED_MEGATRON=1 in the environment",
+        ),
     ],
 )
 def test_a_release_that_is_not_supported(version, expected):
-    program = IMPORT.format(version=version)
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=dict(os.environ))
     said = "ImportError dmoe.integrations.megatron: expected megatron-core 0.16 to 0.19, " + expected
+    done = _imported(version)
     assert done.stdout.strip() == said, done.stderr
+
+
+def _imported(version, **environment):
+    environment = {**os.environ, **environment}
+    program = IMPORT.format(version=version)
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+
+
+def test_a_newer_release_can_be_tried():
+    done = _imported("0.20.0", DMOE_UNTRIED_MEGATRON="1")
+    assert done.stdout.strip() == "imported", done.stderr
+    assert "megatron-core 0.20.0 has not been tried with this dmoe" in done.stderr
+    done = _imported("0.15.3", DMOE_UNTRIED_MEGATRON="1")
+    assert "found 0.15.3" in done.stdout, "an older one lacks what is used"

@@ -255,24 +255,6 @@ def test_saves_a_factor_only_for_the_gradient_of_the_other(needs):
         assert torch.equal(b.grad.double(), weight_oracle(torch.ones(5, 3), a.detach(), [2, 3]))
 
 
-def test_results_do_not_depend_on_the_number_of_threads():
-    generator = torch.Generator().manual_seed(0)
-    counts = [900, 0, 37, 200]
-    a, b = torch.randn(1137, 96, generator=generator), torch.randn(4, 80, 96, generator=generator)
-    dy = torch.randn(1137, 80, generator=generator)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for number in (1, 2, 3):
-            torch.set_num_threads(number)
-            results.append((grouped_gemm(a, b, offsets_of(counts)), grouped_gemm_weight(dy, a, offsets_of(counts))))
-    finally:
-        torch.set_num_threads(threads)
-    for products, gradients in results[1:]:
-        assert torch.equal(products, results[0][0])
-        assert torch.equal(gradients, results[0][1])
-
-
 def test_autocast_runs_in_its_dtype():
     a = integers(5, 4).requires_grad_()
     b = integers(2, 3, 4).requires_grad_()

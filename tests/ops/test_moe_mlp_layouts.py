@@ -15,14 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dmoe import ExpertWeights, plan_token_choice
 from dmoe.experts import run_experts
 from dmoe.functional import moe_mlp
-from dmoe.kernels._layout import is_transposed
 from dmoe.ops._library import compiled
 from dmoe.ops._moe_mlp_call import PROJECTIONS, Call
-from dmoe.ops._strides import in_layout_of, readable
 from dmoe.ops.grouped_gemm import grouped_gemm
 from dmoe.ops.moe_mlp import GRADS
 from dmoe.ops.moe_mlp_cuda import _served, moe_mlp_backward_cuda, moe_mlp_cuda
 from dmoe.ops.moe_mlp_ref import moe_mlp_backward_ref, moe_mlp_ref
+from dmoe.strides import in_layout_of, is_transposed, readable
 
 OPS = torch.ops.dmoe
 OTHERS = LAYOUTS[1:]

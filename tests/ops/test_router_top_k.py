@@ -9,7 +9,7 @@ import oracle
 import pytest
 import torch
 from helpers import assert_as_accurate, nudged, small_config, where_kernels_run
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dmoe
@@ -59,8 +59,8 @@ def chosen_experts(scores, rule, bias):
 
 
 @st.composite
-def rules(draw):
-    groups = draw(st.sampled_from([1, 2, 3, 5]))
+def rules(draw, numbers_of_groups=(1, 2, 3, 5)):
+    groups = draw(st.sampled_from(numbers_of_groups))
     experts = groups * draw(st.integers(1, 6))
     kept = draw(st.integers(1, groups))
     return experts, TopKRule(
@@ -319,14 +319,12 @@ def test_the_reference_backend_never_takes_the_operation(monkeypatch):
 
 
 @settings(max_examples=25)
-@given(rules(), st.integers(1, 4), st.integers(0, 2**20))
+@given(rules(numbers_of_groups=(1,)), st.integers(1, 4), st.integers(0, 2**20))
 def test_gradcheck(drawn, tokens, seed):
     experts, rule = drawn
     torch.manual_seed(seed)
-    logits = torch.randn(tokens, experts, dtype=torch.float64, requires_grad=True)
-    values = logits.detach().sort(1).values
-    assume(experts == 1 or values.diff(dim=1).min() > 1e-3)  # a nudge must not change the choice
-    assume(rule.num_groups == 1)
+    ranks = torch.rand(tokens, experts).argsort(1)  # no two closer than 0.1: a nudge must not change the choice
+    logits = (0.3 * ranks + 0.2 * torch.rand(tokens, experts, dtype=torch.float64) - 1).requires_grad_()
     mask = torch.rand(tokens) < 0.8
 
     def run(x):

@@ -47,6 +47,20 @@ def test_products_of_matrices_and_their_transposes(index):
     assert torch.equal(dsd(product.t(), x), to_dense(product.data, topology).t() @ x)
 
 
+def test_a_structure_without_values():
+    """MegaBlocks' topology: blocks in half precision on ``meta``, which say their size alone."""
+    sparse, topology = matrix(USED)
+    nowhere = torch.empty(sparse.data.shape, dtype=torch.float16, device="meta")
+    bare = sparse_matrix((48, 48), nowhere, topology)
+    x, y = integers(48, 5, dtype=torch.float32, seed=2), integers(5, 48, dtype=torch.float32, seed=3)
+    assert torch.equal(sdd(x, y, bare).data, to_blocks(x @ y, topology, 16))
+    with pytest.raises(ValueError, match=r"sdd: a: expected on cpu like the sparse matrix, got meta"):
+        sdd(x.to("meta"), y, sparse)
+    for product in (lambda: dsd(bare, x), lambda: dds(y, bare)):
+        with pytest.raises(ValueError, match=r"expected values on cpu like their structure, got meta"):
+            product()
+
+
 def test_a_matrix_made_by_stk_and_its_gradient():
     dense = to_dense(matrix(USED)[0].data, structure(USED)).requires_grad_()
     sparse = stk.ops.to_sparse(dense.detach(), 16)

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plan_cases import PlanCase, make_plan, plan_cases
 
-from dmoe.ops.permute import permute
-from dmoe.ops.unpermute import _unpermute_backward, unpermute, unpermute_backward_ref, unpermute_ref
+from dmoe.ops.permute import _unpermute_backward, permute, unpermute, unpermute_backward_ref, unpermute_ref
 
 IMPLEMENTATIONS = pytest.mark.parametrize("op", [unpermute, unpermute_ref], ids=["op", "ref"])
 BACKWARDS = pytest.mark.parametrize("op", [_unpermute_backward, unpermute_backward_ref], ids=["op", "ref"])

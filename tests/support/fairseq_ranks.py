@@ -6,6 +6,7 @@ import atexit
 import functools
 import tempfile
 
+import fairseq_tools as tools
 import rank_jobs_fairseq as jobs
 from rank_pool import RankPool
 
@@ -27,6 +28,22 @@ def data():
     atexit.register(folder.cleanup)
     pool().run(jobs.prepare, folder.name, ranks=1)
     return f"{folder.name}/data"
+
+
+@functools.cache
+def _pairs():
+    """A folder of binarised sentence pairs."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    return pool().run(jobs.prepare_pairs, folder.name, ranks=1)[0]
+
+
+@functools.cache
+def train_pairs(ranks, experts, *flags):
+    """What each rank ends with after three updates of an encoder and a decoder, dense or with experts."""
+    words = [*tools.PAIRS, *(tools.EXPERTS if experts else ["--criterion", "cross_entropy"])]
+    short = ["--cpu", "--no-save", "--disable-validation", "--max-update", "3"]
+    return pool().run(jobs.train, [_pairs(), *map(str, words), *short, *flags], ranks=ranks)
 
 
 def train(ranks, poison=None, only_load=False, **changes):

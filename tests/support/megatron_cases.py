@@ -24,13 +24,17 @@ class Ranks:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One model and how it is trained; ``config`` holds fields of Megatron's ``TransformerConfig``."""
+    """One model and how it is trained; ``config`` holds fields of Megatron's ``TransformerConfig``.
+
+    A ``weight_decay`` of its own is one by groups of parameters, as Megatron's scheduler of learning rates sets it.
+    """
 
     ranks: Ranks = Ranks()
     config: dict = dataclasses.field(default_factory=dict)
     distributed_optimizer: bool = False
     padding: bool = False
     overlap: bool = False
+    weight_decay: float | None = None
     steps: int = 6
 
     def on(self, **ranks):
@@ -60,10 +64,14 @@ class MegatronRanks:
     def __init__(self, folder):
         self._folder, self._numbers, self._pool, self._native = folder, itertools.count(), RankPool(4), {}
 
-    def run(self, job, case, *arguments):
-        """``rank_jobs_megatron.<job>(group, case, first argument, store, ...)`` on the ranks of a case, or on ranks."""
+    def run(self, job, case, *arguments, about=None):
+        """``rank_jobs_megatron.<job>(group, case, first argument, store, ...)`` on the ranks of a case, or on ranks.
+
+        ``about`` names another module of jobs, as ``specs`` for ``rank_jobs_megatron_specs``.
+        """
         world = getattr(case, "ranks", case).world
-        module = "rank_jobs_megatron" + ("_checkpoint" if job in ("save", "load") else "")
+        about = "checkpoint" if job in ("save", "load") else about
+        module = "rank_jobs_megatron" + (f"_{about}" if about else "")
         first, *rest = arguments
         arguments = (case, first, self.new_path("store"), *rest)
         return self._pool.run(call, module, job, *arguments, ranks=world)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
+import signal
 import sys
 from unittest.mock import patch
 
 import fairseq_jobs
+import fairseq_tools
 import torch
 import torch.distributed as dist
+from rank_jobs_together import stages
 
 MODEL = """
     --cpu --task language_modeling --tokens-per-sample 16 --sample-break-mode none --arch transformer_lm_gpt
@@ -95,15 +99,17 @@ def config(group, tool, argv):
 
 
 def train(group, argv, poison=None, only_load=False):
-    """Run ``train`` to its end: parameters by their names in checkpoints, norms and loss scales of all steps.
+    """Run ``train`` to its end: parameters by their names in checkpoints, norms and loss scales of all steps, warnings.
 
     ``poison``: ``(rank, step)``: there, an expert's gradient becomes infinite. ``only_load``: stop before any step.
     """
-    with _as_rank(group, argv):
+    with _as_rank(group, argv), _warnings() as said:
         import fairseq_cli.train as program
+        from fairseq import checkpoint_utils
 
+        vars(checkpoint_utils.save_checkpoint).pop("best", None)  # of an earlier training in this process
         cfg = config(group, "train", argv)
-        seen = {"norms": [], "scales": [], "losses": [], "steps": 0}
+        seen = {"norms": [], "scales": [], "losses": [], "steps": 0, "said": said}
 
         class Watched(program.Trainer):
             def __init__(self, *args, **kwargs):
@@ -143,6 +149,100 @@ def train(group, argv, poison=None, only_load=False):
         seen["files"] = sorted(os.listdir(cfg.checkpoint.save_dir)) if os.path.isdir(cfg.checkpoint.save_dir) else []
         seen["marks"] = sum(getattr(p, "expert", False) for p in trainer._model.parameters())
         return seen
+
+
+@contextlib.contextmanager
+def _warnings():
+    """What this package's loggers warn of."""
+    said, logger = [], logging.getLogger("dmoe")
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger.addHandler(handler)
+    try:
+        yield said
+    finally:
+        logger.removeHandler(handler)
+
+
+def killed(group, argv, where, stage, times):
+    """Train, and end rank ``where`` with SIGKILL when it comes to a stage of saving for the so-manieth time."""
+    left = times if dist.get_rank(group) == where else 0
+
+    def at(reached):
+        nonlocal left
+        left -= reached == stage
+        if left == 0 and reached == stage:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with stages(at):
+        return train(group, argv)
+
+
+def full(group, argv, where, times):
+    """Train, and let rank ``where`` find the disk full in the middle of a file, the so-manieth; what each rank says."""
+    left = times if dist.get_rank(group) == where else 0
+
+    def at(reached):
+        nonlocal left
+        left -= reached == "half a file"
+        if left == 0 and reached == "half a file":
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with stages(at):
+        return failure(group, "train", argv)
+
+
+def replaced(group, path, part):
+    """What loading says where another checkpoint has taken the place of the one that was found."""
+    fairseq_jobs.fairseq_moe()
+    from dmoe.integrations.fairseq_moe import finding, parts
+    from dmoe.integrations.fairseq_moe.flags import FlagError
+
+    files = finding.find(path)
+    state = torch.load(part, weights_only=False)
+    state["saved"]["set"] = "another"
+    torch.save(state, part)
+    try:
+        parts.take(torch.load(files.main, weights_only=False), files, 0, 1)
+    except FlagError as error:
+        return str(error)
+    return "loaded"
+
+
+def prepare_pairs(group, folder):
+    """Sentences and the same backwards, in ``folder/pairs``."""
+    return fairseq_tools.write_pairs(folder)
+
+
+def not_a_number(group, argv):
+    """``train`` whose experts hand back NaN gradients: the exception that ends it, and what fairseq found out then."""
+    with _as_rank(group, argv):
+        import fairseq_cli.train as program
+
+        from dmoe.integrations.fairseq_moe.layer import MoELayer
+
+        stock, found, said = MoELayer.forward, logging.getLogger("fairseq.nan_detector"), []
+
+        def forward(self, x, *rest):
+            y, loss = stock(self, x, *rest)
+            y.register_hook(lambda gradient: gradient * float("nan"))
+            return y, loss
+
+        def keep(record):
+            said.append(record.getMessage())
+            return True
+
+        found.addFilter(keep)
+        found.setLevel(logging.INFO)
+        try:
+            with patch.object(MoELayer, "forward", forward):
+                program.main(config(group, "train", argv))
+        except FloatingPointError as error:
+            return str(error), said
+        finally:
+            found.removeFilter(keep)
+            found.setLevel(logging.NOTSET)
+    return "no failure", said
 
 
 def failure(group, tool, argv):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -16,7 +18,7 @@ from lm.data import load_corpus
 from lm.generate import generate
 from lm.model import count_parameters
 from lm.ranks import ALONE, form
-from lm.settings import Settings
+from lm.settings import Settings, UsageError
 from lm.training import Run, train
 
 CPU = torch.device("cpu")
@@ -56,3 +58,21 @@ def train_lm(group, fields, text, expert_parallel, folder, stop_at=None, resume=
         "numbers here": sum(plain(value).numel() for value in runs[0].model.state_dict().values()),
         "experts here": {runs[0].model.get_parameter(name).shape[0] for name in experts},
     }
+
+
+def save_on_a_full_disk(group, fields, text, folder):
+    """What each rank is told; a checkpoint is there already."""
+    settings = Settings(**fields)
+    corpus, runs = runs_of(settings, text, form(1, CPU))
+    checkpoint.save(Path(folder), settings, corpus, runs)
+
+    def half(content, file):
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    try:
+        with patch.object(torch, "save", half):
+            checkpoint.save(Path(folder), settings, corpus, runs)
+    except UsageError as error:
+        return str(error)
+    return "saved"

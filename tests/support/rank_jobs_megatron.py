@@ -25,7 +25,11 @@ from megatron.core.distributed import (  # noqa: E402
 )
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec  # noqa: E402
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
+from megatron.core.optimizer import (  # noqa: E402
+    OptimizerConfig,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.transformer.module import Float16Module, MegatronModule  # noqa: E402
 from megatron.core.transformer.moe import moe_utils  # noqa: E402
@@ -128,10 +132,13 @@ def spec_of(config, impl):
         return spec
     if impl == "layer":
         return integration.dmoe_layer_spec(config, use_transformer_engine=False)
-    if impl == "native":
-        return get_gpt_decoder_block_spec(config, use_transformer_engine=False)
+    if impl == "native":  # with what Megatron's own scripts pass
+        passed = {"normalization": config.normalization, "qk_l2_norm": config.qk_l2_norm}
+        return get_gpt_decoder_block_spec(config, use_transformer_engine=False, **passed)
     if impl == "constant":  # --spec dmoe.integrations.megatron dmoe_gpt_spec
         return integration.dmoe_gpt_spec
+    if impl == "constant experts":
+        return integration.dmoe_experts_spec
     makers = {"dmoe": integration.dmoe_block_spec, "experts": integration.dmoe_experts_spec}
     return makers[impl](config, use_transformer_engine=False)
 
@@ -202,10 +209,11 @@ def fill_expert(name, parameter, config, layer_number):
         number, field = name.split("local_experts.")[1].split(".linear_")
         parameter.copy_(of(first + int(number), field).reshape(parameter.shape))
     else:
-        field = name.split(".")[-1]
+        field = name.removesuffix(".original").split(".")[-1]  # biases are kept flat
         kind = ("fc2." if field.startswith("down") else "fc1.") + own[field[-4:]]
         for expert in range(each):
-            parameter[expert].copy_(of(first + expert, kind).reshape(parameter[expert].shape))
+            part = parameter.view(each, -1)[expert]
+            part.copy_(of(first + expert, kind).reshape(part.shape))
 
 
 def batches(config):
@@ -262,7 +270,10 @@ class Training:
             bf16=self.config.bf16,
             use_distributed_optimizer=case.distributed_optimizer,
         )
-        self.optimizer = get_megatron_optimizer(options, [self.model])
+        rules = get_standard_config_overrides(options) if case.weight_decay else None  # as Megatron's scripts pass
+        self.optimizer = get_megatron_optimizer(options, [self.model], rules)
+        for group in self.optimizer.param_groups if case.weight_decay else ():  # as Megatron's scheduler, in each step
+            group["weight_decay"] = case.weight_decay * group["wd_mult"]
         self.config.finalize_model_grads_func = finalize_model_grads
         self.config.grad_scale_func = self.optimizer.scale_loss
         self.config.no_sync_func = self.model.no_sync

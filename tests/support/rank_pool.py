@@ -120,7 +120,8 @@ class RankPool:
                     errors[rank] = answer
                     deadline = min(deadline, time.monotonic() + GRACE)  # the others may wait for this one for ever
         errors |= dict.fromkeys(open_pipes.values(), ("hung", "no answer"))
-        if errors and (open_pipes or len(errors) < ranks):
+        gone = any(kind == "died" for kind, _ in errors.values())
+        if errors and (open_pipes or gone or len(errors) < ranks):
             self.close()  # ranks that did not fail together have left the group out of step
         if errors:
             raise RankError(dict(sorted(errors.items())))

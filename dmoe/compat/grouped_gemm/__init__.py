@@ -1,4 +1,4 @@
-"""The names of ``grouped_gemm`` on dmoe's grouped products: ``ops.gmm`` and ``backend.gmm``."""
+"""The names of ``grouped_gemm`` on dmoe's operations: ``gmm``, and its fork's ``permute`` and ``unpermute``."""
 
 from dmoe.compat.grouped_gemm import backend, ops
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dmoe.compat._not_offered import attributes_of
 from dmoe.ops.cumsum import inclusive_cumsum
 from dmoe.ops.grouped_gemm import grouped_gemm, grouped_gemm_weight
+
+__getattr__ = attributes_of(__name__)
 
 
 def gmm(

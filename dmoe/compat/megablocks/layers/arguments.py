@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -70,10 +71,12 @@ class Arguments:
         pipeline_model_parallel_size, num_layers_per_virtual_pipeline_stage: how many layers one stage's load-balancing
             loss is made of.
 
+    Refused over more ranks than one
+        moe_expert_model_parallelism: over the ranks of expert_parallel_group, or all where that is None.
+        moe_weight_parallelism: over those of weight_parallel_group; an option of older MegaBlocks.
+
     Refused unless left alone
-        moe_expert_model_parallelism, expert_parallel_group, moe_weight_parallelism, weight_parallel_group,
-        quantize_inputs_num_bits, quantize_rematerialize_num_bits, quantize_scatter_num_bits. The last five are options
-        of older MegaBlocks.
+        quantize_inputs_num_bits, quantize_rematerialize_num_bits, quantize_scatter_num_bits: of older MegaBlocks.
     """
 
     hidden_size: int = 1024
@@ -136,20 +139,24 @@ class Arguments:
             NotImplementedError: an option of MegaBlocks that dmoe lacks.
             ValueError: a value that no option takes.
         """
-        no_parallelism = "dmoe has no expert parallelism yet"
-        lacking = {
-            "moe_expert_model_parallelism": (False, no_parallelism),
-            "expert_parallel_group": (None, no_parallelism),
-            "moe_weight_parallelism": (False, "shard the weights with FSDP instead"),
-            "weight_parallel_group": (None, "shard the weights with FSDP instead"),
-            "quantize_inputs_num_bits": (-1, "dmoe does not quantize what it saves"),
-            "quantize_rematerialize_num_bits": (-1, "dmoe does not quantize what it saves"),
-            "quantize_scatter_num_bits": (-1, "dmoe does not quantize what it saves"),
+        one_rank_only = {
+            "moe_expert_model_parallelism": (
+                self.expert_parallel_group,
+                "dmoe spreads experts over ranks in dmoe.MoE(..., ep_group=group), not yet under MegaBlocks' names",
+            ),
+            "moe_weight_parallelism": (self.weight_parallel_group, "shard the weights with FSDP instead"),
         }
-        for name, (only, why) in lacking.items():
-            value = getattr(self, name)
-            if value is not only and value != only:
-                raise NotImplementedError(f"Arguments: {name}: expected {only}, got {value!r}: {why}")
+        for name, (group, instead) in one_rank_only.items():
+            if getattr(self, name) and (ranks := _ranks(group)) != 1:
+                raise NotImplementedError(
+                    f"Arguments: {name}: expected False or one rank, got {getattr(self, name)} over {ranks} ranks: "
+                    f"{instead}"
+                )
+        for name in ("quantize_inputs_num_bits", "quantize_rematerialize_num_bits", "quantize_scatter_num_bits"):
+            if getattr(self, name) != -1:
+                raise NotImplementedError(
+                    f"Arguments: {name}: expected -1, got {getattr(self, name)!r}: dmoe does not quantize what it saves"
+                )
 
         def require(condition: bool, name: str, allowed: str) -> None:
             if not condition:
@@ -179,6 +186,10 @@ class Arguments:
         require(self.mlp_impl in ("grouped", "sparse"), "mlp_impl", "'grouped' or 'sparse'")
         shared = self.shared_expert_hidden_size
         require(shared is not None and shared >= 1, "shared_expert_hidden_size", "at least 1, or None")
+
+
+def _ranks(group: Any) -> int:
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
 def from_megatron(megatron_args: Any) -> Arguments:

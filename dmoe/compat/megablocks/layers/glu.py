@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from dmoe.compat._not_offered import attributes_of
 from dmoe.compat.megablocks.layers.arguments import Arguments
 from dmoe.compat.megablocks.layers.mlp import GroupedMLP, SharedMLP, SparseMLP
+from dmoe.compat.megablocks.layers.overrides import steps
+
+__getattr__ = attributes_of(__name__)
 
 
 class SparseGLU(SparseMLP):
-    """Gated experts of :class:`~dmoe.compat.megablocks.dMoE`; in checkpoints w1, v1 and w2 are ``(E * F, H)``."""
+    """Gated experts of :class:`~dmoe.compat.megablocks.dMoE`: w1, w2 and v1 are ``(E * F, H)``."""
 
-    gated = True
-
-    @property
-    def v1(self) -> Tensor:
-        """The projection that the activation multiplies: a view, ``(E, F, H)``."""
-        return self._parts()["v1"]
+    names: tuple[str, ...] = ("w1", "w2", "v1")
+    v1: nn.Parameter
 
 
+@steps("forward")
 class GroupedGLU(SparseGLU):
     """:class:`SparseGLU` on rows without padding."""
 

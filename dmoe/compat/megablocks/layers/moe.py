@@ -1,103 +1,79 @@
-"""``MoE``, a layer whose experts take a bounded number of tokens, and the load-balancing loss over all layers.
+"""``MoE``, a layer whose experts take a bounded number of tokens: router, experts, and the steps between them.
 
-What differs from MegaBlocks, for ``dMoE`` too:
+Every step can be overridden, and every module hooked, wrapped or replaced. Where nobody has done so, one fused
+operation stands for the steps (:mod:`.overrides`); otherwise they run one by one, with equal results. What differs from
+MegaBlocks, for ``dMoE`` too:
 
-- Parameters are held in dmoe's layout (``experts.mlp.up_proj`` or ``gate_up_proj``, ``down_proj``), so optimizer states
-  and FSDP1 see those names. ``state_dict()`` and ``load_state_dict()`` speak MegaBlocks' (``experts.mlp.w1``, ``v1``,
-  ``w2``), and ``experts.mlp.w1`` and its kin are views of the parameters, ``(E, ., .)`` also where MegaBlocks has
-  ``(E * F, H)``.
-- Zero tokens work, and so does any ``ffn_hidden_size``; inputs may have any leading dimensions.
+- Zero tokens work, and so does any ``ffn_hidden_size`` (``mlp_impl="sparse"`` by steps wants whole blocks, as there);
+  inputs may have any leading dimensions.
 - Products and sums are accumulated in float32 and rounded once; ties between experts go to the lowest id.
 - What the losses need is saved in training alone and holds one round: see :mod:`.saved`.
 - ``shared_expert`` and ``return_bias`` work together.
 - ``MoE`` with ``mlp_type='glu'`` is refused: MegaBlocks builds plain experts there without a word.
+- ``moe_expert_model_parallelism`` works on one rank; the capacity is then counted as it is without.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from dmoe import losses
-from dmoe.compat.megablocks.layers import common
+from dmoe.compat._not_offered import attributes_of
+from dmoe.compat.megablocks import ops
+from dmoe.compat.megablocks.layers import common, mlp, mpu, router, sharedexpert_registry
+from dmoe.compat.megablocks.layers.all_to_all import all_to_all
 from dmoe.compat.megablocks.layers.arguments import Arguments
-from dmoe.compat.megablocks.layers.glu import SharedGLU
-from dmoe.compat.megablocks.layers.mlp import MLP, ExpertParameters, SharedMLP
-from dmoe.compat.megablocks.layers.router import LearnedRouter
-from dmoe.compat.megablocks.layers.saved import Rounds, layers_per_stage
+from dmoe.compat.megablocks.layers.balance import (
+    _LOADS,
+    batched_load_balancing_and_z_loss,
+    batched_load_balancing_loss,
+    clear_load_balancing_loss,
+    get_load_balancing_loss,
+    save_load_balancing_loss,
+)
+from dmoe.compat.megablocks.layers.overrides import is_untouched, is_unwatched, steps
 from dmoe.ops._checks import check_tensors
 from dmoe.plan import plan_token_choice
 
-_LOADS = Rounds("load-balancing loss", "clear_load_balancing_loss")
+__all__ = [
+    "MoE",
+    "ParallelMLP",
+    "all_to_all",
+    "batched_load_balancing_and_z_loss",
+    "batched_load_balancing_loss",
+    "clear_load_balancing_loss",
+    "common",
+    "get_load_balancing_loss",
+    "mlp",
+    "mpu",
+    "ops",
+    "router",
+    "save_load_balancing_loss",
+    "sharedexpert_registry",
+]
+
+__getattr__ = attributes_of(__name__)
+
+_Step = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def save_load_balancing_loss(loss: tuple[Tensor, Tensor]) -> None:
-    """Add what a layer contributes, ``(tokens_per_expert (E,), expert_scores (T, E))``.
-
-    Layers do this by themselves, in training. What is saved by hand stays until it is cleared.
-    """
-    _LOADS.save(loss)
-
-
-def get_load_balancing_loss() -> list[tuple[Tensor, Tensor]]:
-    """What the layers saved since the last clearing, in order: a new list of (tokens_per_expert, expert_scores)."""
-    return _LOADS.values()
-
-
-def clear_load_balancing_loss() -> None:
-    """Forget what the layers saved, and the graphs it holds: call it after each step."""
-    _LOADS.clear()
-
-
-def batched_load_balancing_loss(args: Arguments) -> Tensor | float:
-    """``weight * E / (num_layers * T * K) * sum_l sum_e n_le * mean_t p_lte`` (Switch; Fedus et al. 2021, eq. 4).
-
-    ``n_le`` counts layer l's assignments to expert e before any drop, ``p_lte`` are its scores of token t.
-
-    Args:
-        args: the model's; ``num_layers`` and the pipeline options say how many layers must have left something.
-
-    Returns:
-        A scalar in the scores' dtype, float32 with ``moe_lbl_in_fp32``: the weight under even routing, over all
-        pipeline stages. 0.0 when the weight is 0; 0 without tokens.
-
-    Raises:
-        ValueError: another number of layers has run in training since the last clearing, or shapes disagree.
-        RuntimeError: the layers ran under ``no_grad``, and this does not.
-    """
-    if args.moe_loss_weight == 0:
-        return 0.0
-    saved, layers, experts = _LOADS.values(), layers_per_stage(args), args.moe_num_experts
-    if len(saved) != layers:
-        raise ValueError(
-            f"batched_load_balancing_loss: expected {layers} layers (num_layers = {args.num_layers}, "
-            f"pipeline_model_parallel_size = {args.pipeline_model_parallel_size}, "
-            f"num_layers_per_virtual_pipeline_stage = {args.num_layers_per_virtual_pipeline_stage}), got {len(saved)} "
-            "since clear_load_balancing_loss(); layers in evaluation leave nothing"
-        )
-    _LOADS.check_recorded()
-    tokens = saved[0][1].shape[0]
-    for counts, scores in saved:
-        if tuple(counts.shape) != (experts,) or tuple(scores.shape) != (tokens, experts):
-            raise ValueError(
-                f"batched_load_balancing_loss: expected tokens_per_expert ({experts},) and expert_scores "
-                f"({tokens}, {experts}) of every layer, got {tuple(counts.shape)} and {tuple(scores.shape)}"
-            )
-    given = saved[0][1].dtype
-    wide = torch.promote_types(given, torch.float32)  # half precision counts to 65504, and exactly to 2048
-    total = torch.stack([torch.dot(counts.to(wide), scores.sum(0, dtype=wide)) for counts, scores in saved]).sum()
-    scale = experts * args.moe_loss_weight / (args.num_layers * max(tokens, 1) ** 2 * args.moe_top_k)
-    return (scale * total).to(wide if args.moe_lbl_in_fp32 else given)
-
-
+@steps("indices_and_bins", "permute_and_compute")
 class ParallelMLP(nn.Module):
     """The experts behind a router: ``forward`` takes its scores and choices.
 
     Args:
         args: sizes, capacity, bias.
+
+    Attributes:
+        mlp: the experts. Another module takes bins, ``mlp(x (E, C, H))``, and returns their results.
+        sort_end_bit: how many bits an expert's id has.
     """
 
-    mlp: ExpertParameters
+    mlp: nn.Module
     bias: nn.Parameter | None
 
     def __init__(self, args: Arguments) -> None:
@@ -105,17 +81,32 @@ class ParallelMLP(nn.Module):
         args.check()
         self.args = args
         self.num_experts, self.top_k = args.moe_num_experts, args.moe_top_k
+        self.sort_end_bit = max(math.ceil(math.log2(self.num_experts)), 1)
         self.mlp = self._init_mlp(args)
         bias = torch.zeros(args.hidden_size, device=args.device, dtype=common.dtype(args)) if args.bias else None
-        self.bias = None if bias is None else nn.Parameter(bias)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+        self._forward_fn: _Step | None = None
 
-    def _init_mlp(self, args: Arguments) -> ExpertParameters:
+    def _init_mlp(self, args: Arguments) -> nn.Module:
         if args.mlp_type != "mlp":
             raise ValueError(
                 f"MoE: mlp_type: expected 'mlp', got {args.mlp_type!r}: a capacity goes with plain experts only; "
                 "dMoE has gated ones"
             )
-        return MLP(args)
+        return mlp.MLP(args)
+
+    @property
+    def forward_fn(self) -> _Step:
+        """What :meth:`forward` calls: :meth:`parallel_forward_once` with expert parallelism, else
+        :meth:`forward_once`; or what was assigned.
+        """
+        if self._forward_fn is not None:
+            return self._forward_fn
+        return self.parallel_forward_once if self.args.moe_expert_model_parallelism else self.forward_once
+
+    @forward_fn.setter
+    def forward_fn(self, function: _Step) -> None:
+        self._forward_fn = function
 
     def expert_capacity(self, tokens: int) -> int:
         """``int(moe_capacity_factor * K * T / E)``: rows that one expert takes of T tokens; 0 means all."""
@@ -124,6 +115,69 @@ class ParallelMLP(nn.Module):
     def load_balancing_loss(self, tokens_per_expert: Tensor, expert_scores: Tensor) -> Tensor:
         """This layer's loss without a weight, 1 under even routing; see :func:`dmoe.losses.load_balancing_loss`."""
         return losses.load_balancing_loss(expert_scores, tokens_per_expert)
+
+    def indices_and_bins(self, top_expert: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Plan of the choices ``(T * K,)``.
+
+        Returns:
+            int32 ``indices`` and ``bin_ids (T * K,)``, ``bins`` and ``tokens_per_expert (E,)``, as :mod:`..ops` has
+            them.
+        """
+        top_expert = top_expert.int()
+        bin_ids, indices = ops.sort(top_expert, self.sort_end_bit)
+        tokens_per_expert = ops.histogram(top_expert, self.num_experts)
+        return indices, bin_ids, ops.inclusive_cumsum(tokens_per_expert, 0), tokens_per_expert
+
+    def permute_and_compute(
+        self,
+        x: Tensor,
+        tokens_per_expert: Tensor,
+        indices: Tensor,
+        bin_ids: Tensor,
+        expert_weights: Tensor | None,
+        bins: Tensor,
+        expert_capacity: int,
+        top_k: int,
+    ) -> Tensor:
+        """Tokens ``(..., H)`` into bins of ``expert_capacity`` rows, through :attr:`mlp`, and back to ``(T, H)``."""
+        bins_of_x = ops.binned_gather(x.reshape(-1, x.shape[-1]), indices, bins, expert_capacity, top_k)
+        return ops.binned_scatter(self.mlp(bins_of_x), indices, expert_weights, bins, top_k)
+
+    def forward_once(self, x: Tensor, expert_weights: Tensor, top_experts: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens through their experts, weighted and summed.
+
+        Args:
+            x: ``(..., H)``, T tokens in all.
+            expert_weights, top_experts: ``(T, K)``, or flat.
+
+        Returns:
+            ``(T, H)``, and how many choices each expert has, ``(E,)`` int32, before any drop.
+        """
+        if self._is_plain():
+            return self._fused_once(x, expert_weights, top_experts)
+        with torch.no_grad():
+            indices, bin_ids, bins, tokens_per_expert = self.indices_and_bins(top_experts.flatten())
+            capacity = self.expert_capacity(x.numel() // x.shape[-1]) or int(tokens_per_expert.max())
+        weights = expert_weights.flatten()
+        y = self.permute_and_compute(x, tokens_per_expert, indices, bin_ids, weights, bins, capacity, self.top_k)
+        return y, tokens_per_expert
+
+    def parallel_forward_once(self, x: Tensor, expert_weights: Tensor, top_experts: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`forward_once` under expert parallelism, which here is that of one rank."""
+        return self.forward_once(x, expert_weights, top_experts)
+
+    def _is_plain(self) -> bool:
+        """Whether nobody would see a difference between the steps and the fused operation."""
+        return is_untouched(self) and is_untouched(self.mlp) and is_unwatched(self.mlp)
+
+    def _fused_once(self, x: Tensor, expert_weights: Tensor, top_experts: Tensor) -> tuple[Tensor, Tensor]:
+        assert isinstance(self.mlp, mlp.ExpertParameters)
+        tokens, top_experts = x.reshape(-1, x.shape[-1]), top_experts.reshape(-1, self.top_k)
+        plan = plan_token_choice(top_experts, self.num_experts, capacity=self._capacity(tokens.shape[0]))
+        return self.mlp.route(tokens, plan, expert_weights.reshape(-1, self.top_k)), plan.tokens_per_expert
+
+    def _capacity(self, tokens: int) -> int | None:
+        return min(self.expert_capacity(tokens), tokens * self.top_k) or None
 
     def forward(
         self, x: Tensor, scores: Tensor, expert_weights: Tensor, top_experts: Tensor
@@ -141,18 +195,13 @@ class ParallelMLP(nn.Module):
         Returns:
             ``(..., H)`` plus the bias; with ``return_bias``, both apart.
         """
-        tokens = x.reshape(-1, x.shape[-1])
-        top_experts = top_experts.reshape(-1, self.top_k)
-        plan = plan_token_choice(top_experts, self.num_experts, capacity=self._capacity(tokens.shape[0]))
-        y = self.mlp.route(tokens, plan, expert_weights.reshape(-1, self.top_k)).view(x.shape)
+        y, tokens_per_expert = self.forward_fn(x, expert_weights, top_experts)
+        y = y.view(x.shape)
         if self.training and self.args.moe_loss_weight > 0:
-            _LOADS.save((plan.tokens_per_expert, scores), self, self.args)
+            _LOADS.save((tokens_per_expert, scores), self, self.args)
         if self.bias is None:
             return y
         return (y, self.bias) if self.args.return_bias else y + self.bias
-
-    def _capacity(self, tokens: int) -> int | None:
-        return min(self.expert_capacity(tokens), tokens * self.top_k) or None
 
 
 class MoE(nn.Module):
@@ -160,20 +209,27 @@ class MoE(nn.Module):
 
     Args:
         args: all options.
+
+    Attributes:
+        router: any module that returns scores ``(T, E)``, weights ``(T, K)`` and experts ``(T, K)`` of ``(..., H)``.
+        experts: a :class:`ParallelMLP`, or what takes its arguments.
     """
+
+    router: nn.Module
+    experts: nn.Module
+    shared_expert: mlp.SharedMLP | None
 
     def __init__(self, args: Arguments) -> None:
         super().__init__()
         if not isinstance(args, Arguments):
             raise TypeError(f"{type(self).__name__}: args: expected Arguments, got {type(args).__name__}")
         args.check()
-        self.router = LearnedRouter(args)
+        self.args = args
+        self.router = router.LearnedRouter(args)
         self.experts = self._init_experts_mlp(args)
-        self.shared_expert: SharedMLP | None = None
-        if args.shared_expert:
-            self.shared_expert = (SharedGLU if args.mlp_type == "glu" else SharedMLP)(args)
+        self.shared_expert = sharedexpert_registry.get(args) if args.shared_expert else None
 
-    def _init_experts_mlp(self, args: Arguments) -> ParallelMLP:
+    def _init_experts_mlp(self, args: Arguments) -> nn.Module:
         return ParallelMLP(args)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
@@ -185,7 +241,7 @@ class MoE(nn.Module):
         Raises:
             TypeError, ValueError: x is no floating-point tensor of ``hidden_size`` columns.
         """
-        name, hidden = type(self).__name__, self.router.args.hidden_size
+        name, hidden = type(self).__name__, self.args.hidden_size
         check_tensors(name, x=x)
         if not x.is_floating_point():
             raise TypeError(f"{name}: x: expected a floating-point tensor, got {x.dtype}")

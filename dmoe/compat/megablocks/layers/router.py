@@ -7,12 +7,15 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from dmoe.compat._not_offered import attributes_of
 from dmoe.compat.megablocks.layers import common
 from dmoe.compat.megablocks.layers.arguments import Arguments
 from dmoe.compat.megablocks.layers.saved import Rounds
 from dmoe.ops.activation import accumulate_dtype
 from dmoe.ops.gate_weights import gate_weights
 from dmoe.ops.topk_indices import topk_indices
+
+__getattr__ = attributes_of(__name__)
 
 _LOGITS = Rounds("router z-loss", "clear_router_zloss")
 
@@ -43,6 +46,11 @@ def batched_router_zloss(args: Arguments) -> Tensor | int:
     return args.moe_zloss_weight * torch.stack(losses) if losses else torch.zeros(())
 
 
+def _uniform_expert_assignment(x: Tensor, num_experts: int) -> Tensor:
+    """Ids 0, 1, 2, ... modulo ``num_experts``, in the shape, dtype and device of ``x``."""
+    return torch.arange(x.numel(), dtype=x.dtype, device=x.device).view(x.shape) % num_experts
+
+
 class LearnedRouter(nn.Module):
     """Softmax scores of a linear, and each token's K best experts; ties take the lowest id.
 
@@ -63,6 +71,11 @@ class LearnedRouter(nn.Module):
         eps = self.args.moe_jitter_eps or 0.0
         return torch.empty_like(x).uniform_(1.0 - eps, 1.0 + eps)
 
+    def _top_k(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """The K best scores of each token and their experts' ids, ``(T, K)`` both, of ``(T, E)``."""
+        experts = topk_indices(scores, self.args.moe_top_k)
+        return gate_weights(scores, experts), experts
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Route ``(..., H)``, T tokens in all.
 
@@ -78,8 +91,10 @@ class LearnedRouter(nn.Module):
         # CUDA's autocast runs a softmax in float32 by itself, the CPU's does not.
         wide = accumulate_dtype(logits.dtype) if common.autocast_is_on(logits.device.type) else logits.dtype
         scores = logits.softmax(-1, dtype=wide)
-        experts = topk_indices(scores, args.moe_top_k)
-        weights = gate_weights(scores, experts, normalization=args.moe_normalize_expert_weights or None)
+        weights, experts = self._top_k(scores)
+        if args.moe_normalize_expert_weights:
+            every = torch.arange(weights.shape[1], device=weights.device).expand(weights.shape)
+            weights = gate_weights(weights, every, normalization=args.moe_normalize_expert_weights)
         if args.uniform_expert_assignment:
-            experts = torch.arange(experts.numel(), device=experts.device).view(experts.shape) % args.moe_num_experts
+            experts = _uniform_expert_assignment(experts, args.moe_num_experts)
         return scores, weights, experts

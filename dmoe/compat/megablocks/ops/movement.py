@@ -14,8 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dmoe.ops.permute import permute
-from dmoe.ops.unpermute import unpermute
+from dmoe.ops.permute import permute, unpermute
 
 
 class _Plan(NamedTuple):
@@ -48,20 +47,25 @@ def gather(x: Tensor, indices: Tensor, bin_ids: Tensor, bins: Tensor, top_k: int
     return _permute(x, _plan(indices, top_k, None, indices.shape[0]))
 
 
-def scatter(x: Tensor, indices: Tensor, bin_ids: Tensor, weights: Tensor | None, bins: Tensor, top_k: int) -> Tensor:
+def scatter(
+    x: Tensor, indices: Tensor, bin_ids: Tensor, weights: Tensor | None, bins: Tensor, top_k: int, num_bits: int = -1
+) -> Tensor:
     """Sum each token's rows, weighted: the inverse of :func:`gather`. Differentiable in ``x`` and ``weights``.
 
     Args:
         x: ``(T * top_k, H)`` floating point; autocast's dtype under autocast.
         indices, bin_ids, bins, top_k: as for :func:`gather`.
         weights: ``(T * top_k,)`` floating point, by assignment; None for a plain sum.
+        num_bits: of what MegaBlocks 0.5 saved; -1, as it is, alone.
 
     Returns:
         ``(T, H)`` of x's dtype, accumulated in float32 or wider and rounded once.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit.
+        NotImplementedError: another ``num_bits``.
     """
+    _check_bits("scatter", num_bits)
     _check("scatter", indices, top_k, bin_ids, bins)
     return _unpermute("scatter", x, weights, _plan(indices, top_k, None, x.shape[0]))
 
@@ -106,17 +110,19 @@ def padded_scatter(
     bins: Tensor,
     padded_bins: Tensor,
     top_k: int,
+    num_bits: int = -1,
 ) -> Tensor:
     """:func:`scatter` from the layout of :func:`padded_gather`, whose padding is not read.
 
     Args:
         x: ``(rows, H)``, at least ``padded_bins[-1]`` rows.
-        indices, bin_ids, weights, bins, top_k: as for :func:`scatter`.
+        indices, bin_ids, weights, bins, top_k, num_bits: as for :func:`scatter`.
         padded_bins: ``(E,)`` integer, where each expert's padded rows end.
 
     Returns:
         ``(T, H)`` of x's dtype.
     """
+    _check_bits("padded_scatter", num_bits)
     _check("padded_scatter", indices, top_k, bin_ids, bins, padded_bins)
     rows = _padded_rows("padded_scatter", indices, bin_ids, bins, padded_bins, x.shape[0])
     return _unpermute("padded_scatter", x, weights, _plan(indices, top_k, rows, x.shape[0]))
@@ -155,6 +161,11 @@ def binned_scatter(x: Tensor, indices: Tensor, weights: Tensor | None, bins: Ten
     experts, bin_size, hidden = x.shape
     plan = _plan(indices, top_k, _binned_rows(indices, bins, bin_size), experts * bin_size)
     return _unpermute("binned_scatter", x.reshape(experts * bin_size, hidden), weights, plan)
+
+
+def _check_bits(op: str, num_bits: int) -> None:
+    if num_bits != -1:
+        raise NotImplementedError(f"{op}: num_bits: expected -1 (dmoe does not quantize what it saves), got {num_bits}")
 
 
 def _padded_rows(op: str, indices: Tensor, bin_ids: Tensor, bins: Tensor, padded_bins: Tensor, num_rows: int) -> Tensor:

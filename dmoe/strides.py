@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dmoe.kernels._layout import is_transposed
 
-__all__ = ["in_layout_of", "is_transposed", "matrices", "readable"]
+def is_transposed(weight: Tensor) -> bool:
+    """Whether the columns of ``(..., rows, columns)`` are contiguous, and the rows are not."""
+    return weight.stride(-1) != 1 and weight.stride(-2) == 1
 
 
 def readable(weight: Tensor, *, packed: bool = False) -> Tensor:

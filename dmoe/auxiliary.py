@@ -1,0 +1,150 @@
+"""The auxiliary losses of one layer: computed from its routing, then kept for the caller or hung on the output."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dmoe.config import MoEConfig
+from dmoe.losses import attach_loss, load_balancing_loss, router_z_loss, sequence_load_balancing_loss
+from dmoe.parallel.statistics import LoadOfRanks
+from dmoe.routing import Routing
+
+_UNREAD = (
+    "dmoe: a MoE layer ran a second training forward before the auxiliary loss of the first was read, and that loss is "
+    "lost. Add dmoe.aux_loss(model) to the task's loss, set aux_loss='attached', or set the coefficients to 0."
+)
+
+
+class AuxiliaryLosses:
+    """Computes a layer's losses, and hands them over. A copy, or a file, is without the loss that waits here.
+
+    Args:
+        config: coefficients, what is to be balanced, and how losses are handed over.
+        ranks: whose tokens are one batch for ``load_balancing_over="global"``; None is this rank alone.
+        attach: what a framework does with each training forward's routing instead; see :class:`dmoe.MoE`.
+    """
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        ranks: LoadOfRanks | None = None,
+        attach: Callable[[Tensor, Routing], Tensor] | None = None,
+    ) -> None:
+        self.config, self.ranks, self.attach = config, ranks, attach
+        self._kept: Tensor | None = None
+        self._warned_unread = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the last forward's loss, which would carry its graph along."""
+        return {**self.__dict__, "_kept": None}
+
+    def hand_over(self, y: Tensor, routing: Routing, scale: Tensor, *, training: bool, num_sequences: int) -> Tensor:
+        """Keep the losses of a forward for the caller, or hang them on its output.
+
+        Args:
+            y: the layer's output, in x's shape.
+            routing: of this forward.
+            scale: what an attached loss is multiplied by.
+            training: whether the layer is in training mode; without it there are no losses.
+            num_sequences: see :meth:`total`.
+
+        Returns:
+            The output.
+        """
+        if not training:  # what waits here is of training, and somebody may still read it
+            return y
+        if self.attach is not None:
+            return self.attach(y, routing)
+        loss = self.total(routing, num_sequences)
+        if loss is None:
+            return y
+        if self.config.aux_loss == "attached":
+            return attach_loss(y, loss, scale) if loss.requires_grad else y
+        if torch.compiler.is_compiling():
+            if self._kept is not None:  # which compiles anew, once
+                from torch._dynamo.comptime import comptime  # there by now; importing dmoe does not import it
+
+                comptime(_tell_while_compiling)
+            self._kept = loss
+        elif not _inside_backward():  # a checkpoint's second forward: the first one's loss is in use already
+            self._warn_of_unread()
+            self._kept = loss
+        # Backward takes the youngest node first. That has to be the output: FSDP2 gathers the parameters there, and a
+        # checkpoint, whose second forward begins at whatever comes first, needs them.
+        return y.view_as(y)
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether training forwards leave a loss here that the caller has to read."""
+        coefficients = (self.config.load_balancing_coefficient, self.config.router_z_loss_coefficient)
+        return self.config.aux_loss == "explicit" and self.attach is None and any(coefficients)
+
+    def take(self, trained: bool) -> Tensor | None:
+        """The loss that was kept, once. ``trained``: whether it has to have a graph.
+
+        Raises:
+            RuntimeError: it has none, as under reentrant activation checkpointing.
+        """
+        loss, self._kept = self._kept, None
+        if loss is not None and torch.is_grad_enabled() and not loss.requires_grad and trained:
+            raise RuntimeError(
+                "aux_loss: the loss of this MoE layer has no graph, because its forward ran under no_grad, as "
+                "under reentrant activation checkpointing. Either use checkpoint(..., use_reentrant=False), or build "
+                "the layer with aux_loss='attached'."
+            )
+        return loss
+
+    def total(self, routing: Routing, num_sequences: int = 1) -> Tensor | None:
+        """Sum of the losses times their coefficients, a scalar; None when there is none.
+
+        ``num_sequences``: equally long ones that the tokens are, for ``load_balancing_over="sequence"``.
+        """
+        config, total = self.config, None
+        if routing.router_probs is not None and config.load_balancing_coefficient:
+            first = routing.first_choices_per_expert
+            counts = routing.plan.tokens_per_expert if first is None else first
+            balance = self._balance(routing, counts, num_sequences)
+            total = balance * (config.load_balancing_coefficient / config.num_moe_layers)
+        if routing.log_z is not None:
+            z_loss = router_z_loss(routing.log_z, routing.token_mask)
+            z_loss = z_loss * (config.router_z_loss_coefficient / config.num_moe_layers)
+            total = z_loss if total is None else total + z_loss
+        return total
+
+    def _balance(self, routing: Routing, counts: Tensor, num_sequences: int) -> Tensor:
+        probs, mask, over = routing.router_probs, routing.token_mask, self.config.load_balancing_over
+        assert probs is not None
+        if over == "sequence" and routing.expert_indices is not None:
+            chosen = routing.expert_indices[:, : 1 if self.config.load_balancing_choices == "first" else None]
+            return sequence_load_balancing_loss(probs, chosen, num_sequences, mask)
+        if over == "global" and self.ranks is None and dist.is_available() and dist.is_initialized():
+            world = dist.get_world_size()
+            if world > 1:
+                raise ValueError(
+                    f"MoE: load_balancing_over: 'global' expected loss_group, or ep_group, with {world} ranks, to know "
+                    "whose tokens are one batch, got neither"
+                )
+        if over == "global" and self.ranks is not None:
+            counts, tokens = self.ranks.sum(counts, len(probs) if mask is None else mask.sum())
+            return load_balancing_loss(probs, counts, mask, num_tokens=tokens)
+        return load_balancing_loss(probs, counts, mask)
+
+    def _warn_of_unread(self) -> None:
+        lost = self._kept is not None and self._kept.requires_grad
+        if lost and not self._warned_unread:
+            self._warned_unread = True
+            warnings.warn(_UNREAD, stacklevel=5)
+
+
+def _tell_while_compiling(_: Any) -> None:
+    warnings.warn(_UNREAD, stacklevel=2)
+
+
+def _inside_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1

@@ -1,0 +1,53 @@
+"""State dicts whose MoE layers lie in another layout, or have none of their experts, are refused while they load.
+
+Megatron loads what its ``torch`` format saved strictly at first, and whatever goes wrong then once more without: names
+that a layer does not know, and parameters that are missing, are skipped there, and training would go on from random
+experts, after "successfully loaded". Errors that a module reports itself are raised in both cases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from dmoe.integrations.megatron.expert_layouts import Layout, classify
+
+
+def refuse_other_layouts(module: nn.Module, layout: Layout, inside: str, needed: Callable[[], Iterable[str]]) -> None:
+    """Let a module's ``load_state_dict`` refuse experts in any layout but its own, under ``strict=False`` as well.
+
+    Args:
+        module: a MoE layer, or the experts of one.
+        layout: what it can load.
+        inside: the module's own name within the layer, as ``experts.``; empty for the layer itself.
+        needed: names in a state dict of the module's parameters.
+    """
+
+    def check(
+        module: Any, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, *found: list[str]
+    ) -> None:
+        layer = prefix.removesuffix(inside)
+        here = [key[len(layer) :] for key in state_dict if key.startswith(layer)]
+        wrong = _of_another_layout(here, layout) or _missing(here, [prefix[len(layer) :] + name for name in needed()])
+        if wrong is not None and (here or inside):  # a state dict without anything of a layer may be one of adapters
+            found[-1].append(
+                f"dmoe.integrations.megatron: {layer.removesuffix('.') or 'the layer'}: {wrong}; convert the files of "
+                f"all ranks: python -m dmoe.integrations.megatron convert --to {layout} OUT IN..."
+            )
+
+    module.register_load_state_dict_pre_hook(check)
+
+
+def _of_another_layout(names: list[str], layout: Layout) -> str | None:
+    for name in names:
+        named = classify(name)
+        if named is not None and named[0] == "" and named[1] != layout:
+            return f"expected experts in the layout {layout}, got {named[1]} ({name})"
+    return None
+
+
+def _missing(names: list[str], needed: list[str]) -> str | None:
+    missing = [name for name in needed if name not in names]
+    return f"expected {missing[0]}, got none among {len(names)} values of this layer" if missing else None
