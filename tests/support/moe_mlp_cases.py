@@ -125,5 +125,5 @@ def leaves(dtype=torch.float64, **change):
         if tensor is not None:
             tensor.requires_grad_()
     plan = plan_token_choice(torch.tensor(indices), CASE["experts"])
-    weights = ExpertWeights(*arguments[2:6], gated=True, ffn_sizes=tuple(arguments[12]))
+    weights = ExpertWeights(*arguments[2:6], gated=True, ffn_sizes=tuple(arguments[12] or ()))
     return arguments[0], plan, arguments[1], weights, grad

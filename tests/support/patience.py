@@ -1,8 +1,7 @@
 """How long tests wait for other processes: limits that end a hang, and never judge how fast a machine is.
 
 No other file here has a limit of its own. A test waits for an event, such as a rank that answers or a process that
-ends; one of these passes only where the event will not come. On two cores that eight others keep busy, the slowest of
-what is waited for took 100 s.
+ends; one of these passes only where the event will not come.
 """
 
 from __future__ import annotations
