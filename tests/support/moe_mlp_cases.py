@@ -83,3 +83,21 @@ def truth(case, arguments, grad, indices, kept, dtype, wide):
     ((y * grad.to(dtype)).sum() + unused).backward()
     grads = [None if t is None else t.grad for t in leaves]
     return [y.detach(), *grads]
+
+
+def summands(case, arguments, grad, indices, kept):
+    """Of y and of each gradient, the sum of the magnitudes of what the assignments add to it one by one, in float64."""
+    kinds = torch.float64, torch.float64
+    zeros = truth(case, arguments, torch.zeros_like(grad), indices, [[False] * len(row) for row in kept], *kinds)
+    total = [None if t is None else torch.zeros_like(t) for t in zeros]
+    for t, row in enumerate(kept):
+        for k in range(len(row)):
+            one = slice(t, t + 1)
+            alone = [arguments[0][one], arguments[1][one], *arguments[2:]]
+            only = [[row[k] and choice == k for choice in range(len(row))]]
+            parts = truth(case, alone, grad[one], indices[one], only, *kinds)
+            for i, part in enumerate(parts):
+                if part is not None:
+                    into = total[i] if i > 2 else total[i][one]  # y, x and gate_weights are by token
+                    into += part.abs()
+    return total

@@ -65,6 +65,17 @@ def grouped_gemm_of_one_expert(dtype):
 
 
 @case
+def grouped_gemm_of_few_rows(dtype):
+    """Columns are cut, of the product and of a's gradient."""
+    found = []
+    for rows in (1, 50):
+        a, b = random(rows, 600, dtype=dtype), random(1, 700, 600, dtype=dtype, seed=1)
+        end = torch.tensor([0, rows], dtype=torch.int32)
+        found += with_gradients(lambda a, b, end=end: ops.grouped_gemm(a, b, end), a, b)
+    return found
+
+
+@case
 def grouped_gemm_weight(dtype):
     a, b = random(sum(COUNTS), INNER, dtype=dtype), random(sum(COUNTS), COLUMNS, dtype=dtype, seed=1)
     return with_gradients(lambda a, b: ops.grouped_gemm_weight(a, b, offsets()), a, b)
@@ -117,6 +128,17 @@ def mlp_of_one_block(dtype):
 
 
 @case
+def mlp_of_few_rows(dtype):
+    """Columns are cut: of two experts of different widths in one block each, and of a single token's."""
+    few = {"tokens": 70, "experts": 2, "top_k": 1, "hidden": 300, "sizes": [400, 136]}
+    return [
+        *through(moe_mlp_op.moe_mlp, mlp_call(dtype, **few)),
+        *through(moe_mlp_op.moe_mlp, mlp_call(dtype, **few, gate_on="input", bias=False)),
+        moe_mlp_op.moe_mlp(*mlp_call(dtype, tokens=1, experts=1, top_k=1, hidden=512, sizes=700))[0],
+    ]
+
+
+@case
 def mlp_inference(dtype):
     with torch.no_grad():
         return [moe_mlp_op.moe_mlp(*mlp_call(dtype, gate_on="activation"))]
@@ -128,7 +150,8 @@ def mlp_deferred(dtype):
         weights, later = defer(*arguments[2:6])
         return moe_mlp_deferred(later, *arguments[:2], *weights, *arguments[6:])
 
-    return through(run, mlp_call(dtype))
+    few = mlp_call(dtype, tokens=60, experts=1, top_k=1, hidden=300, sizes=400)
+    return through(run, mlp_call(dtype)) + through(run, few)
 
 
 @case

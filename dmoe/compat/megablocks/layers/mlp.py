@@ -201,7 +201,8 @@ class MLP(ExpertParameters):
     def forward(self, x: Tensor) -> Tensor:
         """Bins ``(E, C, H)`` through their experts."""
         assert self.args.activation_fn is not None  # Arguments.check
-        return torch.bmm(self.args.activation_fn(torch.bmm(x, self.w1)), self.w2)
+        pre = grouped_gemm(x, self.up_proj)
+        return grouped_gemm(self.args.activation_fn(pre).to(pre.dtype), self.down_proj)
 
 
 class SparseMLP(ExpertParameters):
