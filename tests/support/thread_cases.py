@@ -15,6 +15,8 @@ from moe_mlp_cases import build
 
 import dmoe
 from dmoe import losses, metrics, ops
+from dmoe.compat import megablocks
+from dmoe.compat.megablocks.layers.mlp import MLP
 from dmoe.ops import moe_mlp as moe_mlp_op
 from dmoe.ops.moe_mlp_deferred import defer, moe_mlp_deferred
 from dmoe.ops.router_top_k import TopKRule
@@ -274,6 +276,18 @@ def layer_of_expert_choice(dtype):
 @case
 def layer_of_block_sparse_experts(dtype):
     return layer(dtype, num_experts=3, ffn_hidden_size=[128, 64, 64], backend="block_sparse")
+
+
+@case
+def bins_through_an_activation_of_the_users(dtype):
+    args = megablocks.Arguments(
+        hidden_size=256, ffn_hidden_size=64, moe_num_experts=1, activation_fn=torch.tanh, fp16=False
+    )
+    experts = MLP(args).to(dtype)
+    with torch.no_grad():
+        for index, weight in enumerate(experts.parameters()):
+            weight.copy_(random(*weight.shape, seed=index))
+    return with_gradients(lambda x, *_: experts(x), random(1, 1163, 256, dtype=dtype, seed=5))
 
 
 def changes(name: str, dtype: torch.dtype) -> list[str]:
