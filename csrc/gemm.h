@@ -10,7 +10,8 @@
 // there are, and MKL even plans for threads that it then does not get: in a parallel region PyTorch leaves the number
 // of its caller to one thread and the machine's to the others, so bits depended on who took which task. So every
 // product is one task here, cut by shape alone, and every library is told that it has one thread: oneDNN and BLAS
-// libraries on OpenMP by a parallel region around them, MKL by its own switch.
+// libraries on OpenMP by a parallel region around them, MKL by its own switch. Where rows make too few tasks (one
+// expert, a handful of tokens), the columns of the output are cut as well: see column_width().
 //
 // What a call costs beyond its arithmetic: see the figures at mm_out. Blocks of 64 rows or more make it disappear; a
 // product of a handful of rows is dominated by it.
@@ -133,6 +134,27 @@ class Handle {
 };
 
 }  // namespace detail
+
+// Columns [begin, end) of a matrix whose elements take `item` bytes.
+inline Matrix columns_of(const Matrix& matrix, int64_t begin, int64_t end, int64_t item) {
+  auto* data = static_cast<char*>(matrix.data) + begin * matrix.col_stride * item;
+  return {data, matrix.rows, end - begin, matrix.row_stride, matrix.col_stride};
+}
+
+// How wide to cut the `columns` columns of a task's product, of `rows` rows that are sums over `inner`, where all tasks
+// of the pass together have `all_rows` rows: halved until a piece is at most an eighth of the pass, as long as it keeps
+// the work that pays for a call and for packing its factors once more. A multiple of 16, or all columns.
+//
+// Halves only: oneDNN generates code for each width. Products of fewer than 8 rows cost the reading of their weight.
+inline int64_t column_width(int64_t rows, int64_t all_rows, int64_t inner, int64_t columns) {
+  constexpr int64_t kShare = 8, kNarrowest = 64, kLeast = 512 * 1024;  // multiply-adds
+  const int64_t work = std::max<int64_t>(rows, 8) * inner;
+  int64_t width = columns;
+  while (width >= 2 * kNarrowest && work * width >= 2 * kLeast && rows * width * kShare > all_rows * columns) {
+    width = (width / 2 + 15) / 16 * 16;
+  }
+  return width;
+}
 
 // out = a @ b, or out += a @ b with accumulate; all three of one dtype (float64, float32, bfloat16 or float16), sums in
 // float32 or wider. `out` must not overlap a or b. Empty products are right: k = 0 gives zeros (or leaves `out` alone).

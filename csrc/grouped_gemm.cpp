@@ -1,8 +1,8 @@
 // grouped_gemm and its weight gradient on the CPU: one single-threaded product per task, tasks spread over the threads.
 //
 // How the work is cut depends on the shapes and the rows per expert, not on the number of threads. Rows are cut for the
-// product; a weight gradient sums over rows, so there the output is cut, and only for experts that hold much of the
-// batch. One hot expert thus keeps every core busy.
+// product, and columns where few rows make few tasks; a weight gradient sums over rows, so there the output is cut, and
+// only for experts that hold much of the batch. One hot expert thus keeps every core busy.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -100,9 +100,10 @@ Tensor grouped_gemm(const Tensor& a, const Tensor& b, const Tensor& expert_offse
   const int64_t a_stride = left.stride(0);
 
   struct Task {
-    int64_t expert, first_row, rows;
+    int64_t expert, first_row, rows, begin, end;  // columns [begin, end) of these rows
   };
   std::vector<Task> tasks;
+  const int64_t used = offsets[num_experts];
   const int64_t block = block_rows(rows);
   for (int64_t e = 0; e < num_experts; ++e) {
     // As many blocks as come nearest to that height, all of one height: a small remainder would pay for packing the
@@ -111,7 +112,11 @@ Tensor grouped_gemm(const Tensor& a, const Tensor& b, const Tensor& expert_offse
     const int64_t pieces = std::max<int64_t>(1, (count + block / 2) / block);
     const int64_t height = ((count + pieces - 1) / pieces + 15) / 16 * 16;
     for (int64_t row = 0; row < count; row += height) {
-      tasks.push_back({e, offsets[e] + row, std::min(height, count - row)});
+      const int64_t rows_here = std::min(height, count - row);
+      const int64_t width = column_width(rows_here, used, inner, columns);
+      for (int64_t column = 0; column < columns; column += width) {
+        tasks.push_back({e, offsets[e] + row, rows_here, column, std::min(columns, column + width)});
+      }
     }
   }
   parallel_tasks(static_cast<int64_t>(tasks.size()), [&](int64_t index) {
@@ -119,22 +124,23 @@ Tensor grouped_gemm(const Tensor& a, const Tensor& b, const Tensor& expert_offse
     const Matrix weight{const_cast<char*>(b_data) + task.expert * right.stride(0) * item, right.size(1), right.size(2),
                         right.stride(1), right.stride(2)};
     const char* from = a_data + task.first_row * a_stride * item;
-    char* to = out_data + task.first_row * columns * item;
-    const int64_t padded = round_up_rows(task.rows, dtype);
+    char* to = out_data + (task.first_row * columns + task.begin) * item;
+    const int64_t padded = round_up_rows(task.rows, dtype), width = task.end - task.begin;
     Matrix in = row_major(from, padded, inner, a_stride);
-    Matrix result = row_major(to, padded, columns, columns);
+    Matrix result = row_major(to, padded, width, columns);
     if (padded != task.rows) {
       TaskScratch& scratch = task_scratch();
       if (task.first_row + padded > rows) {  // otherwise the rows behind, whosever they are, do as padding
         in = row_major(scratch.first.get(padded * inner * item), padded, inner, inner);
         copy_padded(in.data, from, task.rows, padded, a_stride * item, inner * item);
       }
-      result.data = scratch.second.get(padded * columns * item);
+      result = row_major(scratch.second.get(padded * width * item), padded, width, width);
     }
-    mm_out(result, in, trans_b ? transposed(weight) : weight, dtype);
-    if (result.data != to) std::memcpy(to, result.data, task.rows * columns * item);
+    mm_out(result, in, columns_of(trans_b ? transposed(weight) : weight, task.begin, task.end, item), dtype);
+    for (int64_t row = 0; result.data != to && row < task.rows; ++row) {
+      std::memcpy(to + row * columns * item, static_cast<char*>(result.data) + row * width * item, width * item);
+    }
   });
-  const int64_t used = offsets[num_experts];
   if (used < rows && columns > 0) std::memset(out_data + used * columns * item, 0, (rows - used) * columns * item);
   return out;
 }

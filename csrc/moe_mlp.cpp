@@ -3,7 +3,8 @@
 // What a composition of separate operations would cost and this does not: copies of x in expert order that live in
 // memory (a block's rows stay in cache), a read and a write of the hidden layer between operations, full-size zero
 // gradients for every slice of the weights, and one thread team per small product. Each task runs its products on one
-// thread, so many small experts keep all cores busy, and one hot expert is cut into blocks of rows.
+// thread, so many small experts keep all cores busy, and one hot expert is cut into blocks of rows. Where few rows make
+// few blocks, the columns of F and then those of H are cut too, and the hidden layer is handed on through memory.
 //
 // Bits depend on the shapes and the routing, never on which thread took which task.
 #include <algorithm>
@@ -73,6 +74,17 @@ struct Block {
   int64_t expert, begin, rows;  // rows of the plan
 };
 
+struct Columns {
+  int64_t begin, end;
+  int64_t count() const { return end - begin; }
+};
+
+// Columns of a product of one block: block number `block` of its pass, and piece number `piece` of that block.
+struct Piece {
+  int64_t block, piece;
+  Columns columns;
+};
+
 template <typename T>
 struct Problem {
   using A = Accumulate<T>;
@@ -117,6 +129,8 @@ struct Problem {
   // How many matrices an expert's up projection is: 2 where gate and up lie apart from each other.
   int64_t up_parts() const { return args.gated && !weights.halves_are_one ? 2 : 1; }
   int64_t up_rows(int64_t e) const { return args.gated && up_parts() == 1 ? pre_width : experts[e].width; }
+  // How many rows of width F an expert's pre-activation has: 2 where gated.
+  int64_t halves() const { return args.gated ? 2 : 1; }
   int64_t up_bias_at(int64_t e, int64_t part) const {
     return packed() ? part * total_width + experts[e].start : e * pre_width + part * width;
   }
@@ -128,6 +142,12 @@ struct Problem {
     return {first, end - begin, hidden, weight.f_stride, weight.h_stride};
   }
   Matrix up_matrix(int64_t e, int64_t part) const { return up_matrix(weights, e, part, 0, up_rows(e)); }
+  // Rows [begin, end) of its gate's or its up's half, wherever that lies.
+  Matrix half_matrix(int64_t e, int64_t half, int64_t begin, int64_t end) const {
+    const bool apart = up_parts() == 2;
+    const int64_t first = apart ? 0 : half * width;
+    return up_matrix(weights, e, apart ? half : 0, first + begin, first + end);
+  }
 
   // The same of the down projection, whose rows are H.
   Matrix down_matrix(const Weights<T>& of, int64_t e, int64_t begin, int64_t end) const {
@@ -157,6 +177,36 @@ struct Problem {
       }
     }
     return out;
+  }
+
+  // The products of blocks cut by column_width(): of `columns(expert)` columns, sums over `inner(expert)` numbers.
+  template <typename Inner, typename Number>
+  vector<Piece> pieces(const vector<Block>& blocks, const Inner& inner, const Number& columns) const {
+    int64_t all_rows = 0;
+    for (const Block& block : blocks) all_rows += block.rows;
+    vector<Piece> out;
+    for (size_t i = 0; i < blocks.size(); ++i) {
+      const int64_t count = columns(blocks[i].expert);
+      const int64_t step = column_width(blocks[i].rows, all_rows, inner(blocks[i].expert), count);
+      for (int64_t begin = 0; begin < count; begin += step) {
+        out.push_back({static_cast<int64_t>(i), begin / step, {begin, std::min(count, begin + step)}});
+      }
+    }
+    return out;
+  }
+  // Of the products with F columns, and of those with H.
+  vector<Piece> pieces_of_width(const vector<Block>& blocks, int64_t products) const {
+    return pieces(blocks, [&](int64_t) { return products * hidden; }, [&](int64_t e) { return experts[e].width; });
+  }
+  vector<Piece> pieces_of_hidden(const vector<Block>& blocks, int64_t products) const {
+    return pieces(blocks, [&](int64_t e) { return products * experts[e].width; }, [&](int64_t) { return hidden; });
+  }
+
+  // fn(i) for each of a few blocks, by threads where there are several.
+  template <typename Function>
+  void each_block(const vector<Block>& blocks, const Function& fn) const {
+    if (blocks.size() == 1) return fn(0);
+    parallel_tasks(static_cast<int64_t>(blocks.size()), fn);
   }
 
   // x (times the gate weight, where that is on the input) of the rows of a block; zeros in holes.
@@ -223,66 +273,125 @@ auto with_activation(const string& name, const Function& fn) {
 
 // ---------------------------------------------------------------------------------------------------------- forward
 
-// One block of rows: pre-activation (kept when `pre` is given), hidden, and the down projection's rows.
+// Where the rows of a block are on their way: `padded` rows of x, pre-activation, hidden layer (F columns) and result.
+template <typename T>
+struct ForwardRows {
+  int64_t padded;
+  T *x, *pre, *hidden, *out;
+};
+
+// Columns of F: the up projection of the gathered rows and the activation.
 template <typename T, typename Activation>
-void forward_block(const Problem<T>& p, const Block& block, T* pre, T* rows_out) {
+void forward_up(const Problem<T>& p, const Block& block, const Columns& columns, const ForwardRows<T>& at) {
   using A = Accumulate<T>;
-  const Expert& expert = p.experts[block.expert];
-  const int64_t padded = round_up_rows(block.rows, p.kType), f = expert.width, f_max = p.width;
-
-  T* x_rows = static_cast<T*>(scratch_a.get(padded * p.hidden * sizeof(T)));
-  p.gather(p.x, block, p.args.gate_on == GateOn::kInput, x_rows);
-
-  // The rounded-up rows belong to the next expert, so the product may write them only into scratch.
-  const bool in_place = pre != nullptr && padded == block.rows;
-  T* pre_rows = in_place ? pre + block.begin * p.pre_width
-                         : static_cast<T*>(scratch_b.get(padded * p.pre_width * sizeof(T)));
-  for (int64_t part = 0; part < p.up_parts(); ++part) {
-    const Matrix out = row_major(pre_rows + part * f_max, padded, p.up_rows(block.expert), p.pre_width);
-    mm_out(out, row_major(x_rows, padded, p.hidden, p.hidden), transposed(p.up_matrix(block.expert, part)), p.kType);
+  const int64_t f = p.experts[block.expert].width, f_max = p.width, begin = columns.begin, count = columns.count();
+  const Matrix x_rows = row_major(at.x, at.padded, p.hidden, p.hidden);
+  if (count == f) {
+    for (int64_t part = 0; part < p.up_parts(); ++part) {
+      const Matrix out = row_major(at.pre + part * f_max, at.padded, p.up_rows(block.expert), p.pre_width);
+      mm_out(out, x_rows, transposed(p.up_matrix(block.expert, part)), p.kType);
+    }
+  } else {
+    for (int64_t half = 0; half < p.halves(); ++half) {
+      mm_out(row_major(at.pre + half * f_max + begin, at.padded, count, p.pre_width), x_rows,
+             transposed(p.half_matrix(block.expert, half, begin, columns.end)), p.kType);
+    }
   }
 
-  T* hidden = static_cast<T*>(scratch_c.get(padded * f * sizeof(T)));
   vector<A> mask(p.args.activation_dropout > 0 ? f : 0);
   for (int64_t r = 0; r < block.rows; ++r) {
     const int64_t row = block.begin + r;
     const bool real = p.row_to_token[row] >= 0;
-    T* gate_part = pre_rows + r * p.pre_width;
+    T* gate_part = at.pre + r * p.pre_width + begin;
     T* up_part = p.args.gated ? gate_part + f_max : nullptr;
-    if (p.up_bias != nullptr && real) {
-      add_row<T>(gate_part, p.up_bias + p.up_bias_at(block.expert, 0), p.up_rows(block.expert));
-      if (p.up_parts() == 2) add_row<T>(up_part, p.up_bias + p.up_bias_at(block.expert, 1), f);
+    for (int64_t half = 0; half < p.halves() && p.up_bias != nullptr && real; ++half) {
+      add_row<T>(gate_part + half * f_max, p.up_bias + p.up_bias_at(block.expert, half) + begin, count);
     }
-    for (int64_t part = 0; part * f_max < p.pre_width && f < f_max; ++part) {
-      std::fill(gate_part + part * f_max + f, gate_part + (part + 1) * f_max, T(0.0f));
+    for (int64_t half = 0; half < p.halves() && columns.end == f && f < f_max; ++half) {
+      std::fill(gate_part + half * f_max + count, gate_part + (half + 1) * f_max - begin, T(0.0f));
     }
     if (!mask.empty() && real) {
       dropout_row<A>(p.seed, p.assignment(row), kActivationDropout, p.args.activation_dropout, f, mask.data());
     }
     const A scale = p.args.gate_on == GateOn::kActivation && real ? p.gate(row) : A(1);
-    activate_row<T, Activation>(gate_part, up_part, scale, mask.empty() ? nullptr : mask.data(), hidden + r * f, f);
+    activate_row<T, Activation>(gate_part, up_part, scale, mask.empty() ? nullptr : mask.data() + begin,
+                                at.hidden + r * f + begin, count);
   }
-  if (pre != nullptr && !in_place) {
-    std::memcpy(pre + block.begin * p.pre_width, pre_rows, block.rows * p.pre_width * sizeof(T));
-  }
+}
 
-  const bool out_in_place = padded == block.rows;
-  T* out_rows = out_in_place ? rows_out + block.begin * p.hidden
-                             : static_cast<T*>(scratch_d.get(padded * p.hidden * sizeof(T)));
-  mm_out(row_major(out_rows, padded, p.hidden, p.hidden), row_major(hidden, padded, f, f),
-         transposed(p.down_matrix(block.expert)), p.kType);
-  vector<A> out_mask(p.args.expert_dropout > 0 ? p.hidden : 0);
-  for (int64_t r = 0; r < block.rows && (p.down_bias != nullptr || !out_mask.empty()); ++r) {
+// Columns of H: the down projection, its bias and dropout.
+template <typename T>
+void forward_down(const Problem<T>& p, const Block& block, const Columns& columns, const ForwardRows<T>& at) {
+  using A = Accumulate<T>;
+  const int64_t f = p.experts[block.expert].width, begin = columns.begin, count = columns.count();
+  const Matrix weight = transposed(p.down_matrix(block.expert));
+  mm_out(row_major(at.out + begin, at.padded, count, p.hidden), row_major(at.hidden, at.padded, f, f),
+         columns_of(weight, begin, columns.end, sizeof(T)), p.kType);
+  vector<A> mask(p.args.expert_dropout > 0 ? p.hidden : 0);
+  for (int64_t r = 0; r < block.rows && (p.down_bias != nullptr || !mask.empty()); ++r) {
     const int64_t row = block.begin + r;
     if (p.row_to_token[row] < 0) continue;
-    T* out = out_rows + r * p.hidden;
-    if (p.down_bias != nullptr) add_row<T>(out, p.down_bias + block.expert * p.hidden, p.hidden);
-    if (!out_mask.empty()) {
-      dropout_row<A>(p.seed, p.assignment(row), kExpertDropout, p.args.expert_dropout, p.hidden, out_mask.data());
-      multiply_row<T>(out, out_mask.data(), out, p.hidden);
+    T* out = at.out + r * p.hidden + begin;
+    if (p.down_bias != nullptr) add_row<T>(out, p.down_bias + block.expert * p.hidden + begin, count);
+    if (!mask.empty()) {
+      dropout_row<A>(p.seed, p.assignment(row), kExpertDropout, p.args.expert_dropout, p.hidden, mask.data());
+      multiply_row<T>(out, mask.data() + begin, out, count);
     }
   }
-  if (!out_in_place) std::memcpy(rows_out + block.begin * p.hidden, out_rows, block.rows * p.hidden * sizeof(T));
+}
+
+// One block of rows as one task: pre-activation (kept when `pre` is given), hidden, and the down projection's rows.
+template <typename T, typename Activation>
+void forward_block(const Problem<T>& p, const Block& block, T* pre, T* rows_out) {
+  const int64_t padded = round_up_rows(block.rows, p.kType), f = p.experts[block.expert].width;
+  const bool whole = padded == block.rows;
+  // The rounded-up rows belong to the next expert, so the products may write them only into scratch.
+  const bool pre_in_place = pre != nullptr && whole;
+  const ForwardRows<T> at{
+      padded, static_cast<T*>(scratch_a.get(padded * p.hidden * sizeof(T))),
+      pre_in_place ? pre + block.begin * p.pre_width
+                   : static_cast<T*>(scratch_b.get(padded * p.pre_width * sizeof(T))),
+      static_cast<T*>(scratch_c.get(padded * f * sizeof(T))),
+      whole ? rows_out + block.begin * p.hidden : static_cast<T*>(scratch_d.get(padded * p.hidden * sizeof(T)))};
+  p.gather(p.x, block, p.args.gate_on == GateOn::kInput, at.x);
+  forward_up<T, Activation>(p, block, {0, f}, at);
+  forward_down<T>(p, block, {0, p.hidden}, at);
+  if (pre != nullptr && !pre_in_place) {
+    std::memcpy(pre + block.begin * p.pre_width, at.pre, block.rows * p.pre_width * sizeof(T));
+  }
+  if (!whole) std::memcpy(rows_out + block.begin * p.hidden, at.out, block.rows * p.hidden * sizeof(T));
+}
+
+// Few blocks: all of F, by columns, then all of H.
+template <typename T, typename Activation>
+void forward_in_columns(const Problem<T>& p, const vector<Block>& blocks, const vector<Piece>& of_width, T* pre,
+                        T* rows_out) {
+  int64_t padded_rows = 0;
+  for (const Block& block : blocks) padded_rows += round_up_rows(block.rows, p.kType);
+  Tensor buffer = large_empty(p.args.x, {padded_rows * (2 * p.hidden + p.pre_width + p.width)});
+  T* next = static_cast<T*>(buffer.mutable_data_ptr());
+  const auto take = [&next](int64_t numbers) { return std::exchange(next, next + numbers); };
+  vector<ForwardRows<T>> at;
+  for (const Block& block : blocks) {
+    const int64_t padded = round_up_rows(block.rows, p.kType);
+    at.push_back({padded, take(padded * p.hidden), take(padded * p.pre_width), take(padded * p.width),
+                  take(padded * p.hidden)});
+  }
+  p.each_block(blocks, [&](int64_t i) { p.gather(p.x, blocks[i], p.args.gate_on == GateOn::kInput, at[i].x); });
+  parallel_tasks(static_cast<int64_t>(of_width.size()), [&](int64_t task) {
+    const Piece& piece = of_width[task];
+    forward_up<T, Activation>(p, blocks[piece.block], piece.columns, at[piece.block]);
+  });
+  const vector<Piece> of_hidden = p.pieces_of_hidden(blocks, 1);
+  parallel_tasks(static_cast<int64_t>(of_hidden.size()), [&](int64_t task) {
+    const Piece& piece = of_hidden[task];
+    forward_down<T>(p, blocks[piece.block], piece.columns, at[piece.block]);
+  });
+  p.each_block(blocks, [&](int64_t i) {
+    const Block& block = blocks[i];
+    if (pre != nullptr) std::memcpy(pre + block.begin * p.pre_width, at[i].pre, block.rows * p.pre_width * sizeof(T));
+    std::memcpy(rows_out + block.begin * p.hidden, at[i].out, block.rows * p.hidden * sizeof(T));
+  });
 }
 
 template <typename T>
@@ -292,6 +401,10 @@ void forward(const Arguments& args, T* y, T* pre) {
   T* rows = static_cast<T*>(rows_out.mutable_data_ptr());
   const vector<Block> blocks = p.blocks(0, p.experts_count);
   with_activation(args.activation, [&](auto activation) {
+    const vector<Piece> of_width = p.pieces_of_width(blocks, p.halves());
+    if (of_width.size() > blocks.size()) {
+      return forward_in_columns<T, decltype(activation)>(p, blocks, of_width, pre, rows);
+    }
     parallel_tasks(static_cast<int64_t>(blocks.size()), [&](int64_t task) {
       forward_block<T, decltype(activation)>(p, blocks[task], pre, rows);
     });
@@ -325,81 +438,151 @@ struct Wave {
   T *x, *grad_out, *hidden, *grad_pre;
 };
 
-// One block of rows: through the down projection, the activation and the up projection.
-template <typename T, typename Activation>
-void backward_block(const Problem<T>& p, const Block& block, const T* grad_y, const T* pre, const Wave<T>& wave,
-                    T* grad_rows, Accumulate<T>* row_gate) {
-  using A = Accumulate<T>;
-  const Expert& expert = p.experts[block.expert];
-  const int64_t padded = round_up_rows(block.rows, p.kType), f = expert.width, parts = p.args.gated ? 2 : 1;
-  const int64_t place = expert.padded_begin + block.begin - expert.begin;
-  const bool on_output = p.args.gate_on == GateOn::kOutput, on_input = p.args.gate_on == GateOn::kInput;
-  T* x_rows = wave.x + place * p.hidden;
-  T* grad_out = wave.grad_out + place * p.hidden;
-  // Room for the widest expert; this one's rows lie f apart in it.
-  const int64_t local = block.begin - expert.begin;
-  T* hidden = wave.hidden + expert.padded_begin * p.width + local * f;
-  T* grad_pre = wave.grad_pre + expert.padded_begin * p.pre_width + local * parts * f;
+// Where the rows of a block are in a wave; hidden and grad_pre have room for the widest expert, this one's lie f apart.
+template <typename T>
+struct BackwardRows {
+  int64_t padded;
+  T *x, *grad_out, *hidden, *grad_pre, *out;
+};
 
-  p.gather(p.x, block, on_input, x_rows);
-  p.gather(grad_y, block, false, grad_out);
-  vector<A> out_mask(p.args.expert_dropout > 0 ? p.hidden : 0), mask(p.args.activation_dropout > 0 ? f : 0);
-  vector<A> room(std::max(f, p.hidden));
-  for (int64_t r = 0; r < block.rows && !out_mask.empty(); ++r) {
+template <typename T>
+BackwardRows<T> backward_rows(const Problem<T>& p, const Block& block, const Wave<T>& wave) {
+  const Expert& expert = p.experts[block.expert];
+  const int64_t local = block.begin - expert.begin, place = expert.padded_begin + local, f = expert.width;
+  return {round_up_rows(block.rows, p.kType), wave.x + place * p.hidden, wave.grad_out + place * p.hidden,
+          wave.hidden + expert.padded_begin * p.width + local * f,
+          wave.grad_pre + expert.padded_begin * p.pre_width + local * p.halves() * f, nullptr};
+}
+
+template <typename T>
+void backward_gather(const Problem<T>& p, const Block& block, const T* grad_y, const BackwardRows<T>& at) {
+  using A = Accumulate<T>;
+  p.gather(p.x, block, p.args.gate_on == GateOn::kInput, at.x);
+  p.gather(grad_y, block, false, at.grad_out);
+  vector<A> mask(p.args.expert_dropout > 0 ? p.hidden : 0);
+  for (int64_t r = 0; r < block.rows && !mask.empty(); ++r) {
     if (p.row_to_token[block.begin + r] < 0) continue;
     const int64_t counter = p.assignment(block.begin + r);
-    dropout_row<A>(p.seed, counter, kExpertDropout, p.args.expert_dropout, p.hidden, out_mask.data());
-    multiply_row<T>(grad_out + r * p.hidden, out_mask.data(), grad_out + r * p.hidden, p.hidden);
+    dropout_row<A>(p.seed, counter, kExpertDropout, p.args.expert_dropout, p.hidden, mask.data());
+    multiply_row<T>(at.grad_out + r * p.hidden, mask.data(), at.grad_out + r * p.hidden, p.hidden);
   }
+}
 
-  mm_out(row_major(hidden, padded, f, f), row_major(grad_out, padded, p.hidden, p.hidden),
-         p.down_matrix(block.expert), p.kType);
+// Columns of F: through the down projection and the activation. `row_gate`, one number a row of the block, receives
+// what these columns add to the gradients of the gate weights.
+template <typename T, typename Activation>
+void backward_down(const Problem<T>& p, const Block& block, const Columns& columns, const T* pre,
+                   const BackwardRows<T>& at, Accumulate<T>* row_gate) {
+  using A = Accumulate<T>;
+  const int64_t f = p.experts[block.expert].width, halves = p.halves(), begin = columns.begin, count = columns.count();
+  vector<A> mask(p.args.activation_dropout > 0 ? f : 0), room(count);
+  mm_out(row_major(at.hidden + begin, at.padded, count, f), row_major(at.grad_out, at.padded, p.hidden, p.hidden),
+         columns_of(p.down_matrix(block.expert), begin, columns.end, sizeof(T)), p.kType);
 
-  for (int64_t r = 0; r < block.rows; ++r) {
+  // Rows that fill the block up are summed over by the weight gradients: they must be zero, like holes.
+  for (int64_t r = 0; r < at.padded; ++r) {
     const int64_t row = block.begin + r;
-    T* hidden_row = hidden + r * f;
-    T* grad_gate_part = grad_pre + r * parts * f;
-    if (p.row_to_token[row] < 0) {
-      std::fill(hidden_row, hidden_row + f, T(0.0f));
-      std::fill(grad_gate_part, grad_gate_part + parts * f, T(0.0f));
-      row_gate[row] = A(0);
+    T* hidden_row = at.hidden + r * f + begin;
+    T* grad_gate_part = at.grad_pre + r * halves * f + begin;
+    if (r >= block.rows || p.row_to_token[row] < 0) {
+      std::fill_n(hidden_row, count, T(0.0f));
+      for (int64_t half = 0; half < halves; ++half) std::fill_n(grad_gate_part + half * f, count, T(0.0f));
+      if (r < block.rows) row_gate[r] = A(0);
       continue;
     }
     if (!mask.empty()) {
       dropout_row<A>(p.seed, p.assignment(row), kActivationDropout, p.args.activation_dropout, f, mask.data());
     }
-    const T* gate_part = pre + row * p.pre_width;
+    const T* gate_part = pre + row * p.pre_width + begin;
     const T* up_part = p.args.gated ? gate_part + p.width : nullptr;
-    A grad = activate_row_backward<T, Activation>(
-        gate_part, up_part, hidden_row, on_input ? A(1) : p.gate(row), mask.empty() ? nullptr : mask.data(),
-        grad_gate_part, grad_gate_part + f, hidden_row, room.data(), f);
-    if (on_output && p.down_bias != nullptr) {
-      grad += dot<T>(p.down_bias + block.expert * p.hidden, grad_out + r * p.hidden, room.data(), p.hidden);
-    }
-    row_gate[row] = grad;
+    row_gate[r] = activate_row_backward<T, Activation>(
+        gate_part, up_part, hidden_row, p.args.gate_on == GateOn::kInput ? A(1) : p.gate(row),
+        mask.empty() ? nullptr : mask.data() + begin, grad_gate_part, grad_gate_part + f, hidden_row, room.data(), count);
   }
-  // Rows that fill the block up are summed over by the weight gradients: they must be zero.
-  if (padded > block.rows) {
-    std::fill(hidden + block.rows * f, hidden + padded * f, T(0.0f));
-    std::fill(grad_pre + block.rows * parts * f, grad_pre + padded * parts * f, T(0.0f));
-  }
+}
 
-  const bool in_place = padded == block.rows;
-  T* out = in_place ? grad_rows + block.begin * p.hidden
-                    : static_cast<T*>(scratch_d.get(padded * p.hidden * sizeof(T)));
+// Columns of H: through the up projection.
+template <typename T>
+void backward_up(const Problem<T>& p, const Block& block, const Columns& columns, const BackwardRows<T>& at) {
+  const int64_t f = p.experts[block.expert].width, inner = p.up_rows(block.expert);
   for (int64_t part = 0; part < p.up_parts(); ++part) {
-    const int64_t columns = p.up_rows(block.expert);
-    mm_out(row_major(out, padded, p.hidden, p.hidden), row_major(grad_pre + part * f, padded, columns, parts * f),
-           p.up_matrix(block.expert, part), p.kType, part > 0);
+    mm_out(row_major(at.out + columns.begin, at.padded, columns.count(), p.hidden),
+           row_major(at.grad_pre + part * f, at.padded, inner, p.halves() * f),
+           columns_of(p.up_matrix(block.expert, part), columns.begin, columns.end, sizeof(T)), p.kType, part > 0);
   }
-  if (!in_place) std::memcpy(grad_rows + block.begin * p.hidden, out, block.rows * p.hidden * sizeof(T));
+}
 
-  for (int64_t r = 0; r < block.rows && on_input; ++r) {
+// What the gradients of the gate weights take of whole rows: the bias behind the experts, and a weight on the input.
+template <typename T>
+void finish_row_gate(const Problem<T>& p, const Block& block, const BackwardRows<T>& at, Accumulate<T>* row_gate) {
+  const bool of_bias = p.args.gate_on == GateOn::kOutput && p.down_bias != nullptr;
+  if (!of_bias && p.args.gate_on != GateOn::kInput) return;
+  vector<Accumulate<T>> room(p.hidden);
+  for (int64_t r = 0; r < block.rows; ++r) {
     const int64_t token = p.row_to_token[block.begin + r];
     if (token < 0) continue;
-    const T* grad_row = grad_rows + (block.begin + r) * p.hidden;
-    row_gate[block.begin + r] = dot<T>(p.x + token * p.hidden, grad_row, room.data(), p.hidden);
+    if (of_bias) {
+      row_gate[r] += dot<T>(p.down_bias + block.expert * p.hidden, at.grad_out + r * p.hidden, room.data(), p.hidden);
+    } else {
+      row_gate[r] = dot<T>(p.x + token * p.hidden, at.out + r * p.hidden, room.data(), p.hidden);
+    }
   }
+}
+
+// One block of rows as one task.
+template <typename T, typename Activation>
+void backward_block(const Problem<T>& p, const Block& block, const T* grad_y, const T* pre, const Wave<T>& wave,
+                    T* grad_rows, Accumulate<T>* row_gate) {
+  BackwardRows<T> at = backward_rows(p, block, wave);
+  const bool whole = at.padded == block.rows;
+  at.out = whole ? grad_rows + block.begin * p.hidden
+                 : static_cast<T*>(scratch_d.get(at.padded * p.hidden * sizeof(T)));
+  backward_gather<T>(p, block, grad_y, at);
+  backward_down<T, Activation>(p, block, {0, p.experts[block.expert].width}, pre, at, row_gate + block.begin);
+  backward_up<T>(p, block, {0, p.hidden}, at);
+  finish_row_gate<T>(p, block, at, row_gate + block.begin);
+  if (!whole) std::memcpy(grad_rows + block.begin * p.hidden, at.out, block.rows * p.hidden * sizeof(T));
+}
+
+// Few blocks: all of F, by columns, then all of H.
+template <typename T, typename Activation>
+void backward_in_columns(const Problem<T>& p, const vector<Block>& blocks, const vector<Piece>& of_width,
+                         const T* grad_y, const T* pre, const Wave<T>& wave, T* grad_rows, Accumulate<T>* row_gate) {
+  using A = Accumulate<T>;
+  int64_t padded_rows = 0;
+  for (const Block& block : blocks) padded_rows += round_up_rows(block.rows, p.kType);
+  Tensor buffer = large_empty(p.args.x, {padded_rows * p.hidden});
+  T* next = static_cast<T*>(buffer.mutable_data_ptr());
+  vector<BackwardRows<T>> at;
+  for (const Block& block : blocks) {
+    at.push_back(backward_rows(p, block, wave));
+    at.back().out = std::exchange(next, next + at.back().padded * p.hidden);
+  }
+  p.each_block(blocks, [&](int64_t i) { backward_gather<T>(p, blocks[i], grad_y, at[i]); });
+
+  vector<vector<A>> parts(of_width.size());  // of the rows' gate gradients, by piece
+  parallel_tasks(static_cast<int64_t>(of_width.size()), [&](int64_t task) {
+    const Piece& piece = of_width[task];
+    parts[task].resize(blocks[piece.block].rows);
+    backward_down<T, Activation>(p, blocks[piece.block], piece.columns, pre, at[piece.block], parts[task].data());
+  });
+  for (size_t task = 0; task < of_width.size(); ++task) {
+    const Block& block = blocks[of_width[task].block];
+    for (int64_t r = 0; r < block.rows; ++r) {
+      A& sum = row_gate[block.begin + r];
+      sum = of_width[task].piece == 0 ? parts[task][r] : sum + parts[task][r];
+    }
+  }
+  const vector<Piece> of_hidden = p.pieces_of_hidden(blocks, p.halves());
+  parallel_tasks(static_cast<int64_t>(of_hidden.size()), [&](int64_t task) {
+    const Piece& piece = of_hidden[task];
+    backward_up<T>(p, blocks[piece.block], piece.columns, at[piece.block]);
+  });
+  p.each_block(blocks, [&](int64_t i) {
+    const Block& block = blocks[i];
+    finish_row_gate<T>(p, block, at[i], row_gate + block.begin);
+    std::memcpy(grad_rows + block.begin * p.hidden, at[i].out, block.rows * p.hidden * sizeof(T));
+  });
 }
 
 // A block's rows as the weights' half takes them: experts stand as wide as the widest, with zeros behind their width.
@@ -452,8 +635,8 @@ void weight_gradient(const Problem<T>& p, const GradTask& task, const Wave<T>& w
     vector<A> sum(std::max(p.hidden, parts * f), A(0));
     if (p.up_bias != nullptr) {
       for (int64_t r = 0; r < expert.rows; ++r) accumulate_row<T>(sum.data(), A(1), grad_pre + r * parts * f, parts * f);
-      for (int64_t part = 0; part < p.up_parts(); ++part) {
-        store_row<T>(sum.data() + part * f, grads.up_bias + p.up_bias_at(task.expert, part), p.up_rows(task.expert));
+      for (int64_t half = 0; half < parts; ++half) {
+        store_row<T>(sum.data() + half * f, grads.up_bias + p.up_bias_at(task.expert, half), f);
       }
     }
     if (p.down_bias != nullptr) {
@@ -535,10 +718,17 @@ void backward(const Arguments& args, const T* grad_y, const T* pre, bool of_weig
                     extra * parts * expert.width, T(0.0f));
       }
       const vector<Block> blocks = p.blocks(first, last);
-      parallel_tasks(static_cast<int64_t>(blocks.size()), [&](int64_t task) {
-        backward_block<T, decltype(activation)>(p, blocks[task], grad_y, pre, wave, grad_rows, row_gate.data());
-        if (grads.pre != nullptr) keep_block<T>(p, blocks[task], wave, grads);
-      });
+      const vector<Piece> of_width = p.pieces_of_width(blocks, 1);
+      if (of_width.size() > blocks.size()) {
+        backward_in_columns<T, decltype(activation)>(p, blocks, of_width, grad_y, pre, wave, grad_rows,
+                                                     row_gate.data());
+        if (grads.pre != nullptr) p.each_block(blocks, [&](int64_t i) { keep_block<T>(p, blocks[i], wave, grads); });
+      } else {
+        parallel_tasks(static_cast<int64_t>(blocks.size()), [&](int64_t task) {
+          backward_block<T, decltype(activation)>(p, blocks[task], grad_y, pre, wave, grad_rows, row_gate.data());
+          if (grads.pre != nullptr) keep_block<T>(p, blocks[task], wave, grads);
+        });
+      }
       if (!of_weights) continue;
       const vector<GradTask> tasks = gradient_tasks(p, first, last);
       parallel_tasks(static_cast<int64_t>(tasks.size()), [&](int64_t task) {

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import permutations
+
 import oracle
 import pytest
 import torch
 from helpers import assert_as_accurate, interpreted, nudged, without_generated_products
 from hypothesis import given, settings
-from moe_mlp_cases import build, cases, truth
+from moe_mlp_cases import build, cases, summands, truth
 
 from dmoe import ExpertWeights, plan_expert_choice, plan_token_choice
 from dmoe.experts import run_experts
@@ -49,13 +51,28 @@ def test_moe_mlp_equals_the_oracle(implementation, dtype, case):
                 truth(case, moved, other, indices, kept, torch.float64, torch.float64),
             )
         )
+    added = summands(case, arguments, grad, indices, kept)
     for i, name in enumerate(names):
         if exact[i] is not None:
             # <a, W^T dy> sums F rounded terms where plain PyTorch's <o, dy> sums H: with F well below H and half
             # precision that is noisier, the price of not keeping o.
             factor = 6 if name == "gate_weights" and dtype.itemsize == 2 else 2
             own = [(plain[i], true[i]) for plain, true in pairs]
-            assert_as_accurate(name, results[i], exact[i], own, factor=factor)
+            assert_as_accurate(name, results[i], exact[i], own, factor=factor, summands=added[i])
+
+
+def test_sums_that_cancel_are_held_to_ulps_of_what_was_added():
+    """Four numbers that leave next to nothing: the order of a sum decides its last bit, and none of them is wrong."""
+    numbers = torch.tensor([0.7, 0.123, -0.6, -0.2229999])
+    exact = numbers.double().sum().view(1)
+    own, size = [(exact, exact)], numbers.abs().sum().view(1)  # an order that is exact by luck
+    for order in permutations(range(4)):
+        found = sum(numbers[list(order)].unbind()).view(1)
+        assert_as_accurate("sum", found, exact, own, summands=size)
+    with pytest.raises(AssertionError, match="sum: error"):  # the ulp of what is left would tell the orders apart
+        assert_as_accurate("sum", sum(numbers.flip(0).unbind()).view(1), exact, own)
+    with pytest.raises(AssertionError, match="sum: error"):
+        assert_as_accurate("sum", exact.float() + 1e-5, exact, own, summands=size)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -93,6 +110,40 @@ def test_blocks_waves_and_cut_weight_gradients(dtype, counts, H, F):
         ["y", "x", "gates", "up", "down"], ours, plain(torch.float64), plain(dtype), strict=True
     ):
         assert_as_accurate(name, a, exact, [(own, exact)])
+
+
+COLUMN_CASES = {
+    "one expert": {},
+    "input, not gated": {"gate_on": "input", "gated": False, "bias": False},
+    "activation, holes": {"gate_on": "activation", "experts": 2, "layout": "padded"},
+    "different widths": {"experts": 3, "top_k": 2, "sizes": [300, 7, 130], "hot": True},
+    "one token": {"tokens": 1, "hidden": 600, "sizes": 500},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("changed", COLUMN_CASES.values(), ids=COLUMN_CASES)
+def test_columns_are_cut_where_rows_are_few(dtype, changed):
+    """Products large enough that columns of F and of H are tasks of their own: forward, and both forms of backward."""
+    case = {"tokens": 35, "experts": 1, "top_k": 1, "hidden": 270, "sizes": 300, "activation": "silu", "gated": True,
+            "bias": True, "gate_on": "output", "layout": "packed", "hot": False, "seed": 4} | changed  # fmt: skip
+    arguments, grad, indices, kept = build(case, dtype)
+    for i, scale in ((2, 0.1), (3, 0.1)):
+        arguments[i] = arguments[i] * scale
+    y, pre = torch.ops.dmoe.moe_mlp(*arguments)
+    assert torch.equal(torch.ops.dmoe.moe_mlp_inference(*arguments), y)
+    whole = torch.ops.dmoe.moe_mlp_backward(grad, pre, True, *arguments)
+    halves = torch.ops.dmoe.moe_mlp_backward_data(grad, pre, *arguments)
+    assert torch.equal(halves[0], whole[0])
+    assert torch.equal(halves[1], whole[1])
+    weights = torch.ops.dmoe.moe_mlp_backward_weights(grad, *halves[2:], *arguments)
+    exact = truth(case, arguments, grad, indices, kept, torch.float64, torch.float64)
+    tolerance = 1e-10 if dtype == torch.float64 else 2e-2
+    names = ["y", "x", "gate_weights", "up_proj", "down_proj", "up_bias", "down_bias"]
+    found = zip([*names, *names[3:]], [y, *whole, *weights], [*exact, *exact[3:]], strict=True)
+    for name, ours, theirs in found:
+        if theirs is not None:
+            assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max(), name
 
 
 def test_expert_choice_plan_feeds_the_operation():

@@ -11,12 +11,14 @@ import torch
 from dmoe.config import MoEConfig
 
 
-def assert_as_accurate(name, actual, exact, own, *, factor=2.0, slack_ulp=2.0, noise=0.0):
+def assert_as_accurate(name, actual, exact, own, *, factor=2.0, slack_ulp=2.0, noise=0.0, summands=None):
     """|actual - exact| <= 2 * (plain PyTorch's own error) + 2 ulp, in the max norm.
 
     ``own`` are pairs (plain, exact) of the same arithmetic in plain PyTorch in the same dtype: for this input, and for
     copies of it that are slightly moved, because one result alone may be exact by luck. ``noise`` is an absolute bound
-    for results that are differences of larger numbers, and may cancel to nothing.
+    for results that are differences of larger numbers, and may cancel to nothing. ``summands``, of the shape of
+    ``exact``, are the sums of the magnitudes of what was added up: each addition rounds to an ulp of those, however
+    little the sum leaves, so the ulp is theirs then.
     """
     assert actual.shape == exact.shape, f"{name}: {tuple(actual.shape)} != {tuple(exact.shape)}"
     if not exact.numel():
@@ -27,7 +29,8 @@ def assert_as_accurate(name, actual, exact, own, *, factor=2.0, slack_ulp=2.0, n
     # A handful of numbers has no statistics: their own error may be 0 by luck in every copy.
     if exact.numel() < 16:
         factor, slack_ulp = 2 * factor, 4 * slack_ulp
-    bound = noise + factor * yardstick + slack_ulp * torch.finfo(actual.dtype).eps * exact.abs().max().item()
+    size = (exact if summands is None else summands).abs().max().item()
+    bound = noise + factor * yardstick + slack_ulp * torch.finfo(actual.dtype).eps * size
     assert error <= bound, f"{name}: error {error:.3e} > {bound:.3e} (plain PyTorch's own: {yardstick:.3e})"
 
 

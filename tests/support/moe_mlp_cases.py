@@ -127,3 +127,21 @@ def leaves(dtype=torch.float64, **change):
     plan = plan_token_choice(torch.tensor(indices), CASE["experts"])
     weights = ExpertWeights(*arguments[2:6], gated=True, ffn_sizes=tuple(arguments[12] or ()))
     return arguments[0], plan, arguments[1], weights, grad
+
+
+def summands(case, arguments, grad, indices, kept):
+    """Of y and of each gradient, the sum of the magnitudes of what the assignments add to it one by one, in float64."""
+    kinds = torch.float64, torch.float64
+    zeros = truth(case, arguments, torch.zeros_like(grad), indices, [[False] * len(row) for row in kept], *kinds)
+    total = [None if t is None else torch.zeros_like(t) for t in zeros]
+    for t, row in enumerate(kept):
+        for k in range(len(row)):
+            one = slice(t, t + 1)
+            alone = [arguments[0][one], arguments[1][one], *arguments[2:]]
+            only = [[row[k] and choice == k for choice in range(len(row))]]
+            parts = truth(case, alone, grad[one], indices[one], only, *kinds)
+            for i, part in enumerate(parts):
+                if part is not None:
+                    into = total[i] if i > 2 else total[i][one]  # y, x and gate_weights are by token
+                    into += part.abs()
+    return total

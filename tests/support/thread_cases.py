@@ -15,6 +15,8 @@ from moe_mlp_cases import build
 
 import dmoe
 from dmoe import losses, metrics, ops
+from dmoe.compat import megablocks
+from dmoe.compat.megablocks.layers.mlp import MLP
 from dmoe.ops import moe_mlp as moe_mlp_op
 from dmoe.ops.moe_mlp_deferred import defer, moe_mlp_deferred
 from dmoe.ops.router_top_k import TopKRule
@@ -62,6 +64,17 @@ def grouped_gemm_of_one_expert(dtype):
     end = torch.tensor([0, 2000], dtype=torch.int32)
     a, b = random(2000, INNER, dtype=dtype), random(1, COLUMNS, INNER, dtype=dtype, seed=1)
     return with_gradients(lambda a, b: ops.grouped_gemm(a, b, end), a, b)
+
+
+@case
+def grouped_gemm_of_few_rows(dtype):
+    """Columns are cut, of the product and of a's gradient."""
+    found = []
+    for rows in (1, 50):
+        a, b = random(rows, 600, dtype=dtype), random(1, 700, 600, dtype=dtype, seed=1)
+        end = torch.tensor([0, rows], dtype=torch.int32)
+        found += with_gradients(lambda a, b, end=end: ops.grouped_gemm(a, b, end), a, b)
+    return found
 
 
 @case
@@ -117,6 +130,17 @@ def mlp_of_one_block(dtype):
 
 
 @case
+def mlp_of_few_rows(dtype):
+    """Columns are cut: of two experts of different widths in one block each, and of a single token's."""
+    few = {"tokens": 70, "experts": 2, "top_k": 1, "hidden": 300, "sizes": [400, 136]}
+    return [
+        *through(moe_mlp_op.moe_mlp, mlp_call(dtype, **few)),
+        *through(moe_mlp_op.moe_mlp, mlp_call(dtype, **few, gate_on="input", bias=False)),
+        moe_mlp_op.moe_mlp(*mlp_call(dtype, tokens=1, experts=1, top_k=1, hidden=512, sizes=700))[0],
+    ]
+
+
+@case
 def mlp_inference(dtype):
     with torch.no_grad():
         return [moe_mlp_op.moe_mlp(*mlp_call(dtype, gate_on="activation"))]
@@ -128,7 +152,8 @@ def mlp_deferred(dtype):
         weights, later = defer(*arguments[2:6])
         return moe_mlp_deferred(later, *arguments[:2], *weights, *arguments[6:])
 
-    return through(run, mlp_call(dtype))
+    few = mlp_call(dtype, tokens=60, experts=1, top_k=1, hidden=300, sizes=400)
+    return through(run, mlp_call(dtype)) + through(run, few)
 
 
 @case
@@ -251,6 +276,18 @@ def layer_of_expert_choice(dtype):
 @case
 def layer_of_block_sparse_experts(dtype):
     return layer(dtype, num_experts=3, ffn_hidden_size=[128, 64, 64], backend="block_sparse")
+
+
+@case
+def bins_through_an_activation_of_the_users(dtype):
+    args = megablocks.Arguments(
+        hidden_size=256, ffn_hidden_size=64, moe_num_experts=1, activation_fn=torch.tanh, fp16=False
+    )
+    experts = MLP(args).to(dtype)
+    with torch.no_grad():
+        for index, weight in enumerate(experts.parameters()):
+            weight.copy_(random(*weight.shape, seed=index))
+    return with_gradients(lambda x, *_: experts(x), random(1, 1163, 256, dtype=dtype, seed=5))
 
 
 def changes(name: str, dtype: torch.dtype) -> list[str]:

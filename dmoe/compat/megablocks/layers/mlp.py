@@ -200,7 +200,8 @@ class MLP(ExpertParameters):
         """Bins ``(E, C, H)`` through their experts."""
         weights, activation = self.weights(), self.args.activation_fn
         assert activation is not None  # Arguments.check
-        return torch.bmm(activation(torch.bmm(x, weights["w1"].transpose(1, 2))), weights["w2"])
+        pre = grouped_gemm(x, weights["w1"])
+        return grouped_gemm(activation(pre).to(pre.dtype), weights["w2"], trans_b=False)
 
 
 @steps("forward")
