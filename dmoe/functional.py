@@ -18,6 +18,7 @@ from dmoe.ops.block_sparse_mlp import block_sparse_mlp
 from dmoe.ops.moe_mlp import moe_mlp as moe_mlp_op
 from dmoe.ops.moe_mlp_deferred import moe_mlp_deferred
 from dmoe.ops.philox import draw_seed
+from dmoe.outputs import as_output
 from dmoe.plan import RoutingPlan, device_tile_rows, plan_token_choice
 from dmoe.strides import readable
 
@@ -83,7 +84,7 @@ def moe_mlp(
     if residual is not None:
         options = options._replace(residual=residual.reshape(-1, x.shape[-1]))
     y = _compute(x.reshape(-1, x.shape[-1]), plan, gates, weights, options)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    return as_output(y, (*x.shape[:-1], y.shape[-1]))
 
 
 def run_experts(

@@ -165,7 +165,8 @@ class MoE(Float32Buffers):
         )
         y, arrived, kept = self._through_experts(tokens, routing)
         y = self.auxiliary.hand_over(
-            y.view(*x.shape[:-1], y.shape[-1]),
+            y,
+            (*x.shape[:-1], y.shape[-1]),
             routing,
             self.float32("aux_loss_scale", x.device),
             training=self.training,
