@@ -25,7 +25,9 @@ def as_output(y: Tensor, shape: Sequence[int]) -> Tensor:
     """``y`` in another shape, without a copy, and with a graph as a node of its own instead of a view.
 
     FSDP2 hooks the output of the module that it wraps. What is done in place to a view goes into the graph below that
-    hook, which then never runs: parameters are not gathered for backward.
+    hook, which then never runs: parameters are not gathered for backward. (While a compiler traces, a view: it decides
+    itself what its function returns, and its tracing of a node of ours gives a deprecation warning.)
     """
     y = y.view(*shape)
-    return _NoView.apply(y) if torch.is_grad_enabled() and y.requires_grad else y
+    apart = torch.is_grad_enabled() and y.requires_grad and not torch.compiler.is_compiling()
+    return _NoView.apply(y) if apart else y
