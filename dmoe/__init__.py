@@ -5,7 +5,7 @@ from __future__ import annotations
 from dmoe import checkpoint, functional, losses, metrics, ops, parallel, routing
 from dmoe.config import MoEConfig
 from dmoe.expert_weights import ExpertWeights
-from dmoe.experts import run_experts
+from dmoe.functional import run_experts
 from dmoe.info import info
 from dmoe.layer import MoE
 from dmoe.model_tools import (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dmoe.config import MoEConfig
 from dmoe.losses import attach_loss, load_balancing_loss, router_z_loss, sequence_load_balancing_loss
+from dmoe.outputs import as_output
 from dmoe.parallel.statistics import LoadOfRanks
 from dmoe.routing import Routing
 
@@ -44,28 +45,44 @@ class AuxiliaryLosses:
         """Without the last forward's loss, which would carry its graph along."""
         return {**self.__dict__, "_kept": None}
 
-    def hand_over(self, y: Tensor, routing: Routing, scale: Tensor, *, training: bool, num_sequences: int) -> Tensor:
+    def hand_over(
+        self,
+        y: Tensor,
+        shape: Sequence[int],
+        routing: Routing,
+        scale: Tensor,
+        *,
+        training: bool,
+        num_sequences: int,
+    ) -> Tensor:
         """Keep the losses of a forward for the caller, or hang them on its output.
 
         Args:
-            y: the layer's output, in x's shape.
+            y: the results of all tokens, ``(T, H)``.
+            shape: of the layer's output.
             routing: of this forward.
             scale: what an attached loss is multiplied by.
             training: whether the layer is in training mode; without it there are no losses.
             num_sequences: see :meth:`total`.
 
         Returns:
-            The output.
+            The output, which is no view.
         """
         if not training:  # what waits here is of training, and somebody may still read it
-            return y
+            return as_output(y, shape)
         if self.attach is not None:
-            return self.attach(y, routing)
+            return self.attach(as_output(y, shape), routing)
         loss = self.total(routing, num_sequences)
-        if loss is None:
-            return y
-        if self.config.aux_loss == "attached":
-            return attach_loss(y, loss, scale) if loss.requires_grad else y
+        explicit = self.config.aux_loss == "explicit"
+        if loss is not None and explicit:
+            self._keep(loss)
+        # Backward takes the youngest node first. That has to be the output: FSDP2 gathers the parameters there, and a
+        # checkpoint, whose second forward begins at whatever comes first, needs them.
+        y = as_output(y, shape)
+        return y if loss is None or explicit or not loss.requires_grad else attach_loss(y, loss, scale)
+
+    def _keep(self, loss: Tensor) -> None:
+        """For the caller, who takes it."""
         if torch.compiler.is_compiling():
             if self._kept is not None:  # which compiles anew, once
                 from torch._dynamo.comptime import comptime  # there by now; importing dmoe does not import it
@@ -75,9 +92,6 @@ class AuxiliaryLosses:
         elif not _inside_backward():  # a checkpoint's second forward: the first one's loss is in use already
             self._warn_of_unread()
             self._kept = loss
-        # Backward takes the youngest node first. That has to be the output: FSDP2 gathers the parameters there, and a
-        # checkpoint, whose second forward begins at whatever comes first, needs them.
-        return y.view_as(y)
 
     @property
     def is_kept(self) -> bool:
@@ -139,7 +153,7 @@ class AuxiliaryLosses:
         lost = self._kept is not None and self._kept.requires_grad
         if lost and not self._warned_unread:
             self._warned_unread = True
-            warnings.warn(_UNREAD, stacklevel=5)
+            warnings.warn(_UNREAD, stacklevel=6)
 
 
 def _tell_while_compiling(_: Any) -> None:

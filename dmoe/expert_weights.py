@@ -124,6 +124,20 @@ class ExpertWeights:
         given: dict[str, Any] = dict(zip(WEIGHTS, tensors, strict=True))
         return self if later is None else replace(self, **given, later=later)
 
+    def of_expert(self, expert: int) -> dict[str, Tensor]:
+        """One expert's part of each weight that there is, by its field, in the fields' order: views."""
+        found = {}
+        for name in WEIGHTS:
+            tensor: Tensor | None = getattr(self, name)
+            f_dim = F_DIM[name]
+            if tensor is None:
+                continue
+            if self.ffn_sizes and f_dim is not None:
+                found[name] = tensor.narrow(f_dim, sum(self.ffn_sizes[:expert]), self.ffn_sizes[expert])
+            else:
+                found[name] = tensor[expert]
+        return found
+
     def parts(self, count: int) -> list[ExpertWeights]:
         """As many groups of consecutive experts as ``count``, which divides E: views, but for experts of other widths.
 

@@ -5,7 +5,7 @@
                         +--> losses           +--> metrics
 
 Every step is a file with that step's name: ``inputs.py``, ``routing/``, ``plan.py``, ``parallel/dispatch.py``,
-``experts.py``, ``losses.py`` (handed over by ``auxiliary.py``), ``metrics.py``.
+``experts.py`` (``functional.py``), ``losses.py`` (handed over by ``auxiliary.py``), ``metrics.py``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dmoe.auxiliary import AuxiliaryLosses
 from dmoe.buffers import Float32Buffers
 from dmoe.config import MoEConfig
-from dmoe.experts import Experts, SharedExpert
+from dmoe.experts import Experts
 from dmoe.inputs import check_copied, check_inputs, check_parts, config_of
 from dmoe.metrics import RoutingMetrics, metrics_of
 from dmoe.parallel import AllToAllDispatcher, Dispatched, as_group
@@ -30,6 +30,7 @@ from dmoe.parallel.build import build_dispatcher, owned_experts
 from dmoe.parallel.overlap import run_in_chunks
 from dmoe.parallel.statistics import LoadOfRanks, move_selection_bias
 from dmoe.routing import Routing, build_router
+from dmoe.shared_expert import SharedExpert
 from dmoe.sums import add_to_tokens
 
 
@@ -164,7 +165,8 @@ class MoE(Float32Buffers):
         )
         y, arrived, kept = self._through_experts(tokens, routing)
         y = self.auxiliary.hand_over(
-            y.view(*x.shape[:-1], y.shape[-1]),
+            y,
+            (*x.shape[:-1], y.shape[-1]),
             routing,
             self.float32("aux_loss_scale", x.device),
             training=self.training,

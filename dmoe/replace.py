@@ -283,9 +283,10 @@ def _copy_into_experts(ffn: DenseFFN, moe: MoE, perturb: float) -> None:
         "down_bias": ffn.down_bias(),
     }
     seed = int(torch.randint(2**62, (), device="cpu").item()) if perturb else 0
+    weights = moe.experts.weights()
     for expert in range(moe.config.num_experts):
         generator = torch.Generator(device="cpu").manual_seed((seed + expert * 0x9E3779B97F4A7C15) % 2**63)
-        for name, target, _ in moe.experts.expert_slices(expert):
+        for name, target in weights.of_expert(expert).items():
             target.copy_(dense[name])
             if perturb and name.endswith("proj"):
                 noise = torch.randn(target.shape, generator=generator, device="cpu", dtype=torch.float32)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from dmoe.expert_weights import ExpertWeights
-from dmoe.experts import run_experts
+from dmoe.functional import run_experts
 from dmoe.kernels import configs
 from dmoe.ops.tile_table import preferred_tile_rows
 from dmoe.plan import plan_token_choice

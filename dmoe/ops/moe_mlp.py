@@ -215,8 +215,6 @@ def moe_mlp(*arguments: Any, backend: str | None = None, recompute: bool = False
         recompute: save x only, and compute the pre-activation again in backward.
     """
     count_flops()
-    if backend not in (None, "grouped", "reference"):
-        raise ValueError(f"moe_mlp: backend: expected None, 'grouped' or 'reference', got {backend!r}")
     if backend == "reference":
         return under_autocast(moe_mlp_twice_differentiable, *arguments)
     differentiable = any(isinstance(value, Tensor) and value.requires_grad for value in arguments)

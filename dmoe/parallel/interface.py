@@ -40,7 +40,7 @@ class WayBack:
 
 @dataclass(frozen=True)
 class Dispatched:
-    """The tokens that this rank's experts work on, as :func:`dmoe.experts.run_experts` takes them.
+    """The tokens that this rank's experts work on, as :func:`dmoe.run_experts` takes them.
 
     Attributes:
         x: rows received, ``(R', H)``: those of rank 0 first, each rank's in token order; with tensor parallelism those

@@ -263,7 +263,7 @@ def test_dropout_masks_are_the_cpus(activation_dropout, expert_dropout, dtype, m
     indices = torch.rand(T, E, generator=generator).argsort(1)[:, :K]
     grad = torch.randint(1, 3, (T, width), generator=generator).to(dtype)
     grad[T // 2 :] = 0  # sums over rows stay exact
-    monkeypatch.setattr("dmoe.experts.draw_seed", lambda device: torch.tensor(-123456789012345, device=device))
+    monkeypatch.setattr("dmoe.functional.draw_seed", lambda device: torch.tensor(-123456789012345, device=device))
 
     def run(device):
         leaves = [t.to(device).clone().requires_grad_() for t in (x, torch.ones(T, K), eye, eye)]

@@ -8,7 +8,7 @@ from gpu_helpers import DEVICE, assert_equal_bits, cuda_only, here, leaf_there, 
 from helpers import saved_bytes
 
 from dmoe import ExpertWeights, MoE, plan_token_choice
-from dmoe.experts import run_experts
+from dmoe.functional import run_experts
 from dmoe.ops import _library
 from dmoe.ops.router_top_k import TopKRule, router_top_k
 from dmoe.ops.tile_table import tile_table, tile_table_ref

@@ -16,8 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dmoe
 from dmoe import ExpertWeights, MoE, MoEConfig, plan_token_choice
-from dmoe.experts import _block_sparse_by_default, run_experts
-from dmoe.functional import moe_mlp
+from dmoe.functional import _block_sparse_by_default, moe_mlp, run_experts
 from dmoe.ops import block_sparse_mlp as module
 
 pytestmark = pytest.mark.filterwarnings("ignore:dmoe. a MoE layer ran a second training forward")
@@ -323,10 +322,10 @@ def test_on_cuda_widths_that_differ_take_it_by_default():
 
 @pytest.mark.parametrize(("backend", "taken"), [(None, True), ("block_sparse", True), ("grouped", False)])
 def test_the_backend_decides_between_the_operations(backend, taken, monkeypatch):
-    monkeypatch.setattr("dmoe.experts._block_sparse_by_default", lambda x, weights: True)
+    monkeypatch.setattr("dmoe.functional._block_sparse_by_default", lambda x, weights: True)
     calls = []
-    monkeypatch.setattr("dmoe.experts.block_sparse_mlp", lambda *given: calls.append("sparse"))
-    monkeypatch.setattr("dmoe.experts.moe_mlp", lambda *given, **named: calls.append("grouped"))
+    monkeypatch.setattr("dmoe.functional.block_sparse_mlp", lambda *given: calls.append("sparse"))
+    monkeypatch.setattr("dmoe.functional.moe_mlp_op", lambda *given, **named: calls.append("grouped"))
     config = MoEConfig(**SIZES, ffn_hidden_size=[16, 32, 16])
     layer = MoE(config)
     plan = plan_token_choice(torch.zeros(3, 2, dtype=torch.int64), 3)

@@ -8,8 +8,11 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrize
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
@@ -155,6 +158,36 @@ def test_the_output_may_be_changed_in_place(fields):
         grads.append(torch.autograd.grad(loss, [x, *layer.parameters()]))
     for got, want in zip(*grads, strict=True):
         torch.testing.assert_close(got, want)
+
+
+@pytest.fixture
+def one_rank():
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("fields", "train"),
+    [({}, True), ({}, False), ({"aux_loss": "attached"}, True), ({"bias": "output"}, True)],
+    ids=str,
+)
+def test_fsdp_gathers_parameters_though_the_output_was_changed_in_place(fields, train, one_rank):
+    """Its hook is on the output: were that a view, an operation in place would take the hook out of the graph."""
+    torch.manual_seed(0)
+    x, layer = torch.randn(2, 5, 6), MoE(**SIZES, **fields).train(train)
+    want = copy.deepcopy(layer)
+    mesh = init_device_mesh("cpu", (1,))
+    model = fully_shard(nn.Sequential(fully_shard(layer, mesh=mesh)), mesh=mesh)
+    for of_layer, forward in ((want, want), (layer, model)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            y = forward(x)
+        y += 1
+        (y.square().sum() + aux_loss(of_layer)).backward()
+    for (name, parameter), plain in zip(layer.named_parameters(), want.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad.full_tensor(), plain.grad, msg=name)
 
 
 def test_losses_are_older_than_the_output():

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from moe_mlp_cases import build, cases, summands, truth
 
 from dmoe import ExpertWeights, plan_expert_choice, plan_token_choice
-from dmoe.experts import run_experts
+from dmoe.functional import run_experts
 from dmoe.ops import moe_mlp as module
 from dmoe.ops.activation import ACTIVATIONS, activate, activate_backward
 

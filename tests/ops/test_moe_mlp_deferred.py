@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from dmoe import ExpertWeights
-from dmoe.experts import run_experts
+from dmoe.functional import run_experts
 from dmoe.ops import moe_mlp_cuda as kernels
 from dmoe.ops import moe_mlp_ref as reference
 

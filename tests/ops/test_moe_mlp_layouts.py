@@ -13,8 +13,7 @@ from moe_mlp_kernel_cases import small_blocks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmoe import ExpertWeights, plan_token_choice
-from dmoe.experts import run_experts
-from dmoe.functional import moe_mlp
+from dmoe.functional import moe_mlp, run_experts
 from dmoe.ops._library import compiled
 from dmoe.ops._moe_mlp_call import PROJECTIONS, Call
 from dmoe.ops.grouped_gemm import grouped_gemm

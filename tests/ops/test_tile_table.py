@@ -124,7 +124,7 @@ def test_the_function_asks_too(monkeypatch):
 
     seen = []
     monkeypatch.setattr(functional, "device_tile_rows", lambda *_: 32)
-    monkeypatch.setattr(functional, "run_experts", lambda x, plan, *_, **__: seen.append(plan) or x)
+    monkeypatch.setattr(functional, "_compute", lambda x, plan, *_, **__: seen.append(plan) or x)
     weights = functional.ExpertWeights(torch.randn(3, 2, 5, 4), torch.randn(3, 4, 5))
     functional.moe_mlp(torch.randn(6, 4), torch.zeros(6, 1, dtype=torch.int64), torch.ones(6, 1), weights)
     assert seen[0].tile_rows == 32

@@ -24,7 +24,7 @@ from dmoe.compat.megablocks.layers.weights import (
 )
 from dmoe.config import Activation
 from dmoe.expert_weights import ExpertWeights
-from dmoe.experts import run_experts
+from dmoe.functional import run_experts
 from dmoe.ops.cumsum import inclusive_cumsum
 from dmoe.ops.grouped_gemm import grouped_gemm
 from dmoe.ops.histogram import histogram

@@ -37,6 +37,7 @@ from dmoe.compat.megablocks.layers.balance import (
 )
 from dmoe.compat.megablocks.layers.overrides import is_untouched, is_unwatched, steps
 from dmoe.ops._checks import check_tensors
+from dmoe.outputs import as_output
 from dmoe.plan import plan_token_choice
 
 __all__ = [
@@ -196,7 +197,7 @@ class ParallelMLP(nn.Module):
             ``(..., H)`` plus the bias; with ``return_bias``, both apart.
         """
         y, tokens_per_expert = self.forward_fn(x, expert_weights, top_experts)
-        y = y.view(x.shape)
+        y = as_output(y, x.shape)
         if self.training and self.args.moe_loss_weight > 0:
             _LOADS.save((tokens_per_expert, scores), self, self.args)
         if self.bias is None:

@@ -1,0 +1,183 @@
+"""What the experts' computation accepts, checked once, at its doors: ``moe_mlp`` and ``run_experts``.
+
+Weights check themselves, where they are made (:class:`dmoe.ExpertWeights`). Errors name ``moe_mlp``, the computation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from dmoe.config import GateWeightOn
+from dmoe.expert_weights import ExpertWeights
+from dmoe.ops._checks import check_tensors
+from dmoe.ops.activation import ACTIVATIONS
+from dmoe.ops.moe_mlp import has_tangent
+from dmoe.plan import RoutingPlan
+from dmoe.strides import is_transposed
+
+_GATE_WEIGHT_ON = get_args(GateWeightOn)
+
+
+class Options(NamedTuple):
+    """One call beside its tokens, routing and weights; the fields are described at :func:`dmoe.run_experts`."""
+
+    activation: str
+    gate_weight_on: str
+    activation_dropout: float
+    expert_dropout: float
+    backend: str | None
+    residual: Tensor | None
+    main_grads: Sequence[Tensor | None] | None
+    recompute: bool
+
+
+def check_choices(x: Tensor, expert_indices: Tensor, gate_weights: Tensor, weights: ExpertWeights) -> None:
+    """Tokens and their choices, as :func:`dmoe.functional.moe_mlp` takes them: tensors whose shapes agree.
+
+    Raises:
+        TypeError: something that is no tensor, or no ExpertWeights.
+        ValueError: other shapes.
+    """
+    check_tensors("moe_mlp", x=x, expert_indices=expert_indices, gate_weights=gate_weights)
+    if not isinstance(weights, ExpertWeights):
+        raise TypeError(f"moe_mlp: weights: expected ExpertWeights, got {type(weights).__name__}")
+    if expert_indices.shape != gate_weights.shape or expert_indices.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            "moe_mlp: expected x (..., H), expert_indices (..., K) and gate_weights (..., K), got "
+            f"{tuple(x.shape)}, {tuple(expert_indices.shape)} and {tuple(gate_weights.shape)}"
+        )
+    if expert_indices.shape[-1] < 1:
+        raise ValueError(
+            f"moe_mlp: expert_indices: expected shape (..., K) with K >= 1, got {tuple(expert_indices.shape)}"
+        )
+
+
+def check_planned(plan: RoutingPlan, gate_weights: Tensor, weights: ExpertWeights) -> None:
+    """A routing, as :func:`dmoe.run_experts` takes it: it fits the gate weights and the experts.
+
+    Raises:
+        ValueError: another number of experts, or of gate weights.
+    """
+    if plan.num_experts != weights.num_experts:
+        raise ValueError(f"moe_mlp: the routing has {plan.num_experts} experts, the weights {weights.num_experts}")
+    if gate_weights.numel() != plan.token_rows.numel():
+        raise ValueError(
+            f"moe_mlp: gate_weights: expected one for each of {plan.token_rows.numel()} assignments, got shape "
+            f"{tuple(gate_weights.shape)}"
+        )
+
+
+def check_call(
+    x: Tensor,
+    leading: Sequence[int],
+    indices: Tensor,
+    gate_weights: Tensor,
+    weights: ExpertWeights,
+    options: Options,
+) -> None:
+    """What both doors take.
+
+    Args:
+        x: tokens, ``(*leading, H)``.
+        leading: dimensions of the routing's tokens.
+        indices: one of the routing's index tensors, for its device.
+        gate_weights: in any shape.
+        weights, options: of the call.
+
+    Raises:
+        TypeError: something that is no tensor, or of another kind of numbers.
+        ValueError: sizes, dtypes, devices or options that do not fit together.
+        RuntimeError: forward-mode differentiation.
+    """
+    _check_options(options)
+    if not x.is_floating_point():
+        raise TypeError(f"moe_mlp: x: expected a floating-point tensor, got {x.dtype}")
+    expected = (*leading, weights.hidden_size)
+    if x.shape != expected:
+        raise ValueError(
+            f"moe_mlp: x: expected shape {expected} (tokens of the routing, hidden size of the weights), got "
+            f"{tuple(x.shape)}"
+        )
+    if not gate_weights.is_floating_point():
+        raise TypeError(f"moe_mlp: gate_weights: expected a floating-point tensor, got {gate_weights.dtype}")
+    if has_tangent(x):
+        raise RuntimeError("moe_mlp: forward-mode differentiation (jvp) is not supported; use reverse mode")
+    devices = {x.device, weights.up_proj.device, gate_weights.device, indices.device}
+    if len(devices) > 1:
+        raise ValueError(
+            f"moe_mlp: expected all tensors on one device, got x on {x.device}, weights on {weights.up_proj.device}, "
+            f"gate_weights on {gate_weights.device}, indices on {indices.device}"
+        )
+    if x.dtype != weights.up_proj.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(
+            f"moe_mlp: expected x and weights of one dtype, got {x.dtype} and {weights.up_proj.dtype}; convert one, or "
+            "use torch.autocast"
+        )
+    if options.residual is not None:
+        _check_residual(options.residual, x)
+    if options.main_grads is not None:
+        _check_main_grads(options.main_grads, weights)
+
+
+def _check_options(options: Options) -> None:
+    """Those that are no tensors."""
+    activation, backend, recompute = options.activation, options.backend, options.recompute
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"moe_mlp: activation: expected gelu, gelu_tanh, relu or silu, got {activation!r}")
+    if options.gate_weight_on not in _GATE_WEIGHT_ON:
+        raise ValueError(
+            f"moe_mlp: gate_weight_on: expected output, activation or input, got {options.gate_weight_on!r}"
+        )
+    for name in ("activation_dropout", "expert_dropout"):
+        p = getattr(options, name)
+        if not isinstance(p, int | float) or not 0 <= p < 1:
+            raise ValueError(f"moe_mlp: {name}: expected 0 <= p < 1, got {p!r}")
+    if backend not in (None, "grouped", "block_sparse", "reference"):
+        raise ValueError(f"moe_mlp: backend: expected None, 'grouped', 'block_sparse' or 'reference', got {backend!r}")
+    if not isinstance(recompute, bool):
+        raise TypeError(f"moe_mlp: recompute: expected True or False, got {recompute!r}")
+    if backend in ("block_sparse", "reference") and (recompute or options.main_grads is not None):
+        name, allowed = ("recompute", "False") if recompute else ("main_grads", "None")
+        raise ValueError(
+            f"moe_mlp: {name}: expected {allowed} with backend={backend!r}, whose backward has no such option"
+        )
+
+
+def _check_residual(residual: Tensor, x: Tensor) -> None:
+    check_tensors("moe_mlp", residual=residual)
+    if residual.shape != x.shape or residual.device != x.device:
+        raise ValueError(
+            f"moe_mlp: residual: expected x's shape {tuple(x.shape)} on {x.device}, got {tuple(residual.shape)} on "
+            f"{residual.device}"
+        )
+    cast = torch.is_autocast_enabled(x.device.type) and residual.is_floating_point()
+    if residual.dtype != x.dtype and not cast:
+        raise ValueError(f"moe_mlp: residual: expected x's dtype {x.dtype}, got {residual.dtype}")
+
+
+def _check_main_grads(main_grads: Sequence[Tensor | None], weights: ExpertWeights) -> None:
+    projections = {"up_proj": weights.up_proj, "down_proj": weights.down_proj}
+    if weights.gate_proj is not None:
+        projections["gate_proj"] = weights.gate_proj
+    if not isinstance(main_grads, tuple | list) or len(main_grads) != len(projections):
+        got = f"{len(main_grads)} of them" if isinstance(main_grads, tuple | list) else type(main_grads).__name__
+        many = "a pair of buffers, for" if len(projections) == 2 else "three buffers, for"
+        raise TypeError(f"moe_mlp: main_grads: expected {many} {' and '.join(projections)}, got {got}")
+    for (name, weight), buffer in zip(projections.items(), main_grads, strict=True):
+        if buffer is None and not weight.requires_grad:
+            continue
+        if not isinstance(buffer, Tensor):
+            raise TypeError(f"moe_mlp: main_grads: {name}: expected a tensor, got {type(buffer).__name__}")
+        dense = buffer.is_contiguous() or (buffer.stride() == weight.stride() and is_transposed(weight))
+        fits = buffer.shape == weight.shape and buffer.device == weight.device and dense
+        if not fits or buffer.dtype != torch.float32:
+            strided = "" if buffer.is_contiguous() else f" with strides {buffer.stride()}"
+            order = "contiguous" if weight.is_contiguous() else f"contiguous (or with strides {weight.stride()})"
+            raise ValueError(
+                f"moe_mlp: main_grads: {name}: expected {order} float32 {tuple(weight.shape)} on {weight.device}, "
+                f"got {buffer.dtype} {tuple(buffer.shape)} on {buffer.device}{strided}"
+            )
