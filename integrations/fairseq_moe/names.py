@@ -14,6 +14,7 @@ in a checkpoint                         in the module
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +29,7 @@ OF_EXPERTS = {
     "fc2.weight": "moe.experts.down_proj",
     "fc2.bias": "moe.experts.down_bias",
 }
+_NEEDED = ("fc1.weight", "fc2.weight")  # there are no experts without
 _EXPERT = re.compile(rf"experts\.(\d+)\.({'|'.join(map(re.escape, OF_EXPERTS))})")
 
 
@@ -76,3 +78,24 @@ def _gather(
             )
             return
         state_dict[prefix + ours] = torch.stack([tensors[expert] for expert in range(len(tensors))])
+    wrong = _of_another_layout(state_dict, prefix)
+    if wrong is not None:
+        errors.append(wrong)  # raised with strict=False, too
+
+
+def _of_another_layout(state_dict: Mapping[str, Any], prefix: str) -> str | None:
+    """A sentence, where experts have other names than these; else None.
+
+    ``strict=False`` would skip both what is missing and those, and leave the experts as they were made. It is for those
+    that are left out altogether, or in part.
+    """
+    missing = [name for name in _NEEDED if prefix + OF_EXPERTS[name] not in state_dict]
+    others = [key[len(prefix) :] for key in state_dict if key.startswith(prefix + "experts.")]
+    if not missing or not others:
+        return None
+    needed = ", ".join(f"experts.N.{name}" for name in _NEEDED)
+    got = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+    return (
+        f"{prefix}experts: expected {needed}, got experts of another layout ({got}), which would not be loaded. Rename "
+        "them before; N counts the experts of a rank, or all of them"
+    )

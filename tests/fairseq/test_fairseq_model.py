@@ -144,6 +144,40 @@ def test_a_checkpoint_of_another_number_of_experts_is_told():
     assert "in the checkpoint, got 6" in told
 
 
+LAYER = "decoder.layers.3.moe_layer."
+OURS = [f"experts.{expert}.{name}.weight" for name in ("fc1", "fc2") for expert in (0, 1)]
+OTHERS = {
+    "gated": (["gate.wg.weight", "experts.0.w1.weight", "experts.0.w2.weight", "experts.1.w1.weight"], "0.w1.weight"),
+    "MegaBlocks'": (["gate.wg.weight", "experts.mlp.w1", "experts.mlp.w2"], "mlp.w1"),
+    "all in one": (["gate.wg.weight", "experts.fc1.weight", "experts.fc2.weight"], "fc1.weight"),
+    "half of them": ([*OURS[:2], "experts.0.fc2.kernel", "experts.1.fc2.kernel"], "0.fc2.kernel"),
+}
+
+
+@pytest.mark.parametrize(("names", "first"), OTHERS.values(), ids=OTHERS)
+@pytest.mark.parametrize("strict", [False, True])
+def test_experts_of_another_layout_are_refused(names, first, strict):
+    """Also where names that are not known are skipped: experts would stay as they were made."""
+    told = in_fairseq(jobs.loaded, names, LAYER, strict)
+    assert f"{LAYER}experts: expected experts.N.fc1.weight, experts.N.fc2.weight, got experts of another layout" in told
+    assert f"(experts.{first}" in told
+
+
+def test_experts_of_another_layout_under_dmoes_own_names_are_refused():
+    told = in_fairseq(jobs.loaded, ["moe.experts.w1", "moe.experts.w2"], LAYER, False)
+    assert f"{LAYER}moe.experts: expected up_proj, down_proj, got experts of another layout (w1, w2)" in told
+
+
+@pytest.mark.parametrize("names", [[], ["gate.wg.weight"], OURS[:2], ["fc1.weight"], [*OURS, "experts.0.fc3.weight"]])
+def test_experts_may_be_left_out(names):
+    """All, or some of their values: what ``strict=False`` is for; what is there is loaded."""
+    came = in_fairseq(jobs.loaded, names, LAYER, False)
+    assert {name.removeprefix(LAYER) for name, is_there in came.items() if is_there} == set(names) & {
+        name.removeprefix(LAYER) for name in came
+    }
+    assert len(came) == 1 + 2 * 4
+
+
 @pytest.mark.parametrize(
     ("arch", "flags", "built", "losses"),
     [

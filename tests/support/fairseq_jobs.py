@@ -371,6 +371,24 @@ def wrong_checkpoint(has, wants):
     return ""
 
 
+def loaded(names, prefix, strict):
+    """What loading says when a state dict has other values in place of an MoE layer's, and whether any experts came."""
+    import torch
+
+    model, _, _ = model_of("transformer_lm_gpt", *LM_SIZES, *flags_of(moe_freq=4, moe_expert_count=2))
+    state = {name: value for name, value in model.state_dict().items() if not name.startswith(prefix)}
+    experts = model.decoder.layers[3].moe_layer.moe.experts
+    shapes = {"fc1": experts.up_proj.shape[1:], "fc2": experts.down_proj.shape[1:]}
+    for name in names:
+        of = next((shape for layer, shape in shapes.items() if f"{layer}.weight" in name), (2, 8))
+        state[prefix + name] = torch.full(of, 7.0)
+    try:
+        model.load_state_dict(state, strict=strict)
+    except RuntimeError as error:
+        return str(error)
+    return {name: bool((value == 7).all()) for name, value in model.state_dict().items() if name.startswith(prefix)}
+
+
 def layers_built(arch, *flags):
     """What each layer's feed-forward half is: its class and width, encoder first."""
     fairseq_moe()

@@ -7,7 +7,7 @@ import os
 import sys
 from unittest.mock import patch
 
-from fairseq_jobs import flags_of, run_cli, words_of, write_text
+from fairseq_jobs import fairseq_moe, flags_of, run_cli, words_of, write_text
 
 PAIRS = flags_of(
     task="translation",
@@ -109,3 +109,29 @@ def cut_into_samples(folder, mode):
     sizes = flags_of(gen_subset="valid", tokens_per_sample=64, batch_size=8, num_workers=0)
     saved = ["--path", f"{folder}/{mode}/checkpoint_last.pt"]
     return trained, run_cli("eval_lm", data, *saved, *sizes, *cut)
+
+
+READ = "its flags are read"
+
+
+def read_alone(commands):
+    """What each tool says, stopped when it has read its flags: ``READ``, or why not. For (ranks, tool, flags...)."""
+    from importlib import import_module
+
+    def stop(*_):
+        sys.exit(READ)
+
+    fairseq_moe()
+    program, started, built = (
+        import_module(name) for name in ("fairseq_cli.preprocess", "fairseq.distributed.utils", "fairseq.tasks")
+    )
+    told = []
+    for ranks, *command in commands:
+        with (
+            patch.object(program, "main", stop),
+            patch.object(started, "call_main", stop),
+            patch.object(built, "setup_task", stop),  # which `count` does first
+            patch.dict(os.environ, {"WORLD_SIZE": str(ranks)} if ranks > 1 else {}),
+        ):
+            told.append(run_cli(*command).err.strip())
+    return told
