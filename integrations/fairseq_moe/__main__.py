@@ -9,6 +9,8 @@ import importlib
 import os
 import sys
 
+import torch.distributed as dist
+
 from dmoe.integrations import fairseq_moe
 
 # At import, not in main(): processes that fairseq spawns import this file again and go on from here.
@@ -38,6 +40,8 @@ def main() -> None:
         importlib.import_module(_OWN.get(tool, f"fairseq_cli.{tool}")).cli_main()
     except FlagError as error:
         sys.exit(f"fairseq_moe: {error}")
+    if dist.is_initialized():  # left to the end of the process, its threads may abort that after all work is done
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

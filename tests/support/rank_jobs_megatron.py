@@ -71,7 +71,7 @@ def disconnect():
     with contextlib.suppress(AssertionError, AttributeError):
         mpu.destroy_model_parallel()
     for thing in gc.get_objects():  # DDP's hooks keep a model alive where Python does not see it
-        if issubclass(type(thing), torch.nn.Module):
+        if issubclass(type(thing), torch.nn.Module) and not issubclass(type(thing), torch.fx.GraphModule):  # inductor's
             thing.__dict__.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
