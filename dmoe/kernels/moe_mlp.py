@@ -238,7 +238,8 @@ def multiply_rows(
     second_b = second[0].descriptor(config, k) if second else None
     if second and second_b is None:
         descriptor_b = None
-    descriptor_a = _descriptor(a, rows.tile_rows, config.block_k)
+    halves_aligned = not second or k * a.element_size() % 16 == 0
+    descriptor_a = _descriptor(a, rows.tile_rows, config.block_k) if halves_aligned else None
     dropout = dropout or Dropout(0.0, None)
     launch(
         rows_kernel,

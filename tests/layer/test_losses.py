@@ -206,7 +206,7 @@ def test_an_unread_loss_warns_when_compiled():
         compiled(x)
     with pytest.warns(UserWarning, match=r"auxiliary loss.*dmoe\.aux_loss\(model\)"):
         compiled(x)
-    assert torch.equal(dmoe.aux_loss(layer), layer.router_losses(layer.router(x)))
+    torch.testing.assert_close(dmoe.aux_loss(layer), layer.router_losses(layer.router(x)))  # compiled sums are others
     torch._dynamo.reset()
 
 
