@@ -40,9 +40,9 @@ def main() -> None:
         importlib.import_module(_OWN.get(tool, f"fairseq_cli.{tool}")).cli_main()
     except FlagError as error:
         sys.exit(f"fairseq_moe: {error}")
-    if dist.is_initialized():  # left to the end of the process, its threads may abort that after all work is done
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    if dist.is_initialized():  # left to the end of the process, its threads may abort that after all work is done
+        dist.destroy_process_group()
