@@ -63,6 +63,8 @@ def test_all_that_is_missing_comes_with_a_command(bare, capsys):
     assert missing["the compiled operations"].startswith("apt-get install -y g++ && DMOE_BUILD=required " + pip)
     assert "nvidia-cuda-toolkit && DMOE_CUDA=required" in missing["the compiled operations for CUDA"]
     assert all(f"\n  {command}\n" in text for command in missing.values())
+    for command in missing.values():  # the paths in them may hold any word
+        text = text.replace(command, "")
     assert "megatron" not in text
 
 
