@@ -103,7 +103,12 @@ def test_half_precision_trains_as_megatrons_own(megatron, name):
     """Parameters in bfloat16, what the optimizer holds in float32: the digits differ, the curve does not."""
     case = Case(Ranks(4, ep=2), {"bf16": True, "params_dtype": torch.bfloat16}, distributed_optimizer=True)
     native, ours = megatron.native(case), megatron.run("train", case, name)
-    assert_same_training(native, ours, loss=0.05, norm=0.1, logged=0.02)
+    # Roundings grow from step to step, by as much as the processor's instructions have it: what Megatron's own layer
+    # loses to float32 is the measure, and two that lose as much may be twice as far apart.
+    exact = megatron.native(Case(Ranks(4, ep=2), distributed_optimizer=True))
+    steps = zip(native[0]["steps"], exact[0]["steps"], strict=True)
+    lost = max(abs(half - full) for (half, _), (full, _) in steps)
+    assert_same_training(native, ours, loss=2 * lost, norm=0.1, logged=0.02)
     assert all(result["dtypes"] == {"torch.bfloat16"} for result in ours)
     falling = [loss for loss, _ in ours[0]["steps"]]
     assert falling[-1] < falling[0]
