@@ -42,6 +42,7 @@
 #include "check.h"
 
 namespace dmoe {
+namespace detail {
 
 // While it lives, MKL calls of this thread run on this thread alone. Nothing where PyTorch has no MKL.
 class OneMklThread {
@@ -62,6 +63,8 @@ class OneMklThread {
   int previous_;
 };
 
+}  // namespace detail
+
 // Runs fn(task) once for each task in [0, num_tasks), in no particular order, on PyTorch's threads. A free thread takes
 // the next task, so tasks may differ in size; put the large ones first. Each task must write its own memory only.
 //
@@ -77,7 +80,7 @@ void parallel_tasks(int64_t num_tasks, const Function& fn) {
   std::atomic<bool> failed{false};
   std::exception_ptr error;
   const auto worker = [&](int64_t, int64_t) {
-    const OneMklThread one_thread;
+    const detail::OneMklThread one_thread;
     while (!failed.load(std::memory_order_relaxed)) {
       const int64_t task = next.fetch_add(1, std::memory_order_relaxed);
       if (task >= num_tasks) return;

@@ -55,6 +55,9 @@ struct Arguments {
   double activation_dropout, expert_dropout;
   optional<Tensor> residual;   // added to y
   optional<Tensor> gate_proj;  // the gate's half of up_proj, where that is the other half only
+
+  // How many rows of width F an expert's pre-activation has.
+  int64_t halves() const { return gated ? 2 : 1; }
 };
 
 // F of the widest expert.
@@ -105,7 +108,7 @@ struct Problem {
     rows_bound = a.row_to_token.size(0), assignments = a.token_rows.size(0);
     total_width = a.down_proj.size(a.down_proj.dim() - 1);
     width = widest(a);
-    pre_width = a.gated ? 2 * width : width;
+    pre_width = halves() * width;
     x = data(a.x), weights = Weights<T>(a.gated, packed(), a.up_proj, a.gate_proj, a.down_proj);
     up_bias = a.up_bias ? data(*a.up_bias) : nullptr;
     down_bias = a.down_bias ? data(*a.down_bias) : nullptr;
@@ -129,8 +132,7 @@ struct Problem {
   // How many matrices an expert's up projection is: 2 where gate and up lie apart from each other.
   int64_t up_parts() const { return args.gated && !weights.halves_are_one ? 2 : 1; }
   int64_t up_rows(int64_t e) const { return args.gated && up_parts() == 1 ? pre_width : experts[e].width; }
-  // How many rows of width F an expert's pre-activation has: 2 where gated.
-  int64_t halves() const { return args.gated ? 2 : 1; }
+  int64_t halves() const { return args.halves(); }
   int64_t up_bias_at(int64_t e, int64_t part) const {
     return packed() ? part * total_width + experts[e].start : e * pre_width + part * width;
   }
@@ -589,7 +591,7 @@ void backward_in_columns(const Problem<T>& p, const vector<Block>& blocks, const
 template <typename T>
 void keep_block(const Problem<T>& p, const Block& block, const Wave<T>& wave, const Gradients<T>& grads) {
   const Expert& expert = p.experts[block.expert];
-  const int64_t f = expert.width, parts = p.args.gated ? 2 : 1, local = block.begin - expert.begin;
+  const int64_t f = expert.width, parts = p.halves(), local = block.begin - expert.begin;
   const auto keep = [&](const T* from, T* to) {
     std::memcpy(to, from, f * sizeof(T));
     std::fill(to + f, to + p.width, T(0.0f));
@@ -622,7 +624,7 @@ template <typename T>
 void weight_gradient(const Problem<T>& p, const GradTask& task, const Wave<T>& wave, const Gradients<T>& grads) {
   using A = Accumulate<T>;
   const Expert& expert = p.experts[task.expert];
-  const int64_t f = expert.width, n = expert.padded, parts = p.args.gated ? 2 : 1, count = task.end - task.begin;
+  const int64_t f = expert.width, n = expert.padded, parts = p.halves(), count = task.end - task.begin;
   const T* x_rows = wave.x + expert.padded_begin * p.hidden;
   const T* grad_out = wave.grad_out + expert.padded_begin * p.hidden;
   const T* hidden = wave.hidden + expert.padded_begin * p.width;
@@ -656,7 +658,7 @@ void weight_gradient(const Problem<T>& p, const GradTask& task, const Wave<T>& w
 
 template <typename T>
 vector<GradTask> gradient_tasks(const Problem<T>& p, int64_t first, int64_t last) {
-  const int64_t parts = p.args.gated ? 2 : 1;
+  const int64_t parts = p.halves();
   double total = 0;  // products of both gradients, relative to hidden size
   for (int64_t e = first; e < last; ++e) total += static_cast<double>(p.experts[e].padded) * p.experts[e].width * (parts + 1);
   vector<GradTask> tasks;
@@ -710,7 +712,7 @@ void backward(const Arguments& args, const T* grad_y, const T* pre, bool of_weig
         const Expert& expert = p.experts[e];
         const int64_t extra = expert.padded - expert.rows, begin = expert.padded_begin + expert.rows;
         if (extra == 0) continue;
-        const int64_t parts = args.gated ? 2 : 1;
+        const int64_t parts = p.halves();
         std::fill_n(wave.x + begin * p.hidden, extra * p.hidden, T(0.0f));
         std::fill_n(wave.grad_out + begin * p.hidden, extra * p.hidden, T(0.0f));
         std::fill_n(wave.hidden + expert.padded_begin * p.width + expert.rows * expert.width, extra * expert.width, T(0.0f));
@@ -790,7 +792,7 @@ void check(const Arguments& a) {
   int64_t columns = 0;  // of all experts together
   for (const int64_t size : a.ffn_sizes) columns += size;
   if (given == 0) columns = experts * widest(a);
-  const int64_t parts = a.gated ? 2 : 1;
+  const int64_t parts = a.halves();
   using Shape = vector<int64_t>;
   Shape up = given == 0 ? Shape{experts, widest(a), hidden} : Shape{columns, hidden};
   DMOE_CHECK(a.gated || !a.gate_proj, "moe_mlp: gate_proj: expected None without a gate, got shape ",
@@ -852,7 +854,7 @@ std::tuple<Tensor, Tensor> moe_mlp(DMOE_MOE_MLP_PARAMETERS) {
   Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1)}), pre;
   dispatch(args, [&](auto zero) {
     using T = decltype(zero);
-    pre = large_empty(x, {row_to_token.size(0), (gated ? 2 : 1) * widest(args)});
+    pre = large_empty(x, {row_to_token.size(0), args.halves() * widest(args)});
     forward<T>(args, out<T>(y), out<T>(pre));
   });
   return {y, pre};
