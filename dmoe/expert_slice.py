@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,8 @@ class ExpertSlice:
         mesh: the ranks as a mesh of ``(E / len(experts),)`` ranks, or ``(E / len(experts), num_shards)``: parameters
             are then ``DTensor`` on it, which checkpoints and FSDP2 understand. None: plain tensors.
         grad_scale: backward multiplies the parameters' gradients by this.
+        share_overflow: what the parameters go through, so that an overflow under autocast to float16 on one rank is one
+            on all; None where somebody else sees to that.
     """
 
     experts: range
@@ -32,6 +35,7 @@ class ExpertSlice:
     num_shards: int = 1
     mesh: DeviceMesh | None = None
     grad_scale: float = 1.0
+    share_overflow: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None = None
 
     def columns(self, width: int) -> slice:
         """The part of an expert's ``width`` columns that lives here."""

@@ -131,11 +131,14 @@ class Experts(nn.Module):
         )
 
     def _weights_at_work(self) -> ExpertWeights:
-        """Those weights with their gradients scaled, and one shard's share of the down bias."""
+        """Those weights with their gradients scaled and looked through, and one shard's share of the down bias."""
         weights, scale, shards = self.weights(), self.owned.grad_scale, self.owned.num_shards
-        if scale == 1 and shards == 1:
+        share = self.owned.share_overflow
+        if scale == 1 and shards == 1 and share is None:
             return weights
         given = {name: tensor for name in F_DIM if (tensor := getattr(weights, name)) is not None}
+        if share is not None:
+            given = dict(zip(given, share(tuple(given.values())), strict=True))
         # Every shard adds its part of the sum over F; the bias, which all of them hold, has to come out once.
         forward_scale = dict.fromkeys(given, 1.0) | {"down_bias": 1 / shards}
         at_work: dict[str, Any] = {name: scaled(tensor, forward_scale[name], scale) for name, tensor in given.items()}

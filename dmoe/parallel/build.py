@@ -9,6 +9,7 @@ import torch
 from dmoe.config import MoEConfig
 from dmoe.expert_slice import ExpertSlice
 from dmoe.parallel.dispatch import AllToAllDispatcher
+from dmoe.parallel.gradients import SharedOverflow
 from dmoe.parallel.interface import Dispatcher, LocalDispatcher
 from dmoe.parallel.mesh import expert_mesh
 from dmoe.parallel.overlap import chunk_of
@@ -86,4 +87,6 @@ def owned_experts(
     if dtensor and isinstance(config.ffn_hidden_size, int):
         mesh = expert_mesh(ep_group, dispatcher.group, num_shards, device, dispatcher.tp_group)
     scale = _GRAD_SCALES[config.expert_grad_scale](dispatcher.num_ranks)
-    return ExpertSlice(dispatcher.local_experts, config.num_experts, shard, num_shards, mesh, scale)
+    # Of DTensor, PyTorch's scaler knows that they are parts of a whole.
+    share = SharedOverflow(*dispatcher.groups) if mesh is None and dispatcher.num_ranks > 1 else None
+    return ExpertSlice(dispatcher.local_experts, config.num_experts, shard, num_shards, mesh, scale, share)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dmoe.expert_slice import local_part
-from dmoe.parallel.collectives import explained
+from dmoe.parallel.collectives import explained, outside_graphs
 from dmoe.parallel.dispatch import AllToAllDispatcher
 from dmoe.parallel.statistics import LoadOfRanks
 
@@ -74,20 +74,61 @@ def average_gradients(parameters: Iterable[Tensor], group: ProcessGroup | None, 
 
 
 @torch.no_grad()
-def share_overflow(parameters: Iterable[Tensor], group: ProcessGroup | None) -> None:
+def share_overflow(grads: Sequence[Tensor], *groups: ProcessGroup | None) -> None:
     """Where a gradient is not finite on one rank, make one infinite on all of them.
 
     Args:
-        parameters: plain tensors; other ranks may have others.
-        group: the ranks; None is all of them.
+        grads: plain tensors, one at least; other ranks may have others.
+        *groups: the ranks, None is all of them; or the dimensions of a grid of ranks.
     """
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if not grads:
-        return
     bad = torch.stack([~torch.isfinite(grad).all() for grad in grads]).any().float()
-    explained(lambda: dist.all_reduce(bad, dist.ReduceOp.MAX, group=group), "the all-reduce of overflows", group)
+    for group in groups:
+        explained(
+            lambda group=group: dist.all_reduce(bad, dist.ReduceOp.MAX, group=group),
+            "the all-reduce of overflows",
+            group,
+        )
     first = grads[0][(0,) * grads[0].dim()]  # a view, whatever the strides
     first += torch.where(bad > 0, torch.inf, 0.0).to(first.dtype)
+
+
+class SharedOverflow:
+    """What a layer's plain experts go through on their way to work under autocast to float16, where gradients overflow.
+
+    ``torch.amp.GradScaler``, which is for autocast, looks at plain tensors on each rank alone: without this the rank of
+    the expert that overflows would skip a step that the others take, and router and attention would drift apart. (An
+    overflow of anything else reaches all ranks with the gradients that data parallelism averages.)
+
+    Args:
+        *groups: those of the layer's dispatcher.
+    """
+
+    def __init__(self, *groups: ProcessGroup) -> None:
+        self.groups = groups
+
+    def __deepcopy__(self, memo: Any) -> SharedOverflow:
+        return self
+
+    @outside_graphs
+    def __call__(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The parameters, whose gradients backward looks through together; as they are without that autocast."""
+        kind = parameters[0].device.type
+        half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+        return _SharedOverflow.apply(self.groups, *parameters) if half else parameters
+
+
+class _SharedOverflow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, groups: Sequence[ProcessGroup], *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.groups = groups
+        ctx.set_materialize_grads(False)
+        return tuple(parameter.view_as(parameter) for parameter in parameters)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if there := [grad for grad in grads if grad is not None]:  # frozen alike on all ranks, as they have agreed
+            share_overflow(there, *ctx.groups)
+        return None, *grads
 
 
 class ExpertGradients:
@@ -128,7 +169,8 @@ class ExpertGradients:
         self._queued = False
         if self._replicas is not None:
             average_gradients(self._parameters, self._replicas)
-        share_overflow(self._plain, self._everyone)
+        if grads := [parameter.grad for parameter in self._plain if parameter.grad is not None]:
+            share_overflow(grads, self._everyone)
 
 
 def data_parallel(

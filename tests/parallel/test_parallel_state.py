@@ -109,6 +109,27 @@ def test_an_overflow_on_one_rank_is_one_on_all(ranks, kind, options, wrapped):
             assert torch.equal(router, other)
 
 
+PLAIN = [
+    ({}, {"dtensor": False}),
+    ({"num_experts": 8, "overlap_degree": 2, "expert_grad_scale": "sum"}, {"dtensor": False}),
+    ({"ffn_hidden_size": [8, 4, 12, 8], "bias": "expert"}, {}),
+]
+
+
+@pytest.mark.parametrize(("fields", "options"), PLAIN, ids=str)
+def test_torchs_scaler_is_told_of_an_overflow_of_plain_experts(ranks, fields, options):
+    """The first step is skipped and the scale cut on all ranks, not only where the expert is; the second is taken."""
+    victim = 2
+    results = ranks.run(jobs.half_steps, {**BASE, "top_k": 1, **fields}, options, victim)
+    for rank, ((finite, skipped, scale), (finite_then, taken, scale_then)) in enumerate(results):
+        assert finite == [True, False], rank
+        assert finite_then == [True, True], rank
+        assert scale == scale_then == 2**10
+        assert torch.equal(skipped, torch.zeros_like(skipped))
+        assert not torch.equal(taken, skipped)
+        assert torch.equal(taken, results[0][1][1])
+
+
 def test_torchs_scaler_takes_no_dtensor_beside_plain_parameters(ranks):
     """What README says about it: it refuses by itself, so that nothing drifts."""
     with pytest.raises(RankError) as caught:

@@ -180,6 +180,37 @@ def scaled_steps(group, fields, options, kind, wrapped, victim):
     return told
 
 
+def half_steps(group, fields, options, victim):
+    """Two steps of PyTorch's own scaler under autocast to float16, data parallel by hand: router and scale by step.
+
+    All tokens of all ranks go to one expert of the victim: the sum over them, its weights' gradient, leaves float16 in
+    the first step, and nothing else does. Before each step: whether the router's and the experts' gradients are finite.
+    """
+    layer = build(fields, ep_group=group, **options)
+    with torch.no_grad():
+        layer.router.weight.zero_()
+        for parameter in layer.experts.parameters():
+            parameter.fill_(0.02)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, backoff_factor=2.0**-10, growth_interval=1000)
+    x = torch.full((64, layer.config.hidden_size), 64.0)
+    chosen = torch.tensor(layer.experts.owned.experts.start)
+    dist.broadcast(chosen, victim, group=group)
+    told = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.float16):
+            y = layer(x, expert_indices=chosen.expand(64, 1))
+        scaler.scale(y.float().mean()).backward()
+        for parameter in layer.router.parameters():
+            dist.all_reduce(parameter.grad, group=group)
+        finite = [all(p.grad.isfinite().all() for p in part.parameters()) for part in (layer.router, layer.experts)]
+        scaler.step(optimizer)
+        scaler.update()
+        told.append((finite, layer.router.weight.detach().clone(), scaler.get_scale()))
+    return told
+
+
 def _overflow(grad):
     bad = torch.zeros_like(plain(grad))
     bad.view(-1)[3] = torch.inf
