@@ -140,6 +140,12 @@ def write_text(folder):
             file.write("\n".join(part) + "\n")
 
 
+def binarise(folder, *flags):
+    """What `preprocess` said of ``folder/train.txt`` and ``valid.txt``, whose words it puts into ``folder/bin``."""
+    texts = [f"--{split}pref={folder}/{split}.txt" for split in ("train", "valid")]
+    return run_cli("preprocess", "--only-source", *texts, "--destdir", f"{folder}/bin", *flags)
+
+
 def route(flags, logits, padding=None, training=True, seed=0, from_command_line=False):
     """A MoE layer whose gate's logits are its input: what it kept, weighed, lost and logged, and its output.
 
@@ -410,8 +416,7 @@ def layers_built(arch, *flags):
 def real_text(folder):
     """preprocess, 30 updates, stop; 30 more; 60 without a stop; eval_lm: what each said."""
     write_text(folder)
-    texts = [f"--{split}pref={folder}/{split}.txt" for split in ("train", "valid")]
-    prepared = run_cli("preprocess", "--only-source", *texts, "--destdir", f"{folder}/bin", "--thresholdsrc", 2)
+    prepared = binarise(folder, "--thresholdsrc", 2)
 
     def train(updates, where):
         return run_cli(

@@ -7,7 +7,7 @@ import os
 import sys
 from unittest.mock import patch
 
-from fairseq_jobs import fairseq_moe, flags_of, run_cli, words_of, write_text
+from fairseq_jobs import binarise, fairseq_moe, flags_of, run_cli, words_of, write_text
 
 PAIRS = flags_of(
     task="translation",
@@ -94,8 +94,7 @@ def write_lines(folder):
             lines = file.readlines()[:most]
         with open(f"{folder}/{split}.txt", "w") as file:
             file.writelines(line + ("\n" if n % 7 == 6 else "") for n, line in enumerate(lines))
-    texts = [f"--{split}pref={folder}/{split}.txt" for split in ("train", "valid")]
-    prepared = run_cli("preprocess", "--only-source", *texts, "--destdir", f"{folder}/bin", "--workers", 1)
+    prepared = binarise(folder, "--workers", 1)
     assert prepared.status == 0, prepared.err
     return f"{folder}/bin"
 
