@@ -109,12 +109,15 @@ class SharedOverflow:
     def __deepcopy__(self, memo: Any) -> SharedOverflow:
         return self
 
-    @outside_graphs
     def __call__(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
         """The parameters, whose gradients backward looks through together; as they are without that autocast."""
         kind = parameters[0].device.type
         half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
-        return _SharedOverflow.apply(self.groups, *parameters) if half else parameters
+        return self._looked_through(parameters) if half else parameters
+
+    @outside_graphs
+    def _looked_through(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+        return _SharedOverflow.apply(self.groups, *parameters)
 
 
 class _SharedOverflow(torch.autograd.Function):

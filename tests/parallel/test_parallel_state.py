@@ -110,17 +110,18 @@ def test_an_overflow_on_one_rank_is_one_on_all(ranks, kind, options, wrapped):
 
 
 PLAIN = [
-    ({}, {"dtensor": False}),
-    ({"num_experts": 8, "overlap_degree": 2, "expert_grad_scale": "sum"}, {"dtensor": False}),
-    ({"ffn_hidden_size": [8, 4, 12, 8], "bias": "expert"}, {}),
+    ({}, {"dtensor": False}, False),
+    ({}, {"dtensor": False}, True),
+    ({"num_experts": 8, "overlap_degree": 2, "expert_grad_scale": "sum"}, {"dtensor": False}, False),
+    ({"ffn_hidden_size": [8, 4, 12, 8], "bias": "expert"}, {}, False),
 ]
 
 
-@pytest.mark.parametrize(("fields", "options"), PLAIN, ids=str)
-def test_torchs_scaler_is_told_of_an_overflow_of_plain_experts(ranks, fields, options):
+@pytest.mark.parametrize(("fields", "options", "compiled"), PLAIN, ids=str)
+def test_torchs_scaler_is_told_of_an_overflow_of_plain_experts(ranks, fields, options, compiled):
     """The first step is skipped and the scale cut on all ranks, not only where the expert is; the second is taken."""
     victim = 2
-    results = ranks.run(jobs.half_steps, {**BASE, "top_k": 1, **fields}, options, victim)
+    results = ranks.run(jobs.half_steps, {**BASE, "top_k": 1, **fields}, options, victim, compiled)
     for rank, ((finite, skipped, scale), (finite_then, taken, scale_then)) in enumerate(results):
         assert finite == [True, False], rank
         assert finite_then == [True, True], rank

@@ -180,7 +180,7 @@ def scaled_steps(group, fields, options, kind, wrapped, victim):
     return told
 
 
-def half_steps(group, fields, options, victim):
+def half_steps(group, fields, options, victim, compiled):
     """Two steps of PyTorch's own scaler under autocast to float16, data parallel by hand: router and scale by step.
 
     All tokens of all ranks go to one expert of the victim: the sum over them, its weights' gradient, leaves float16 in
@@ -191,6 +191,7 @@ def half_steps(group, fields, options, victim):
         layer.router.weight.zero_()
         for parameter in layer.experts.parameters():
             parameter.fill_(0.02)
+    model = torch.compile(layer, backend="aot_eager") if compiled else layer
     optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, backoff_factor=2.0**-10, growth_interval=1000)
     x = torch.full((64, layer.config.hidden_size), 64.0)
@@ -200,7 +201,7 @@ def half_steps(group, fields, options, victim):
     for _ in range(2):
         optimizer.zero_grad()
         with torch.autocast("cpu", dtype=torch.float16):
-            y = layer(x, expert_indices=chosen.expand(64, 1))
+            y = model(x, expert_indices=chosen.expand(64, 1))
         scaler.scale(y.float().mean()).backward()
         for parameter in layer.router.parameters():
             dist.all_reduce(parameter.grad, group=group)
