@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from dmoe.integrations.megatron.loading import guard_megatrons_own_layer
 from dmoe.integrations.megatron.options import PREFIX, options_from_args
 from dmoe.integrations.megatron.training_loop import MODULE, refuse_uncarried_args
 
@@ -26,7 +27,7 @@ def add_moe_args(parser: Parser, then: Callable[[Parser], Parser | None] | None 
 
     With experts on the command line (``--moe-num-experts``, or Megatron's ``--num-experts``) ``--moe-impl`` decides who
     computes them. ``dmoe``, the default, fills in ``--spec``, so a training script needs no other change;
-    ``megatron`` leaves it alone.
+    ``megatron`` leaves it alone, but for plain files of dmoe's, which its layers then refuse.
 
     Args:
         parser: one that has Megatron's arguments already.
@@ -168,6 +169,8 @@ def resolve(parser: Parser, args: Any) -> None:
         lacking = "--moe-impl dmoe, got megatron" if chosen == "megatron" else "--moe-num-experts beside it, got none"
         parser.error(f"{flag}: expected {lacking}")
     args.moe_impl = chosen or "dmoe"
+    if args.moe_impl == "megatron":
+        guard_megatrons_own_layer()
     if getattr(args, "moe_expert_model_parallelism", False):
         _spread_experts(parser, args, experts)
 

@@ -7,6 +7,7 @@ experts, after "successfully loaded". Errors that a module reports itself are ra
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -29,18 +30,52 @@ def refuse_other_layouts(module: nn.Module, layout: Layout, inside: str, needed:
         module: Any, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, *found: list[str]
     ) -> None:
         layer = prefix.removesuffix(inside)
-        here = [key[len(layer) :] for key in state_dict if key.startswith(layer)]
+        here = _inside(state_dict, layer)
         wrong = _of_another_layout(here, layout) or _missing(here, [prefix[len(layer) :] + name for name in needed()])
         if wrong is not None and (here or inside):  # a state dict without anything of a layer may be one of adapters
-            found[-1].append(
-                f"dmoe.integrations.megatron: {layer.removesuffix('.') or 'the layer'}: {wrong}; convert the files of "
-                f"all ranks: python -m dmoe.integrations.megatron convert --to {layout} OUT IN..."
-            )
+            found[-1].append(_sentence(layer, wrong, layout))
 
     module.register_load_state_dict_pre_hook(check)
 
 
-def _of_another_layout(names: list[str], layout: Layout) -> str | None:
+def guard_megatrons_own_layer() -> None:
+    """Let Megatron's own layers, in this process, refuse experts in any layout but theirs as well, dmoe's first of all.
+
+    ``--moe-impl megatron`` is the way back from dmoe, and would lose the experts on it without a word. Megatron has no
+    place to register this for layers to come, so their class gets it.
+    """
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+
+    load = MoELayer._load_from_state_dict
+    if getattr(load, "refuses_other_layouts", False):
+        return
+
+    @functools.wraps(load)
+    def refusing(layer: Any, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        named = filter(None, (classify(name) for name, _ in layer.named_parameters()))
+        layout = next((each[1] for each in named if each[0] == ""), None)
+        wrong = None if layout is None else _of_another_layout(_inside(state_dict, prefix), layout)
+        if wrong is not None:
+            rest[-1].append(_sentence(prefix, wrong, layout))
+        load(layer, state_dict, prefix, *rest)
+
+    refusing.refuses_other_layouts = True  # type: ignore[attr-defined]
+    MoELayer._load_from_state_dict = refusing
+
+
+def _inside(state_dict: Mapping[str, Any], layer: str) -> list[str]:
+    """Names in a layer, without its own."""
+    return [key[len(layer) :] for key in state_dict if key.startswith(layer)]
+
+
+def _sentence(layer: str, wrong: str, layout: str | None) -> str:
+    return (
+        f"dmoe.integrations.megatron: {layer.removesuffix('.') or 'the layer'}: {wrong}; convert the files of all "
+        f"ranks: python -m dmoe.integrations.megatron convert --to {layout} OUT IN..."
+    )
+
+
+def _of_another_layout(names: list[str], layout: str) -> str | None:
     for name in names:
         named = classify(name)
         if named is not None and named[0] == "" and named[1] != layout:

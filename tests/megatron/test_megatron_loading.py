@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+
 import pytest
 from megatron_cases import Case, Ranks
+
+from dmoe.integrations.megatron import arguments
 
 pytestmark = pytest.mark.xdist_group("megatron")
 
@@ -28,3 +32,25 @@ def test_no_layer_keeps_the_experts_it_was_made_with(megatron, fields):
     assert "got dmoe_experts (experts.experts." in found["dmoe"]["dmoe_experts"]
     assert "expected moe.router.weight, got none among" in found["dmoe"]["no router"]
     assert "expected moe.experts.down_proj, got none among" in found["dmoe"]["one projection"]
+
+
+@pytest.mark.parametrize("fields", [{}, {"add_bias_linear": True}], ids=["plain", "biases"])
+def test_megatrons_own_layer_refuses_dmoes_experts_after_moe_impl_megatron(megatron, fields):
+    told = megatron.run("loads", Case(Ranks(1), fields), ("native",), about="loading")[0]["native"]
+    others = {"dmoe", "dmoe_experts", "te", "grouped", "megablocks"} & set(told)
+    for what in others:
+        layers = 1 if what == "megablocks" else 2
+        assert told[what].count(CONVERT.format("sequential")) == layers, "asked for twice, and said once for each"
+        assert f"decoder.layers.0.mlp: expected experts in the layout sequential, got {what} (" in told[what]
+    assert told["sequential"] is None, "its own layout loads"
+    assert told["only a router"] is None, "what is missing is Megatron's to judge"
+
+
+def test_moe_impl_megatron_is_what_asks_for_it(monkeypatch):
+    asked = []
+    monkeypatch.setattr(arguments, "guard_megatrons_own_layer", lambda: asked.append(True))
+    for words, times in (([], 0), (["--moe-impl", "dmoe"], 0), (["--moe-impl", "megatron"], 1)):
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--num-experts", type=int)
+        arguments.add_moe_args(parser).parse_args(["--num-experts", "8", *words])
+        assert len(asked) == times, words
