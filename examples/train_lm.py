@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _run(options, team, device)
     except UsageError as error:
         rank = os.environ.get("RANK", "0")  # torchrun's; most often all ranks say the same
-        print(f"{'' if rank == '0' else f'[rank {rank}] '}{parser.prog}: error: {error}", file=sys.stderr)
+        sys.stderr.write(f"{'' if rank == '0' else f'[rank {rank}] '}{parser.prog}: error: {error}\n")  # in one piece
         return 2
 
 

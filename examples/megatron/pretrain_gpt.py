@@ -383,5 +383,5 @@ if __name__ == "__main__":  # needed: saving starts processes of its own
     try:
         main()
     except UsageError as error:
-        print(f"pretrain_gpt.py: error: {error}", file=sys.stderr)
+        sys.stderr.write(f"pretrain_gpt.py: error: {error}\n")  # in one piece, as ranks share the terminal
         sys.exit(2)

@@ -43,6 +43,12 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SystemExit as stop:
+        if isinstance(stop.code, str):  # Python writes the end of the line apart, and ranks share a stream
+            sys.stderr.write(f"{stop.code}\n")
+            sys.exit(1)
+        raise
     if dist.is_initialized():  # left to the end of the process, its threads may abort that after all work is done
         dist.destroy_process_group()

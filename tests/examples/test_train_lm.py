@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import written_to_stderr
 from patience import PATIENCE
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -506,3 +507,12 @@ def test_on_a_gpu_the_host_does_not_wait_within_a_step(name, corpus):
         run._train_step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_an_error_of_a_rank_is_written_in_one_piece(tmp_path):
+    """Ranks share a stream, and a line whose end comes apart may end after another rank's sentence."""
+    wrong = [sys.executable, str(EXAMPLES / "train_lm.py"), "--resume", "--out", str(tmp_path / "no")]
+    pieces = written_to_stderr(wrong, env=os.environ | {"RANK": "3"})
+    (told,) = [piece for piece in pieces if "error: " in piece]
+    assert told.startswith("[rank 3] train_lm.py: error: --resume: ")
+    assert told.endswith("\n")

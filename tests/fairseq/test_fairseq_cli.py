@@ -13,6 +13,7 @@ from pathlib import Path
 import fairseq_jobs as jobs
 import pytest
 from fairseq_pool import in_fairseq, needs_fairseq
+from helpers import written_to_stderr
 
 ROOT = Path(__file__).resolve().parents[2]
 STATISTICS = {
@@ -184,3 +185,11 @@ def test_importing_the_integration_patches_nothing():
     assert "fairseq" not in sys.modules
     assert dataclasses.dataclass.__module__ == "dataclasses"
     assert not hasattr(dataclasses.dataclass, "__wrapped__")
+
+
+@needs_fairseq
+def test_a_refusal_is_written_in_one_piece():
+    """Ranks share a stream, and a line whose end comes apart may end after another rank's sentence."""
+    pieces = written_to_stderr([sys.executable, "-m", "dmoe.integrations.fairseq_moe", "trian"])
+    (told,) = [piece for piece in pieces if "fairseq_moe: " in piece]
+    assert re.fullmatch("fairseq_moe: expected one of train, .*, and its flags; got trian\n", told)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
+import subprocess
 
 import pytest
 import torch
+from patience import PATIENCE
 
 from dmoe.config import MoEConfig
 
@@ -80,6 +83,18 @@ def where_kernels_run(function):
         return results.cpu() if isinstance(results, torch.Tensor) else tuple(one.cpu() for one in results)
 
     return moved
+
+
+def written_to_stderr(command, **how):
+    """What a command writes to its standard error, as the pieces in which it does."""
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    here.settimeout(PATIENCE)
+    with here:
+        with there:
+            process = subprocess.Popen(command, stderr=there, stdout=subprocess.DEVNULL, **how)
+        pieces = list(iter(lambda: here.recv(65536).decode(), ""))
+    process.wait(PATIENCE)
+    return pieces
 
 
 interpreted = pytest.mark.skipif(
