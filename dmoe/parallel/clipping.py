@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dmoe.expert_slice import local_part
 from dmoe.ops.activation import accumulate_dtype
-from dmoe.parallel.collectives import explained
+from dmoe.parallel.collectives import all_reduce
 from dmoe.parallel.gradients import dispatchers, experts_of, is_sharded
 
 if TYPE_CHECKING:
@@ -56,8 +56,7 @@ def grad_norm(model: nn.Module, norm_type: float = 2.0) -> Tensor:
         norms = norms or [torch.zeros((), device=home)]
         stacked = torch.stack([norm.to(home, highest) for norm in norms])
         total = stacked.max() if math.isinf(norm_type) else stacked.sum()
-        for group in groups:
-            _reduce(total, dist.ReduceOp.MAX if math.isinf(norm_type) else dist.ReduceOp.SUM, group)
+        all_reduce(total, "a norm", *groups, op=dist.ReduceOp.MAX if math.isinf(norm_type) else dist.ReduceOp.SUM)
         totals.append(total)
     everything = torch.stack(totals)
     return everything.max() if math.isinf(norm_type) else everything.sum() ** (1 / norm_type)
@@ -122,7 +121,3 @@ def _groups_of(parameter: Any, owners: dict[int, Any]) -> tuple[tuple[ProcessGro
             if not placement.is_replicate() and name not in own:  # is_shard() is False for a shard of a shard
                 groups.append(mesh.get_group(dim))
     return tuple(groups), share
-
-
-def _reduce(total: Tensor, op: Any, group: ProcessGroup) -> None:
-    explained(lambda: dist.all_reduce(total, op, group=group), "the all-reduce of a norm", group)

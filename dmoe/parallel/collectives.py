@@ -14,6 +14,7 @@ computed between the halves is differentiated while the gradients travel.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -260,6 +261,19 @@ def _as_bytes(rows: Tensor) -> Tensor:
     if not rows.is_contiguous() or rows.stride(1) != 1:  # one element may have any stride, and counts as contiguous
         rows = rows.clone(memory_format=torch.contiguous_format)
     return rows.view(torch.uint8)
+
+
+def all_reduce(tensor: Tensor, what: str, *groups: ProcessGroup | None, op: Any = dist.ReduceOp.SUM) -> None:
+    """Reduce over the ranks of a group, in place; or, one after the other, over the dimensions of a grid of ranks.
+
+    Args:
+        tensor: of one shape and dtype on all ranks.
+        what: is reduced, for the error.
+        *groups: of ranks; None is all of them.
+        op: of ``torch.distributed.ReduceOp``.
+    """
+    for group in groups:
+        explained(functools.partial(dist.all_reduce, tensor, op, group=group), f"the all-reduce of {what}", group)
 
 
 def explained(call: Any, what: str, group: ProcessGroup | None) -> Any:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dmoe.expert_slice import local_part
-from dmoe.parallel.collectives import explained
+from dmoe.parallel.collectives import all_reduce
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -40,11 +40,7 @@ class GradScaler(torch.amp.GradScaler):
         here.setdefault(found_inf.device, found_inf)  # also with no gradient at all: others wait for this rank
         if dist.is_initialized() and dist.get_world_size(self.process_group) > 1:
             anywhere = torch.stack([found.to(found_inf.device) for found in here.values()]).max()
-            explained(
-                lambda: dist.all_reduce(anywhere, dist.ReduceOp.MAX, group=self.process_group),
-                "the all-reduce of overflows",
-                self.process_group,
-            )
+            all_reduce(anywhere, "overflows", self.process_group, op=dist.ReduceOp.MAX)
             for found in here.values():
                 found.copy_(anywhere)
         return here

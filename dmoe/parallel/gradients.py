@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dmoe.expert_slice import local_part
-from dmoe.parallel.collectives import explained, outside_graphs
+from dmoe.parallel.collectives import all_reduce, explained, outside_graphs
 from dmoe.parallel.dispatch import AllToAllDispatcher
 from dmoe.parallel.statistics import LoadOfRanks
 
@@ -74,21 +74,20 @@ def average_gradients(parameters: Iterable[Tensor], group: ProcessGroup | None, 
 
 
 @torch.no_grad()
-def share_overflow(grads: Sequence[Tensor], *groups: ProcessGroup | None) -> None:
+def share_overflow(grads: Iterable[Tensor | None], *groups: ProcessGroup | None) -> None:
     """Where a gradient is not finite on one rank, make one infinite on all of them.
 
     Args:
-        grads: plain tensors, one at least; other ranks may have others.
+        grads: plain tensors, or None; other ranks may have others, but those of one rank are all None only where those
+            of all ranks are.
         *groups: the ranks, None is all of them; or the dimensions of a grid of ranks.
     """
-    bad = torch.stack([~torch.isfinite(grad).all() for grad in grads]).any().float()
-    for group in groups:
-        explained(
-            lambda group=group: dist.all_reduce(bad, dist.ReduceOp.MAX, group=group),
-            "the all-reduce of overflows",
-            group,
-        )
-    first = grads[0][(0,) * grads[0].dim()]  # a view, whatever the strides
+    there = [grad for grad in grads if grad is not None]
+    if not there:
+        return
+    bad = torch.stack([~torch.isfinite(grad).all() for grad in there]).any().float()
+    all_reduce(bad, "overflows", *groups, op=dist.ReduceOp.MAX)
+    first = there[0][(0,) * there[0].dim()]  # a view, whatever the strides
     first += torch.where(bad > 0, torch.inf, 0.0).to(first.dtype)
 
 
@@ -129,8 +128,7 @@ class _SharedOverflow(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if there := [grad for grad in grads if grad is not None]:  # frozen alike on all ranks, as they have agreed
-            share_overflow(there, *ctx.groups)
+        share_overflow(grads, *ctx.groups)  # None where frozen, on all ranks alike: they have agreed on that
         return None, *grads
 
 
@@ -172,8 +170,7 @@ class ExpertGradients:
         self._queued = False
         if self._replicas is not None:
             average_gradients(self._parameters, self._replicas)
-        if grads := [parameter.grad for parameter in self._plain if parameter.grad is not None]:
-            share_overflow(grads, self._everyone)
+        share_overflow((parameter.grad for parameter in self._plain), self._everyone)
 
 
 def data_parallel(

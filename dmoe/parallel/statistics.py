@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dmoe.parallel.collectives import explained, outside_graphs
+from dmoe.parallel.collectives import all_reduce, outside_graphs
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -62,8 +61,7 @@ class LoadOfRanks:
 
     def add_up(self, counts: Tensor) -> None:
         """Sum over the ranks, in place."""
-        for group in self.groups:
-            explained(functools.partial(dist.all_reduce, counts, group=group), "the all-reduce of loads", group)
+        all_reduce(counts, "loads", *self.groups)
 
 
 def move_selection_bias(router: nn.Module, told: LoadOfRanks | None, ep_groups: Sequence[ProcessGroup]) -> None:
