@@ -108,6 +108,10 @@ class SharedOverflow:
     def __deepcopy__(self, memo: Any) -> SharedOverflow:
         return self
 
+    def __reduce__(self) -> Any:
+        """In a file, or another process, experts know of no ranks: None is left."""
+        return type(None), ()
+
     def __call__(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
         """The parameters, whose gradients backward looks through together; as they are without that autocast."""
         kind = parameters[0].device.type

@@ -23,6 +23,10 @@ def test_marks_survive_moving(ranks, dtensor):
             torch.testing.assert_close(norm, results[0][position][2])  # which adds up over ranks only by the marks
 
 
+def test_plain_experts_are_saved_whole(ranks):
+    assert ranks.run(jobs.filed, BASE, ranks=2) == [True, True]
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"overlap_degree": 2}, {"wire_dtype": "fp8"}, {"shared_ffn_hidden_size": 3}], ids=str
 )

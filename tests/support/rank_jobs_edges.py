@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 
 import torch
 import torch.distributed as dist
@@ -36,6 +37,16 @@ def moved(group, fields, dtensor):
         marks = {(p.expert, p.allreduce) for p in layer.experts.parameters()}
         told.append((marks, [len(one) for one in split_parameters(layer)], grad_norm(layer)))
     return told
+
+
+def filed(group, fields):
+    """Plain experts through a file, and whether they are the same."""
+    experts = build(fields, ep_group=group, dtensor=False).experts
+    file = io.BytesIO()
+    torch.save(experts, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    return all(torch.equal(a, b) for a, b in zip(experts.parameters(), again.parameters(), strict=True))
 
 
 def compiled(group, fields):
