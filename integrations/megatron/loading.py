@@ -54,8 +54,7 @@ def guard_megatrons_own_layer() -> None:
     def refusing(layer: Any, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         named = filter(None, (classify(name) for name, _ in layer.named_parameters()))
         layout = next((each[1] for each in named if each[0] == ""), None)
-        wrong = None if layout is None else _of_another_layout(_inside(state_dict, prefix), layout)
-        if wrong is not None:
+        if layout is not None and (wrong := _of_another_layout(_inside(state_dict, prefix), layout)):
             rest[-1].append(_sentence(prefix, wrong, layout))
         load(layer, state_dict, prefix, *rest)
 
@@ -68,7 +67,7 @@ def _inside(state_dict: Mapping[str, Any], layer: str) -> list[str]:
     return [key[len(layer) :] for key in state_dict if key.startswith(layer)]
 
 
-def _sentence(layer: str, wrong: str, layout: str | None) -> str:
+def _sentence(layer: str, wrong: str, layout: str) -> str:
     return (
         f"dmoe.integrations.megatron: {layer.removesuffix('.') or 'the layer'}: {wrong}; convert the files of all "
         f"ranks: python -m dmoe.integrations.megatron convert --to {layout} OUT IN..."
