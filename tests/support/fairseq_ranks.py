@@ -27,7 +27,7 @@ def data():
     folder = tempfile.TemporaryDirectory()
     atexit.register(folder.cleanup)
     pool().run(jobs.prepare, folder.name, ranks=1)
-    return f"{folder.name}/data"
+    return f"{folder.name}/bin"
 
 
 @functools.cache

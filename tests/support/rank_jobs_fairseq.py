@@ -48,18 +48,14 @@ def flags(base=MODEL, **changes):
 
 
 def prepare(group, folder):
-    """Binarised text in ``folder/data``; some of its words are to be joined to the next, as subwords are."""
+    """Binarised text in ``folder/bin``; some of its words are to be joined to the next, as subwords are."""
     fairseq_jobs.write_text(folder)
-    where = {name: os.path.join(folder, f"{name}.txt") for name in ("train", "valid")}
-    for path in where.values():
+    for path in (os.path.join(folder, f"{name}.txt") for name in ("train", "valid")):
         with open(path) as file:
             text = file.read()
         with open(path, "w") as file:
             file.write(text.replace(" the ", " the@@ "))
-    done = fairseq_jobs.run_cli(
-        "preprocess", "--only-source", "--trainpref", where["train"], "--validpref", where["valid"],
-        "--destdir", os.path.join(folder, "data"), "--thresholdsrc", 12, "--workers", 1,
-    )  # fmt: skip
+    done = fairseq_jobs.binarise(folder, "--thresholdsrc", 12, "--workers", 1)
     assert done.status == 0, done.err
 
 
