@@ -87,25 +87,19 @@ def test_cases_launch_what_is_recorded(arch, monkeypatch):
     pytest.importorskip("triton")
     import kernel_cases
 
-    import dmoe.kernels._launch as module
+    from dmoe.kernels import _launch, offline
 
     recorded, launched = json.loads(kernel_table.TABLE.read_text())[f"sm_{arch}"], []
-    original, capability = module.launch, module.capability
 
     def note(kernel, grid, *_, **options):
         if all(grid):
             launched.append((kernel.__name__, options.get("num_warps", 4)))
 
-    kernel_table.swap(original, note)
-    kernel_table.swap(capability, here := lambda device: arch)
-    try:
+    with offline.instead_of_launching(note), offline.swapped(_launch.capability, lambda device: arch):
         for name, run in kernel_cases.CASES.items():
             launched.clear()
             run()
             assert launched == [(row["kernel"], row["warps"]) for row in recorded[name]], name
-    finally:
-        kernel_table.swap(note, original)
-        kernel_table.swap(here, capability)
 
 
 def test_resources_count_what_leaves_the_registers(monkeypatch):

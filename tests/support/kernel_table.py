@@ -1,8 +1,4 @@
-"""Compiles what the host code launches, for a GPU that need not be there, and reads what the compiler made of it.
-
-The operations' own CUDA functions run on ``meta`` tensors; instead of starting a kernel, :func:`compiling` compiles it
-with the very arguments it would have been started with. So whatever can be dispatched in a case is compiled, with the
-specialisation the launch would get, and nothing else.
+"""Compiles what the host code launches (:mod:`dmoe.kernels.offline`), and reads what the compiler made of it.
 
 ``python tests/support/kernel_table.py --arch 90`` prints the table of one architecture as JSON; ``--write`` renews the
 committed one, ``kernel_table.json`` beside it, for all. One process compiles for one architecture only: a kernel that
@@ -21,8 +17,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = Path(__file__).with_suffix(".json")
 ARCHITECTURES = (80, 90, 100)
@@ -36,75 +30,19 @@ FEATURES = {
 }
 
 
-class NoGPU:
-    """As much of Triton's driver as compiling asks for."""
-
-    def __init__(self, arch: int):
-        from triton.backends.compiler import GPUTarget
-
-        self.target = GPUTarget("cuda", arch, 32)
-
-    def get_current_target(self):
-        return self.target
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device=None):
-        return 0
-
-    def get_device_interface(self):
-        return torch.cuda
-
-
-@contextlib.contextmanager
-def compiling(arch: int):
-    """Inside, launches compile for ``arch``; yields the list of (kernel name, compiled kernel) in launch order."""
-    from triton.runtime import driver
-
-    import dmoe.kernels._launch as module
-
-    driver.set_active(NoGPU(arch))
-    launched, original, capability = [], module.launch, module.capability
-
-    def compile_instead(kernel, grid, *arguments, **options):
-        if all(grid):
-            launched.append((kernel.__name__, kernel.warmup(*arguments, grid=grid, enable_fp_fusion=True, **options)))
-
-    swap(original, compile_instead)
-    swap(capability, here := lambda device: arch)
-    try:
-        yield launched
-    finally:
-        swap(compile_instead, original)
-        swap(here, capability)
-
-
-def swap(old, new):
-    """Replace a function under every name that a module of dmoe.kernels or dmoe.ops knows it by."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith(("dmoe.kernels", "dmoe.ops")):
-            for key, value in list(vars(module).items()):
-                if value is old:
-                    setattr(module, key, new)
-
-
 @contextlib.contextmanager
 def counting():
     """Inside, launches are only counted: yields the list of kernel names. Needs no compiler and no GPU."""
-    import dmoe.kernels._launch as module
+    from dmoe.kernels.offline import instead_of_launching
 
-    names, original = [], module.launch
+    names = []
 
     def count_instead(kernel, grid, *arguments, **options):
         if all(grid):
             names.append(kernel.__name__)
 
-    swap(original, count_instead)
-    try:
+    with instead_of_launching(count_instead):
         yield names
-    finally:
-        swap(count_instead, original)
 
 
 def resources(compiled) -> dict:
@@ -132,6 +70,8 @@ def resources(compiled) -> dict:
 def table_of(arch: int, only: str = "") -> dict:
     """Every case of :mod:`kernel_cases`: {case: [{"kernel": name, ...resources}]}."""
     import kernel_cases
+
+    from dmoe.kernels.offline import compiling
 
     table, seen = {}, {}
     for name, run in kernel_cases.CASES.items():
