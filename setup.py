@@ -22,13 +22,15 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
+import setuptools
+from setuptools import Distribution, Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
+SETUPTOOLS_FLOOR = 77  # reads pyproject.toml's licence, as pip's isolated builds do
 TORCH_FLOOR = "0x020a000000000000"  # the stable ABI of torch 2.10
 
 
@@ -41,10 +43,10 @@ def mode(variable: str) -> str:
 
 
 def find_nvcc() -> str | None:
-    """nvcc on PATH, or under CUDA_HOME, or None."""
+    """nvcc under CUDA_HOME, on PATH, or where CUDA's own installer puts it; None without one."""
     cuda_home = os.environ.get("CUDA_HOME")
     beside = shutil.which(str(Path(cuda_home) / "bin" / "nvcc")) if cuda_home else None
-    return beside or shutil.which("nvcc")
+    return beside or shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
 class BuildLibrary(build_ext):
@@ -145,15 +147,37 @@ class BuildLibrary(build_ext):
         subprocess.run(command, check=True, cwd=ROOT)
 
 
-class PlatformWheel(bdist_wheel):
-    """A wheel for any Python 3 on this platform: the library uses no Python ABI."""
+class BuildInPlace(Distribution):
+    """For a setuptools that refuses pyproject.toml: enough to compile the library beside the sources, and no more."""
 
-    def get_tag(self) -> tuple[str, str, str]:
-        """``py3-none-<platform>``."""
-        return "py3", "none", super().get_tag()[2]
+    def parse_config_files(self, *_: object, **__: object) -> None:
+        """Without pyproject.toml."""
+        super().parse_config_files(filenames=[])
 
 
-setup(
-    ext_modules=[Extension("dmoe._C", sources=[])],
-    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
-)
+def build_in_place() -> dict[str, Any]:
+    """What `setup` is told by a setuptools that is too old to make packages of this one."""
+    if "build_ext" not in sys.argv:
+        raise SystemExit(
+            f"dmoe: installing needs setuptools >= {SETUPTOOLS_FLOOR}, got {setuptools.__version__}: run `pip install "
+            "--upgrade setuptools`, or compile where the sources are: `python setup.py build_ext --inplace`"
+        )
+    return {"distclass": BuildInPlace, "cmdclass": {"build_ext": BuildLibrary}}
+
+
+def build_packages() -> dict[str, Any]:
+    """The same for all others."""
+    from setuptools.command.bdist_wheel import bdist_wheel
+
+    class PlatformWheel(bdist_wheel):
+        """A wheel for any Python 3 on this platform: the library uses no Python ABI."""
+
+        def get_tag(self) -> tuple[str, str, str]:
+            """``py3-none-<platform>``."""
+            return "py3", "none", super().get_tag()[2]
+
+    return {"cmdclass": {"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel}}
+
+
+old = int(setuptools.__version__.split(".")[0]) < SETUPTOOLS_FLOOR
+setup(ext_modules=[Extension("dmoe._C", sources=[])], **(build_in_place() if old else build_packages()))

@@ -8,6 +8,11 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+// torch 2.12 renamed the check of what a function of the C interface returns; the floor is 2.10.
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 namespace dmoe {
 
 using torch::headeronly::ScalarType;
