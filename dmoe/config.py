@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-import torch
+from dmoe.sizes import larger, smaller
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 GateWeightOn = Literal["output", "activation", "input"]
+Backend = Literal["grouped", "block_sparse", "torch", "reference"]
 DropOrder = Literal["token_major", "choice_major", "batch_prioritized", "gate_weight", "normalized_gate_weight"]
 
 
@@ -85,7 +86,9 @@ class MoEConfig:
     Execution
         backend: None lets the tensors' device decide; ``grouped`` says so by name; ``block_sparse`` computes
             block-sparse products, each expert at its own width (multiples of 16; on CUDA what None means for such a
-            list of widths); ``reference`` is plain PyTorch under its own autograd: slow, and differentiable twice.
+            list of widths); ``torch`` takes PyTorch's own operations alone, on any device, which is also what runs
+            where a kernel is missing or not trusted; ``reference`` is plain PyTorch under its own autograd: slow,
+            and differentiable twice.
         recompute_pre_activation: save only x for backward, and compute the up projection again there. ``T * K * F``
             numbers less memory (gated: twice that) for a sixth of a training step's products (gated: 22%); on the CPU
             all of forward runs again.
@@ -152,7 +155,7 @@ class MoEConfig:
     aux_loss: Literal["explicit", "attached"] = "explicit"
     num_moe_layers: int = 1
 
-    backend: Literal["grouped", "block_sparse", "reference"] | None = None
+    backend: Backend | None = None
     recompute_pre_activation: bool = False
     accumulate_main_grad: bool = False
 
@@ -195,7 +198,7 @@ class MoEConfig:
             share = self.capacity_factor * num_tokens * self.top_k / self.num_experts
             rows = (math.ceil if self.capacity_formula == "ceil" else math.floor)(share)
         # Not min and max, which would ask a symbolic number of tokens how large it is.
-        return torch.sym_min(torch.sym_max(rows, self.min_capacity), num_tokens * self.top_k)
+        return smaller(larger(rows, self.min_capacity), num_tokens * self.top_k)
 
     def _require(self, condition: bool, field: str, allowed: str) -> None:
         if not condition:

@@ -11,7 +11,7 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from dmoe.config import GateWeightOn
+from dmoe.config import Backend, GateWeightOn
 from dmoe.expert_weights import ExpertWeights
 from dmoe.ops._checks import check_tensors
 from dmoe.ops.activation import ACTIVATIONS
@@ -19,7 +19,7 @@ from dmoe.ops.moe_mlp import has_tangent
 from dmoe.plan import RoutingPlan
 from dmoe.strides import is_transposed
 
-_GATE_WEIGHT_ON = get_args(GateWeightOn)
+_GATE_WEIGHT_ON, _BACKENDS = get_args(GateWeightOn), get_args(Backend)
 
 
 class Options(NamedTuple):
@@ -136,8 +136,8 @@ def _check_options(options: Options) -> None:
         p = getattr(options, name)
         if not isinstance(p, int | float) or not 0 <= p < 1:
             raise ValueError(f"moe_mlp: {name}: expected 0 <= p < 1, got {p!r}")
-    if backend not in (None, "grouped", "block_sparse", "reference"):
-        raise ValueError(f"moe_mlp: backend: expected None, 'grouped', 'block_sparse' or 'reference', got {backend!r}")
+    if backend is not None and backend not in _BACKENDS:
+        raise ValueError(f"moe_mlp: backend: expected None or one of {', '.join(_BACKENDS)}, got {backend!r}")
     if not isinstance(recompute, bool):
         raise TypeError(f"moe_mlp: recompute: expected True or False, got {recompute!r}")
     if backend in ("block_sparse", "reference") and (recompute or options.main_grads is not None):

@@ -85,8 +85,11 @@ class ExpertSlice:
 
 def local_part(tensor: Tensor) -> Tensor:
     """A ``DTensor``'s part on this rank, through which gradients reach it; any other tensor as it is."""
-    to_local = getattr(tensor, "to_local", None)
-    return tensor if to_local is None else to_local()
+    if not torch.compiler.is_dynamo_compiling():
+        return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    from torch.distributed.tensor import DTensor  # PyTorch 2.11's compiler knows the class, and not what it has
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class _ScaledGradient(torch.autograd.Function):

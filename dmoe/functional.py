@@ -54,8 +54,7 @@ def moe_mlp(
         activation_dropout, expert_dropout: dropout probabilities; masks are drawn anew in each call when above 0.
         capacity: the most rows one expert takes; None drops nothing.
         drop_order: which choices come first where the capacity binds; see :class:`dmoe.MoEConfig`.
-        backend: ``reference`` for plain PyTorch, differentiable twice; ``block_sparse`` for block-sparse products; None
-            or ``grouped`` otherwise.
+        backend: who computes; see :class:`dmoe.MoEConfig`.
         residual, main_grads, recompute: see :func:`run_experts`; ``residual`` is ``(..., H)``.
 
     Returns:
@@ -111,7 +110,7 @@ def run_experts(
         weights: the experts.
         activation, gate_weight_on: see :class:`dmoe.MoEConfig`.
         activation_dropout, expert_dropout: probabilities; 0 outside training.
-        backend: None, ``grouped``, ``block_sparse`` or ``reference``.
+        backend: who computes; see :class:`dmoe.MoEConfig`.
         residual: ``(T, H)``, added to the sum before it is rounded: a shared expert's output, say.
         main_grads: float32 buffers in the shapes of ``up_proj`` and ``down_proj``, and of ``gate_proj`` where there is
             one. Backward adds these gradients to them, and the weights get none (Megatron's ``main_grad``). A frozen
@@ -181,7 +180,7 @@ def _compute(x: Tensor, plan: RoutingPlan, gate_weights: Tensor, weights: Expert
         gate_proj,
         gate_main_grad,
     )
-    if weights.later is not None and backend != "reference" and torch.is_grad_enabled():
+    if weights.later is not None and backend in (None, "grouped") and torch.is_grad_enabled():
         return moe_mlp_deferred(weights.later, *arguments, recompute=recompute)
     return moe_mlp_op(*arguments, backend=backend, recompute=recompute)
 

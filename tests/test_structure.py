@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # Room -> rooms it may import from, besides itself. One line for each row of the design.
 MAY_IMPORT: dict[str, set[str]] = {
     "kernels": {"strides"},
-    "config": set(),
+    "config": {"sizes"},
+    "sizes": set(),
     "buffers": set(),
     "strides": set(),
     "outputs": set(),
@@ -28,9 +29,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "metrics": {"routing", "parallel", "sums"},
     "inputs": {"config"},
     "auxiliary": {"config", "losses", "outputs", "routing", "parallel"},
-    "ops": {"kernels", "strides", "sums"},
+    "ops": {"kernels", "sizes", "strides", "sums"},
     "plan": {"ops", "config"},
-    "routing": {"ops", "plan", "config", "buffers"},
+    "routing": {"ops", "plan", "config", "buffers", "sizes"},
     "expert_slice": set(),
     "expert_states": set(),
     "expert_weights": {"ops"},

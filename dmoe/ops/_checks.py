@@ -62,3 +62,10 @@ def check_index_tensors(op: str, device: torch.device, **tensors: Tensor) -> Non
             raise ValueError(f"{op}: {name}: expected one dimension, got shape {tuple(tensor.shape)}")
         if tensor.device != device:
             raise ValueError(f"{op}: {name}: expected on {device} like the data, got {tensor.device}")
+
+
+def autocast_is_on(device_type: str) -> bool:
+    """Whether autocast is on for a kind of device; False for one that has none."""
+    # PyTorch 2.11's compiler cannot trace the first question; what it compiles for has autocast.
+    there = torch.compiler.is_dynamo_compiling() or torch.amp.is_autocast_available(device_type)
+    return there and torch.is_autocast_enabled(device_type)

@@ -54,22 +54,27 @@ def _register(*names: str) -> Any:
     return register_flop_formula(operations, get_raw=True)
 
 
-@_register("moe_mlp", "moe_mlp_inference", "moe_mlp_lean", "block_sparse_mlp", "block_sparse_mlp_inference")
+def _either(*ends: str) -> list[str]:
+    """Names of the experts' operations: by device, and of PyTorch's own."""
+    return [f"moe_mlp{way}{end}" for way in ("", "_torch") for end in ends]
+
+
+@_register(*_either("", "_inference", "_lean"), "block_sparse_mlp", "block_sparse_mlp_inference")
 def _forward(*arguments: Any, out_val: Any = None) -> int:
     return _mlp(*arguments)
 
 
-@_register("moe_mlp_pre_activation")
+@_register(*_either("_pre_activation"))
 def _pre_activation(*arguments: Any, out_val: Any = None) -> int:
     return _mlp(*arguments, down=False)
 
 
-@_register("moe_mlp_backward", "block_sparse_mlp_backward")
+@_register(*_either("_backward"), "block_sparse_mlp_backward")
 def _backward(grad_y: Tensor, pre: Tensor, of_weights: bool, *arguments: Any, out_val: Any = None) -> int:
     return _mlp(*arguments) * (2 if of_weights else 1)
 
 
-@_register("moe_mlp_backward_into")
+@_register(*_either("_backward_into"))
 def _backward_into(grad_y: Tensor, pre: Tensor, *arguments: Any, out_val: Any = None) -> int:
     return 2 * _mlp(*arguments)
 

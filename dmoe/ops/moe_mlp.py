@@ -14,9 +14,9 @@ more up projection, a sixth of a training step's products (gated: two of nine).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,14 +24,15 @@ from torch.autograd import forward_ad
 
 from dmoe.ops._library import count_flops, define, refuse_double_backward, register_autograd
 from dmoe.ops._moe_mlp_call import PROJECTIONS, SCHEMA, SCHEMA_INTO, WEIGHTS, Call
+from dmoe.ops._moe_mlp_parts import add_to_main_grads
 from dmoe.ops.moe_mlp_cuda import (
-    add_to_main_grads,
     moe_mlp_backward_cuda,
     moe_mlp_cuda,
     moe_mlp_inference_cuda,
     moe_mlp_pre_activation_cuda,
 )
 from dmoe.ops.moe_mlp_ref import moe_mlp_backward_ref, moe_mlp_ref, moe_mlp_twice_differentiable
+from dmoe.ops.moe_mlp_torch import backward_torch, moe_mlp_torch, pre_activation_torch
 
 GRADS = ("x", "gate_weights", *WEIGHTS)  # what backward returns
 
@@ -71,58 +72,92 @@ def under_autocast(function: Any, *arguments: Any) -> Any:
         return autocast(function, dtype, *arguments)
 
 
-_forward = define(
-    f"moe_mlp({SCHEMA}) -> (Tensor, Tensor)", moe_mlp_ref, fake=_fake_forward, cuda=moe_mlp_cuda, autocast=autocast
-)
-_inference = define(
-    f"moe_mlp_inference({SCHEMA}) -> Tensor",
-    lambda *arguments: moe_mlp_ref(*arguments)[0],
-    fake=lambda *arguments: _fake_forward(*arguments)[0],
-    cuda=moe_mlp_inference_cuda,
-    autocast=autocast,
-)
-_lean = define(
-    f"moe_mlp_lean({SCHEMA}) -> Tensor",
-    lambda *arguments: _inference(*arguments),
-    fake=lambda *arguments: _fake_forward(*arguments)[0],
-    cuda=moe_mlp_inference_cuda,
-    autocast=autocast,
-)
-_pre_activation = define(
-    f"moe_mlp_pre_activation({SCHEMA}) -> Tensor",
-    lambda *arguments: _forward(*arguments)[1],
-    fake=lambda *arguments: _fake_forward(*arguments)[1],
-    cuda=moe_mlp_pre_activation_cuda,
-)
-_backward = define(
-    f"moe_mlp_backward(Tensor grad_y, Tensor pre_activation, bool of_weights, {SCHEMA})"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    moe_mlp_backward_ref,
-    fake=fake_backward,
-    cuda=moe_mlp_backward_cuda,
-)
-refuse_double_backward(_backward)
+class Operations(NamedTuple):
+    """The operations of one way to compute: by the tensors' device, or by PyTorch's own operations."""
+
+    forward: Any
+    inference: Any
+    lean: Any
+    pre_activation: Any
+    backward: Any
+    backward_into: Any
 
 
-def _backward_into_ref(grad_y: Tensor, pre: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """:func:`moe_mlp_backward_ref`, or its compiled twin, and then the additions."""
-    call = Call(*arguments)
-    grads = _backward(grad_y, pre, True, *call.with_buffers((None, None)))
-    add_to_main_grads(call, grads)
-    return _without_projections(grads)
+class Implementation(NamedTuple):
+    """What they run on one device: y and the pre-activation, y, the pre-activation, and the gradients."""
+
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    inference: Callable[..., Tensor]
+    pre_activation: Callable[..., Tensor]
+    backward: Callable[..., tuple[Tensor, ...]]
+
+
+def _operations(suffix: str, plain: Implementation, cuda: Implementation) -> Operations:
+    """Declare them as ``moe_mlp<suffix>``, ``moe_mlp<suffix>_backward`` and so on; csrc/ may have the CPU's."""
+    name = f"moe_mlp{suffix}"
+    forward = define(
+        f"{name}({SCHEMA}) -> (Tensor, Tensor)", plain.forward, fake=_fake_forward, cuda=cuda.forward, autocast=autocast
+    )
+    inference = define(
+        f"{name}_inference({SCHEMA}) -> Tensor",
+        plain.inference,
+        fake=lambda *arguments: _fake_forward(*arguments)[0],
+        cuda=cuda.inference,
+        autocast=autocast,
+    )
+    lean = define(
+        f"{name}_lean({SCHEMA}) -> Tensor",
+        lambda *arguments: inference(*arguments),
+        fake=lambda *arguments: _fake_forward(*arguments)[0],
+        cuda=cuda.inference,
+        autocast=autocast,
+    )
+    pre_activation = define(
+        f"{name}_pre_activation({SCHEMA}) -> Tensor",
+        lambda *arguments: forward(*arguments)[1],
+        fake=lambda *arguments: _fake_forward(*arguments)[1],
+        cuda=cuda.pre_activation,
+    )
+    backward = define(
+        f"{name}_backward(Tensor grad_y, Tensor pre_activation, bool of_weights, {SCHEMA})"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        plain.backward,
+        fake=fake_backward,
+        cuda=cuda.backward,
+    )
+    refuse_double_backward(backward)
+
+    def backward_into_plain(grad_y: Tensor, pre: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        """The backward, and then the additions."""
+        call = Call(*arguments)
+        grads = backward(grad_y, pre, True, *call.with_buffers((None, None)))
+        add_to_main_grads(call, grads)
+        return _without_projections(grads)
+
+    # An operation of its own, because it writes into its arguments, which autograd does not differentiate.
+    backward_into = define(
+        f"{name}_backward_into(Tensor grad_y, Tensor pre_activation, {SCHEMA_INTO})"
+        " -> (Tensor, Tensor, Tensor, Tensor)",
+        backward_into_plain,
+        fake=lambda grad_y, pre, *arguments: _without_projections(fake_backward(grad_y, pre, True, *arguments)),
+        cuda=lambda grad_y, pre, *arguments: _without_projections(cuda.backward(grad_y, pre, True, *arguments)),
+    )
+    operations = Operations(forward, inference, lean, pre_activation, backward, backward_into)
+    register_autograd(
+        forward,
+        lambda ctx, grad_y, grad_pre: _differentiate(operations, ctx, grad_y),
+        lambda ctx, inputs, output: save(ctx, inputs, output[1]),
+    )
+    register_autograd(
+        lean,
+        lambda ctx, grad_y: _differentiate(operations, ctx, grad_y),
+        lambda ctx, inputs, output: save(ctx, inputs, None),
+    )
+    return operations
 
 
 def _without_projections(grads: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(grad for name, grad in zip(GRADS, grads, strict=True) if name not in PROJECTIONS)
-
-
-# An operation of its own, because it writes into its arguments, which autograd does not differentiate.
-_backward_into = define(
-    f"moe_mlp_backward_into(Tensor grad_y, Tensor pre_activation, {SCHEMA_INTO}) -> (Tensor, Tensor, Tensor, Tensor)",
-    _backward_into_ref,
-    fake=lambda grad_y, pre, *arguments: _without_projections(fake_backward(grad_y, pre, True, *arguments)),
-    cuda=lambda grad_y, pre, *arguments: _without_projections(moe_mlp_backward_cuda(grad_y, pre, True, *arguments)),
-)
 
 
 def save(ctx: Any, inputs: tuple[Any, ...], pre: Tensor | None) -> None:
@@ -160,8 +195,8 @@ class Saved:
         return any(self.wanted.get(name) for name in WEIGHTS)
 
 
-def saved(ctx: Any, needs_input_grad: Sequence[bool]) -> Saved:
-    """What :func:`save` kept for this backward."""
+def saved(ctx: Any, needs_input_grad: Sequence[bool], operations: Operations) -> Saved:
+    """What :func:`save` kept for this backward; ``operations`` make the pre-activation again where it was not."""
     pre, *given = ctx.saved_tensors
     tensors = iter(given)
     call = Call(
@@ -169,7 +204,7 @@ def saved(ctx: Any, needs_input_grad: Sequence[bool]) -> Saved:
     )
     wanted = dict(zip(Call._fields, needs_input_grad, strict=False))
     buffers = [b if wanted.get(name) else None for name, b in zip(PROJECTIONS, ctx.main_grads, strict=True)]
-    return Saved(_pre_activation(*call) if pre is None else pre, call, wanted, buffers)
+    return Saved(operations.pre_activation(*call) if pre is None else pre, call, wanted, buffers)
 
 
 def as_wanted(ctx: Any, wanted: dict[str, bool], grad_y: Tensor, grads: Mapping[str, Tensor]) -> tuple[Any, ...]:
@@ -179,24 +214,25 @@ def as_wanted(ctx: Any, wanted: dict[str, bool], grad_y: Tensor, grads: Mapping[
     return tuple(given.get(name) for name in Call._fields[: ctx.num_inputs])
 
 
-def _differentiate(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(operations: Operations, ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_y is None:
         return (None,) * ctx.num_inputs
-    kept, grad_y = saved(ctx, ctx.needs_input_grad), grad_y.contiguous()
+    kept, grad_y = saved(ctx, ctx.needs_input_grad, operations), grad_y.contiguous()
     if any(buffer is not None for buffer in kept.buffers):
-        grads = _backward_into(grad_y, kept.pre, *kept.call.with_buffers(kept.buffers))
+        grads = operations.backward_into(grad_y, kept.pre, *kept.call.with_buffers(kept.buffers))
         names = _without_projections(GRADS)
     else:
-        grads, names = _backward(grad_y, kept.pre, kept.of_weights, *kept.call), GRADS
+        grads, names = operations.backward(grad_y, kept.pre, kept.of_weights, *kept.call), GRADS
     return as_wanted(ctx, kept.wanted, grad_y, dict(zip(names, grads, strict=True)))
 
 
-register_autograd(
-    _forward,
-    lambda ctx, grad_y, grad_pre: _differentiate(ctx, grad_y),
-    lambda ctx, inputs, output: save(ctx, inputs, output[1]),
+BY_DEVICE = _operations(
+    "",
+    Implementation(moe_mlp_ref, lambda *a: moe_mlp_ref(*a)[0], lambda *a: moe_mlp_ref(*a)[1], moe_mlp_backward_ref),
+    Implementation(moe_mlp_cuda, moe_mlp_inference_cuda, moe_mlp_pre_activation_cuda, moe_mlp_backward_cuda),
 )
-register_autograd(_lean, _differentiate, lambda ctx, inputs, output: save(ctx, inputs, None))
+_COMPOSED = Implementation(moe_mlp_torch, lambda *a: moe_mlp_torch(*a)[0], pre_activation_torch, backward_torch)
+COMPOSED = _operations("_torch", _COMPOSED, _COMPOSED)
 
 
 def has_tangent(x: Tensor) -> bool:
@@ -211,13 +247,15 @@ def moe_mlp(*arguments: Any, backend: str | None = None, recompute: bool = False
 
     Args:
         *arguments: in the schema's order.
-        backend: ``reference`` runs the composition under autograd; otherwise the tensors' device decides.
+        backend: ``reference`` runs the composition under autograd, ``torch`` that of PyTorch's own operations;
+            otherwise the tensors' device decides.
         recompute: save x only, and compute the pre-activation again in backward.
     """
     count_flops()
     if backend == "reference":
         return under_autocast(moe_mlp_twice_differentiable, *arguments)
+    operations = COMPOSED if backend == "torch" else BY_DEVICE
     differentiable = any(isinstance(value, Tensor) and value.requires_grad for value in arguments)
     if torch.is_grad_enabled() and differentiable:
-        return _lean(*arguments) if recompute else _forward(*arguments)[0]
-    return _inference(*arguments)
+        return operations.lean(*arguments) if recompute else operations.forward(*arguments)[0]
+    return operations.inference(*arguments)

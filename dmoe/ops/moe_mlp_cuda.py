@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from dmoe.ops._library import has_triton
-from dmoe.ops._moe_mlp_call import PROJECTIONS, WEIGHTS, Call
+from dmoe.ops._moe_mlp_call import Call
+from dmoe.ops._moe_mlp_parts import add_to_main_grads
 from dmoe.ops.moe_mlp_ref import (
     moe_mlp_backward_data_ref,
     moe_mlp_backward_ref,
@@ -282,14 +283,3 @@ def _up_grads(call: Call, rows: Rows, grad_pre: Tensor) -> tuple[Tensor, Tensor,
         expert_sums(grad_pre, grad_bias, rows, gather=False)
     up = up if call.up_main_grad is None else x.new_empty(0)
     return up, grad_bias, x.new_empty(0) if gate is None or call.gate_main_grad is not None else gate
-
-
-def add_to_main_grads(call: Call, grads: tuple[Tensor, ...], first: int = 2) -> tuple[Tensor, ...]:
-    """Move the projections' gradients into the call's buffers, where it has some; the weights' begin at ``first``."""
-    moved = list(grads)
-    for name, buffer in zip(PROJECTIONS, call.buffers, strict=True):
-        index = first + WEIGHTS.index(name)
-        if buffer is not None and moved[index].numel():
-            buffer.add_(moved[index])
-            moved[index] = moved[index].new_empty(0)
-    return tuple(moved)

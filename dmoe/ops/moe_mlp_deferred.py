@@ -23,17 +23,16 @@ from torch import Tensor
 
 from dmoe.ops._library import count_flops, define, refuse_double_backward
 from dmoe.ops._moe_mlp_call import SCHEMA, SCHEMA_INTO, WEIGHTS, Call
+from dmoe.ops._moe_mlp_parts import add_to_main_grads
 from dmoe.ops.moe_mlp import (
-    _backward,
-    _forward,
-    _inference,
+    BY_DEVICE,
     as_wanted,
     fake_backward,
     save,
     saved,
     under_autocast,
 )
-from dmoe.ops.moe_mlp_cuda import add_to_main_grads, moe_mlp_backward_data_cuda, moe_mlp_backward_weights_cuda
+from dmoe.ops.moe_mlp_cuda import moe_mlp_backward_data_cuda, moe_mlp_backward_weights_cuda
 from dmoe.ops.moe_mlp_ref import moe_mlp_backward_data_ref, moe_mlp_backward_weights_ref
 
 
@@ -141,7 +140,7 @@ class _WeightsHalf(torch.autograd.Function):
 class _DataHalf(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, later: Later, recompute: bool, *arguments: Any) -> Tensor:
-        y, pre = (_inference(*arguments), None) if recompute else _forward(*arguments)
+        y, pre = (BY_DEVICE.inference(*arguments), None) if recompute else BY_DEVICE.forward(*arguments)
         ctx.later = later
         save(ctx, arguments, pre)
         return y
@@ -150,12 +149,12 @@ class _DataHalf(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor | None) -> tuple[Any, ...]:
         if grad_y is None:
             return (None,) * (2 + ctx.num_inputs)
-        kept, grad_y = saved(ctx, ctx.needs_input_grad[2:]), grad_y.contiguous()
+        kept, grad_y = saved(ctx, ctx.needs_input_grad[2:], BY_DEVICE), grad_y.contiguous()
         if kept.of_weights:
             grad_x, grad_gate, grad_pre, hidden = _data(grad_y, kept.pre, *kept.call)
             ctx.later.put(_Work(grad_y, grad_pre, hidden, kept.call.with_buffers(kept.buffers)))
         else:
-            grad_x, grad_gate, *_ = _backward(grad_y, kept.pre, False, *kept.call)
+            grad_x, grad_gate, *_ = BY_DEVICE.backward(grad_y, kept.pre, False, *kept.call)
         return None, None, *as_wanted(ctx, kept.wanted, grad_y, {"x": grad_x, "gate_weights": grad_gate})
 
 

@@ -7,90 +7,17 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dmoe.ops._moe_mlp_call import WEIGHTS, Call
+from dmoe.ops._moe_mlp_parts import beside, bias_rows, dropout_mask, grads_as_given, row_values, stacked_weights
 from dmoe.ops.activation import accumulate_dtype, activate, activate_backward
 from dmoe.ops.grouped_gemm import grouped_gemm, grouped_gemm_weight, outer_sums
 from dmoe.ops.permute import permute, unpermute
-from dmoe.ops.philox import ACTIVATION_DROPOUT, EXPERT_DROPOUT, dropout_scale
-from dmoe.strides import in_layout_of, is_transposed, matrices
-
-
-def _stack(packed: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
-    """Experts of different widths, side by side along ``dim``, to zero-padded ones stacked in front."""
-    widest, parts = max(sizes), []
-    for part in packed.split(list(sizes), dim=dim):
-        padding = [0, 0] * (packed.dim() - dim % packed.dim())
-        padding[-1] = widest - part.shape[dim]
-        parts.append(F.pad(part, padding))
-    return torch.stack(parts)
-
-
-def _unstack(stacked: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
-    """The inverse of :func:`_stack`: drop the padding."""
-    return torch.cat([part.narrow(dim, 0, size) for part, size in zip(stacked, sizes, strict=True)], dim=dim)
-
-
-class _Stacked(NamedTuple):
-    """Weights as grouped_gemm takes them: up (E, C, H) with C the pre-activation's width, down (E, H, F).
-
-    Where gate and up lie apart from each other in memory, ``up`` is the two, ``(E, F, H)`` each.
-    """
-
-    up: tuple[Tensor, ...]
-    down: Tensor
-    up_bias: Tensor | None
-
-    @property
-    def widths(self) -> list[int]:
-        """Columns of the pre-activation that each of ``up`` makes."""
-        return [up.shape[1] for up in self.up]
-
-
-def _stacked(call: Call) -> _Stacked:
-    up, gate, down, up_bias = call.up_proj, call.gate_proj, call.down_proj, call.up_bias
-    if call.ffn_sizes:
-        up, down = _stack(up, call.ffn_sizes, -2), _stack(down, call.ffn_sizes, -1)
-        gate = None if gate is None else _stack(gate, call.ffn_sizes, -2)
-        up_bias = None if up_bias is None else _stack(up_bias, call.ffn_sizes, -1)
-    bias = None if up_bias is None else up_bias.reshape(down.shape[0], -1)
-    return _Stacked(matrices(up, gate, call.gated), down, bias)
-
-
-def _row_values(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Per row: is it real, its expert, its assignment (position in token_rows), its gate weight (R, 1)."""
-    num_experts = call.expert_offsets.shape[0] - 1
-    rows = torch.arange(call.row_to_token.shape[0], device=call.row_to_token.device, dtype=torch.int32)
-    real = call.row_to_token >= 0
-    expert = torch.searchsorted(call.expert_offsets[1:].contiguous(), rows, right=True).clamp(
-        max=max(num_experts - 1, 0)
-    )
-    assignment = call.token_offsets[call.row_to_token.clamp(min=0).long()] + call.row_to_slot
-    assignment = assignment.masked_fill(~real, 0).long()
-    weights = call.gate_weights.flatten()
-    if not weights.numel():  # no token, yet a plan with holes
-        weights = weights.new_zeros(1)
-    return real, expert, assignment, (weights[assignment] * real).unsqueeze(1)
-
-
-def _beside(parts: list[Tensor]) -> Tensor:
-    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
-
-
-def _dropout(call: Call, stream: int, p: float, assignment: Tensor, width: int, dtype: torch.dtype) -> Tensor | None:
-    if p == 0 or call.seed is None:
-        return None
-    return dropout_scale(call.seed, assignment, width, stream, p, dtype)
-
-
-def _bias_rows(bias: Tensor, expert: Tensor, real: Tensor) -> Tensor:
-    return bias[expert.long()] * real.unsqueeze(1)
+from dmoe.ops.philox import ACTIVATION_DROPOUT, EXPERT_DROPOUT
+from dmoe.strides import is_transposed
 
 
 def moe_mlp_ref(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -115,27 +42,27 @@ def moe_mlp_twice_differentiable(*arguments: Any) -> Tensor:
 def _expert_rows(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Every row through its expert ``(R, H)``, the rows' gate weights ``(R, 1)``, and the pre-activation."""
     call = Call(*arguments)
-    weights = _stacked(call)
+    weights = stacked_weights(call)
     dtype = call.x.dtype
-    real, expert, assignment, gate = _row_values(call)
+    real, expert, assignment, gate = row_values(call)
 
     rows = permute(call.x, call.row_to_token, call.token_offsets, call.token_rows)
     if call.gate_weight_on == "input":
         rows = (rows * gate).to(dtype)
-    pre = _beside([grouped_gemm(rows, up, call.expert_offsets) for up in weights.up])
+    pre = beside([grouped_gemm(rows, up, call.expert_offsets) for up in weights.up])
     if weights.up_bias is not None:
-        pre = pre + _bias_rows(weights.up_bias, expert, real)
+        pre = pre + bias_rows(weights.up_bias, expert, real)
 
     hidden = activate(pre, call.activation, call.gated)
-    mask = _dropout(call, ACTIVATION_DROPOUT, call.activation_dropout, assignment, call.width, hidden.dtype)
+    mask = dropout_mask(call, ACTIVATION_DROPOUT, call.activation_dropout, assignment, call.width, hidden.dtype)
     if mask is not None:
         hidden = hidden * mask
     if call.gate_weight_on == "activation":
         hidden = hidden * gate
     out = grouped_gemm(hidden.to(dtype), weights.down, call.expert_offsets)
     if call.down_bias is not None:
-        out = out + _bias_rows(call.down_bias, expert, real)
-    mask = _dropout(call, EXPERT_DROPOUT, call.expert_dropout, assignment, call.x.shape[1], accumulate_dtype(dtype))
+        out = out + bias_rows(call.down_bias, expert, real)
+    mask = dropout_mask(call, EXPERT_DROPOUT, call.expert_dropout, assignment, call.x.shape[1], accumulate_dtype(dtype))
     if mask is not None:
         out = (out * mask).to(dtype)
     return out, gate, pre
@@ -156,7 +83,7 @@ def _grad_out(call: Call, grad_y: Tensor, assignment: Tensor) -> Tensor:
     """The gradient of every row's output, without its gate weight, whose own gradient needs the bare value."""
     grad_out = permute(grad_y, call.row_to_token, call.token_offsets, call.token_rows)
     wide = accumulate_dtype(call.x.dtype)
-    mask = _dropout(call, EXPERT_DROPOUT, call.expert_dropout, assignment, call.x.shape[1], wide)
+    mask = dropout_mask(call, EXPERT_DROPOUT, call.expert_dropout, assignment, call.x.shape[1], wide)
     return grad_out if mask is None else (grad_out * mask).to(call.x.dtype)
 
 
@@ -167,22 +94,22 @@ def moe_mlp_backward_data_ref(grad_y: Tensor, pre: Tensor, *arguments: Any) -> t
     each, ``(R, pre_width)`` and ``(R, width)``; zeros beyond the width of an expert that is not the widest.
     """
     call = Call(*arguments)
-    weights = _stacked(call)
+    weights = stacked_weights(call)
     dtype, wide = call.x.dtype, accumulate_dtype(call.x.dtype)
-    real, expert, assignment, gate = _row_values(call)
+    real, expert, assignment, gate = row_values(call)
 
     # Through the combine and the down projection.
     grad_out = _grad_out(call, grad_y, assignment)
     grad_hidden = grouped_gemm(grad_out, weights.down, call.expert_offsets, trans_b=False).to(wide)
     hidden = activate(pre, call.activation, call.gated)
-    mask = _dropout(call, ACTIVATION_DROPOUT, call.activation_dropout, assignment, call.width, wide)
+    mask = dropout_mask(call, ACTIVATION_DROPOUT, call.activation_dropout, assignment, call.width, wide)
     grad_hidden = grad_hidden if mask is None else grad_hidden * mask
     grad_gate = (hidden * grad_hidden).sum(1)
     hidden = hidden if mask is None else hidden * mask
     if call.gate_weight_on != "input":
         hidden, grad_hidden = hidden * gate, grad_hidden * gate
     if call.down_bias is not None and call.gate_weight_on == "output":
-        grad_gate = grad_gate + (_bias_rows(call.down_bias, expert, real).to(wide) * grad_out).sum(1)
+        grad_gate = grad_gate + (bias_rows(call.down_bias, expert, real).to(wide) * grad_out).sum(1)
 
     # Through the activation and the up projection.
     grad_pre = activate_backward(grad_hidden, pre, call.activation, call.gated).to(dtype)
@@ -209,8 +136,8 @@ def moe_mlp_backward_weights_ref(
 ) -> tuple[Tensor, ...]:
     """Gradients of the weights, in the order of ``WEIGHTS``, from what :func:`moe_mlp_backward_data_ref` returned."""
     call = Call(*arguments)
-    weights = _stacked(call)
-    _, _, assignment, gate = _row_values(call)
+    weights = stacked_weights(call)
+    _, _, assignment, gate = row_values(call)
     offsets, num_experts = call.expert_offsets, call.num_experts
 
     def sums(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
@@ -227,24 +154,10 @@ def moe_mlp_backward_weights_ref(
     parts = grad_pre.split(weights.widths, 1)
     grads_up = [sums(part, rows, up) for part, up in zip(parts, weights.up, strict=True)]
     grad_down = sums(grad_out, hidden, weights.down)
-    grad_up_bias, grad_down_bias = call.x.new_empty(0), call.x.new_empty(0)  # results do not share memory
+    grad_up_bias = grad_down_bias = None
     if call.up_bias is not None:
         grad_up_bias = per_expert_sum(grad_pre)
     if call.down_bias is not None:
         weighted = (grad_out * gate).to(call.x.dtype) if call.gate_weight_on == "output" else grad_out
         grad_down_bias = per_expert_sum(weighted)
-    grad_up, grad_gate = grads_up[-1], call.x.new_empty(0)
-    if call.gate_proj is not None:
-        grad_gate = _as_given(call, grads_up[0], call.gate_proj, -2)
-    elif call.gated:
-        grad_up = grads_up[0].unflatten(1, (2, -1)) if len(grads_up) == 1 else torch.stack(grads_up, 1)
-    grad_up, grad_down = _as_given(call, grad_up, call.up_proj, -2), _as_given(call, grad_down, call.down_proj, -1)
-    if call.up_bias is not None:
-        halves = (2, call.width) if call.gated else (call.width,)
-        grad_up_bias = _as_given(call, grad_up_bias.view(-1, *halves), call.up_bias, -1)
-    return grad_up, grad_down, grad_up_bias, grad_down_bias, grad_gate
-
-
-def _as_given(call: Call, grad: Tensor, weight: Tensor, f_dim: int) -> Tensor:
-    """A weight's gradient in the weight's shape and memory order, from that of stacked weights."""
-    return in_layout_of(weight, _unstack(grad, call.ffn_sizes, f_dim) if call.ffn_sizes else grad)
+    return grads_as_given(call, grads_up, grad_down, grad_up_bias, grad_down_bias)

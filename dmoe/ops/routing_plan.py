@@ -15,6 +15,7 @@ from torch import Tensor
 from dmoe.ops._checks import known
 from dmoe.ops._library import define
 from dmoe.ops.tile_table import tile_bound, tile_table_ref
+from dmoe.sizes import smaller
 
 INT32_MAX = 2**31 - 1
 _Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -40,10 +41,10 @@ def row_bound(
         if capacity is None:
             raise ValueError("row_bound: binned: expected a capacity, got None")
         return num_experts * capacity
-    rows = num_assignments if capacity is None else torch.sym_min(num_assignments, num_experts * capacity)
+    rows = num_assignments if capacity is None else smaller(num_assignments, num_experts * capacity)
     if block_size == 1:
         return rows
-    return (rows + torch.sym_min(num_experts, rows) * (block_size - 1)) // block_size * block_size
+    return (rows + smaller(num_experts, rows) * (block_size - 1)) // block_size * block_size
 
 
 def routing_plan_ref(

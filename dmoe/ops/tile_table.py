@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dmoe.ops._checks import check_index_tensors
 from dmoe.ops._library import define
+from dmoe.sizes import smaller
 
 
 def tile_bound(num_rows: int, num_experts: int, tile_rows: int) -> int:
@@ -19,7 +20,7 @@ def tile_bound(num_rows: int, num_experts: int, tile_rows: int) -> int:
 
     Only an expert with a row has a tile that is not full.
     """
-    return num_rows // tile_rows + torch.sym_min(num_experts, num_rows)
+    return num_rows // tile_rows + smaller(num_experts, num_rows)
 
 
 def preferred_tile_rows(num_rows: int, num_experts: int) -> int:

@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dmoe.ops._checks import autocast_is_on
 from dmoe.ops.activation import accumulate_dtype
 from dmoe.ops.histogram import histogram
 from dmoe.ops.permute import permute, unpermute
@@ -360,7 +361,7 @@ class AllToAllDispatcher:
                 f"{tuple(gate_weights.shape)}"
             )
         kind = x.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        if autocast_is_on(kind) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(kind))
         if x.dtype not in _DTYPES:
             raise TypeError(f"dispatch: x: expected one of {_DTYPES}, got {x.dtype}")

@@ -11,6 +11,7 @@ from dmoe.ops.router_scores import router_scores
 from dmoe.ops.topk_indices import topk_indices
 from dmoe.plan import device_tile_rows, plan_expert_choice
 from dmoe.routing.base import LinearRouter, Routing
+from dmoe.sizes import larger, smaller
 
 
 class ExpertChoiceRouter(LinearRouter):
@@ -55,8 +56,8 @@ class ExpertChoiceRouter(LinearRouter):
         factor = config.top_k if config.capacity_factor is None else config.capacity_factor
         share = math.ceil(factor * num_tokens / config.num_experts)
         if config.min_capacity:  # a symbolic share is easier to reason about alone
-            share = torch.sym_max(share, config.min_capacity)
-        per_expert = torch.sym_min(share, num_tokens)
+            share = larger(share, config.min_capacity)
+        per_expert = smaller(share, num_tokens)
         wanted = scores.detach()
         if token_mask is not None:
             wanted = wanted.masked_fill(~token_mask.unsqueeze(1), -torch.inf)
@@ -72,7 +73,7 @@ class ExpertChoiceRouter(LinearRouter):
         # The weight of each assignment, token by token: the score at (token, expert) of its row.
         row = plan.token_rows.clamp(min=0).long()
         token = token_indices.flatten()[row].clamp(min=0)
-        expert = row // torch.sym_max(per_expert, 1)
+        expert = row // larger(per_expert, 1)
         weights = scores.flatten()[token * config.num_experts + expert].masked_fill(plan.token_rows < 0, 0)
         return Routing(
             plan=plan,

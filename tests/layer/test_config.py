@@ -38,7 +38,7 @@ BAD = [
     ({"drop_order": None}, "drop_order: expected one of 'token_major'"),
     ({"load_balancing_coefficient": -1.0}, "load_balancing_coefficient: expected at least 0, got -1.0"),
     ({"num_moe_layers": 0}, "num_moe_layers: expected at least 1, got 0"),
-    ({"backend": "cuda"}, "backend: expected one of 'grouped', 'block_sparse', 'reference', None, got 'cuda'"),
+    ({"backend": "cuda"}, "backend: expected one of 'grouped', 'block_sparse', 'torch', 'reference', None, got 'cuda'"),
     ({"router": "expert_choice"}, "router: expected 'top_k' in a causal model.*causal=False.*allow_future_leak=True"),
     ({"router": "expert_choice", "causal": False, "capacity": 3}, "capacity: expected no value with router="),
 ]  # fmt: skip

@@ -52,6 +52,9 @@ def test_an_exported_program_runs_at_other_lengths(name):
         torch.testing.assert_close(program.module()(x), layer(x))
 
 
+@pytest.mark.skipif(
+    torch.__version__ < (2, 13), reason="what AOTInductor makes of these operations in PyTorch 2.11 returns None"
+)
 def test_ahead_of_time_inductor_runs_it(tmp_path):
     """Its runtime cannot read an empty list back, which the widths of equal experts were."""
     layer, x = build("dropless").eval(), torch.randn(12, 8)

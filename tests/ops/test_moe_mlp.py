@@ -19,12 +19,15 @@ from dmoe.ops.activation import ACTIVATIONS, activate, activate_backward
 IMPLEMENTATIONS = {
     "operation": (torch.ops.dmoe.moe_mlp, torch.ops.dmoe.moe_mlp_backward),
     "reference": (module.moe_mlp_ref, module.moe_mlp_backward_ref),
+    "torch": (torch.ops.dmoe.moe_mlp_torch, torch.ops.dmoe.moe_mlp_torch_backward),
     "kernels": (module.moe_mlp_cuda, module.moe_mlp_backward_cuda),
 }
 
 
 @without_generated_products
-@pytest.mark.parametrize("implementation", ["operation", "reference", pytest.param("kernels", marks=interpreted)])
+@pytest.mark.parametrize(
+    "implementation", ["operation", "reference", "torch", pytest.param("kernels", marks=interpreted)]
+)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @settings(max_examples=25)
 @given(case=cases())

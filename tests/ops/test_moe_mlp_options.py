@@ -9,16 +9,16 @@ import pytest
 import torch
 from helpers import saved_bytes, small_config
 from moe_mlp_cases import CASE, build, leaves
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dmoe
 from dmoe import ExpertWeights, MoE
 from dmoe.functional import moe_mlp, run_experts
-from dmoe.ops import moe_mlp as module
 from dmoe.ops._moe_mlp_call import Call
 from dmoe.ops.moe_mlp_cuda import moe_mlp_backward_cuda, moe_mlp_cuda, moe_mlp_pre_activation_cuda
 
 
-@pytest.mark.parametrize("backend", [None, "reference", "block_sparse"])
+@pytest.mark.parametrize("backend", [None, "torch", "reference", "block_sparse"])
 def test_a_residual_is_added_and_gets_the_gradient_of_y(backend):
     x, plan, gates, weights, grad = leaves(sizes=16)
     residual = torch.randn_like(x).requires_grad_()
@@ -45,15 +45,16 @@ def test_a_residual_is_added_before_the_sum_is_rounded():
     assert ((y.double() - exact).abs() <= own + slack).all()
 
 
+@pytest.mark.parametrize("backend", [None, "torch"])
 @pytest.mark.parametrize("sizes", [5, [3, 1, 4]], ids=str)
-def test_recomputing_changes_no_bit_and_saves_only_x(sizes):
+def test_recomputing_changes_no_bit_and_saves_only_x(sizes, backend):
     x, plan, gates, weights, grad = leaves(torch.float32, sizes=sizes)
     wanted = (x, gates, weights.up_proj, weights.down_proj, weights.up_bias, weights.down_bias)
     indices = (plan.expert_offsets, plan.row_to_token, plan.row_to_slot, plan.token_offsets, plan.token_rows)
     results = []
     for recompute in (False, True):
         with saved_bytes(exclude=(*wanted, *indices)) as saved:
-            y = run_experts(x, plan, gates, weights, recompute=recompute)
+            y = run_experts(x, plan, gates, weights, recompute=recompute, backend=backend)
         results.append((y, torch.autograd.grad(y, wanted, grad), saved.total))
     for a, b in zip(results[0][1], results[1][1], strict=True):
         assert torch.equal(a, b)
@@ -65,15 +66,16 @@ def test_recomputing_changes_no_bit_and_saves_only_x(sizes):
 
 @pytest.mark.parametrize("sizes", [5, [3, 1, 4]], ids=str)
 @pytest.mark.parametrize("recompute", [False, True])
-def test_main_grads_are_added_to_and_weights_get_none(sizes, recompute):
+@pytest.mark.parametrize("backend", [None, "torch"])
+def test_main_grads_are_added_to_and_weights_get_none(sizes, recompute, backend):
     x, plan, gates, weights, grad = leaves(torch.bfloat16, sizes=sizes)
     others = (x, gates, weights.up_bias, weights.down_bias)
     expected = torch.autograd.grad(
-        run_experts(x, plan, gates, weights), (*others, weights.up_proj, weights.down_proj), grad
+        run_experts(x, plan, gates, weights, backend=backend), (*others, weights.up_proj, weights.down_proj), grad
     )
     buffers = tuple(torch.full_like(w, 2.0, dtype=torch.float32) for w in (weights.up_proj, weights.down_proj))
     for micro_batch in (1, 2):
-        y = run_experts(x, plan, gates, weights, main_grads=buffers, recompute=recompute)
+        y = run_experts(x, plan, gates, weights, main_grads=buffers, recompute=recompute, backend=backend)
         y.backward(grad)
         assert weights.up_proj.grad is None
         assert weights.down_proj.grad is None
@@ -96,22 +98,26 @@ def test_two_forwards_before_their_backwards_share_the_buffers():
         torch.testing.assert_close(buffer, 2 * half)
 
 
-def test_opcheck_of_the_variants():
+@pytest.mark.parametrize("name", ["moe_mlp", "moe_mlp_torch"])
+def test_opcheck_of_the_variants(name):
+    def operation(variant=""):
+        return getattr(torch.ops.dmoe, name + variant).default
+
     arguments, grad, _, _ = build(CASE, torch.float32)
     for tensor in arguments[:6]:
         tensor.requires_grad_()
     residual = torch.randn(9, 6, requires_grad=True)
-    torch.library.opcheck(torch.ops.dmoe.moe_mlp.default, [*arguments, residual])
-    torch.library.opcheck(torch.ops.dmoe.moe_mlp_lean.default, [*arguments, residual])
+    torch.library.opcheck(operation(), [*arguments, residual])
+    torch.library.opcheck(operation("_lean"), [*arguments, residual])
     detached = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
-    _, pre = torch.ops.dmoe.moe_mlp(*detached)
-    assert torch.equal(torch.ops.dmoe.moe_mlp_pre_activation(*detached), pre)
-    torch.library.opcheck(torch.ops.dmoe.moe_mlp_pre_activation.default, detached)
+    _, pre = operation()(*detached)
+    assert torch.equal(operation("_pre_activation")(*detached), pre)
+    torch.library.opcheck(operation("_pre_activation"), detached)
     half = [a.detach() for a in build(CASE, torch.bfloat16)[0][:6]]  # gate weights stay float32
     halves = [grad.bfloat16(), pre.bfloat16(), True, *half, *detached[6:]]
-    torch.library.opcheck(torch.ops.dmoe.moe_mlp_backward.default, halves)
+    torch.library.opcheck(operation("_backward"), halves)
     buffers = {"up_main_grad": torch.zeros_like(detached[2]), "down_main_grad": torch.zeros_like(detached[3])}
-    torch.library.opcheck(torch.ops.dmoe.moe_mlp_backward_into.default, [grad, pre, *detached], buffers)
+    torch.library.opcheck(operation("_backward_into"), [grad, pre, *detached], buffers)
 
 
 def test_layer_options():
@@ -185,27 +191,35 @@ def test_a_frozen_weight_leaves_its_buffer_alone(frozen):
         torch.testing.assert_close(buffers[name], gradient)
 
 
-def test_no_more_is_computed_than_is_asked_for(monkeypatch):
+class Called(TorchDispatchMode):
+    """Which of the experts' operations run, and on what."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if function.namespace == "dmoe":
+            self.calls.append((function._opname, arguments))
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize(("backend", "name"), [(None, "moe_mlp"), ("torch", "moe_mlp_torch")])
+def test_no_more_is_computed_than_is_asked_for(backend, name):
     """No weight gradients for frozen experts, and no pre-activation where no gradient is wanted."""
-    called = []
-
-    def note(name, operation):
-        monkeypatch.setattr(module, name, lambda *arguments: called.append((name, arguments)) or operation(*arguments))
-
-    for name in ("_forward", "_inference", "_lean", "_backward"):
-        note(name, getattr(module, name))
     x, plan, gates, weights, grad = leaves(torch.float32)
-    with torch.no_grad():
-        run_experts(x, plan, gates, weights)
-        run_experts(x, plan, gates, weights, recompute=True)
     frozen = ExpertWeights(*(t.detach() for t in (weights.up_proj, weights.down_proj)))
-    run_experts(x.detach(), plan, gates.detach(), frozen)
-    assert [name for name, _ in called] == ["_inference"] * 3
+    with Called() as called:
+        with torch.no_grad():
+            run_experts(x, plan, gates, weights, backend=backend)
+            run_experts(x, plan, gates, weights, recompute=True, backend=backend)
+        run_experts(x.detach(), plan, gates.detach(), frozen, backend=backend)
+    assert [call for call, _ in called.calls] == [name + "_inference"] * 3
     for held, of_weights in ((frozen, False), (weights, True)):
-        called.clear()
-        run_experts(x, plan, gates, held).backward(grad)
-        assert [name for name, _ in called] == ["_forward", "_backward"]
-        assert called[1][1][2] is of_weights
+        with Called() as called:
+            run_experts(x, plan, gates, held, backend=backend).backward(grad)
+        assert [call for call, _ in called.calls] == [name, name + "_backward"]
+        assert called.calls[1][1][2] is of_weights
 
 
 def test_a_y_that_nobody_uses_gives_no_gradients():
@@ -215,7 +229,7 @@ def test_a_y_that_nobody_uses_gives_no_gradients():
     assert torch.autograd.grad(pre.sum(), arguments[0], allow_unused=True) == (None,)
 
 
-@pytest.mark.parametrize("backend", [None, "reference", "block_sparse"])
+@pytest.mark.parametrize("backend", [None, "torch", "reference", "block_sparse"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast_casts_the_residual_too(backend, dtype):
     x, plan, gates, weights, grad = leaves(torch.float32, sizes=16)
@@ -360,7 +374,7 @@ def test_copies_and_assigned_parameters_know_whose_they_are(copied):
         (
             {"backend": "triton"},
             ValueError,
-            r"backend: expected None, 'grouped', .* got 'triton'",
+            r"backend: expected None or one of grouped, .* got 'triton'",
         ),
     ],
     ids=lambda value: str(value)[:30],

@@ -13,12 +13,13 @@ torch=${TORCH:-2.11.0}
 triton=3.6.0
 folder=$PWD/build/oldest-$torch
 python=$folder/env/bin/python
+# This Triton's interpreter takes arrays of one number for numbers, which numpy 2.4 refuses.
 if [ ! -e "$folder/ready" ]; then
     rm -rf "$folder"
     "${PYTHON:-python3.11}" -m venv "$folder/env"
-    grep -vE "^(torch|setuptools)==" constraints.txt >"$folder/constraints.txt"
+    grep -vE "^(torch|setuptools|numpy)==" constraints.txt >"$folder/constraints.txt"
     "$python" -m pip --disable-pip-version-check install --quiet --constraint "$folder/constraints.txt" \
-        "torch==$torch" "triton==$triton" numpy setuptools wheel \
+        "torch==$torch" "triton==$triton" "numpy<2.4" "setuptools>=77" wheel \
         pytest pytest-xdist hypothesis transformers stanford-stk matplotlib tqdm ruff mypy psutil
     touch "$folder/ready"
 fi

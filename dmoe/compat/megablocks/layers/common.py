@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from dmoe.compat.megablocks.layers.arguments import Arguments
-from dmoe.compat.megablocks.ops.movement import autocast_is_on, cast_if_autocast_enabled
+from dmoe.compat.megablocks.ops.movement import cast_if_autocast_enabled
+from dmoe.ops._checks import autocast_is_on
 
 __all__ = ["autocast_is_on", "cast_if_autocast_enabled", "dtype"]
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dmoe.ops._checks import autocast_is_on
 from dmoe.ops.permute import permute, unpermute
 
 
@@ -228,11 +229,6 @@ def _unpermute(op: str, x: Tensor, weights: Tensor | None, plan: _Plan) -> Tenso
     if plan.row_to_token.shape[0] != x.shape[0]:
         raise ValueError(f"{op}: x: expected {plan.row_to_token.shape[0]} rows, got {x.shape[0]}")
     return unpermute(cast_if_autocast_enabled(x), weights, *plan)
-
-
-def autocast_is_on(device_type: str) -> bool:
-    """Whether autocast is on for a kind of device; False for one that has none."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def cast_if_autocast_enabled(x: Tensor) -> Tensor:

@@ -1,0 +1,223 @@
+"""``moe_mlp`` and its backward in PyTorch's own operations, where no kernel of ours runs or is trusted, and by name.
+
+``MoEConfig(backend="torch")``. It gathers the rows, multiplies them (:mod:`dmoe.ops.expert_products`), and takes what
+lies between and behind the products in chunks: in float32, rounded where :mod:`dmoe.ops.moe_mlp_ref` rounds, without a
+float32 copy of all rows. Saved for backward is what the formula needs and no more, as for the kernels.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmoe.ops._moe_mlp_call import WEIGHTS, Call
+from dmoe.ops._moe_mlp_parts import (
+    Stacked,
+    beside,
+    bias_rows,
+    dropout_mask,
+    grads_as_given,
+    row_values,
+    stacked_weights,
+)
+from dmoe.ops.activation import accumulate_dtype, activate, activate_backward
+from dmoe.ops.expert_products import ExpertProducts
+from dmoe.ops.permute import unpermute_ref
+from dmoe.ops.philox import ACTIVATION_DROPOUT, EXPERT_DROPOUT
+from dmoe.strides import is_transposed
+
+# Numbers of a chunk: what a core keeps in its cache, and enough for a GPU to be busy with.
+_CHUNK = {"cpu": 2**17}
+_LARGE_CHUNK = 2**25
+
+
+def _chunks(rows: int, width: int, device: torch.device) -> Iterator[slice]:
+    """Slices of ``rows`` rows of ``width`` numbers."""
+    step = max(1, _CHUNK.get(device.type, _LARGE_CHUNK) // max(width, 1))
+    return (slice(begin, min(begin + step, rows)) for begin in range(0, rows, step))
+
+
+class _Pass:
+    """One call, and what both of its directions derive from it."""
+
+    def __init__(self, arguments: tuple[Any, ...]) -> None:
+        self.call = Call(*arguments)
+        call = self.call
+        self.weights: Stacked = stacked_weights(call)
+        self.real, self.expert, self.assignment, self.gate = row_values(call)
+        self.products = ExpertProducts(call.expert_offsets, call.x, *self.weights.up, self.weights.down)
+        self.wide = accumulate_dtype(call.x.dtype)
+
+    def gathered(self, source: Tensor) -> Tensor:
+        """Its token's row for each row of the plan, zeros where it holds none; ``(T, H)`` to ``(R, H)``."""
+        if not source.shape[0]:
+            return source.new_zeros(self.real.shape[0], source.shape[1])
+        rows = source.index_select(0, self.call.row_to_token.clamp_min(0))
+        return rows.masked_fill_(~self.real.unsqueeze(1), 0)
+
+    def chunks(self, width: int) -> Iterator[slice]:
+        """Of the plan's rows."""
+        return _chunks(self.real.shape[0], width, self.real.device)
+
+    def inputs(self) -> Tensor:
+        """What the up projection multiplies: x, or x weighed."""
+        rows = self.gathered(self.call.x)
+        if self.call.gate_weight_on == "input":
+            for part in self.chunks(rows.shape[1]):
+                rows[part] = rows[part] * self.gate[part]
+        return rows
+
+    def activation_mask(self, part: slice) -> Tensor | None:
+        """Dropout of the activation, for some rows."""
+        call = self.call
+        assignment = self.assignment[part]
+        return dropout_mask(call, ACTIVATION_DROPOUT, call.activation_dropout, assignment, call.width, self.wide)
+
+    def drop_outputs(self, rows: Tensor) -> Tensor:
+        """Dropout of the experts' outputs, or of their gradient, in place."""
+        call = self.call
+        if call.expert_dropout:
+            for part in self.chunks(rows.shape[1]):
+                mask = dropout_mask(
+                    call, EXPERT_DROPOUT, call.expert_dropout, self.assignment[part], rows.shape[1], self.wide
+                )
+                rows[part] = rows[part] if mask is None else rows[part] * mask
+        return rows
+
+    def summed(self, rows: Tensor, weigh: bool, residual: Tensor | None = None) -> Tensor:
+        """Each token's rows, weighed or not, and the residual: ``(R, H)`` to ``(T, H)``."""
+        call, dtype = self.call, self.call.x.dtype
+        tokens, assignments = call.x.shape[0], call.token_rows.shape[0]
+        top_k = assignments // max(tokens, 1)
+        if call.gate_weights.dim() != 2 or call.gate_weights.shape != (tokens, top_k) or not rows.shape[0] or not top_k:
+            flat = call.gate_weights.flatten() if weigh else None
+            y = unpermute_ref(rows, flat, call.row_to_token, call.row_to_slot, call.token_offsets, call.token_rows)
+            return y if residual is None else y + residual
+        y = torch.empty_like(call.x)
+        token_rows = call.token_rows.view(tokens, top_k)
+        for part in _chunks(tokens, top_k * rows.shape[1], rows.device):
+            picked = token_rows[part]
+            terms = rows.index_select(0, picked.clamp_min(0).flatten()).to(self.wide).unflatten(0, picked.shape)
+            if weigh:
+                terms *= call.gate_weights[part].to(self.wide).unsqueeze(2)
+            total = terms.masked_fill_((picked < 0).unsqueeze(2), 0).sum(1)
+            y[part] = total if residual is None else total.to(dtype) + residual[part]
+        return y
+
+
+def moe_mlp_torch(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """y and the pre-activation; rows of the latter behind the last expert's have any values."""
+    now = _Pass(arguments)
+    pre = _pre_activation(now)
+    return _from_pre_activation(now, pre), pre
+
+
+def pre_activation_torch(*arguments: Any) -> Tensor:
+    """The pre-activation alone."""
+    return _pre_activation(_Pass(arguments))
+
+
+def _pre_activation(now: _Pass) -> Tensor:
+    rows = now.inputs()
+    pre = beside([now.products.rows(rows, up.mT) for up in now.weights.up])
+    return pre if now.weights.up_bias is None else pre.add_(bias_rows(now.weights.up_bias, now.expert, now.real))
+
+
+def _from_pre_activation(now: _Pass, pre: Tensor) -> Tensor:
+    call = now.call
+    hidden = pre.new_empty(pre.shape[0], call.width)
+    for part in now.chunks(call.pre_width):
+        value, mask = activate(pre[part], call.activation, call.gated), now.activation_mask(part)
+        if mask is not None:
+            value *= mask
+        if call.gate_weight_on == "activation":
+            value *= now.gate[part]
+        hidden[part] = value
+    out = now.products.rows(hidden, now.weights.down.mT)
+    if call.down_bias is not None:
+        out.add_(bias_rows(call.down_bias, now.expert, now.real))
+    return now.summed(now.drop_outputs(out), call.gate_weight_on == "output", call.residual)
+
+
+def backward_torch(grad_y: Tensor, pre: Tensor, of_weights: bool, *arguments: Any) -> tuple[Tensor, ...]:
+    """See :func:`dmoe.ops.moe_mlp_ref.moe_mlp_backward_ref`."""
+    grad_x, grad_gate, grad_pre, hidden = backward_data_torch(grad_y, pre, *arguments)
+    if not of_weights:
+        return grad_x, grad_gate, *(grad_x.new_empty(0) for _ in WEIGHTS)
+    return grad_x, grad_gate, *backward_weights_torch(grad_y, grad_pre, hidden, *arguments)
+
+
+def backward_data_torch(grad_y: Tensor, pre: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """See :func:`dmoe.ops.moe_mlp_ref.moe_mlp_backward_data_ref`."""
+    now = _Pass(arguments)
+    call, weights = now.call, now.weights
+    grad_out = now.drop_outputs(now.gathered(grad_y))
+    grad_hidden = now.products.rows(grad_out, weights.down)
+    grad_pre, hidden = torch.empty_like(pre), torch.empty_like(grad_hidden)
+    row_grads = pre.new_empty(pre.shape[0], dtype=now.wide)
+    for part in now.chunks(call.pre_width):
+        hole = ~now.real[part].unsqueeze(1)  # what lies behind the last expert's rows may be anything
+        grad = grad_hidden[part].to(now.wide).masked_fill(hole, 0)
+        here = pre[part].masked_fill(hole, 0)
+        value, mask = activate(here, call.activation, call.gated), now.activation_mask(part)
+        if mask is not None:
+            grad *= mask
+        row_grads[part] = (value * grad).sum(1)
+        if mask is not None:
+            value *= mask
+        if call.gate_weight_on != "input":
+            value *= now.gate[part]
+            grad *= now.gate[part]
+        hidden[part] = value
+        grad_pre[part] = activate_backward(grad, here, call.activation, call.gated)
+    del grad_hidden
+    if call.down_bias is not None and call.gate_weight_on == "output":
+        for part in now.chunks(grad_out.shape[1]):
+            bias = bias_rows(call.down_bias, now.expert[part], now.real[part])
+            row_grads[part] += (bias.to(now.wide) * grad_out[part]).sum(1)
+    del grad_out
+
+    parts = zip(grad_pre.split(weights.widths, 1), weights.up, strict=True)
+    grad_rows = functools.reduce(operator.add, (now.products.rows(part, up) for part, up in parts))
+    if call.gate_weight_on == "input":
+        rows = now.gathered(call.x)
+        for part in now.chunks(rows.shape[1]):
+            products = rows[part].to(now.wide) * grad_rows[part]
+            row_grads[part] = products.masked_fill_(~now.real[part].unsqueeze(1), 0).sum(1)
+    grad_x = now.summed(grad_rows, call.gate_weight_on == "input")
+    return grad_x, _of_assignments(call, row_grads), grad_pre, hidden
+
+
+def _of_assignments(call: Call, row_grads: Tensor) -> Tensor:
+    """The gate weights' gradient in their shape, from that of rows; zeros where an assignment has none."""
+    rows = call.token_rows
+    if not row_grads.numel() or not rows.numel():
+        return torch.zeros_like(call.gate_weights)
+    grads = row_grads[rows.clamp_min(0).long()].masked_fill_(rows < 0, 0)
+    return grads.to(call.gate_weights.dtype).view(call.gate_weights.shape)
+
+
+def backward_weights_torch(grad_y: Tensor, grad_pre: Tensor, hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """See :func:`dmoe.ops.moe_mlp_ref.moe_mlp_backward_weights_ref`."""
+    now = _Pass(arguments)
+    call, weights, products = now.call, now.weights, now.products
+    grad_out = now.drop_outputs(now.gathered(grad_y))
+    grad_down = products.sums(grad_out, hidden, columns_first=is_transposed(weights.down))
+    grad_up_bias = grad_down_bias = None
+    if call.down_bias is not None:
+        if call.gate_weight_on == "output":
+            for part in now.chunks(grad_out.shape[1]):
+                grad_out[part] = grad_out[part] * now.gate[part]
+        grad_down_bias = products.row_sums(grad_out)
+    del grad_out
+    rows = now.inputs()
+    halves = zip(grad_pre.split(weights.widths, 1), weights.up, strict=True)
+    grads_up = [products.sums(half, rows, columns_first=is_transposed(up)) for half, up in halves]
+    if call.up_bias is not None:
+        grad_up_bias = products.row_sums(grad_pre)
+    return grads_as_given(call, grads_up, grad_down, grad_up_bias, grad_down_bias)
