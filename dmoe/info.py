@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dmoe.ops import _library
+from dmoe.ops import _library, _trust, _verdicts
 
 _ROOT = Path(__file__).resolve().parent.parent
 _OPTIONAL = {"triton": ("triton", "pytorch-triton"), "stk": ("stanford-stk",), "megatron-core": ("megatron-core",)}
@@ -47,6 +47,8 @@ def report() -> dict[str, Any]:
         ``gpus``: ``name``, ``arch`` and ``memory_gib`` of each.
         ``operations``: by name and then ``CPU`` or ``CUDA``, who serves it: ``C++``, ``CUDA C++``, ``Triton`` or
         ``reference`` (plain PyTorch).
+        ``kernels``: ``mode``, which is ``DMOE_CERTIFY``; ``certificates``, the file of verdicts for this machine;
+        ``trusted``, how many kinds of calls it holds that are; ``refused``, by name why others are not.
         ``missing``: a list of :class:`Missing`.
     """
     archs = list(_library.cuda_archs())
@@ -63,6 +65,7 @@ def report() -> dict[str, Any]:
         "cuda_archs": archs,
         "gpus": gpus,
         "operations": {name: dict(served) for name, served in sorted(_library.backends.items())},
+        "kernels": _certificates(),
         "missing": _missing(archs, gpus, versions),
     }
 
@@ -84,6 +87,13 @@ def info() -> None:
         for name, served in facts["operations"].items():
             groups.setdefault(served[device], []).append(name)
         lines += [(f"{device} ops: {kind}", ", ".join(names)) for kind, names in sorted(groups.items())]
+    kernels = facts["kernels"]
+    if gpus:
+        told = {"0": "all trusted unseen (DMOE_CERTIFY=0)"}
+        lines.append(
+            ("kernels", told.get(kernels["mode"], f"{kernels['trusted']} certified, {kernels['certificates']}"))
+        )
+    lines += [(f"refused: {part}", reason) for part, reason in kernels["refused"].items()]
     width = max(len(title) for title, _ in lines)
     for title, text in lines:
         print(_wrapped(title, text, width))
@@ -91,6 +101,16 @@ def info() -> None:
         print(f"\nmissing: {missing.what}. {missing.effect}\n  {missing.command}")
     if not facts["missing"]:
         print("\nnothing is missing")
+
+
+def _certificates() -> dict[str, Any]:
+    """What is known of the kernels' trust on this machine."""
+    path = _verdicts.path_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    verdicts = _verdicts.read(path).values()
+    refused = {verdict["part"]: verdict["refused"] for verdict in verdicts if verdict["refused"]}
+    trusted = sum(not verdict["refused"] for verdict in verdicts)
+    found = {"mode": _trust.mode(), "certificates": str(path), "trusted": trusted}
+    return {**found, "refused": {**refused, **_trust.refused}}
 
 
 def _wrapped(title: str, text: str, width: int, columns: int = 110) -> str:

@@ -69,6 +69,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "dense_ffn": {"config"},
     "replace": {"layer", "config", "parallel", "dense_ffn"},
     "info": {"ops"},
+    "certify": {"kernels", "ops"},
     "tune": {"kernels", "ops", "plan", "functional", "expert_weights"},
     "compat": {
         "layer",
@@ -89,6 +90,7 @@ OUTSIDE: dict[str, set[str]] = {room: {"torch"} for room in MAY_IMPORT} | {
     "ops": {"torch", "stk"},
     "compat": {"torch", "stk"},
     "checkpoint": {"torch", "tqdm"},
+    "certify": {"torch", "tqdm"},
     "tune": {"torch", "tqdm"},
 }
 # Folder of tests -> what they test. What several files share lies in tests/support, the only folder on the path.

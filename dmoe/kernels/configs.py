@@ -114,9 +114,14 @@ def load(path: str | os.PathLike[str], *, replace_all: bool = False) -> None:
             measured[name] = _checked(name, entry)
         except ValueError as error:
             raise ValueError(f"kernel configs: {path}: {name}: {error}") from error
-    if replace_all:
-        _measured.clear()
-    _measured.update(measured)
+    replace_measured(measured if replace_all else {**_measured, **measured})
+
+
+def replace_measured(table: dict[str, Config]) -> None:
+    """Use these measured launch shapes, by name, and no others."""
+    fresh = dict(table)
+    _measured.clear()
+    _measured.update(fresh)
     choose.cache_clear()
 
 

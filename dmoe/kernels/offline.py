@@ -9,6 +9,7 @@ where a process that has the GPU finds it.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -46,8 +47,10 @@ class NoGPU:
 
 
 @contextlib.contextmanager
-def compiling(arch: int) -> Iterator[list[Launch]]:
+def compiling(arch: int, share: tuple[int, int] = (0, 1)) -> Iterator[list[Launch]]:
     """Inside, launches compile for ``arch``, 90 for Hopper; yields what was compiled, in the order of the launches.
+
+    Of ``share`` (i, n) the launches i, i + n, ... are compiled, and the others left to other processes.
 
     A process compiles for one architecture only: what uses Hopper's instructions can take the whole process down when
     it is compiled for another.
@@ -56,9 +59,10 @@ def compiling(arch: int) -> Iterator[list[Launch]]:
 
     driver.set_active(NoGPU(arch))
     compiled: list[Launch] = []
+    numbers = itertools.count()
 
     def compile_instead(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-        if all(grid):
+        if all(grid) and next(numbers) % share[1] == share[0]:
             compiled.append((kernel.__name__, kernel.warmup(*arguments, grid=grid, enable_fp_fusion=True, **options)))
 
     with instead_of_launching(compile_instead), swapped(_launch.capability, lambda device: arch):

@@ -10,12 +10,14 @@ import functools
 import importlib.util
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from dmoe.ops._trust import Guard, Subject, trusts_compiled
 
 NAMESPACE = "dmoe"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -67,6 +69,8 @@ def define(
     *,
     fake: Callable[..., Any],
     cuda: Callable[..., Any] | None = None,
+    composition: Callable[..., Any] | None = None,
+    subjects: Callable[..., Sequence[Subject]] | None = None,
     autocast: Callable[..., Any] | None = None,
 ) -> Any:
     """Declare ``dmoe::<schema>`` and return its overload packet's default overload.
@@ -76,6 +80,9 @@ def define(
         reference: the plain-PyTorch meaning of the operation. It serves the CPU when ``csrc/`` is not built.
         fake: shapes and dtypes of the results, for tracing.
         cuda: a Python implementation for CUDA (Triton); None when ``csrc/`` has it, or the reference is to serve.
+        composition: serves where ``cuda`` is not trusted, and devices that nobody wrote kernels for; the reference if
+            None.
+        subjects: what is certified before ``cuda`` may serve; see :class:`dmoe.ops._trust.Guard`.
         autocast: called as ``autocast(op, dtype, *args)`` with autocast off; None runs the operation on its inputs as
             they are, with autocast off inside: integer work, and arithmetic that chooses its own precision.
     """
@@ -84,21 +91,54 @@ def define(
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
 
+    composition = composition or reference
+    _library.impl(name, composition, "CompositeExplicitAutograd")  # any other device
     served = {"CPU": "C++", "CUDA": "CUDA C++"}
     if not has_kernel(name, "CPU"):
         _library.impl(name, reference if compiled else _warning_first(reference), "CPU")
         served["CPU"] = "reference"
     if cuda is not None:
-        _library.impl(name, cuda, "CUDA")
-        served["CUDA"] = "Triton"
+        guarded = cuda if subjects is None else Guard(name, cuda, composition, subjects)
+        _library.impl(name, guarded, "CUDA")
+        served["CUDA"] = "Triton" if has_triton() else "PyTorch"
     elif not has_kernel(name, "CUDA"):
         _library.impl(name, reference, "CUDA")
         served["CUDA"] = "reference"
+    else:
+        _put_on_probation(name, reference)
     backends[name] = served
 
     for device_type in ("cpu", "cuda"):
         _library.impl(name, _autocast_kernel(op, device_type, autocast), "Autocast" + device_type.upper())
     return op
+
+
+probation: dict[str, Callable[..., Any]] = {}  # by operation of csrc/ for CUDA: its reference
+_on_probation: list[torch.library.Library] = []  # holds what stands before them; empty once they are trusted
+
+
+def _put_on_probation(name: str, reference: Callable[..., Any], key: str = "CUDA") -> None:
+    """Have csrc/'s operations certified, all at once, before the first of them runs on a GPU.
+
+    What stands before them is taken away when they are trusted, and then costs nothing; else their references serve.
+    """
+    probation[name] = reference
+    if torch.version.cuda is None and key == "CUDA":  # nothing here can run them
+        return
+    if not _on_probation:
+        _on_probation.append(torch.library.Library(NAMESPACE, "IMPL"))
+    operation = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    def first(*arguments: Any) -> Any:
+        if not trusts_compiled(arguments):
+            return reference(*arguments)
+        while _on_probation:
+            _on_probation.pop()._destroy()
+        return operation(*arguments)
+
+    with warnings.catch_warnings():  # PyTorch tells of every implementation that takes another's place
+        warnings.simplefilter("ignore")
+        _on_probation[0].impl(name, first, key, allow_override=True)
 
 
 def has_kernel(name: str, device_key: str) -> bool:

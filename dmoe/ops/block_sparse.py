@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from dmoe.ops._library import define, register_autograd
+from dmoe.ops._trust import on_its_own_arguments
 from dmoe.ops.activation import accumulate_dtype
 from dmoe.ops.grouped_gemm import grouped_gemm
 from dmoe.ops.topology import BlockTopology
@@ -175,6 +176,7 @@ block_sdd = define(
     functools.partial(_sdd, sdd_ref),
     fake=_fake_sdd,
     cuda=functools.partial(_sdd, sdd_cuda),
+    subjects=on_its_own_arguments("block_sdd"),
     autocast=_autocast,
 )
 block_dsd = define(
@@ -182,6 +184,7 @@ block_dsd = define(
     functools.partial(_dsd, spmm_ref),
     fake=_fake_dsd,
     cuda=functools.partial(_dsd, spmm_cuda),
+    subjects=on_its_own_arguments("block_dsd"),
     autocast=_autocast,
 )
 block_dds = define(
@@ -189,6 +192,7 @@ block_dds = define(
     functools.partial(_dds, spmm_ref),
     fake=_fake_dds,
     cuda=functools.partial(_dds, spmm_cuda),
+    subjects=on_its_own_arguments("block_dds"),
     autocast=_autocast,
 )
 

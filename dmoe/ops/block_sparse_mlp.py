@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from dmoe.ops._library import count_flops, define, refuse_double_backward, register_autograd
+from dmoe.ops._trust import on_its_own_arguments
 from dmoe.ops.activation import accumulate_dtype
 from dmoe.ops.block_activation import block_activation_ref, block_row_sums_ref, finish_rows_ref, row_experts
 from dmoe.ops.block_sparse import block_size_for, sdd_cuda, sdd_ref, spmm_cuda, spmm_ref
@@ -326,6 +327,7 @@ _forward_op = define(
     block_sparse_mlp_ref,
     fake=_fake_forward,
     cuda=block_sparse_mlp_cuda,
+    subjects=on_its_own_arguments("block_sparse_mlp"),
     autocast=_autocast,
 )
 _inference_op = define(
@@ -333,6 +335,7 @@ _inference_op = define(
     lambda *arguments: block_sparse_mlp_ref(*arguments)[0],
     fake=lambda *arguments: _fake_forward(*arguments)[0],
     cuda=lambda *arguments: block_sparse_mlp_cuda(*arguments)[0],
+    subjects=on_its_own_arguments("block_sparse_mlp_inference"),
     autocast=_autocast,
 )
 _backward_op = define(
@@ -341,6 +344,7 @@ _backward_op = define(
     block_sparse_mlp_backward_ref,
     fake=_fake_backward,
     cuda=block_sparse_mlp_backward_cuda,
+    subjects=on_its_own_arguments("block_sparse_mlp_backward"),
 )
 refuse_double_backward(_backward_op)
 

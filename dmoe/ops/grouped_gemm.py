@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dmoe.ops._checks import check_index_tensors
 from dmoe.ops._library import compiled, count_flops, define, has_triton, register_autograd
+from dmoe.ops._trust import Subject, kind_of, precision
 from dmoe.ops.tile_table import preferred_tile_rows, tile_table
 from dmoe.strides import is_transposed
 
@@ -92,6 +93,18 @@ def _rows(a: Tensor, expert_offsets: Tensor) -> Rows:
     return Rows(tiles, by_load, tile_rows, offsets, num_rows)
 
 
+def _subjects(part: str) -> Callable[..., Sequence[Subject]]:
+    def subjects(a: Tensor, b: Tensor, expert_offsets: Tensor, last: Any) -> Sequence[Subject]:
+        if not _served(a, b):
+            return []
+        asked = (a, b, expert_offsets, last)
+        extra = (preferred_tile_rows(a.shape[0], expert_offsets.shape[0] - 1), precision())
+        numbers = (kind_of(a), kind_of(b), last if isinstance(last, bool) else None)
+        return [Subject(part, asked, extra, numbers)]
+
+    return subjects
+
+
 def grouped_gemm_cuda(a: Tensor, b: Tensor, expert_offsets: Tensor, trans_b: bool) -> Tensor:
     """The product on tensor cores."""
     if not _served(a, b):
@@ -124,6 +137,8 @@ _grouped_gemm = define(
     grouped_gemm_ref,
     fake=_fake,
     cuda=grouped_gemm_cuda,
+    composition=_portable,
+    subjects=_subjects("grouped_gemm"),
     autocast=_autocast,
 )
 
@@ -132,6 +147,8 @@ _grouped_gemm_weight = define(
     grouped_gemm_weight_ref,
     fake=_fake_weight,
     cuda=grouped_gemm_weight_cuda,
+    composition=_portable_weight,
+    subjects=_subjects("grouped_gemm_weight"),
     autocast=_autocast,
 )
 

@@ -30,6 +30,7 @@ from dmoe.ops.moe_mlp_cuda import (
     moe_mlp_cuda,
     moe_mlp_inference_cuda,
     moe_mlp_pre_activation_cuda,
+    subjects,
 )
 from dmoe.ops.moe_mlp_ref import moe_mlp_backward_ref, moe_mlp_ref, moe_mlp_twice_differentiable
 from dmoe.ops.moe_mlp_torch import backward_torch, moe_mlp_torch, pre_activation_torch
@@ -84,46 +85,40 @@ class Operations(NamedTuple):
 
 
 class Implementation(NamedTuple):
-    """What they run on one device: y and the pre-activation, y, the pre-activation, and the gradients."""
+    """What they run on the CPU without csrc/, and on devices that nobody wrote kernels for."""
 
     forward: Callable[..., tuple[Tensor, Tensor]]
     inference: Callable[..., Tensor]
-    pre_activation: Callable[..., Tensor]
     backward: Callable[..., tuple[Tensor, ...]]
 
 
-def _operations(suffix: str, plain: Implementation, cuda: Implementation) -> Operations:
-    """Declare them as ``moe_mlp<suffix>``, ``moe_mlp<suffix>_backward`` and so on; csrc/ may have the CPU's."""
-    name = f"moe_mlp{suffix}"
-    forward = define(
-        f"{name}({SCHEMA}) -> (Tensor, Tensor)", plain.forward, fake=_fake_forward, cuda=cuda.forward, autocast=autocast
-    )
-    inference = define(
-        f"{name}_inference({SCHEMA}) -> Tensor",
-        plain.inference,
-        fake=lambda *arguments: _fake_forward(*arguments)[0],
-        cuda=cuda.inference,
-        autocast=autocast,
-    )
-    lean = define(
-        f"{name}_lean({SCHEMA}) -> Tensor",
-        lambda *arguments: inference(*arguments),
-        fake=lambda *arguments: _fake_forward(*arguments)[0],
-        cuda=cuda.inference,
-        autocast=autocast,
-    )
-    pre_activation = define(
-        f"{name}_pre_activation({SCHEMA}) -> Tensor",
+def _operations(suffix: str, plain: Implementation, on_gpu: Mapping[str, Mapping[str, Any]]) -> Operations:
+    """Declare them as ``moe_mlp<suffix>``, ``moe_mlp<suffix>_backward`` and so on; csrc/ may have the CPU's.
+
+    ``on_gpu`` says, by field of :class:`Operations`, what serves there and what is certified before.
+    """
+
+    def declare(field: str, schema: str, reference: Any, fake: Any, **options: Any) -> Any:
+        return define(f"moe_mlp{suffix}{schema}", reference, fake=fake, **on_gpu.get(field, {}), **options)
+
+    def y_only(*arguments: Any) -> Tensor:
+        return _fake_forward(*arguments)[0]
+
+    forward = declare("forward", f"({SCHEMA}) -> (Tensor, Tensor)", plain.forward, _fake_forward, autocast=autocast)
+    inference = declare("inference", f"_inference({SCHEMA}) -> Tensor", plain.inference, y_only, autocast=autocast)
+    lean = declare("lean", f"_lean({SCHEMA}) -> Tensor", lambda *a: inference(*a), y_only, autocast=autocast)
+    pre_activation = declare(
+        "pre_activation",
+        f"_pre_activation({SCHEMA}) -> Tensor",
         lambda *arguments: forward(*arguments)[1],
-        fake=lambda *arguments: _fake_forward(*arguments)[1],
-        cuda=cuda.pre_activation,
+        lambda *arguments: _fake_forward(*arguments)[1],
     )
-    backward = define(
-        f"{name}_backward(Tensor grad_y, Tensor pre_activation, bool of_weights, {SCHEMA})"
+    backward = declare(
+        "backward",
+        f"_backward(Tensor grad_y, Tensor pre_activation, bool of_weights, {SCHEMA})"
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
         plain.backward,
-        fake=fake_backward,
-        cuda=cuda.backward,
+        fake_backward,
     )
     refuse_double_backward(backward)
 
@@ -135,12 +130,11 @@ def _operations(suffix: str, plain: Implementation, cuda: Implementation) -> Ope
         return _without_projections(grads)
 
     # An operation of its own, because it writes into its arguments, which autograd does not differentiate.
-    backward_into = define(
-        f"{name}_backward_into(Tensor grad_y, Tensor pre_activation, {SCHEMA_INTO})"
-        " -> (Tensor, Tensor, Tensor, Tensor)",
+    backward_into = declare(
+        "backward_into",
+        f"_backward_into(Tensor grad_y, Tensor pre_activation, {SCHEMA_INTO}) -> (Tensor, Tensor, Tensor, Tensor)",
         backward_into_plain,
-        fake=lambda grad_y, pre, *arguments: _without_projections(fake_backward(grad_y, pre, True, *arguments)),
-        cuda=lambda grad_y, pre, *arguments: _without_projections(cuda.backward(grad_y, pre, True, *arguments)),
+        lambda grad_y, pre, *arguments: _without_projections(fake_backward(grad_y, pre, True, *arguments)),
     )
     operations = Operations(forward, inference, lean, pre_activation, backward, backward_into)
     register_autograd(
@@ -226,13 +220,37 @@ def _differentiate(operations: Operations, ctx: Any, grad_y: Tensor | None) -> t
     return as_wanted(ctx, kept.wanted, grad_y, dict(zip(names, grads, strict=True)))
 
 
-BY_DEVICE = _operations(
-    "",
-    Implementation(moe_mlp_ref, lambda *a: moe_mlp_ref(*a)[0], lambda *a: moe_mlp_ref(*a)[1], moe_mlp_backward_ref),
-    Implementation(moe_mlp_cuda, moe_mlp_inference_cuda, moe_mlp_pre_activation_cuda, moe_mlp_backward_cuda),
-)
-_COMPOSED = Implementation(moe_mlp_torch, lambda *a: moe_mlp_torch(*a)[0], pre_activation_torch, backward_torch)
-COMPOSED = _operations("_torch", _COMPOSED, _COMPOSED)
+def _composed_inference(*arguments: Any) -> Tensor:
+    return moe_mlp_torch(*arguments)[0]
+
+
+_COMPOSED = Implementation(moe_mlp_torch, _composed_inference, backward_torch)
+_INFERENCE = {"cuda": moe_mlp_inference_cuda, "composition": _composed_inference}
+_ON_GPU: dict[str, dict[str, Any]] = {
+    "forward": {
+        "cuda": moe_mlp_cuda,
+        "composition": moe_mlp_torch,
+        "subjects": subjects("moe_mlp", "moe_mlp_backward"),
+    },
+    "inference": {**_INFERENCE, "subjects": subjects("moe_mlp")},
+    "lean": {**_INFERENCE, "subjects": subjects("moe_mlp", "moe_mlp_backward")},
+    "pre_activation": {
+        "cuda": moe_mlp_pre_activation_cuda,
+        "composition": pre_activation_torch,
+        "subjects": subjects("moe_mlp"),
+    },
+    "backward": {
+        "cuda": moe_mlp_backward_cuda,
+        "composition": backward_torch,
+        "subjects": subjects("moe_mlp_backward", before=3),
+    },
+    "backward_into": {
+        "cuda": lambda grad_y, pre, *a: _without_projections(moe_mlp_backward_cuda(grad_y, pre, True, *a)),
+        "subjects": subjects("moe_mlp_backward", before=2),
+    },
+}
+BY_DEVICE = _operations("", Implementation(moe_mlp_ref, lambda *a: moe_mlp_ref(*a)[0], moe_mlp_backward_ref), _ON_GPU)
+COMPOSED = _operations("_torch", _COMPOSED, {})
 
 
 def has_tangent(x: Tensor) -> bool:

@@ -7,11 +7,13 @@ backward    hidden_grad (through down and the activation), weight gradient of do
 
 Nothing waits for the host: grids come from shapes, and the tile table, on the device, says which rows and which expert
 a program owns. Rows of no token are zeros wherever they could be summed, and are never read elsewhere. Calls that the
-kernels do not serve (float64, experts of different widths, nothing to do, no Triton) run the reference's composition.
+kernels do not serve (float64, experts of different widths, nothing to do, no Triton) run the composition of PyTorch's
+own operations.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -20,11 +22,13 @@ from torch import Tensor
 from dmoe.ops._library import has_triton
 from dmoe.ops._moe_mlp_call import Call
 from dmoe.ops._moe_mlp_parts import add_to_main_grads
-from dmoe.ops.moe_mlp_ref import (
-    moe_mlp_backward_data_ref,
-    moe_mlp_backward_ref,
-    moe_mlp_backward_weights_ref,
-    moe_mlp_ref,
+from dmoe.ops._trust import Subject, precision
+from dmoe.ops.moe_mlp_torch import (
+    backward_data_torch,
+    backward_torch,
+    backward_weights_torch,
+    moe_mlp_torch,
+    pre_activation_torch,
 )
 from dmoe.ops.tile_table import preferred_tile_rows, tile_table
 from dmoe.strides import matrices, readable
@@ -44,13 +48,33 @@ def _served(call: Call) -> bool:
     )
 
 
+def _tile_rows(call: Call) -> int:
+    """Those of the plan, or of the table that :func:`_rows` makes where a plan has none."""
+    if call.tiles is not None and call.experts_by_load is not None:
+        return call.tile_rows
+    return preferred_tile_rows(call.row_to_token.shape[0], call.num_experts)
+
+
+def subjects(*parts: str, before: int = 0) -> Callable[..., list[Subject]]:
+    """What a call certifies: ``parts``, its own first. ``before`` arguments stand in front of the call's."""
+
+    def of_call(*arguments: Any) -> list[Subject]:
+        call = Call(*arguments[before:])
+        if not _served(call):
+            return []
+        extra = (_tile_rows(call), precision())
+        forms = {"moe_mlp": call, "moe_mlp_backward": call._replace(residual=None)}
+        return [Subject(part, tuple(forms[part]), extra) for part in parts]
+
+    return of_call
+
+
 def _rows(call: Call) -> Rows:
     from dmoe.kernels.moe_mlp import Rows
 
-    tiles, by_load, tile_rows = call.tiles, call.experts_by_load, call.tile_rows
+    tiles, by_load, tile_rows = call.tiles, call.experts_by_load, _tile_rows(call)
     num_rows = call.row_to_token.shape[0]
     if tiles is None or by_load is None:  # a plan made for another device, or by hand
-        tile_rows = preferred_tile_rows(num_rows, call.num_experts)
         tiles, by_load = tile_table(call.expert_offsets, num_rows, tile_rows)
     return Rows(
         tiles=tiles,
@@ -106,7 +130,7 @@ def moe_mlp_cuda(*arguments: Any) -> tuple[Tensor, Tensor]:
     """y and the pre-activation."""
     call = Call(*arguments)
     if not _served(call):
-        return moe_mlp_ref(*arguments)
+        return moe_mlp_torch(*arguments)
     y, pre = _forward(call, with_pre=True)
     assert pre is not None
     return y, pre
@@ -115,14 +139,14 @@ def moe_mlp_cuda(*arguments: Any) -> tuple[Tensor, Tensor]:
 def moe_mlp_inference_cuda(*arguments: Any) -> Tensor:
     """y."""
     call = Call(*arguments)
-    return _forward(call, with_pre=False)[0] if _served(call) else moe_mlp_ref(*arguments)[0]
+    return _forward(call, with_pre=False)[0] if _served(call) else moe_mlp_torch(*arguments)[0]
 
 
 def moe_mlp_pre_activation_cuda(*arguments: Any) -> Tensor:
     """The pre-activation alone."""
     call = Call(*arguments)
     if not _served(call):
-        return moe_mlp_ref(*arguments)[1]
+        return pre_activation_torch(*arguments)
     pre, _ = _activated(call, _rows(call), with_pre=True, with_hidden=False)
     assert pre is not None
     return pre
@@ -135,7 +159,7 @@ def moe_mlp_backward_cuda(grad_y: Tensor, pre: Tensor, of_weights: bool, *argume
     """
     call = Call(*arguments)
     if not _served(call):
-        return add_to_main_grads(call, moe_mlp_backward_ref(grad_y, pre, of_weights, *arguments))
+        return add_to_main_grads(call, backward_torch(grad_y, pre, of_weights, *arguments))
     rows, nothing = _rows(call), [call.x.new_empty(0) for _ in range(5)]  # an operation's results do not share memory
     grad_out = _grad_out(call, rows, grad_y)
     grad_pre, hidden, row_grads = _through_down(call, rows, grad_out, pre, with_hidden=of_weights)
@@ -152,7 +176,7 @@ def moe_mlp_backward_data_cuda(grad_y: Tensor, pre: Tensor, *arguments: Any) -> 
     """See :func:`dmoe.ops.moe_mlp_ref.moe_mlp_backward_data_ref`."""
     call = Call(*arguments)
     if not _served(call):
-        return moe_mlp_backward_data_ref(grad_y, pre, *arguments)
+        return backward_data_torch(grad_y, pre, *arguments)
     rows = _rows(call)
     grad_pre, hidden, row_grads = _through_down(call, rows, _grad_out(call, rows, grad_y), pre, with_hidden=True)
     assert hidden is not None
@@ -165,7 +189,7 @@ def moe_mlp_backward_weights_cuda(
     """See :func:`dmoe.ops.moe_mlp_ref.moe_mlp_backward_weights_ref`; the buffers as in the whole backward."""
     call = Call(*arguments)
     if not _served(call):
-        grads = moe_mlp_backward_weights_ref(grad_y, grad_pre, hidden, *arguments)
+        grads = backward_weights_torch(grad_y, grad_pre, hidden, *arguments)
         return add_to_main_grads(call, grads, first=0)
     rows = _rows(call)
     grad_down, grad_down_bias = _down_grads(call, rows, _grad_out(call, rows, grad_y), hidden)

@@ -32,8 +32,9 @@ from dmoe.ops.moe_mlp import (
     saved,
     under_autocast,
 )
-from dmoe.ops.moe_mlp_cuda import moe_mlp_backward_data_cuda, moe_mlp_backward_weights_cuda
+from dmoe.ops.moe_mlp_cuda import moe_mlp_backward_data_cuda, moe_mlp_backward_weights_cuda, subjects
 from dmoe.ops.moe_mlp_ref import moe_mlp_backward_data_ref, moe_mlp_backward_weights_ref
+from dmoe.ops.moe_mlp_torch import backward_data_torch, backward_weights_torch
 
 
 def _fake_weights(grad_y: Tensor, grad_pre: Tensor, hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -51,6 +52,8 @@ _data = define(
     moe_mlp_backward_data_ref,
     fake=_fake_data,
     cuda=moe_mlp_backward_data_cuda,
+    composition=backward_data_torch,
+    subjects=subjects("moe_mlp_backward", before=2),
 )
 _weights = define(
     f"moe_mlp_backward_weights(Tensor grad_y, Tensor grad_pre, Tensor hidden, {SCHEMA})"
@@ -58,6 +61,8 @@ _weights = define(
     moe_mlp_backward_weights_ref,
     fake=_fake_weights,
     cuda=moe_mlp_backward_weights_cuda,
+    composition=backward_weights_torch,
+    subjects=subjects("moe_mlp_backward", before=3),
 )
 refuse_double_backward(_data)
 refuse_double_backward(_weights)
@@ -75,6 +80,7 @@ _weights_into = define(
     _weights_into_ref,
     fake=lambda *arguments: _fake_weights(*arguments)[2:4],
     cuda=lambda *arguments: moe_mlp_backward_weights_cuda(*arguments)[2:4],
+    subjects=subjects("moe_mlp_backward", before=3),
 )
 
 

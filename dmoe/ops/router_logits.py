@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dmoe.ops._library import count_flops, define, refuse_double_backward, register_autograd
+from dmoe.ops._trust import Subject
 from dmoe.ops.grouped_gemm import grouped_gemm, grouped_gemm_weight
 from dmoe.ops.philox import jitter_scale
 from dmoe.sums import sum_tokens
@@ -107,6 +108,16 @@ def _in_pieces(x: Tensor, weight: Tensor, dtype: torch.dtype, seed: Tensor | Non
     return x.dtype == torch.bfloat16 and fits and seed is None
 
 
+def _subjects(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *rest: Any) -> list[Subject]:
+    served = _in_pieces(x, weight, dtype, rest[1]) and bool(x.numel())
+    return [Subject("router_logits", (x, weight, bias, dtype, *rest))] if served else []
+
+
+def _subjects_backward(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> list[Subject]:
+    served = _in_pieces(x, weight, grad.dtype, rest[1]) and bool(x.numel())
+    return [Subject("router_logits_backward", (grad, x, weight, *rest))] if served else []
+
+
 def router_logits_cuda(
     x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, jitter: float, seed: Tensor | None
 ) -> Tensor:
@@ -130,12 +141,16 @@ _forward = define(
     router_logits_cpu,
     fake=lambda x, weight, bias, dtype, jitter, seed: x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype),
     cuda=router_logits_cuda,
+    composition=router_logits_ref,
+    subjects=_subjects,
 )
 _backward = define(
     "router_logits_backward(Tensor grad, Tensor x, Tensor weight, float jitter, Tensor? seed) -> (Tensor, Tensor)",
     router_logits_backward_cpu,
     fake=lambda grad, x, weight, jitter, seed: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
     cuda=router_logits_backward_cuda,
+    composition=router_logits_backward_ref,
+    subjects=_subjects_backward,
 )
 refuse_double_backward(_backward)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dmoe.ops._library import define, refuse_double_backward, register_autograd
+from dmoe.ops._trust import Subject
 from dmoe.ops.gate_weights import gate_weights, gate_weights_backward_ref
 from dmoe.ops.histogram import histogram
 from dmoe.ops.router_scores import router_scores, router_scores_backward_ref
@@ -257,6 +258,7 @@ _forward = define(
     router_top_k_ref,
     fake=_fake,
     cuda=router_top_k_cuda,
+    subjects=lambda *arguments: [Subject("router_top_k", arguments)] if arguments[0].numel() else [],
 )
 _backward = define(
     "router_top_k_backward(Tensor? grad_scores, Tensor? grad_log_z, Tensor? grad_weights, Tensor scores, "
@@ -264,6 +266,7 @@ _backward = define(
     router_top_k_backward_ref,
     fake=lambda grad_scores, grad_log_z, grad_weights, scores, *_: scores.new_empty(scores.shape),
     cuda=router_top_k_backward_cuda,
+    subjects=lambda *arguments: [Subject("router_top_k_backward", arguments)] if arguments[3].numel() else [],
 )
 refuse_double_backward(_backward)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dmoe.ops._checks import check_index_tensors
 from dmoe.ops._library import define
+from dmoe.ops._trust import Subject
 from dmoe.sizes import smaller
 
 
@@ -69,6 +70,7 @@ _tile_table = define(
     tile_table_ref,
     fake=_fake,
     cuda=tile_table_cuda,
+    subjects=lambda *arguments: [Subject("tile_table", arguments, kind=(arguments[2],))],
 )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dmoe.ops._checks import known
 from dmoe.ops._library import define
+from dmoe.ops._trust import Guard, on_its_own_arguments
 
 
 def topology_ref(expert_offsets: Tensor, block_size: int, ffn_blocks_per_expert: int, num_row_blocks: int) -> Tensor:
@@ -204,6 +205,11 @@ def topology_arguments(
     return table, max(widths), sum(widths)
 
 
+_on_cuda = Guard(
+    "expert_topology", expert_topology_cuda, expert_topology_ref, on_its_own_arguments("expert_topology", lengths=True)
+)
+
+
 def expert_topology(
     expert_offsets: Tensor, block_size: int, ffn_sizes: int | Sequence[int], num_row_blocks: int
 ) -> BlockTopology:
@@ -245,5 +251,5 @@ def expert_topology(
             f"{num_row_blocks} row blocks of up to {max(sizes) // block_size}"
         )
     table = topology_arguments(sizes, experts, block_size, expert_offsets.device)
-    run = expert_topology_cuda if expert_offsets.is_cuda else expert_topology_ref
+    run = _on_cuda if expert_offsets.is_cuda else expert_topology_ref
     return run(expert_offsets.contiguous(), *table, block_size, num_row_blocks, 1, False)

@@ -1,0 +1,244 @@
+"""Kernels that are broken on purpose are refused, and the layer goes on without them; sound ones are trusted."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import broken_kernels
+import pytest
+import torch
+from helpers import interpreted
+from patience import MOMENT, PATIENCE
+
+from dmoe import MoE
+from dmoe.info import report
+from dmoe.ops import _library, _trust, _verdicts
+
+pytest.importorskip("triton")
+
+NAMES = ("moe_mlp", "moe_mlp_inference", "moe_mlp_lean", "moe_mlp_backward", "moe_mlp_backward_into")
+BROKEN = {
+    "sign": r"the worst row is off by 2\.0e\+00 of its norm",
+    "tail": "the worst row is off by",
+    "shape": "backward: gradient of .* the worst row is off by nan",
+    "exception": "RuntimeError: out of resource: shared memory",
+    "hang": "it did not end within",
+    "crash": "it ended the process that ran it, with signal SIGSEGV",
+    "luck": "two runs gave different bits",
+}
+
+
+@pytest.fixture
+def certifier(tmp_path, monkeypatch):
+    """Operations on the CPU run what a GPU would; who certifies is ``python broken_kernels.py HOW``."""
+    monkeypatch.setenv("DMOE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(_verdicts, "LIMIT", PATIENCE)
+    monkeypatch.setattr(_verdicts, "START", PATIENCE)
+    library = torch.library.Library("dmoe", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in NAMES:
+            library.impl(name, _trust.guards[name], "CPU", allow_override=True)
+    _trust.forget()
+
+    def broken(how):
+        monkeypatch.setattr(_verdicts, "SERVER", [sys.executable, broken_kernels.__file__, how, "--serve"])
+        if how == "hang":
+            monkeypatch.setattr(_verdicts, "LIMIT", MOMENT)
+
+    yield broken
+    library._destroy()
+    _verdicts.close()
+    _trust.forget()
+
+
+def step(layer, x, grad):
+    """y and all gradients of a training step."""
+    y = layer(x)
+    leaves = [x, *layer.parameters()]
+    return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
+
+
+def layers():
+    torch.manual_seed(0)
+    config = {"hidden_size": 16, "ffn_hidden_size": 16, "num_experts": 6, "top_k": 2}
+    ours, plain = (MoE(**config, load_balancing_coefficient=0.0, backend=backend) for backend in (None, "reference"))
+    plain.load_state_dict(ours.state_dict())
+    return ours, plain, torch.randn(40, 16, requires_grad=True), torch.randn(40, 16)
+
+
+@interpreted
+@pytest.mark.parametrize("how", BROKEN)
+def test_what_is_broken_is_refused_and_the_layer_is_right(certifier, how, monkeypatch):
+    certifier(how)
+    ours, plain, x, grad = layers()
+    refused = {"shape": ["moe_mlp_backward"], "tail": ["moe_mlp"]}.get(how, ["moe_mlp", "moe_mlp_backward"])
+    if how == "luck":  # in whichever half the doubled bit shows first
+        refused = None
+    with pytest.warns(RuntimeWarning, match=f"its kernels are not used on cpu: .*{BROKEN[how]}") as caught:
+        results = step(ours, x, grad)
+    assert len([each for each in caught if "its kernels are not used" in str(each.message)]) == 1
+    if refused is not None:
+        assert sorted(_trust.refused) == refused
+    for ours_, theirs in zip(results, step(plain, x, grad), strict=True):
+        torch.testing.assert_close(ours_, theirs, rtol=1e-4, atol=1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(ours, x, grad)  # it has been said
+
+    # Who comes later reads the verdict, and asks nobody.
+    _trust.forget()
+    monkeypatch.setattr(_verdicts, "ask", None)
+    with pytest.warns(RuntimeWarning, match="its kernels are not used"):
+        step(ours, x, grad)
+    facts = report()["kernels"]
+    assert facts["refused"] == _trust.refused
+    assert facts["certificates"].endswith(".json")
+
+
+@interpreted
+def test_what_is_sound_is_trusted_and_runs(certifier, monkeypatch):
+    certifier("sound")
+    ours, plain, x, grad = layers()
+    launched = []
+    import dmoe.kernels.moe_mlp as host
+
+    original = host.launch
+    monkeypatch.setattr(
+        host,
+        "launch",
+        lambda kernel, *rest, **options: launched.append(kernel.__name__) or original(kernel, *rest, **options),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        results = step(ours, x, grad)
+        count = len(launched)
+        step(ours, torch.randn(23, 16, requires_grad=True), torch.randn(23, 16))  # another number of tokens: known
+    assert launched[:3] == ["up_kernel", "rows_kernel", "combine_kernel"]
+    assert len(launched) == 2 * count == 16
+    for ours_, theirs in zip(results, step(plain, x, grad), strict=True):
+        torch.testing.assert_close(ours_, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_who_trusts_everything_asks_nobody(certifier, monkeypatch):
+    monkeypatch.setenv("DMOE_CERTIFY", "0")
+    monkeypatch.setattr(_verdicts, "certified", None)
+    ours, _, x, grad = layers()
+    step(ours, x, grad)
+    monkeypatch.setenv("DMOE_CERTIFY", "2")
+    with pytest.raises(ValueError, match=r"DMOE_CERTIFY: expected 0, 1 or full, got '2'"):
+        ours(x)
+
+
+def test_no_process_to_be_had_is_no_verdict_for_tomorrow(certifier, monkeypatch, tmp_path):
+    monkeypatch.setattr(_verdicts, "SERVER", [str(tmp_path / "nothing")])
+    ours, plain, x, grad = layers()
+    with pytest.warns(RuntimeWarning, match="not used on cpu: certifying did not start: .*No such file"):
+        results = step(ours, x, grad)
+    torch.testing.assert_close(results, step(plain, x, grad), rtol=1e-4, atol=1e-5)
+    assert not _verdicts.read(_verdicts.path_of(torch.device("cpu")))
+
+
+def test_nothing_is_certified_on_a_cpu(monkeypatch):
+    """The CPU's own operations stand before no guard."""
+    monkeypatch.setattr(_verdicts, "certified", None)
+    ours, _, x, grad = layers()
+    step(ours, x, grad)
+
+
+def test_calls_of_a_kind_share_a_verdict():
+    """Numbers of tokens and experts decide nothing; dtype, features, layout, alignment and options do."""
+    call = _subject()
+    assert _subject(tokens=99, experts=11).key == call.key
+    for change in (
+        {"hidden": 24},
+        {"dtype": torch.float16},
+        {"transposed": True},
+        {"activation": "relu"},
+        {"shift": 1},
+    ):
+        assert _subject(**change).key != call.key, change
+
+
+def _subject(tokens=8, experts=4, hidden=16, dtype=torch.float32, transposed=False, activation="silu", shift=0):
+    x = torch.empty(tokens * hidden + 16, dtype=dtype)[shift : shift + tokens * hidden].view(tokens, hidden)
+    down = torch.empty(experts, hidden, 8, dtype=dtype)
+    down = torch.empty(experts, 8, hidden, dtype=dtype).mT if transposed else down
+    return _trust.Subject("moe_mlp", (x, down, torch.empty(experts + 1, dtype=torch.int32), activation))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"a": 1}', '{"a": {"refused": 1}}'])
+def test_a_file_that_is_something_else_holds_no_verdicts(tmp_path, text):
+    path = tmp_path / "certified.json"
+    path.write_text(text)
+    assert _verdicts.read(path) == {}
+
+
+def test_verdicts_are_of_one_machine_and_its_versions(monkeypatch):
+    machine = _verdicts.machine(torch.device("cpu"))
+    assert f"torch {torch.__version__}" in machine
+    before = _verdicts.path_of(torch.device("cpu"))
+    monkeypatch.setattr(_verdicts, "machine", lambda device: machine + " another driver")
+    assert _verdicts.path_of(torch.device("cpu")) != before
+
+
+def test_launch_shapes_that_were_measured_are_certified_as_such():
+    from dmoe.kernels import configs
+
+    name = _verdicts.name_of(_subject())
+    configs.replace_measured({"down/hopper/2/128/64/32": configs.Config(32, 128, 2, 2)})
+    try:
+        assert _verdicts.name_of(_subject()) != name
+    finally:
+        configs.replace_measured({})
+    assert _verdicts.name_of(_subject()) == name
+
+
+def test_operations_of_csrc_wait_for_their_verdict(monkeypatch):
+    """What stands before them asks once, then it is gone; refused, the reference serves."""
+    monkeypatch.setattr(_library, "_on_probation", [])
+    monkeypatch.setattr(_library, "probation", {})
+    asked = []
+    reference = lambda values, num_bins: torch.full((num_bins,), -7, dtype=torch.int32)  # noqa: E731
+    for verdict, expected in ((False, [-7, -7]), (True, [1, 2])):
+        monkeypatch.setattr(_library, "trusts_compiled", lambda arguments, v=verdict: asked.append(1) or v)
+        _library._put_on_probation("histogram", reference, "CPU")
+        try:
+            for _ in range(2):
+                assert torch.ops.dmoe.histogram(torch.tensor([1, 0, 1]), 2).tolist() == expected
+        finally:
+            while _library._on_probation:
+                _library._on_probation.pop()._destroy()
+    assert len(asked) == 2 + 1
+
+
+@interpreted
+def test_the_command_names_what_it_refuses(tmp_path):
+    """On a subset, under the interpreter; the report is renewed after each subject."""
+    environment = {"DMOE_CACHE_DIR": str(tmp_path)}
+    for how, status in (("sound", 0), ("exception", 1)):
+        command = [sys.executable, broken_kernels.__file__, how, "--device", "cpu", "--only", "grouped_gemm float32"]
+        done = _run([*command, "--json", str(tmp_path / f"{how}.json")], environment)
+        assert done.returncode == status, done.stdout + done.stderr
+        report = json.loads((tmp_path / f"{how}.json").read_text())
+        reasons = [verdict["refused"] for verdict in report["verdicts"].values()]
+        assert len(reasons) == 2
+        assert all(("out of resource" in reason) == bool(status) for reason in reasons)
+    listed = _run([sys.executable, "-m", "dmoe.certify", "--list"], environment)
+    assert "moe_mlp bfloat16, gated, H=256 F=192, 128 rows" in listed.stdout.splitlines()
+    refused = _run([sys.executable, "-m", "dmoe.certify"], {**environment, "TRITON_INTERPRET": "0"})
+    assert refused.returncode == 2
+    assert "expected a CUDA device, and this machine has none" in refused.stderr
+
+
+def _run(command, environment):
+    import os
+
+    return subprocess.run(
+        command, env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=PATIENCE,
+        cwd=Path(__file__).parents[2],
+    )  # fmt: skip
