@@ -18,17 +18,19 @@ _BEYOND = 2**31
 
 def same_bits_far_away(part: str, asked: Sequence[Any], device: torch.device, tile_rows: int, *_: Any) -> str:
     """Why it is refused, ``""`` if it is not; also where the device has no room for such tensors, or is no GPU."""
-    if device.type != "cuda":
-        return ""
+    return difference(part, asked, device, tile_rows, _BEYOND) if device.type == "cuda" else ""
+
+
+def difference(part: str, asked: Sequence[Any], device: torch.device, tile_rows: int, beyond: int) -> str:
+    """What differs between the drawn problem and the same behind ``beyond`` numbers, ``""`` if nothing does."""
     near, used = drawn_call(asked, Draw(device, 0), tile_rows)
     if near.activation_dropout or near.expert_dropout:
         return ""  # masks go by the assignment, which is another there
     hidden, width = near.x.shape[1], max(near.x.shape[1], near.pre_width)
-    rows = _BEYOND // width + 1
-    tokens = _BEYOND // hidden + 1
+    rows, tokens = beyond // width + 1, beyond // hidden + 1
     item = near.x.element_size()
     needed = item * (6 * tokens * hidden + 4 * rows * (hidden + 2 * near.pre_width))
-    if 1.5 * needed > torch.cuda.mem_get_info(device)[0]:
+    if device.type == "cuda" and 1.5 * needed > torch.cuda.mem_get_info(device)[0]:
         return ""
     far = moved(near, tokens, rows)
     if part == "moe_mlp":

@@ -44,7 +44,9 @@ def answered(job: dict[str, Any], device: torch.device, pool: Any, *, draws: int
         _take_launch_shapes(job)
         if pool is not None and part_needs_kernels(part):
             capability = _capability(device)
-            futures = [pool.submit(_compile, job, capability, i, pool._max_workers) for i in range(pool._max_workers)]
+            futures = [
+                pool.submit(compile_share, job, capability, i, pool._max_workers) for i in range(pool._max_workers)
+            ]
             for future in futures:
                 future.result()
         reason = certify(part, arguments, extra, device, draws=draws)
@@ -92,7 +94,7 @@ def part_needs_kernels(part: str) -> bool:
     return part != "compiled"
 
 
-def _compile(job: dict[str, Any], capability: int, index: int, count: int) -> None:
+def compile_share(job: dict[str, Any], capability: int, index: int, count: int) -> None:
     """Every count-th kernel of a job into Triton's cache, from shapes alone; errors are for the run to meet."""
     from dmoe.kernels.offline import compiling
 
@@ -101,7 +103,7 @@ def _compile(job: dict[str, Any], capability: int, index: int, count: int) -> No
         try:
             for run in PARTS[job["part"]](job["arguments"], Draw(torch.device("meta"), 0), *job["extra"]):
                 run.kernel(*run.arguments)
-        except Exception:  # what does not compile, or runs on no meta tensors, is found out again and told
+        except Exception:  # what does not compile is met again by the run, and told
             return
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -14,7 +15,10 @@ import torch
 from helpers import interpreted
 from patience import MOMENT, PATIENCE
 
+import dmoe.certify
 from dmoe import MoE
+from dmoe.certify import far
+from dmoe.certify.standard import call
 from dmoe.info import report
 from dmoe.ops import _library, _trust, _verdicts
 
@@ -214,6 +218,71 @@ def test_operations_of_csrc_wait_for_their_verdict(monkeypatch):
             while _library._on_probation:
                 _library._on_probation.pop()._destroy()
     assert len(asked) == 2 + 1
+
+
+@interpreted
+@pytest.mark.parametrize("part", ["moe_mlp", "moe_mlp_backward"])
+def test_far_away_gives_the_same_bits_or_is_told(part, monkeypatch):
+    """A number of a row that wraps around, as an int32 product of row and width does, is found."""
+    asked = [_verdicts._described(value) for value in call(16, 16, torch.float32, residual=part == "moe_mlp")]
+    cpu = torch.device("cpu")
+    assert far.difference(part, asked, cpu, 16, 5000) == ""
+    import dmoe.kernels.moe_mlp as host
+
+    original = host.launch
+
+    def wrapped(kernel, grid, *arguments, **options):
+        if kernel.__name__ == "combine_kernel":
+            place = kernel.arg_names.index("token_rows")
+            arguments = (*arguments[:place], arguments[place] % 300, *arguments[place + 1 :])
+        original(kernel, grid, *arguments, **options)
+
+    monkeypatch.setattr(host, "launch", wrapped)
+    assert "beyond 2**31 numbers it differs" in far.difference(part, asked, cpu, 16, 5000)
+
+
+COMPILE = """
+import json, sys, torch
+from dmoe.certify import serve, standard
+from dmoe.kernels import offline
+from dmoe.ops import _verdicts
+compiled = []
+original = offline.compiling
+def noting(*arguments, **options):
+    context = original(*arguments, **options)
+    class Noting:
+        def __enter__(self):
+            self.launched = context.__enter__()
+        def __exit__(self, *error):
+            compiled.extend((name, kernel.hash) for name, kernel in self.launched)
+            assert error[0] is None, error
+            return context.__exit__(*error)
+    return Noting()
+offline.compiling = noting
+for name, subject in standard.standard_subjects().items():
+    if name in sys.argv[1:]:
+        arguments = [_verdicts._described(value) for value in subject.arguments]
+        job = {"part": subject.part, "arguments": arguments, "extra": subject.extra, "launch_shapes": {}}
+        for index in range(2):
+            serve.compile_share(job, 90, index, 2)
+print(json.dumps(sorted(set(map(tuple, compiled)))))
+"""
+
+
+def test_what_a_layer_certifies_is_compiled_from_shapes_alone():
+    """In shares, for a GPU that is not here; so many kernels a first use compiles, as the package's text says."""
+    size = "H=256 F=192, 128 rows"
+    names = [f"moe_mlp{half} bfloat16, gated, {size}" for half in ("", "_backward")]
+    names += [f"router_logits{half} bfloat16, 128 experts, weight torch.float32" for half in ("", "_backward")]
+    names += [f"router_top_k{half} softmax" for half in ("", "_backward")]
+    done = _run([sys.executable, "-c", COMPILE, *names], {"TRITON_INTERPRET": "0"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    compiled = json.loads(done.stdout)
+    kernels = {name for name, _ in compiled}
+    assert {"up_kernel", "rows_kernel", "combine_kernel", "hidden_grad_kernel", "weight_grad_kernel"} <= kernels
+    assert {"router_top_k_kernel", "router_top_k_backward_kernel"} <= kernels
+    told = int(re.search(r"at most (\d+) kernels for a layer that\s+trains", dmoe.certify.__doc__)[1])
+    assert len(compiled) == told
 
 
 @interpreted
