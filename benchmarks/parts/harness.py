@@ -26,7 +26,7 @@ import dmoe
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 # Okabe and Ito's palette, told apart under every common colour blindness; yellow is left out, too pale on white.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F", "#882255")
 
 
 class CheckError(Exception):

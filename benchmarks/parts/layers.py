@@ -183,6 +183,7 @@ class Dmoe(_Module):
     """``dmoe.MoE`` without auxiliary losses: what the others compute."""
 
     coefficient = 0.0
+    backend: dmoe.config.Backend | None = None
 
     def __init__(self, case: Case, weights: dict[str, Tensor]) -> None:
         self.module = self.layer = dmoe.MoE(
@@ -192,6 +193,7 @@ class Dmoe(_Module):
             top_k=case.top_k,
             gate_normalization=1.0,
             load_balancing_coefficient=self.coefficient,
+            backend=self.backend,
             dtype=case.torch_dtype,
         )
         self.parameter = dict(self.layer.named_parameters())
@@ -207,6 +209,12 @@ class Dmoe(_Module):
             "gate_up": _grad(self.parameter["experts.gate_up_proj"]).flatten(1, 2),
             "down": _grad(self.parameter["experts.down_proj"]),
         }
+
+
+class DmoeComposed(Dmoe):
+    """The experts in PyTorch's own operations alone, as they run where no kernel of dmoe's does."""
+
+    backend = "torch"
 
 
 class DmoeWithLoss(Dmoe):
@@ -430,6 +438,7 @@ def _hugging_face(implementation: str) -> Callable[[Case, dict[str, Tensor]], Co
 CONTESTANTS: dict[str, Callable[[Case, dict[str, Tensor]], Contestant]] = {
     "dmoe": Dmoe,
     "dmoe + balance loss": DmoeWithLoss,
+    "dmoe torch": DmoeComposed,
     "expert loop": Loop,
     "sort + grouped_mm": GroupedMM,
     "HF eager": _hugging_face("eager"),
