@@ -200,9 +200,10 @@ def hidden_grad(
     if not serves(grad_out, weight, pre, grad_pre, hidden) or not grad_out.is_contiguous():
         return False
     h, f = weight.shape[-2:]
-    # As many columns as the twin's tile has: the caller has made as many rows of row_grads as there are such tiles.
-    block_n = choose("hidden_grad", 90, 2, rows.tile_rows, h, f).block_n
-    if f % 8 or h % 8 or block_n not in (128, 256) or rows.row_to_token is None:
+    # As many tiles side by side as the twin has: the caller has made a row of row_grads for each.
+    twin = choose("hidden_grad", 90, 2, rows.tile_rows, h, f).block_n
+    block_n = min(max(twin, 128), 256)
+    if f % 8 or h % 8 or math.ceil(f / block_n) != math.ceil(f / twin) or rows.row_to_token is None:
         return False
     from dmoe.kernels.gluon_hidden_grad import gluon_hidden_grad_kernel
 
