@@ -28,7 +28,8 @@ _GROUP = 8
 _STAGES = 4  # 48 KB each
 _TILE_ROWS = 128
 _ACTIVATIONS = ("silu", "relu", "gelu_tanh")  # gelu's polynomial needs more registers than there are
-_SKEW = 1  # steps that a consumer group is ahead of the other, of the four that the ring holds
+# Steps that a consumer group is ahead of the other, of the four that the ring holds. No sum has fewer, but for none.
+_SKEW = 1
 
 
 @functools.cache
@@ -76,12 +77,9 @@ def _grid(like: Tensor, rows: Rows, n: int, columns: int) -> tuple[int]:
     return (min(rows.tiles.shape[0] * math.ceil(n / columns), multiprocessors(like.device)),)
 
 
-def _common(block_n: int, steps: int) -> dict[str, int]:
-    """What all kernels are told; a group that is ahead for more steps than there are would be waited for in vain."""
-    skew = min(_SKEW, steps)
-    return {
-        "BLOCK_N": block_n, "BLOCK_K": _BLOCK_K, "GROUP": _GROUP, "SKEW": skew, "STAGES": _STAGES, "num_warps": 4
-    }  # fmt: skip
+def _common(block_n: int) -> dict[str, int]:
+    """What all kernels are told."""
+    return {"BLOCK_N": block_n, "BLOCK_K": _BLOCK_K, "SKEW": _SKEW, "STAGES": _STAGES, "num_warps": 4}
 
 
 def _width(n: int) -> int:
@@ -136,7 +134,8 @@ def up(
         F=f,
         ACTIVATION=activation,
         GATED=gated,
-        **_common(block_n, math.ceil(h / _BLOCK_K)),
+        GROUP=_GROUP,
+        **_common(block_n),
     )
     return True
 
@@ -175,7 +174,8 @@ def multiply_rows(
         K=k,
         N=n,
         B_ROWS=not trans_b,
-        **_common(block_n, math.ceil(k / _BLOCK_K)),
+        GROUP=_GROUP,
+        **_common(block_n),
     )
     return True
 
@@ -230,7 +230,8 @@ def hidden_grad(
         ACTIVATION=activation,
         GATED=gated,
         WEIGHED=weighed,
-        **_common(block_n, math.ceil(h / _BLOCK_K)),
+        GROUP=_GROUP,
+        **_common(block_n),
     )
     return True
 
@@ -251,8 +252,6 @@ def weight_grad(
 
     block_n = _width(n)
     sums = experts * math.ceil(m / _TILE_ROWS) * math.ceil(n / block_n)
-    options = _common(block_n, 0)
-    del options["GROUP"], options["SKEW"]
     launch(
         gluon_weight_grad_kernel,
         (min(sums, multiprocessors(a.device)),),
@@ -272,6 +271,6 @@ def weight_grad(
         GATHER_A=gather_a,
         GATHER_B=gather_b,
         ACCUMULATE=accumulate,
-        **options,
+        **_common(block_n),
     )
     return True

@@ -120,11 +120,11 @@ def multiply(
     """``acc`` plus ``steps`` steps of the ring, and how many steps there have been. Leaves every stage released.
 
     A stage is released when its wgmma has retired, which is known one step later: one is always in flight. With SKEW,
-    group 1 begins its first tile when group 0 has done that many steps, and as both then go at the same rate they keep
-    that distance: the epilogue of one runs beside the products of the other.
+    group 1 begins its first tile when group 0 has done that many steps (there must be as many, if there are any). Both
+    then go at the same rate and keep that distance: the epilogue of one runs beside the products of the other.
     """
     if SKEW > 0 and HALF == 1:
-        mbarrier.wait(turn.index(0), 0)
+        mbarrier.wait(turn.index(0), 0, pred=steps > 0)
     for step in range(steps):
         stage = done % STAGES
         mbarrier.wait(full.index(stage), (done // STAGES) & 1)

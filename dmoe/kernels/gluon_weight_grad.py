@@ -106,6 +106,7 @@ def _sum_consumer(
     ACCUMULATE: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
+    SKEW: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     num_n: gl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -119,7 +120,7 @@ def _sum_consumer(
         acc = gl.zeros((64, BLOCK_N), gl.float32, layout)
         steps = (end - begin + BLOCK_K - 1) // BLOCK_K
         acc, done = multiply(
-            acc, a_s, b_s, full, empty, turn, done, steps, HALF, (BLOCK_K, BLOCK_N), True, True, True, 0, STAGES
+            acc, a_s, b_s, full, empty, turn, done, steps, HALF, (BLOCK_K, BLOCK_N), True, True, True, SKEW, STAGES
         )
         rows = tile // num_n * 128 + HALF * 64 + gl.arange(0, 64, PANEL_ROWS)
         starts = out + (expert.to(gl.int64) * EXPERT_ROWS + rows)[:, None] * STRIDE
@@ -156,6 +157,7 @@ def gluon_weight_grad_kernel(
     ACCUMULATE: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
+    SKEW: gl.constexpr,
     STAGES: gl.constexpr,
     num_warps: gl.constexpr,
 ):
@@ -170,9 +172,9 @@ def gluon_weight_grad_kernel(
     gl.warp_specialize(
         [
             (_sum_consumer, (out, expert_offsets, experts_by_load, num_sums, a_s, b_s, full, empty, turn, 0, M, N,
-                             EXPERT_ROWS, STRIDE, ACCUMULATE, BLOCK_N, BLOCK_K, STAGES)),
+                             EXPERT_ROWS, STRIDE, ACCUMULATE, BLOCK_N, BLOCK_K, SKEW, STAGES)),
             (_sum_consumer, (out, expert_offsets, experts_by_load, num_sums, a_s, b_s, full, empty, turn, 1, M, N,
-                             EXPERT_ROWS, STRIDE, ACCUMULATE, BLOCK_N, BLOCK_K, STAGES)),
+                             EXPERT_ROWS, STRIDE, ACCUMULATE, BLOCK_N, BLOCK_K, SKEW, STAGES)),
             (_gathering_producer, (a, b, expert_offsets, experts_by_load, row_to_token, num_sums, a_s, b_s, full, empty,
                                    M, N, A_STRIDE, B_STRIDE, GATHER_A, GATHER_B, BLOCK_N, BLOCK_K, STAGES)),
         ],

@@ -5,10 +5,10 @@ from __future__ import annotations
 import gluon_emulator
 import pytest
 import torch
+from gluon_calls import make_call, with_slots
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from dmoe.ops._moe_mlp_call import Call
 from dmoe.ops.moe_mlp import moe_mlp_cuda
 from dmoe.ops.moe_mlp_cuda import moe_mlp_backward_cuda
 from dmoe.ops.moe_mlp_ref import moe_mlp_backward_ref, moe_mlp_ref
@@ -26,36 +26,6 @@ def _three_multiprocessors(monkeypatch):
     """Asked for; and few programs, so that each walks several tiles."""
     monkeypatch.setenv("DMOE_GLUON", "1")
     monkeypatch.setattr(gluon_moe_mlp, "multiprocessors", lambda device: 3)
-
-
-def make_call(seed=0, counts=(0, 150, 3, 128), hidden=136, ffn=72, gated=True, bias=False, holes=0, **fields):
-    """A call in float16 whose experts have ``counts`` rows, of which ``holes`` hold no token, and T = 90 tokens."""
-    torch.manual_seed(seed)
-    tokens, experts = 90, len(counts)
-    rows = sum(counts)
-    bound = rows + 40  # rows behind the last expert's
-    offsets = torch.tensor([0, *counts]).cumsum(0).int()
-    row_to_token = torch.full((bound,), -1)
-    row_to_token[:rows] = torch.randint(tokens, (rows,))
-    row_to_token[torch.randperm(rows)[:holes]] = -1
-    real = (row_to_token >= 0).nonzero().squeeze(1)
-    order = real[row_to_token[real].argsort(stable=True)]  # rows by token
-    token_offsets = torch.bincount(row_to_token[real], minlength=tokens).cumsum(0)
-    token_offsets = torch.cat([torch.zeros(1, dtype=torch.long), token_offsets])
-    row_to_slot = torch.zeros(bound, dtype=torch.long)
-    row_to_slot[order] = torch.arange(len(order)) - token_offsets[row_to_token[order]]
-    tiles, by_load = tile_table(offsets, bound, 128)
-    half, halves = torch.float16, (2,) if gated else ()
-
-    def normal(*shape, scale=1.0):
-        return (torch.randn(shape) * scale).to(half)
-
-    return Call(
-        normal(tokens, hidden), torch.rand(len(order)), normal(experts, *halves, ffn, hidden, scale=hidden**-0.5),
-        normal(experts, hidden, ffn, scale=ffn**-0.5), normal(experts, *halves, ffn) if bias else None,
-        normal(experts, hidden) if bias else None, offsets, row_to_token.int(), row_to_slot.int(), token_offsets.int(),
-        order.int(), None, [], fields.pop("activation", "silu"), gated, "output", 0.0, 0.0, None, tiles, by_load, 128,
-    )._replace(**fields)  # fmt: skip
 
 
 def check(call, seed=0, changes=None, kernels=OURS):
@@ -118,7 +88,7 @@ def test_nan_in_rows_that_do_not_count_does_not_leak():
     used = call.row_to_token[:rows]
     x, grad = call.x.clone(), torch.randn_like(call.x)
     call = call._replace(row_to_token=torch.where(call.row_to_token == 0, 1, call.row_to_token), x=x)
-    call = make_with_slots(call)
+    call = with_slots(call)
     x[0] = torch.nan  # what rows of no token read
     grad[0] = torch.nan
     with gluon_emulator.emulating():
@@ -137,17 +107,6 @@ def test_nan_in_rows_that_do_not_count_does_not_leak():
         moe_mlp.weight_grad(a, b, out, index)
     assert names == ["gluon_weight_grad_kernel"]
     assert not out.isnan().any()
-
-
-def make_with_slots(call):
-    """The call with the indices by token made anew from ``row_to_token``."""
-    token = call.row_to_token.long()
-    real = (token >= 0).nonzero().squeeze(1)
-    order = real[token[real].argsort(stable=True)]
-    offsets = torch.cat([torch.zeros(1, dtype=torch.long), torch.bincount(token[real], minlength=90).cumsum(0)])
-    slots = torch.zeros_like(token)
-    slots[order] = torch.arange(len(order)) - offsets[token[order]]
-    return call._replace(token_offsets=offsets.int(), row_to_slot=slots.int(), token_rows=order.int())
 
 
 def test_main_grads_are_added_to():
@@ -177,6 +136,7 @@ BROKEN = {
         {"multiply": ("pred=step > 0", "pred=step > 1")}, "deadlock"),
     "the last stage is not released": (
         {"multiply": ("pred=steps > 0", "pred=False")}, "deadlock"),
+    "the second group is never let in": ({"multiply": ("pred=done == SKEW", "pred=done == 999")}, "deadlock"),
     "a stage is released while it is read": (
         {"multiply": ("empty.index((done + STAGES - 1) % STAGES), count=1, pred=step > 0",
                       "empty.index(done % STAGES), count=1, pred=step >= 0")}, "may still be reading|arrivals"),

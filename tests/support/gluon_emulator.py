@@ -428,7 +428,9 @@ class Language:
         else:
             group.fenced |= group.known.copies
 
-    def _wait(self, view, phase):
+    def _wait(self, view, phase, pred=True):
+        if not pred:
+            return
         barrier = self._barrier(view)
         self.machine.pause(lambda: barrier.phase & 1 != phase)
         self.machine.current.known.learn(barrier.come)
