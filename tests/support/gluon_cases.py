@@ -17,5 +17,7 @@ CASES = {
     "nothing divides, plain, bias, main_grad, float16": functools.partial(
         expert_mlp, hidden=1048, ffn=776, gated=False, bias=True, main_grad=True, dtype=torch.float16, activation="relu"
     ),
+    "narrow": functools.partial(expert_mlp, hidden=128, ffn=96),
+    "narrow, plain": functools.partial(expert_mlp, hidden=96, ffn=128, gated=False, activation="relu"),
     "gelu_tanh, bias": functools.partial(expert_mlp, bias=True, activation="gelu_tanh"),
 }
