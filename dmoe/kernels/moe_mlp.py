@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from dmoe.kernels import gluon_moe_mlp as gluon
 from dmoe.kernels._launch import capability, launch, multiprocessors
 from dmoe.kernels.combine import combine_kernel
 from dmoe.kernels.configs import Config, choose
@@ -153,6 +154,9 @@ def up(
 
     ``weights`` is ``(E, F, H)``; gated, two of them that lie alike, gate and up, or one ``(E, 2 F, H)``.
     """
+    plain = gate_weight_on == "output" and not dropout.p
+    if gluon.up(x, weights, bias, pre, hidden, rows, gated, activation, plain):
+        return
     apart = len(weights) == 2
     *gate, weight = (_Operand.of(each) for each in weights)
     h, f = weights[0].shape[2], weights[0].shape[1] // (1 if apart or not gated else 2)
@@ -230,6 +234,8 @@ def multiply_rows(
         dropout: of the result.
         x, dots: fill ``dots`` (:func:`num_columns` of them, R) with ``<out[r], x[token of r]>`` in parts.
     """
+    if gluon.multiply_rows(a, weight, out, rows, trans_b, bias, dots is None and not (dropout and dropout.p)):
+        return
     weights = (weight,) if isinstance(weight, Tensor) else tuple(weight)
     first, *second = (_Operand.of(each, k_rows=not trans_b) for each in weights)
     k, n = a.shape[1] // len(weights), out.shape[1]
@@ -311,6 +317,9 @@ def hidden_grad(
 
     ``grad_out`` is ``(T, H)`` to be gathered, or already ``(R, H)``.
     """
+    plain, kept = gather and not dropout.p, (pre, gate_weights, grad_pre, hidden, row_grads)
+    if gluon.hidden_grad(grad_out, weight, *kept, rows, gated, activation, weighed, plain):
+        return
     h, f = weight.shape[-2:]
     config = _config(hidden_grad_name(dropout, weight), grad_out, rows.tile_rows, h, f)
     operand = _Operand.of(weight, k_rows=True)
@@ -375,6 +384,8 @@ def weight_grad(
         gate_weights: multiply rows of ``a`` by these; None for 1.
         accumulate: add to ``out`` instead of overwriting it.
     """
+    if gluon.weight_grad(a, b, out, rows, gather_a, gather_b, accumulate, gate_weights is None):
+        return
     if is_transposed(out):  # that of outer(b, a), the weight being part of either
         a, b, gather_a, gather_b, out = b, a, gather_b, gather_a, out.mT
     m, n = a.shape[1], b.shape[1]

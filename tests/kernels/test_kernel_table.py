@@ -69,6 +69,7 @@ def test_table_names_every_kernel_and_every_case():
 
     recorded = json.loads(kernel_table.TABLE.read_text())
     sources = (kernel_table.ROOT / "dmoe" / "kernels").glob("*.py")
+    sources = [path for path in sources if not path.name.startswith("gluon_")]  # these have a table of their own
     calls = [node for path in sources for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
     first = [call.args[0] for call in calls if isinstance(call.func, ast.Name) and call.func.id == "launch"]
     kernels = {argument.id for argument in first if isinstance(argument, ast.Name)}
