@@ -12,6 +12,8 @@ from dmoe.ops import moe_mlp_cuda
 
 configs = pytest.importorskip("dmoe.kernels.configs")
 import dmoe.kernels.moe_mlp as kernels  # noqa: E402  # needs Triton
+import dmoe.kernels.moe_mlp_rows as row_kernels  # noqa: E402
+import dmoe.kernels.operands as operands  # noqa: E402
 
 BF16 = torch.bfloat16
 
@@ -19,9 +21,14 @@ BF16 = torch.bfloat16
 def launches(monkeypatch, capability=90, **options):
     """Kernel name, grid and options of every launch of forward and backward."""
     recorded = []
-    monkeypatch.setattr(kernels, "launch", lambda k, grid, *_, **options: recorded.append((k.__name__, grid, options)))
-    monkeypatch.setattr(kernels, "capability", lambda device: capability)
-    monkeypatch.setattr(kernels, "multiprocessors", lambda device: 100)
+
+    def record(kernel, grid, *_, **options):
+        recorded.append((kernel.__name__, grid, options))
+
+    for module in (kernels, row_kernels):
+        monkeypatch.setattr(module, "launch", record)
+    monkeypatch.setattr(operands, "capability", lambda device: capability)
+    monkeypatch.setattr(operands, "multiprocessors", lambda device: 100)
     expert_mlp(**{"tokens": 4096, "hidden": 1024, "ffn": 512, "experts": 16, "top_k": 4, **options})
     return recorded
 
@@ -40,9 +47,9 @@ def launches(monkeypatch, capability=90, **options):
     ],
 )
 def test_copy_engine_serves_what_it_can(monkeypatch, dtype, columns, shift, capability, there):
-    monkeypatch.setattr(kernels, "capability", lambda device: capability)
+    monkeypatch.setattr(operands, "capability", lambda device: capability)
     matrix = torch.empty(3 * 32 * columns + 64, dtype=dtype)[shift : shift + 3 * 32 * columns].view(-1, columns)
-    descriptor = kernels._descriptor(matrix, 16, 32)
+    descriptor = operands.copy_descriptor(matrix, 16, 32)
     assert (descriptor is not None) == there
     if descriptor is not None:
         assert descriptor.block_shape == [16, 32]
@@ -126,8 +133,8 @@ def test_tf32_only_where_torch_allows_it(monkeypatch):
     try:
         for setting in ("tf32", "ieee"):
             matmul.fp32_precision = setting
-            assert kernels._precision(wide) == setting
-            assert kernels._precision(half) == "ieee"
+            assert operands.precision(wide) == setting
+            assert operands.precision(half) == "ieee"
     finally:
         matmul.fp32_precision = before
 

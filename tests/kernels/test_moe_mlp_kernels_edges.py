@@ -217,7 +217,8 @@ def test_no_token_and_one_and_no_row(tokens, capacity):
 @pytest.mark.parametrize("weighed", [False, True])
 def test_combine_of_rows_wider_than_a_block(weighed):
     """Integers, so exactly; tokens of 0 to 5 assignments, one dropped, three parts of the gate weights' gradient."""
-    from dmoe.kernels.moe_mlp import Rows, combine
+    from dmoe.kernels.moe_mlp_rows import combine
+    from dmoe.kernels.operands import Rows
 
     torch.manual_seed(0)
     width, offsets = 1500, torch.tensor([0, 2, 2, 3, 8], dtype=torch.int32)

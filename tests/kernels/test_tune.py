@@ -21,10 +21,10 @@ def test_entries_are_what_the_layer_looks_up(monkeypatch, tokens, gated):
     from kernel_cases import expert_mlp
     from kernel_table import counting
 
-    import dmoe.kernels.moe_mlp as kernels
+    import dmoe.kernels.operands as operands
 
     asked = set()
-    monkeypatch.setattr(kernels, "choose", lambda *key: asked.add(configs.key(*key)) or configs.choose(*key))
+    monkeypatch.setattr(operands, "choose", lambda *key: asked.add(configs.key(*key)) or configs.choose(*key))
     with counting():
         expert_mlp(tokens=tokens, hidden=1024, ffn=512, experts=16, top_k=4, gated=gated)
     entries = tune.kernels_of((tokens, *SHAPE[1:]), 90, gated=gated)

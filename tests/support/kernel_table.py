@@ -14,8 +14,9 @@ import json
 import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
+
+import machine_code
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = Path(__file__).with_suffix(".json")
@@ -45,25 +46,26 @@ def counting():
         yield names
 
 
-def resources(compiled) -> dict:
-    """Registers and bytes of local memory (spills) per thread, dynamic shared memory per program, features."""
-    from triton.backends import nvidia
-
-    cuobjdump = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        told = subprocess.run(
-            [cuobjdump, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
-        ).stdout
+def resources(compiled, arch: int) -> dict:
+    """Registers and bytes of local memory (spills) per thread, dynamic shared memory per program; ``ctas``, how many
+    programs a multiprocessor holds; ``steps``, instructions a step of the main loop (see
+    :func:`machine_code.main_loop`), if it has one; and features.
+    """
+    told = machine_code.told_about(compiled.asm["cubin"], "cuobjdump", "--dump-resource-usage")
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", told)}
-    ptx = compiled.asm["ptx"]
+    step = machine_code.main_loop(machine_code.told_about(compiled.asm["cubin"], "nvdisasm", "-c"))
+    ptx, metadata = compiled.asm["ptx"], compiled.metadata
+    uses = [name for name, mark in FEATURES.items() if mark in ptx]
     return {
         "registers": usage["REG"],
         "spilled": usage["STACK"] + usage["LOCAL"],
-        "shared": compiled.metadata.shared,
-        "warps": compiled.metadata.num_warps,
-        "uses": sorted(name for name, mark in FEATURES.items() if mark in ptx),
+        "shared": metadata.shared,
+        "warps": metadata.num_warps,
+        "ctas": machine_code.side_by_side(
+            arch, usage["REG"], metadata.num_warps, metadata.shared, getattr(metadata, "tmem_size", 0) or 0
+        ),
+        "steps": step and len(step),
+        "uses": sorted([*uses, "one by one"] if step and machine_code.one_by_one(step) else uses),
     }
 
 
@@ -83,7 +85,7 @@ def table_of(arch: int, only: str = "") -> dict:
         for kernel, compiled in launched:
             digest = hashlib.sha256(compiled.asm["cubin"]).hexdigest()
             if digest not in seen:
-                seen[digest] = resources(compiled)
+                seen[digest] = resources(compiled, arch)
             rows.append({"kernel": kernel, **seen[digest]})
         table[name] = rows
     return table
