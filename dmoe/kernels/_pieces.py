@@ -7,7 +7,7 @@ import triton.language as tl
 
 ACTIVATION_DROPOUT = tl.constexpr(0)  # the streams of dmoe/ops/philox.py
 EXPERT_DROPOUT = tl.constexpr(1)
-SHORT_SIGMOID = tl.constexpr(not triton.knobs.runtime.interpret)  # the interpreter knows no PTX
+PTX = tl.constexpr(not triton.knobs.runtime.interpret)  # the interpreter knows none
 
 
 @triton.jit
@@ -175,12 +175,12 @@ def part_of(tile, INDEX: tl.constexpr, PARTS: tl.constexpr, M: tl.constexpr, N: 
 
 @triton.jit
 def _sigmoid(x, SHORT: tl.constexpr):
-    """``1 / (1 + exp(-x))``; SHORT in four instructions, good to some 2e-6 of itself, which 16 bits do not see.
+    """``1 / (1 + exp(-x))``; SHORT in four instructions, good to 2^-20 + |x| 2^-23 of itself: 16 bits do not see it.
 
     A quarter of an epilogue is this function: dividing as IEEE wants it, and exponentials below the normal range, take
     ten more. ``tanh.approx`` would be shorter still, but is good to 2^-11 of 1: sigmoid(-8) is a third of that.
     """
-    if SHORT:
+    if SHORT and PTX:
         s = tl.inline_asm_elementwise(
             """{
             .reg .f32 t;
@@ -219,7 +219,8 @@ def act_slope(x, ACTIVATION: tl.constexpr, SHORT: tl.constexpr = False):
     """The activation and its derivative. SHORT for results of 16 bits."""
     if ACTIVATION == "silu":
         s = _sigmoid(x, SHORT)
-        value, slope = x * s, s * (1.0 + x * (1.0 - s))
+        # Behind 100 it is 1, and a short reciprocal's last bit should not be multiplied by a large number.
+        value, slope = x * s, s * (1.0 + (tl.minimum(x, 100.0) if SHORT else x) * (1.0 - s))
     elif ACTIVATION == "relu":
         off = x <= 0.0  # NaN stays NaN
         slope = (off == 0).to(tl.float32)
@@ -227,6 +228,11 @@ def act_slope(x, ACTIVATION: tl.constexpr, SHORT: tl.constexpr = False):
     elif ACTIVATION == "gelu":
         cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
         value, slope = x * cdf, cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+    elif SHORT:
+        s = _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x), True)
+        value = x * s
+        x = tl.minimum(tl.maximum(x, -16.0), 8.0)  # s is 0 or 1 there, and its last bit stays small
+        slope = s + x * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
     else:
         z = 1.5957691216057308 * (x + 0.044715 * x * x * x)
         e = tl.exp(-tl.abs(z))

@@ -7,7 +7,6 @@ import triton.language as tl
 
 from dmoe.kernels._pieces import (
     ACTIVATION_DROPOUT,
-    SHORT_SIGMOID,
     act,
     act_slope,
     count_tiles,
@@ -74,7 +73,7 @@ def up_kernel(
     even_n: tl.constexpr = F % BLOCK_N == 0
     num_columns: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
     parts: tl.constexpr = 2 if GATED else 1
-    short: tl.constexpr = SHORT_SIGMOID and x.dtype.element_ty != tl.float32
+    short: tl.constexpr = x.dtype.element_ty != tl.float32
     num_tiles = count_tiles(expert_offsets, num_experts, most_tiles, BLOCK_M)
     for index in tl.range(tl.program_id(0), num_tiles * num_columns, tl.num_programs(0), flatten=FLATTEN):
         position, column = place(index, num_tiles, num_columns, GROUP)
@@ -205,7 +204,7 @@ def _back_through_activation(
 ):
     """Stores the pre-activation's gradient and the activation again; returns ``row_grad`` with these columns added."""
     parts: tl.constexpr = 2 if GATED else 1
-    short: tl.constexpr = SHORT_SIGMOID and pre.dtype.element_ty != tl.float32
+    short: tl.constexpr = pre.dtype.element_ty != tl.float32
     columns = column + tl.arange(0, COLUMNS)
     inside = inside_of(columns, F, COLUMNS, EVEN)
     mask = stored[:, None] & inside[None, :]

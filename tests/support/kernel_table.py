@@ -1,8 +1,8 @@
 """Compiles what the host code launches (:mod:`dmoe.kernels.offline`), and reads what the compiler made of it.
 
-``python tests/support/kernel_table.py --arch 90`` prints the table of one architecture as JSON; ``--write`` renews the
-committed one, ``kernel_table.json`` beside it, for all. One process compiles for one architecture only: a kernel that
-uses Hopper's instructions can take the whole process down when compiled for another.
+``python tests/support/kernel_table.py --arch 90`` prints the table of one architecture as JSON. ``--write`` renews what
+the committed one, ``kernel_table.json`` beside it, says of the running Triton, for all. One process compiles for one
+architecture only: a kernel that uses Hopper's instructions can take the whole process down when compiled for another.
 """
 
 from __future__ import annotations
@@ -91,6 +91,17 @@ def table_of(arch: int, only: str = "") -> dict:
     return table
 
 
+def recorded() -> dict:
+    """The committed table: {version of Triton: {architecture: {case: rows}}}."""
+    return json.loads(TABLE.read_text())
+
+
+def as_text(table: dict) -> str:
+    """As it is committed: a line for each kernel, so that a diff reads well."""
+    text = json.dumps(table, indent=1, sort_keys=False)
+    return re.sub(r"\{\s*(\"kernel\"[^{}]*?)\s*\}", lambda row: "{" + re.sub(r"\s+", " ", row[1]) + "}", text) + "\n"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", type=int, choices=ARCHITECTURES)
@@ -107,7 +118,7 @@ def main():
         return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT).stdout)
 
     table = {f"sm_{arch}": one(arch) for arch in ARCHITECTURES}
-    TABLE.write_text(json.dumps({"triton": triton.__version__, **table}, indent=1) + "\n")
+    TABLE.write_text(as_text({**recorded(), triton.__version__: table}))
 
 
 if __name__ == "__main__":
