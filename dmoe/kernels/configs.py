@@ -69,7 +69,7 @@ _PORTABLE = {
     "up_gated": Config(64, 32, 8, 4),
     "down": Config(128, 32, 8, 4),
     "hidden_grad": Config(64, 32, 8, 4, parts=2),
-    "hidden_grad_dropout": Config(64, 32, 8, 4, parts=2),
+    "hidden_grad_dropout": Config(64, 32, 8, 4, parts=4),
     "row_grad": Config(128, 32, 8, 4),
     "weight_grad": Config(128, 32, 8, 4, parts=2),
 }

@@ -41,7 +41,7 @@ def main_loop(sass: str) -> list[str] | None:
     round it: from a product along jumps, taken or not, back to the same product, every instruction on the way once. A
     simple loop is one stretch of code between a label and the jump back to it, and this is that stretch; where the loop
     over tiles is fused into it, what happens only between two tiles lies beside that way, and so does waiting. Where
-    the assembler unrolled the loop, several steps count as one.
+    the assembler unrolled the loop, several steps count as one, or all of a tile's.
     """
     blocks = _blocks(sass)
     ways = [_way_round(blocks, name) for name, (code, _) in blocks.items() if any(_PRODUCT.search(c) for c in code)]
