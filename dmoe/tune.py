@@ -31,26 +31,40 @@ Entries = dict[str, tuple[str, configs.Config]]  # by name in the table: the ker
 
 
 def candidates(config: configs.Config, kernel: str) -> list[configs.Config]:
-    """Launch shapes around a given one, each once, the given one first."""
-    found = [config]
-    for block_n, warps in ((64, 4), (128, 4), (128, 8), (256, 8), (256, 16)):
-        for block_k in (32, 64, 128):
-            for stages in (3, 4, 5):
-                parts = max(1, min(8, block_n // 32))
-                found.append(
-                    dataclasses.replace(
-                        config, block_n=block_n, block_k=block_k, num_warps=warps, num_stages=stages, parts=parts
-                    )
-                )
-    for group in (4, 16):
-        found.append(dataclasses.replace(config, group=group))
-    if kernel != "weight_grad":
-        found.append(dataclasses.replace(config, flatten=True))
-        # Two programs on a multiprocessor: one multiplies while the other stores. Each has half of the shared memory.
-        for block_k, stages in ((64, 3), (32, 4), (32, 5)):
-            half = dataclasses.replace(config, block_n=128, block_k=block_k, num_warps=4, num_stages=stages, parts=4)
-            found += [dataclasses.replace(half, programs=2), dataclasses.replace(half, programs=2, flatten=True)]
-    return list(dict.fromkeys(found))
+    """Some six launch shapes, each once, the given one first: what the machine code leaves open, and no more.
+
+    What cannot fit in the registers, as two programs of four warps with 128 rows, is not among them.
+    """
+
+    def like(**fields: Any) -> configs.Config:
+        return dataclasses.replace(config, **fields)
+
+    if kernel == "weight_grad":
+        small = {"block_n": 128, "parts": 2}
+        found = [like(num_stages=5), like(**small), like(**small, num_stages=5), like(**small, num_stages=9)]
+        found.append(like(**small, num_stages=5, maxnreg=128))  # two of them fit on a multiprocessor
+        return list(dict.fromkeys([config, *found]))
+    found = [like(group=4), like(group=16), like(flatten=not config.flatten)]
+    if config.num_warps == 4:  # tiles of few rows: registers and shared memory enough for more programs
+        found += [like(programs=3 - config.programs), like(num_stages=3), like(block_n=64, parts=4)]
+    else:
+        # Two programs on a multiprocessor: one multiplies while the other stores. Each has half of the shared memory,
+        # and half of the registers: 128 a thread with eight warps.
+        halved = {"num_warps": 8, "num_stages": 3, "programs": 2, "maxnreg": 128}
+        whole = {"num_warps": 8, "num_stages": 4, "programs": 1, "maxnreg": None}
+        gated, back = kernel == "up_gated", kernel.startswith("hidden_grad")
+        found.append(like(block_n=64 if gated else 128, parts=8 if back else 4, flatten=True, **halved))
+        if back:  # the long epilogue of a wide tile needs twice the warps
+            whole["num_warps"] = 16
+        found.append(like(block_n=128 if gated else 256, parts=8 if back else 4, **whole))
+    return [config, *(c for c in dict.fromkeys(found) if c != config and _fits(c, gated=kernel == "up_gated"))]
+
+
+def _fits(config: configs.Config, *, gated: bool) -> bool:
+    """Whether the sums, and some 40 registers beside them, fit in what a thread may have."""
+    rows = 64 if config.num_warps == 4 else 128
+    sums = rows * config.block_n * (2 if gated else 1) // (32 * config.num_warps)
+    return sums + 40 <= min(255, 64 * 1024 // (32 * config.num_warps * config.programs), config.maxnreg or 255)
 
 
 def kernels_of(shape: tuple[int, ...], capability: int, gated: bool) -> Entries:

@@ -7,6 +7,7 @@ import triton.language as tl
 
 ACTIVATION_DROPOUT = tl.constexpr(0)  # the streams of dmoe/ops/philox.py
 EXPERT_DROPOUT = tl.constexpr(1)
+PTX = tl.constexpr(not triton.knobs.runtime.interpret)  # the interpreter knows none
 
 
 @triton.jit
@@ -17,6 +18,21 @@ def place(index, num_tiles, num_columns, GROUP: tl.constexpr):
     size = tl.minimum(num_tiles - first, GROUP)
     within = index % per_group
     return first + within % size, within // size
+
+
+@triton.jit
+def count_tiles(expert_offsets, num_experts, most, BLOCK_M: tl.constexpr):
+    """How many tiles of the table have rows: ``most``, its length, is a bound that shapes alone give.
+
+    Counted again by every program: one read of the offsets, in chunks whose size does not depend on their number.
+    """
+    total = 0
+    for start in range(0, num_experts, 1024):
+        expert = start + tl.arange(0, 1024)
+        real = expert < num_experts
+        end = tl.load(expert_offsets + expert + 1, mask=real, other=0)
+        total += tl.sum(tl.cdiv(end - tl.load(expert_offsets + expert, mask=real, other=0), BLOCK_M))
+    return tl.minimum(total, most)
 
 
 @triton.jit
@@ -94,11 +110,28 @@ def operand_tile(
 
 
 @triton.jit
+def inside_of(columns, end, SIZE: tl.constexpr, EVEN: tl.constexpr):
+    """Which of the columns ``(SIZE,)`` are in front of the end; a constant where all must be, and no comparison."""
+    return tl.full((SIZE,), 1, tl.int1) if EVEN else columns < end
+
+
+@triton.jit
 def rows_tile(pointers, columns, column_end, EVEN: tl.constexpr):
     """Columns of rows given by pointers to their beginnings, ``(M, 1)``; zeros behind the end, unless it is even."""
     if EVEN:
         return tl.load(pointers + columns[None, :])
     return tl.load(pointers + columns[None, :], mask=(columns < column_end)[None, :], other=0.0)
+
+
+@triton.jit
+def tokens_again(row_to_token, rows, stored):
+    """Token of each row, 0 where it holds none, and whether it holds one: for an epilogue.
+
+    The loop before it has read them, too, with another value for rows that are not there: so the compiler keeps them
+    apart, and none of this in registers through the loop.
+    """
+    token = tl.load(row_to_token + rows, mask=stored, other=-1)
+    return tl.maximum(token, 0), token >= 0
 
 
 @triton.jit
@@ -109,8 +142,14 @@ def row_values(gate_weights, row_to_slot, token_offsets, rows, token, real):
 
 
 @triton.jit
+def halves(tile, M: tl.constexpr, N: tl.constexpr):
+    """Left and right half of a tile's columns."""
+    return tl.split(tl.permute(tl.reshape(tile, (M, 2, N // 2)), (0, 2, 1)))
+
+
+@triton.jit
 def _half(tile, RIGHT: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    left, right = tl.split(tl.permute(tl.reshape(tile, (M, 2, N // 2)), (0, 2, 1)))
+    left, right = halves(tile, M, N)
     return right if RIGHT else left
 
 
@@ -135,25 +174,53 @@ def part_of(tile, INDEX: tl.constexpr, PARTS: tl.constexpr, M: tl.constexpr, N: 
 
 
 @triton.jit
-def act(x, ACTIVATION: tl.constexpr):
-    """The activation; see ``dmoe/ops/activation.py``."""
+def _sigmoid(x, SHORT: tl.constexpr):
+    """``1 / (1 + exp(-x))``; SHORT in four instructions, good to 2^-20 + |x| 2^-23 of itself: 16 bits do not see it.
+
+    A quarter of an epilogue is this function: dividing as IEEE wants it, and exponentials below the normal range, take
+    ten more. ``tanh.approx`` would be shorter still, but is good to 2^-11 of 1: sigmoid(-8) is a third of that.
+    """
+    if SHORT and PTX:
+        s = tl.inline_asm_elementwise(
+            """{
+            .reg .f32 t;
+            mul.f32 t, $1, 0fBFB8AA3B;  // -1 / ln 2
+            ex2.approx.ftz.f32 t, t;
+            add.f32 t, t, 0f3F800000;
+            rcp.approx.ftz.f32 $0, t;
+            }""",
+            "=f,f",
+            [x],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        s = tl.sigmoid(x)
+    return s
+
+
+@triton.jit
+def act(x, ACTIVATION: tl.constexpr, SHORT: tl.constexpr = False):
+    """The activation; see ``dmoe/ops/activation.py``. SHORT for results of 16 bits."""
     if ACTIVATION == "silu":
-        value = x * tl.sigmoid(x)
+        value = x * _sigmoid(x, SHORT)
     elif ACTIVATION == "relu":
         value = tl.where(x < 0.0, 0.0, x)  # NaN stays NaN
     elif ACTIVATION == "gelu":
         value = x * 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
     else:  # gelu_tanh: (1 + tanh z) / 2 is sigmoid(2 z)
-        value = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        value = x * _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x), SHORT)
     return value
 
 
 @triton.jit
-def act_slope(x, ACTIVATION: tl.constexpr):
-    """The activation and its derivative."""
+def act_slope(x, ACTIVATION: tl.constexpr, SHORT: tl.constexpr = False):
+    """The activation and its derivative. SHORT for results of 16 bits."""
     if ACTIVATION == "silu":
-        s = tl.sigmoid(x)
-        value, slope = x * s, s * (1.0 + x * (1.0 - s))
+        s = _sigmoid(x, SHORT)
+        # Behind 100 it is 1, and a short reciprocal's last bit should not be multiplied by a large number.
+        value, slope = x * s, s * (1.0 + (tl.minimum(x, 100.0) if SHORT else x) * (1.0 - s))
     elif ACTIVATION == "relu":
         off = x <= 0.0  # NaN stays NaN
         slope = (off == 0).to(tl.float32)
@@ -161,6 +228,11 @@ def act_slope(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu":
         cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
         value, slope = x * cdf, cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+    elif SHORT:
+        s = _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x), True)
+        value = x * s
+        x = tl.minimum(tl.maximum(x, -16.0), 8.0)  # s is 0 or 1 there, and its last bit stays small
+        slope = s + x * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
     else:
         z = 1.5957691216057308 * (x + 0.044715 * x * x * x)
         e = tl.exp(-tl.abs(z))

@@ -14,7 +14,7 @@ from dmoe.kernels._launch import launch
 from dmoe.kernels._pieces import ACTIVATION_DROPOUT, EXPERT_DROPOUT, act, act_slope, dropout_scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_blocks"])
 def _block_activation(
     pre,
     bias,

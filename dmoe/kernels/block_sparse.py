@@ -25,7 +25,7 @@ from dmoe.kernels._launch import capability, launch
 _GROUP = 8  # row blocks that programs running side by side share, so that both factors stay in L2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_blocks", "column_blocks", "blocks", "per_matrix"])
 def _block_sdd(
     a,
     b,
@@ -92,7 +92,7 @@ def _block_sdd(
             tl.store(out_at, tl.zeros((TILE, TILE), dtype=out.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_blocks", "dense_per_matrix", "out_per_matrix"])
 def _block_spmm(
     data,
     dense,

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_parts", "num_assignments"])
 def combine_kernel(
     rows,  # (R, H)
     gate_weights,  # (N,) float32, with WEIGHED

@@ -28,6 +28,7 @@ class Config:
         programs: persistent programs on each multiprocessor.
         parts: pieces (1, 2, 4, 8) that an epilogue takes a tile's columns in, so that it fits in the registers.
         flatten: let a persistent program fetch its next tile's first steps while it finishes the last one.
+        maxnreg: the most registers of a thread, so that ``programs`` fit; None for as many as the compiler likes.
     """
 
     block_n: int
@@ -39,6 +40,7 @@ class Config:
     programs: int = 1
     parts: int = 1
     flatten: bool = False
+    maxnreg: int | None = None
 
 
 # For 16-bit numbers and tiles of 128 rows, by family. up counts the columns of one half when gated: two accumulators.
@@ -46,27 +48,32 @@ _DATACENTER = {
     "up": Config(256, 64, 8, 4, parts=4),
     "up_gated": Config(128, 64, 8, 4, parts=4),
     "down": Config(256, 64, 8, 4, parts=4),
-    "hidden_grad": Config(256, 64, 16, 4, parts=8),  # twice the warps: with 8 it spills
-    "hidden_grad_dropout": Config(128, 64, 8, 4, parts=4),
+    "hidden_grad": Config(256, 64, 8, 3, parts=8),
+    "hidden_grad_dropout": Config(256, 64, 8, 3, parts=8),
     "row_grad": Config(256, 64, 8, 4, parts=4),
-    "weight_grad": Config(256, 64, 8, 5, parts=4),
+    "weight_grad": Config(256, 64, 8, 7, parts=4),
 }
+_BLACKWELL = _DATACENTER  # tensor memory holds the sums, and is used by programs of at most 8 warps
+# Two programs a multiprocessor: one multiplies while the other stores. 128 registers is half of 64 K for 8 warps.
+_TWO = Config(128, 64, 8, 3, parts=8, programs=2, flatten=True, maxnreg=128)
+_HOPPER = {
+    **{kernel: replace(config, flatten=kernel != "weight_grad") for kernel, config in _DATACENTER.items()},
+    "hidden_grad": _TWO,  # its epilogue is long
+    "hidden_grad_dropout": Config(256, 64, 16, 4, parts=8),  # twice the warps: with 8 it spills
+}
+_HOPPER_SHORT = {"down": replace(_TWO, parts=4), "row_grad": replace(_TWO, parts=4)}  # sums of few steps
+_SHORT = 512  # numbers
 # 99 KB of shared memory are enough: Ampere, Ada, and Blackwell without tensor memory.
 _PORTABLE = {
     "up": Config(128, 32, 8, 4, parts=2),
     "up_gated": Config(64, 32, 8, 4),
     "down": Config(128, 32, 8, 4),
     "hidden_grad": Config(64, 32, 8, 4, parts=2),
-    "hidden_grad_dropout": Config(64, 32, 8, 4, parts=2),
+    "hidden_grad_dropout": Config(64, 32, 8, 4, parts=4),
     "row_grad": Config(128, 32, 8, 4),
     "weight_grad": Config(128, 32, 8, 4, parts=2),
 }
-_BLACKWELL = {  # tensor memory holds the sums, and is used by programs of at most 8 warps
-    **_DATACENTER,
-    "hidden_grad": Config(256, 64, 8, 3, parts=8),
-    "hidden_grad_dropout": Config(256, 64, 8, 3, parts=8),
-}
-_FAMILIES = {"hopper": _DATACENTER, "blackwell": _BLACKWELL, "portable": _PORTABLE}
+_FAMILIES = {"hopper": _HOPPER, "blackwell": _BLACKWELL, "portable": _PORTABLE}
 # float32 on the ordinary arithmetic units, and rows that are not 16-byte aligned, read number by number: without small
 # tiles the registers would spill.
 _SMALL = {
@@ -140,13 +147,15 @@ def _checked(name: str, entry: Any) -> Config:
     if type(config.flatten) is not bool:
         raise ValueError(f"flatten: expected true or false, got {config.flatten!r}")
     for field, value in asdict(config).items():
-        if field == "flatten":
+        if field == "flatten" or (field == "maxnreg" and value is None):
             continue
         if type(value) is not int or value < 1:
             allowed = "a power of 2 of at least 16" if field.startswith("block") else "an integer of at least 1"
             raise ValueError(f"{field}: expected {allowed}, got {value!r}")
         if field.startswith("block") and (value < 16 or value & (value - 1)):
             raise ValueError(f"{field}: expected a power of 2 of at least 16, got {value}")
+    if config.maxnreg is not None and (config.maxnreg % 8 or not 32 <= config.maxnreg <= 248):
+        raise ValueError(f"maxnreg: expected null or a multiple of 8 from 32 to 248, got {config.maxnreg}")
     if config.num_warps not in (1, 2, 4, 8, 16):
         raise ValueError(f"num_warps: expected 1, 2, 4, 8 or 16, got {config.num_warps}")
     if config.parts not in (1, 2, 4, 8) or config.block_n // config.parts < 8:
@@ -186,7 +195,9 @@ def choose(kernel: str, capability: int, element_size: int, tile_rows: int, k: i
         config = _SMALL[kernel]
     else:
         config = _FAMILIES[family(capability)][kernel]
+        if family(capability) == "hopper" and k <= _SHORT:
+            config = _HOPPER_SHORT.get(kernel, config)
         if tile_rows < 128 and kernel != "weight_grad":  # few rows: fewer warps, and less to throw away
-            config = replace(config, block_n=min(config.block_n, 128), num_warps=4)
+            config = replace(config, block_n=min(config.block_n, 128), num_warps=4, maxnreg=None)
     block_n = min(config.block_n, max(16, 1 << (n - 1).bit_length()))
     return replace(config, block_n=block_n, parts=min(config.parts, max(block_n // 16, 1)))

@@ -9,20 +9,24 @@ from dmoe.kernels._pieces import (
     ACTIVATION_DROPOUT,
     act,
     act_slope,
+    count_tiles,
     dropout_scale,
+    halves,
+    inside_of,
     operand_tile,
     part_of,
     place,
     row_values,
     rows_tile,
     tile_rows,
+    tokens_again,
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_experts", "most_tiles"])
 def up_kernel(
     x,  # (T, H)
-    weight,  # for each expert (F, H), or (H, F) with K_ROWS; from EXPERT_ROWS rows to the next
+    weight,  # for each expert (F, H), or (H, F) with K_ROWS; from EXPERT_ROWS rows to the next; JOINED (2 E, F, H)
     gate_weight,  # the gate's, likewise; None where it is in weight, UP_ROW rows and UP_COLUMN columns before up
     bias,  # (E, F) or (E, 2, F), or None
     gate_weights,
@@ -34,7 +38,8 @@ def up_kernel(
     row_to_token,
     row_to_slot,
     token_offsets,
-    num_tiles,
+    num_experts,
+    most_tiles,
     threshold,
     scale,
     H: tl.constexpr,
@@ -45,6 +50,7 @@ def up_kernel(
     UP_ROW: tl.constexpr,
     UP_COLUMN: tl.constexpr,
     APART: tl.constexpr,
+    JOINED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     BIAS: tl.constexpr,
@@ -67,28 +73,52 @@ def up_kernel(
     even_n: tl.constexpr = F % BLOCK_N == 0
     num_columns: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
     parts: tl.constexpr = 2 if GATED else 1
+    short: tl.constexpr = x.dtype.element_ty != tl.float32
+    num_tiles = count_tiles(expert_offsets, num_experts, most_tiles, BLOCK_M)
     for index in tl.range(tl.program_id(0), num_tiles * num_columns, tl.num_programs(0), flatten=FLATTEN):
         position, column = place(index, num_tiles, num_columns, GROUP)
         expert, _, rows, end = tile_rows(tiles, expert_offsets, position, BLOCK_M)
         n0 = column * BLOCK_N
         stored = rows < end
-        token = tl.load(row_to_token + rows, mask=stored, other=-1)
-        real = token >= 0
-        token = tl.maximum(token, 0)
         # Rows without a token read token 0: an unmasked load is cheaper, and they are stored as zeros.
-        starts = x + token.to(tl.int64)[:, None] * H
-        start = expert * EXPERT_ROWS
-        gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k in range(0, tl.where(expert >= 0, H, 0), BLOCK_K):
-            left = rows_tile(starts, k + tl.arange(0, BLOCK_K), H, even_k)
-            if GATED:
+        picked = tl.maximum(tl.load(row_to_token + rows, mask=stored, other=0), 0)
+        starts = x + picked.to(tl.int64)[:, None] * H
+        if JOINED:
+            both = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32)
+            for k in range(0, H, BLOCK_K):
+                left = rows_tile(starts, k + tl.arange(0, BLOCK_K), H, even_k)
+                right = weight.load([2 * expert, n0, k]).reshape(2 * BLOCK_N, BLOCK_K)
+                both = tl.dot(left, right.T, both, input_precision=PRECISION)
+            gate, up = halves(both, BLOCK_M, 2 * BLOCK_N)
+        else:
+            start = expert * EXPERT_ROWS
+            gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for k in range(0, H, BLOCK_K):
+                left = rows_tile(starts, k + tl.arange(0, BLOCK_K), H, even_k)
+                if GATED:
+                    right = operand_tile(
+                        gate_weight if APART else weight,
+                        start,
+                        n0,
+                        k,
+                        F,
+                        H,
+                        STRIDE,
+                        BLOCK_N,
+                        BLOCK_K,
+                        even_n,
+                        even_k,
+                        DESCRIPTOR,
+                        K_ROWS,
+                    )
+                    gate = tl.dot(left, right, gate, input_precision=PRECISION)
                 right = operand_tile(
-                    gate_weight if APART else weight,
-                    start,
-                    n0,
+                    weight,
+                    start + UP_ROW,
+                    UP_COLUMN + n0,
                     k,
-                    F,
+                    UP_COLUMN + F,
                     H,
                     STRIDE,
                     BLOCK_N,
@@ -98,24 +128,9 @@ def up_kernel(
                     DESCRIPTOR,
                     K_ROWS,
                 )
-                gate = tl.dot(left, right, gate, input_precision=PRECISION)
-            right = operand_tile(
-                weight,
-                start + UP_ROW,
-                UP_COLUMN + n0,
-                k,
-                UP_COLUMN + F,
-                H,
-                STRIDE,
-                BLOCK_N,
-                BLOCK_K,
-                even_n,
-                even_k,
-                DESCRIPTOR,
-                K_ROWS,
-            )
-            up = tl.dot(left, right, up, input_precision=PRECISION)
+                up = tl.dot(left, right, up, input_precision=PRECISION)
 
+        token, real = tokens_again(row_to_token, rows, stored)
         if WEIGH_INPUT or WEIGH_HIDDEN or DROPOUT:
             assignment, row_weight = row_values(gate_weights, row_to_slot, token_offsets, rows, token, real)
         if WEIGH_INPUT:  # w (W x) for W (w x): the same up to rounding, and the product stays as it is
@@ -127,7 +142,7 @@ def up_kernel(
         for index_of_part in tl.static_range(PARTS):
             column_0 = n0 + index_of_part * part_width
             columns = column_0 + tl.arange(0, part_width)
-            inside = columns < F
+            inside = inside_of(columns, F, part_width, even_n)
             mask = mask_rows & inside[None, :]
             places = rows.to(tl.int64)[:, None] * (parts * F) + columns[None, :]
             up_part = part_of(up, index_of_part, PARTS, BLOCK_M, BLOCK_N)
@@ -148,9 +163,9 @@ def up_kernel(
             if STORE_HIDDEN:
                 # From the rounded numbers, as backward will see them.
                 if GATED:
-                    value = act(gate_part.to(tl.float32), ACTIVATION) * up_part.to(tl.float32)
+                    value = act(gate_part.to(tl.float32), ACTIVATION, short) * up_part.to(tl.float32)
                 else:
-                    value = act(up_part.to(tl.float32), ACTIVATION)
+                    value = act(up_part.to(tl.float32), ACTIVATION, short)
                 if DROPOUT:
                     value *= dropout_scale(
                         seed, assignment, column_0, threshold, scale, ACTIVATION_DROPOUT, BLOCK_M, part_width
@@ -183,13 +198,15 @@ def _back_through_activation(
     WEIGHED: tl.constexpr,
     DROPOUT: tl.constexpr,
     STORE_HIDDEN: tl.constexpr,
+    EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """Stores the pre-activation's gradient and the activation again; returns ``row_grad`` with these columns added."""
     parts: tl.constexpr = 2 if GATED else 1
+    short: tl.constexpr = pre.dtype.element_ty != tl.float32
     columns = column + tl.arange(0, COLUMNS)
-    inside = columns < F
+    inside = inside_of(columns, F, COLUMNS, EVEN)
     mask = stored[:, None] & inside[None, :]
     readable = real[:, None] & inside[None, :]
     places = rows.to(tl.int64)[:, None] * (parts * F) + columns[None, :]
@@ -199,7 +216,7 @@ def _back_through_activation(
     if GATED:
         gate = tl.load(pre + places, mask=readable, other=0.0).to(tl.float32)
         up = tl.load(pre + places + F, mask=readable, other=0.0).to(tl.float32)
-        value, slope = act_slope(gate, ACTIVATION)
+        value, slope = act_slope(gate, ACTIVATION, short)
         if WEIGHED:
             row_grad += tl.sum(grad * value * up, 1)
             grad *= row_weight[:, None]
@@ -207,7 +224,7 @@ def _back_through_activation(
         tl.store(grad_pre + places + F, (grad * value).to(pre.dtype.element_ty), mask=mask)
         value *= up
     else:
-        value, slope = act_slope(tl.load(pre + places, mask=readable, other=0.0).to(tl.float32), ACTIVATION)
+        value, slope = act_slope(tl.load(pre + places, mask=readable, other=0.0).to(tl.float32), ACTIVATION, short)
         if WEIGHED:
             row_grad += tl.sum(grad * value, 1)
             grad *= row_weight[:, None]
@@ -222,7 +239,7 @@ def _back_through_activation(
     return row_grad
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_experts", "most_tiles", "num_rows"])
 def hidden_grad_kernel(
     grad_out,  # (R, H), or (T, H) with GATHER
     weight,  # for each expert (H, F), or (F, H) without K_ROWS; from EXPERT_ROWS rows to the next
@@ -237,7 +254,8 @@ def hidden_grad_kernel(
     row_to_token,
     row_to_slot,
     token_offsets,
-    num_tiles,
+    num_experts,
+    most_tiles,
     num_rows,
     threshold,
     scale,
@@ -268,25 +286,27 @@ def hidden_grad_kernel(
     even_k: tl.constexpr = H % BLOCK_K == 0
     even_n: tl.constexpr = F % BLOCK_N == 0
     num_columns: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
+    num_tiles = count_tiles(expert_offsets, num_experts, most_tiles, BLOCK_M)
     for index in tl.range(tl.program_id(0), num_tiles * num_columns, tl.num_programs(0), flatten=FLATTEN):
         position, column = place(index, num_tiles, num_columns, GROUP)
         expert, _, rows, end = tile_rows(tiles, expert_offsets, position, BLOCK_M)
         n0 = column * BLOCK_N
         stored = rows < end
-        token = tl.load(row_to_token + rows, mask=stored, other=-1)
-        real = token >= 0
-        token = tl.maximum(token, 0)
-        picked = token if GATHER else tl.minimum(rows, num_rows - 1)
+        if GATHER:
+            picked = tl.maximum(tl.load(row_to_token + rows, mask=stored, other=0), 0)
+        else:
+            picked = tl.minimum(rows, num_rows - 1)
         starts = grad_out + picked.to(tl.int64)[:, None] * H
         start = expert * EXPERT_ROWS
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k in range(0, tl.where(expert >= 0, H, 0), BLOCK_K):
+        for k in range(0, H, BLOCK_K):
             left = rows_tile(starts, k + tl.arange(0, BLOCK_K), H, even_k)
             right = operand_tile(
                 weight, start, n0, k, F, H, STRIDE, BLOCK_N, BLOCK_K, even_n, even_k, DESCRIPTOR, K_ROWS
             )
             total = tl.dot(left, right, total, input_precision=PRECISION)
 
+        token, real = tokens_again(row_to_token, rows, stored)
         assignment, row_weight = token, 0.0
         if WEIGHED or DROPOUT:
             assignment, row_weight = row_values(gate_weights, row_to_slot, token_offsets, rows, token, real)
@@ -314,6 +334,7 @@ def hidden_grad_kernel(
                 WEIGHED,
                 DROPOUT,
                 STORE_HIDDEN,
+                even_n,
                 BLOCK_M,
                 part_width,
             )

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from dmoe.kernels._launch import capability, launch, multiprocessors
-from dmoe.kernels.configs import choose
 from dmoe.strides import is_transposed
 
 if TYPE_CHECKING:
-    from dmoe.kernels.moe_mlp import Rows
+    from dmoe.kernels.operands import Rows
 
 _BLOCK_K = 64  # 128 bytes, one row of the swizzled layout
 _GROUP = 8
@@ -193,17 +192,19 @@ def hidden_grad(
     activation: str,
     weighed: bool,
     plain: bool,
+    twin_columns: int,
 ) -> bool:
-    """See :func:`dmoe.kernels.moe_mlp.hidden_grad`; ``plain``: gathered, and nothing is dropped."""
+    """See :func:`dmoe.kernels.moe_mlp.hidden_grad`; ``plain``: gathered, and nothing is dropped.
+
+    The caller has made a row of ``row_grads`` for each tile side by side that the twin has, of ``twin_columns``.
+    """
     if not (plain and activation in _ACTIVATIONS and weight.is_contiguous() and rows.tile_rows == _TILE_ROWS):
         return False
     if not serves(grad_out, weight, pre, grad_pre, hidden) or not grad_out.is_contiguous():
         return False
     h, f = weight.shape[-2:]
-    # As many tiles side by side as the twin has: the caller has made a row of row_grads for each.
-    twin = choose("hidden_grad", 90, 2, rows.tile_rows, h, f).block_n
-    block_n = min(max(twin, 128), 256)
-    if f % 8 or h % 8 or math.ceil(f / block_n) != math.ceil(f / twin) or rows.row_to_token is None:
+    block_n = min(max(twin_columns, 128), 256)
+    if f % 8 or h % 8 or math.ceil(f / block_n) != math.ceil(f / twin_columns) or rows.row_to_token is None:
         return False
     from dmoe.kernels.gluon_hidden_grad import gluon_hidden_grad_kernel
 

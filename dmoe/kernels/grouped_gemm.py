@@ -12,7 +12,9 @@ import triton.language as tl
 
 from dmoe.kernels._pieces import (
     EXPERT_DROPOUT,
+    count_tiles,
     dropout_scale,
+    inside_of,
     operand_tile,
     part_of,
     place,
@@ -22,7 +24,7 @@ from dmoe.kernels._pieces import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_experts", "most_tiles", "num_rows"])
 def rows_kernel(
     a,  # (R, K), or (R, 2 K) with SECOND
     weight,  # for each expert (N, K), or (K, N) with K_ROWS; from EXPERT_ROWS rows to the next
@@ -37,7 +39,8 @@ def rows_kernel(
     seed,
     x,  # (T, N), with DOTS
     dots,  # (columns of tiles, R) float32, with DOTS: each row of out times its token's row of x
-    num_tiles,
+    num_experts,
+    most_tiles,
     num_rows,
     threshold,
     scale,
@@ -65,6 +68,7 @@ def rows_kernel(
     even_n: tl.constexpr = N % BLOCK_N == 0
     num_columns: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     a_width: tl.constexpr = 2 * K if SECOND else K
+    num_tiles = count_tiles(expert_offsets, num_experts, most_tiles, BLOCK_M)
     for index in tl.range(tl.program_id(0), num_tiles * num_columns, tl.num_programs(0), flatten=FLATTEN):
         position, column = place(index, num_tiles, num_columns, GROUP)
         expert, first, rows, end = tile_rows(tiles, expert_offsets, position, BLOCK_M)
@@ -73,7 +77,7 @@ def rows_kernel(
         starts = a + tl.minimum(rows, num_rows - 1).to(tl.int64)[:, None] * a_width if not DESCRIPTOR_A else 0
         start = expert * EXPERT_ROWS
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k in range(0, tl.where(expert >= 0, K, 0), BLOCK_K):
+        for k in range(0, K, BLOCK_K):
             if DESCRIPTOR_A:  # noqa: SIM108  # the other branch would be compiled too
                 left = a.load([first, k])
             else:
@@ -83,7 +87,7 @@ def rows_kernel(
             )
             total = tl.dot(left, right, total, input_precision=PRECISION)
         if SECOND:
-            for k in range(0, tl.where(expert >= 0, K, 0), BLOCK_K):
+            for k in range(0, K, BLOCK_K):
                 if DESCRIPTOR_A:
                     left = a.load([first, K + k])
                 else:
@@ -108,7 +112,7 @@ def rows_kernel(
             part = part_of(total, part_index, PARTS, BLOCK_M, BLOCK_N)
             column_0 = n0 + part_index * part_width
             columns = column_0 + tl.arange(0, part_width)
-            inside = columns < N
+            inside = inside_of(columns, N, part_width, even_n)
             if BIAS:
                 part += tl.load(bias + tl.maximum(expert, 0) * N + columns, mask=inside, other=0.0).to(tl.float32)
             if DROPOUT:
@@ -129,16 +133,22 @@ def _picked(
     source,
     index,
     rows,
-    end,
+    live,
     columns,
     WIDTH: tl.constexpr,
     STRIDE: tl.constexpr,
     GATHER: tl.constexpr,
     EVEN: tl.constexpr,
+    ALL_THERE: tl.constexpr = False,
 ):
-    """Rows of a sum's operand ``(BLOCK_K, BLOCK)``: rows behind the end, and of no token, are zeros."""
-    live = rows < end
-    if GATHER:
+    """Rows of a sum's operand ``(BLOCK_K, BLOCK)``: rows that are not live, and of no token, are zeros.
+
+    ALL_THERE: rows that are not live have a number all the same, and reading it costs less than asking.
+    """
+    if GATHER and ALL_THERE:
+        rows = tl.load(index + rows)
+        live &= rows >= 0
+    elif GATHER:
         rows = tl.load(index + rows, mask=live, other=-1)
         live = rows >= 0
     pointers = source + rows.to(tl.int64)[:, None] * STRIDE + columns[None, :]
@@ -151,6 +161,7 @@ def _picked(
 def weight_grad_kernel(
     a,  # (R, M), or (T, M) with GATHER_A
     b,  # (R, N), or (T, N) with GATHER_B
+    descriptor,  # of a with DESCRIPTOR_A, of b with DESCRIPTOR_B; these gather nothing
     gate_weights,  # with WEIGHED
     out,  # for each expert (M, N), from EXPERT_ROWS rows to the next
     expert_offsets,
@@ -166,6 +177,8 @@ def weight_grad_kernel(
     STRIDE: tl.constexpr,
     GATHER_A: tl.constexpr,
     GATHER_B: tl.constexpr,
+    DESCRIPTOR_A: tl.constexpr,
+    DESCRIPTOR_B: tl.constexpr,
     WEIGHED: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -174,34 +187,54 @@ def weight_grad_kernel(
     BLOCK_K: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """``out[e] = sum over the rows r of e of outer(w[r] a[r], b[r])``, or ``+=`` with ACCUMULATE."""
+    """``out[e] = sum over the rows r of e of outer(w[r] a[r], b[r])``, or ``+=`` with ACCUMULATE.
+
+    The copy engine reads whole steps, and behind an expert's last row lies another's. So with a descriptor the last
+    step begins early enough to end there, and what the steps before it have added is zero in the operand that is read
+    through pointers.
+    """
     num_m: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
     num_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     tile = tl.program_id(0) % (num_m * num_n)
     expert = tl.load(experts_by_load + tl.program_id(0) // (num_m * num_n))
     begin = tl.load(expert_offsets + expert)
     end = tl.load(expert_offsets + expert + 1)
-    rows_of_out = tile // num_n * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tile % num_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m0 = tile // num_n * BLOCK_M
+    n0 = tile % num_n * BLOCK_N
+    rows_of_out = m0 + tl.arange(0, BLOCK_M)
+    columns = n0 + tl.arange(0, BLOCK_N)
     even_m: tl.constexpr = M % BLOCK_M == 0
     even_n: tl.constexpr = N % BLOCK_N == 0
 
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for row in range(begin, end, BLOCK_K):
+    by_pointer = begin
+    if DESCRIPTOR_A or DESCRIPTOR_B:
+        by_pointer = tl.where(end - begin < BLOCK_K, begin, end)  # fewer rows than a step: nowhere to begin earlier
+        for row in range(begin, tl.where(end - begin < BLOCK_K, begin, end), BLOCK_K):
+            first = tl.minimum(row, end - BLOCK_K)
+            rows = first + tl.arange(0, BLOCK_K)
+            if DESCRIPTOR_A:
+                left = descriptor.load([first, m0])
+                right = _picked(b, row_to_token, rows, rows >= row, columns, N, B_STRIDE, GATHER_B, even_n, True)
+            else:
+                left = _picked(a, row_to_token, rows, rows >= row, rows_of_out, M, A_STRIDE, GATHER_A, even_m, True)
+                right = descriptor.load([first, n0])
+            total = tl.dot(left.T, right, total, input_precision=PRECISION)
+    for row in range(by_pointer, end, BLOCK_K):
         rows = row + tl.arange(0, BLOCK_K)
-        left = _picked(a, row_to_token, rows, end, rows_of_out, M, A_STRIDE, GATHER_A, even_m)
+        left = _picked(a, row_to_token, rows, rows < end, rows_of_out, M, A_STRIDE, GATHER_A, even_m)
         if WEIGHED:
             token = tl.load(row_to_token + rows, mask=rows < end, other=-1)
             _, weight = row_values(gate_weights, row_to_slot, token_offsets, rows, tl.maximum(token, 0), token >= 0)
             left = (left.to(tl.float32) * weight[:, None]).to(left.dtype)
-        right = _picked(b, row_to_token, rows, end, columns, N, B_STRIDE, GATHER_B, even_n)
+        right = _picked(b, row_to_token, rows, rows < end, columns, N, B_STRIDE, GATHER_B, even_n)
         total = tl.dot(left.T, right, total, input_precision=PRECISION)
 
     starts = out + (expert.to(tl.int64) * EXPERT_ROWS + rows_of_out)[:, None] * STRIDE
     part_width: tl.constexpr = BLOCK_N // PARTS
     for index in tl.static_range(PARTS):
         part = part_of(total, index, PARTS, BLOCK_M, BLOCK_N)
-        columns = tile % num_n * BLOCK_N + index * part_width + tl.arange(0, part_width)
+        columns = n0 + index * part_width + tl.arange(0, part_width)
         places = starts + columns[None, :]
         mask = (rows_of_out < M)[:, None] & (columns < N)[None, :]
         if ACCUMULATE:
@@ -232,7 +265,7 @@ def expert_sums_kernel(
     total = tl.zeros((BLOCK_N,), tl.float32)
     for row in range(begin, end, BLOCK_K):
         rows = row + tl.arange(0, BLOCK_K)
-        values = _picked(a, row_to_token, rows, end, columns, N, N, GATHER, False).to(tl.float32)
+        values = _picked(a, row_to_token, rows, rows < end, columns, N, N, GATHER, False).to(tl.float32)
         if WEIGHED:
             token = tl.load(row_to_token + rows, mask=rows < end, other=-1)
             _, weight = row_values(gate_weights, row_to_slot, token_offsets, rows, tl.maximum(token, 0), token >= 0)
@@ -241,7 +274,7 @@ def expert_sums_kernel(
     tl.store(out + expert.to(tl.int64) * N + columns, total.to(out.dtype.element_ty), mask=columns < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["dots"])  # a row of a matrix of R columns
 def bias_dots_kernel(
     grad_out,  # (R, N), or (T, N) with GATHER
     bias,  # (E, N)
@@ -259,7 +292,7 @@ def bias_dots_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     for column in range(0, tl.where(expert >= 0, N, 0), BLOCK_N):
         columns = column + tl.arange(0, BLOCK_N)
-        values = _picked(grad_out, row_to_token, rows, end, columns, N, N, GATHER, False).to(tl.float32)
+        values = _picked(grad_out, row_to_token, rows, rows < end, columns, N, N, GATHER, False).to(tl.float32)
         total += tl.sum(values * tl.load(bias + expert * N + columns, mask=columns < N, other=0.0).to(tl.float32), 1)
     tl.store(dots + rows, total, mask=rows < end)
 

@@ -1,139 +1,31 @@
-"""Launches of the expert MLP's kernels: which launch shape, which grid, which path to memory.
+"""Launches of the expert MLP's products: which launch shape, which grid, which path to memory.
 
-A :class:`Rows` says where the rows are; every function here writes into tensors it is given.
+A :class:`Rows` says where the rows are; every function here writes into tensors it is given. What goes with the
+products, row by row, is launched in :mod:`dmoe.kernels.moe_mlp_rows`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dmoe.kernels import gluon_moe_mlp as gluon
-from dmoe.kernels._launch import capability, launch, multiprocessors
-from dmoe.kernels.combine import combine_kernel
-from dmoe.kernels.configs import Config, choose
+from dmoe.kernels._launch import launch
 from dmoe.kernels.expert_mlp import hidden_grad_kernel, up_kernel
-from dmoe.kernels.grouped_gemm import (
-    bias_dots_kernel,
-    expert_sums_kernel,
-    masked_rows_kernel,
-    rows_kernel,
-    weight_grad_kernel,
+from dmoe.kernels.grouped_gemm import rows_kernel, weight_grad_kernel
+from dmoe.kernels.operands import (
+    Dropout,
+    Operand,
+    Rows,
+    config_of,
+    copy_descriptor,
+    persistent,
+    precision,
+    shape_options,
 )
 from dmoe.strides import is_transposed
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows sorted by expert, cut into tiles; see :class:`dmoe.plan.RoutingPlan` for the index tensors.
-
-    A bare product needs no way back to tokens, and leaves the last four out.
-    """
-
-    tiles: Tensor
-    experts_by_load: Tensor
-    tile_rows: int
-    expert_offsets: Tensor
-    num_rows: int  # R, the static bound
-    row_to_token: Tensor | None = None
-    row_to_slot: Tensor | None = None
-    token_offsets: Tensor | None = None
-    token_rows: Tensor | None = None
-
-    @property
-    def num_experts(self) -> int:
-        """E."""
-        return self.expert_offsets.shape[0] - 1
-
-
-@dataclass(frozen=True)
-class Dropout:
-    """A dropout probability and its seed; p = 0 is none."""
-
-    p: float
-    seed: Tensor | None
-
-    @property
-    def threshold(self) -> int:
-        """Random words below it drop; it has to fit in 32 bits like them."""
-        return min(round(self.p * 2**32), 2**32 - 1)
-
-    @property
-    def scale(self) -> float:
-        """What is kept is multiplied by this."""
-        return 1.0 / (1.0 - self.p)
-
-
-def _config(kernel: str, like: Tensor, tile_rows: int, k: int, n: int) -> Config:
-    """k and n are the columns of operand and result, as their rows' alignment decides which loads are possible."""
-    return choose(kernel, capability(like.device), like.element_size(), tile_rows, k, n)
-
-
-def _precision(like: Tensor) -> str:
-    """tf32 where PyTorch's own setting allows it. Means nothing to 16-bit numbers."""
-    if like.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
-        return "tf32"
-    return "ieee"
-
-
-def _descriptor(matrix: Tensor, block_rows: int, block_columns: int) -> TensorDescriptor | None:
-    """A view ``(rows, columns)`` for the copy engine (TMA), where the GPU has one and rows are 16-byte aligned."""
-    aligned = matrix.stride(0) * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0
-    if matrix.element_size() != 2 or not aligned or capability(matrix.device) // 10 not in (9, 10):
-        return None
-    return TensorDescriptor(matrix, list(matrix.shape), [matrix.stride(0), 1], [block_rows, block_columns])
-
-
-class _Operand(NamedTuple):
-    """A weight ``(E, N, K)`` as kernels take it: ``rows`` below each other, and an expert's begin ``expert_rows`` after
-    another's. They are rows of n, or of k where the weight is transposed in memory, or was asked for as ``(E, K, N)``.
-    """
-
-    rows: Tensor
-    expert_rows: int
-    k_rows: bool
-
-    @classmethod
-    def of(cls, weight: Tensor, *, k_rows: bool = False) -> _Operand:
-        if is_transposed(weight):
-            weight, k_rows = weight.mT, not k_rows
-        experts, height, width = weight.shape
-        plain = weight.is_contiguous()
-        stride = width if plain else weight.stride(1)
-        expert_rows = height if plain else weight.stride(0) // stride
-        rows = weight.as_strided(((experts - 1) * expert_rows + height, width), (stride, 1))
-        return cls(rows, expert_rows, k_rows)
-
-    def descriptor(self, config: Config, k: int) -> TensorDescriptor | None:
-        """For tiles of a product that sums over ``k``."""
-        if not self.k_rows:
-            return _descriptor(self.rows, config.block_n, config.block_k)
-        # The summed dimension runs over rows, and the copy engine does not stop at an expert's last.
-        return _descriptor(self.rows, config.block_k, config.block_n) if k % config.block_k == 0 else None
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What kernels are told about it."""
-        return {"EXPERT_ROWS": self.expert_rows, "STRIDE": self.rows.stride(0), "K_ROWS": self.k_rows}
-
-
-def _persistent(config: Config, like: Tensor, num_tiles: int, n: int) -> tuple[int]:
-    return (min(num_tiles * math.ceil(n / config.block_n), config.programs * multiprocessors(like.device)),)
-
-
-def _shape(config: Config) -> dict[str, Any]:
-    return {
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
 
 
 def up(
@@ -158,19 +50,20 @@ def up(
     if gluon.up(x, weights, bias, pre, hidden, rows, gated, activation, plain):
         return
     apart = len(weights) == 2
-    *gate, weight = (_Operand.of(each) for each in weights)
+    *gate, weight = (Operand.of(each) for each in weights)
     h, f = weights[0].shape[2], weights[0].shape[1] // (1 if apart or not gated else 2)
-    config = _config("up_gated" if gated else "up", x, rows.tile_rows, h, f)
+    config = config_of("up_gated" if gated else "up", x, rows.tile_rows, h, f)
     descriptor = weight.descriptor(config, h)
     gate_descriptor = gate[0].descriptor(config, h) if apart else None
     if apart and gate_descriptor is None:
         descriptor = None
+    joined = weight.joined(config, f) if gated and not apart else None
     in_front = f if gated and not apart else 0  # of up, the gate
     launch(
         up_kernel,
-        _persistent(config, x, rows.tiles.shape[0], f),
+        persistent(config, x, rows.tiles.shape[0], f),
         x,
-        descriptor or weight.rows,
+        joined or descriptor or weight.rows,
         (gate_descriptor if descriptor else gate[0].rows) if apart else None,
         bias,
         gate_weights,
@@ -182,6 +75,7 @@ def up(
         rows.row_to_token,
         rows.row_to_slot,
         rows.token_offsets,
+        rows.num_experts,
         rows.tiles.shape[0],
         dropout.threshold,
         dropout.scale,
@@ -190,6 +84,7 @@ def up(
         UP_ROW=0 if weight.k_rows else in_front,
         UP_COLUMN=in_front if weight.k_rows else 0,
         APART=apart,
+        JOINED=joined is not None,
         **weight.options,
         ACTIVATION=activation,
         GATED=gated,
@@ -200,12 +95,12 @@ def up(
         STORE_PRE=pre is not None,
         STORE_HIDDEN=hidden is not None,
         DESCRIPTOR=descriptor is not None,
-        PRECISION=_precision(x),
+        PRECISION=precision(x),
         BLOCK_M=rows.tile_rows,
         GROUP=config.group,
         PARTS=config.parts,
-        FLATTEN=config.flatten,
-        **_shape(config),
+        FLATTEN=config.flatten and (joined is not None or not gated),  # two products a step: the assembler gives up
+        **shape_options(config),
     )
 
 
@@ -237,19 +132,19 @@ def multiply_rows(
     if gluon.multiply_rows(a, weight, out, rows, trans_b, bias, dots is None and not (dropout and dropout.p)):
         return
     weights = (weight,) if isinstance(weight, Tensor) else tuple(weight)
-    first, *second = (_Operand.of(each, k_rows=not trans_b) for each in weights)
+    first, *second = (Operand.of(each, k_rows=not trans_b) for each in weights)
     k, n = a.shape[1] // len(weights), out.shape[1]
-    config = _config(kernel, a, rows.tile_rows, k, n)
+    config = config_of(kernel, a, rows.tile_rows, k, n)
     descriptor_b = first.descriptor(config, k)
     second_b = second[0].descriptor(config, k) if second else None
     if second and second_b is None:
         descriptor_b = None
     halves_aligned = not second or k * a.element_size() % 16 == 0
-    descriptor_a = _descriptor(a, rows.tile_rows, config.block_k) if halves_aligned else None
+    descriptor_a = copy_descriptor(a, rows.tile_rows, config.block_k) if halves_aligned else None
     dropout = dropout or Dropout(0.0, None)
     launch(
         rows_kernel,
-        _persistent(config, a, rows.tiles.shape[0], n),
+        persistent(config, a, rows.tiles.shape[0], n),
         descriptor_a or a,
         descriptor_b or first.rows,
         (second_b if descriptor_b else second[0].rows) if second else None,
@@ -263,6 +158,7 @@ def multiply_rows(
         dropout.seed,
         x,
         dots,
+        rows.num_experts,
         rows.tiles.shape[0],
         rows.num_rows,
         dropout.threshold,
@@ -276,25 +172,25 @@ def multiply_rows(
         DOTS=dots is not None,
         DESCRIPTOR_A=descriptor_a is not None,
         DESCRIPTOR_B=descriptor_b is not None,
-        PRECISION=_precision(a),
+        PRECISION=precision(a),
         BLOCK_M=rows.tile_rows,
         GROUP=config.group,
         PARTS=config.parts,
         FLATTEN=config.flatten and not second,  # only one loop becomes one with the loop around it
-        **_shape(config),
+        **shape_options(config),
     )
 
 
 def num_columns(kernel: str, like: Tensor, rows: Rows, k: int, n: int) -> int:
     """Tiles side by side in a result of n columns: how many parts a sum over them comes in."""
-    return math.ceil(n / _config(kernel, like, rows.tile_rows, k, n).block_n)
+    return math.ceil(n / config_of(kernel, like, rows.tile_rows, k, n).block_n)
 
 
-def hidden_grad_name(dropout: Dropout, weight: Tensor) -> str:
-    """Whose launch shape :func:`hidden_grad` takes: a mask in the epilogue, or a weight that is transposed in memory,
-    needs registers that a wide tile uses up.
+def hidden_grad_name(dropout: Dropout, weight: Tensor, activation: str) -> str:
+    """Whose launch shape :func:`hidden_grad` takes: a mask in the epilogue, another activation than silu, or a weight
+    that is transposed in memory, needs registers that two programs on a multiprocessor have not.
     """
-    return "hidden_grad_dropout" if dropout.p or is_transposed(weight) else "hidden_grad"
+    return "hidden_grad_dropout" if dropout.p or activation != "silu" or is_transposed(weight) else "hidden_grad"
 
 
 def hidden_grad(
@@ -317,16 +213,16 @@ def hidden_grad(
 
     ``grad_out`` is ``(T, H)`` to be gathered, or already ``(R, H)``.
     """
-    plain, kept = gather and not dropout.p, (pre, gate_weights, grad_pre, hidden, row_grads)
-    if gluon.hidden_grad(grad_out, weight, *kept, rows, gated, activation, weighed, plain):
-        return
     h, f = weight.shape[-2:]
-    config = _config(hidden_grad_name(dropout, weight), grad_out, rows.tile_rows, h, f)
-    operand = _Operand.of(weight, k_rows=True)
+    config = config_of(hidden_grad_name(dropout, weight, activation), grad_out, rows.tile_rows, h, f)
+    plain, kept = gather and not dropout.p, (pre, gate_weights, grad_pre, hidden, row_grads)
+    if gluon.hidden_grad(grad_out, weight, *kept, rows, gated, activation, weighed, plain, config.block_n):
+        return
+    operand = Operand.of(weight, k_rows=True)
     descriptor = operand.descriptor(config, h)
     launch(
         hidden_grad_kernel,
-        _persistent(config, grad_out, rows.tiles.shape[0], f),
+        persistent(config, grad_out, rows.tiles.shape[0], f),
         grad_out,
         descriptor or operand.rows,
         pre,
@@ -340,6 +236,7 @@ def hidden_grad(
         rows.row_to_token,
         rows.row_to_slot,
         rows.token_offsets,
+        rows.num_experts,
         rows.tiles.shape[0],
         rows.num_rows,
         dropout.threshold,
@@ -354,12 +251,12 @@ def hidden_grad(
         STORE_HIDDEN=hidden is not None,
         GATHER=gather,
         DESCRIPTOR=descriptor is not None,
-        PRECISION=_precision(grad_out),
+        PRECISION=precision(grad_out),
         BLOCK_M=rows.tile_rows,
         GROUP=config.group,
         PARTS=config.parts,
         FLATTEN=config.flatten,
-        **_shape(config),
+        **shape_options(config),
     )
 
 
@@ -389,15 +286,22 @@ def weight_grad(
     if is_transposed(out):  # that of outer(b, a), the weight being part of either
         a, b, gather_a, gather_b, out = b, a, gather_b, gather_a, out.mT
     m, n = a.shape[1], b.shape[1]
-    places = _Operand.of(out)
-    config = _config("weight_grad", a, rows.tile_rows, m, n)
-    # A gathered operand's row numbers are fetched a step ahead of its rows, which takes one stage from these.
+    places = Operand.of(out)
+    config = config_of("weight_grad", a, rows.tile_rows, m, n)
+    # A gathered operand's row numbers are fetched ahead of its rows: half of the stages are theirs.
+    stages = config.num_stages if gather_a or gather_b else config.num_stages // 2 + 1
     block_m = min(config.block_m, max(16, 1 << (m - 1).bit_length()))
+    descriptor_a = descriptor_b = None
+    if gate_weights is None and not gather_b:
+        descriptor_b = copy_descriptor(b, config.block_k, config.block_n)
+    elif gate_weights is None and not gather_a:
+        descriptor_a = copy_descriptor(a, config.block_k, block_m)
     launch(
         weight_grad_kernel,
         (rows.num_experts * math.ceil(m / block_m) * math.ceil(n / config.block_n),),
         a,
         b,
+        descriptor_a or descriptor_b,
         gate_weights,
         places.rows,
         rows.expert_offsets,
@@ -413,118 +317,12 @@ def weight_grad(
         STRIDE=places.rows.stride(0),
         GATHER_A=gather_a,
         GATHER_B=gather_b,
+        DESCRIPTOR_A=descriptor_a is not None,
+        DESCRIPTOR_B=descriptor_b is not None,
         WEIGHED=gate_weights is not None,
         ACCUMULATE=accumulate,
-        PRECISION=_precision(a),
+        PRECISION=precision(a),
         BLOCK_M=block_m,
         PARTS=config.parts,
-        **{**_shape(config), "num_stages": config.num_stages - (not gather_a and not gather_b)},
-    )
-
-
-def expert_sums(a: Tensor, out: Tensor, rows: Rows, *, gather: bool, gate_weights: Tensor | None = None) -> None:
-    """``out[e]`` = sum of ``w[r] a[r]`` over e's rows: out ``(E, N)``."""
-    n = a.shape[1]
-    launch(
-        expert_sums_kernel,
-        (rows.num_experts, math.ceil(n / 128)),
-        a,
-        gate_weights,
-        out,
-        rows.expert_offsets,
-        rows.row_to_token,
-        rows.row_to_slot,
-        rows.token_offsets,
-        N=n,
-        GATHER=gather,
-        WEIGHED=gate_weights is not None,
-        BLOCK_N=128,
-        BLOCK_K=32,
-        num_warps=4,
-    )
-
-
-def bias_dots(grad_out: Tensor, bias: Tensor, dots: Tensor, rows: Rows, *, gather: bool) -> None:
-    """``dots[r] = <grad_out[r], bias[e]>``: dots ``(R,)`` float32."""
-    launch(
-        bias_dots_kernel,
-        (rows.tiles.shape[0],),
-        grad_out,
-        bias,
-        dots,
-        rows.tiles,
-        rows.expert_offsets,
-        rows.row_to_token,
-        N=bias.shape[1],
-        GATHER=gather,
-        BLOCK_M=rows.tile_rows,
-        BLOCK_N=64,
-        num_warps=8 if rows.tile_rows == 128 else 4,  # rows that are not aligned would spill with 4
-    )
-
-
-def masked_rows(grad_y: Tensor, out: Tensor, rows: Rows, dropout: Dropout) -> None:
-    """``out[r] = grad_y[token of r]`` under the expert dropout's mask: ``(T, H)`` to ``(R, H)``."""
-    n = grad_y.shape[1]
-    launch(
-        masked_rows_kernel,
-        (rows.tiles.shape[0], math.ceil(n / 64)),
-        grad_y,
-        out,
-        dropout.seed,
-        rows.tiles,
-        rows.expert_offsets,
-        rows.row_to_token,
-        rows.row_to_slot,
-        rows.token_offsets,
-        dropout.threshold,
-        dropout.scale,
-        N=n,
-        BLOCK_M=rows.tile_rows,
-        BLOCK_N=64,
-        num_warps=4,
-    )
-
-
-def combine(
-    values: Tensor,
-    gate_weights: Tensor | None,
-    residual: Tensor | None,
-    out: Tensor,
-    rows: Rows,
-    *,
-    row_grads: Tensor | None = None,
-    gate_grads: Tensor | None = None,
-) -> None:
-    """``out[t] = residual[t] + sum of w[j] values[row of j]`` over t's assignments j, ``(R, H)`` to ``(T, H)``.
-
-    With ``row_grads`` (parts, R) each assignment's sum over parts goes to ``gate_grads`` (N,).
-    """
-    num_tokens, h = out.shape
-    num_parts = 0 if row_grads is None else row_grads.shape[0]
-    assert rows.token_rows is not None
-    slots = min(8, 1 << max(math.ceil(rows.token_rows.shape[0] / num_tokens) - 1, 0).bit_length())
-    block = min(1024, max(16, 1 << (h - 1).bit_length()))
-    launch(
-        combine_kernel,
-        (num_tokens, math.ceil(h / block)),
-        values,
-        gate_weights,
-        residual,
-        out,
-        row_grads,
-        gate_grads,
-        rows.token_offsets,
-        rows.token_rows,
-        rows.num_rows,
-        num_parts,
-        rows.token_rows.shape[0],
-        H=h,
-        WEIGHED=gate_weights is not None,
-        RESIDUAL=residual is not None,
-        ROW_GRADS=row_grads is not None,
-        PARTS=1 << max(num_parts - 1, 0).bit_length(),
-        SLOTS=slots,
-        BLOCK=block,
-        num_warps=4 if block * slots >= 2048 else 1,
+        **{**shape_options(config), "num_stages": stages},
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 from dmoe.kernels._launch import launch
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_blocks"])
 def _pad_plan(
     expert_offsets,
     row_to_token,

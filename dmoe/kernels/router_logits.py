@@ -31,7 +31,7 @@ def cut_kernel(weight, pieces, count, PIECES: tl.constexpr, BLOCK: tl.constexpr)
         rest -= piece.to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def logits_kernel(
     x,
     pieces,
@@ -69,7 +69,7 @@ def logits_kernel(
     tl.store(where, total, mask=(token < num_tokens)[:, None] & (expert < num_experts)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def grad_x_kernel(
     grad,
     pieces,
@@ -108,7 +108,7 @@ def grad_x_kernel(
     tl.store(where, total.to(grad_x.dtype.element_ty), mask=(token < num_tokens)[:, None] & inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "share"])
 def grad_weight_kernel(
     grad,
     x,

@@ -88,7 +88,7 @@ def _keep_best_groups(key, ids, num_groups, kept_groups, TOP2: tl.constexpr, GRO
     return tl.where((keep == 1) | (key == _NO_KEY), key, last)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def router_top_k_kernel(
     logits,
     selection_bias,
@@ -177,7 +177,7 @@ def router_top_k_kernel(
     tl.store(gate_weights + row * top_k + choice, weight, mask=stored)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def router_top_k_backward_kernel(
     grad_scores,
     grad_log_z,

@@ -12,7 +12,7 @@ _CHUNK = 1024  # experts read at a time
 _BLOCK = 128  # tiles written at a time
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_experts", "num_tiles", "tile_rows"])
 def tile_table_kernel(
     offsets, tiles, experts_by_load, num_experts, num_tiles, tile_rows, CHUNK: tl.constexpr, BLOCK: tl.constexpr
 ):

@@ -12,7 +12,7 @@ from torch import Tensor
 from dmoe.kernels._launch import launch
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_blocks"])
 def _expert_topology(
     expert_offsets,
     first_columns,

@@ -15,7 +15,7 @@ from dmoe.ops.tile_table import preferred_tile_rows, tile_table
 from dmoe.strides import is_transposed
 
 if TYPE_CHECKING:
-    from dmoe.kernels.moe_mlp import Rows
+    from dmoe.kernels.operands import Rows
 
 
 def _rows_of_experts(expert_offsets: Tensor, num_experts: int, rows: int) -> Iterator[tuple[slice, Tensor | None]]:
@@ -84,7 +84,7 @@ def _served(a: Tensor, *others: Tensor) -> bool:
 
 
 def _rows(a: Tensor, expert_offsets: Tensor) -> Rows:
-    from dmoe.kernels.moe_mlp import Rows
+    from dmoe.kernels.operands import Rows
 
     num_rows, num_experts = a.shape[0], expert_offsets.shape[0] - 1
     offsets = expert_offsets.clamp(0, num_rows)

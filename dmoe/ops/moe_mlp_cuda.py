@@ -34,7 +34,7 @@ from dmoe.ops.tile_table import preferred_tile_rows, tile_table
 from dmoe.strides import matrices, readable
 
 if TYPE_CHECKING:
-    from dmoe.kernels.moe_mlp import Rows
+    from dmoe.kernels.operands import Rows
 
 
 def _served(call: Call) -> bool:
@@ -70,7 +70,7 @@ def subjects(*parts: str, before: int = 0) -> Callable[..., list[Subject]]:
 
 
 def _rows(call: Call) -> Rows:
-    from dmoe.kernels.moe_mlp import Rows
+    from dmoe.kernels.operands import Rows
 
     tiles, by_load, tile_rows = call.tiles, call.experts_by_load, _tile_rows(call)
     num_rows = call.row_to_token.shape[0]
@@ -91,7 +91,8 @@ def _rows(call: Call) -> Rows:
 
 def _activated(call: Call, rows: Rows, *, with_pre: bool, with_hidden: bool) -> tuple[Tensor | None, Tensor | None]:
     """The pre-activation and the activation, as wanted."""
-    from dmoe.kernels.moe_mlp import Dropout, up
+    from dmoe.kernels.moe_mlp import up
+    from dmoe.kernels.operands import Dropout
 
     num_rows = rows.num_rows
     pre = call.x.new_empty((num_rows, call.pre_width)) if with_pre else None
@@ -113,7 +114,9 @@ def _activated(call: Call, rows: Rows, *, with_pre: bool, with_hidden: bool) -> 
 
 
 def _forward(call: Call, *, with_pre: bool) -> tuple[Tensor, Tensor | None]:
-    from dmoe.kernels.moe_mlp import Dropout, combine, multiply_rows
+    from dmoe.kernels.moe_mlp import multiply_rows
+    from dmoe.kernels.moe_mlp_rows import combine
+    from dmoe.kernels.operands import Dropout
 
     rows = _rows(call)
     pre, hidden = _activated(call, rows, with_pre=with_pre, with_hidden=True)
@@ -205,12 +208,13 @@ class _GradOut(NamedTuple):
 
 
 def _grad_out(call: Call, rows: Rows, grad_y: Tensor) -> _GradOut:
-    from dmoe.kernels import moe_mlp as kernels
+    from dmoe.kernels.moe_mlp_rows import masked_rows
+    from dmoe.kernels.operands import Dropout
 
     if not call.expert_dropout:
         return _GradOut(grad_y, True)
     masked = call.x.new_empty((rows.num_rows, call.x.shape[1]))
-    kernels.masked_rows(grad_y, masked, rows, kernels.Dropout(call.expert_dropout, call.seed))
+    masked_rows(grad_y, masked, rows, Dropout(call.expert_dropout, call.seed))
     return _GradOut(masked, False)
 
 
@@ -222,13 +226,15 @@ def _through_down(
     Each tile's columns give one part; with the gate weight on the input there are none yet.
     """
     from dmoe.kernels import moe_mlp as kernels
+    from dmoe.kernels.moe_mlp_rows import bias_dots
+    from dmoe.kernels.operands import Dropout
 
     x, num_rows, width = call.x, rows.num_rows, call.width
     on_input = call.gate_weight_on == "input"
     grad_pre = torch.empty_like(pre)
     hidden = x.new_empty((num_rows, width)) if with_hidden else None
-    dropout = kernels.Dropout(call.activation_dropout, call.seed)
-    kernel = kernels.hidden_grad_name(dropout, call.down_proj)
+    dropout = Dropout(call.activation_dropout, call.seed)
+    kernel = kernels.hidden_grad_name(dropout, call.down_proj, call.activation)
     parts = kernels.num_columns(kernel, x, rows, x.shape[1], width)
     with_bias = call.down_bias is not None and call.gate_weight_on == "output"
     row_grads = None if on_input else x.new_empty((parts + with_bias, num_rows), dtype=torch.float32)
@@ -250,13 +256,14 @@ def _through_down(
     if with_bias:
         assert call.down_bias is not None
         assert row_grads is not None
-        kernels.bias_dots(grad_out.rows, call.down_bias, row_grads[parts], rows, gather=grad_out.gather)
+        bias_dots(grad_out.rows, call.down_bias, row_grads[parts], rows, gather=grad_out.gather)
     return grad_pre, hidden, row_grads
 
 
 def _to_tokens(call: Call, rows: Rows, grad_pre: Tensor, row_grads: Tensor | None) -> tuple[Tensor, Tensor]:
     """Through the up projection, and back to the tokens: gradients of x and of the gate weights."""
     from dmoe.kernels import moe_mlp as kernels
+    from dmoe.kernels.moe_mlp_rows import combine
 
     x, on_input = call.x, call.gate_weight_on == "input"
     grad_rows = x.new_empty((rows.num_rows, x.shape[1]))
@@ -268,13 +275,14 @@ def _to_tokens(call: Call, rows: Rows, grad_pre: Tensor, row_grads: Tensor | Non
     kernels.multiply_rows("row_grad", grad_pre, ups, grad_rows, rows, trans_b=False, x=x, dots=dots)
     grad_x, grad_gate = torch.empty_like(x), torch.empty_like(call.gate_weights)
     weights = call.gate_weights if on_input else None
-    kernels.combine(grad_rows, weights, None, grad_x, rows, row_grads=row_grads, gate_grads=grad_gate)
+    combine(grad_rows, weights, None, grad_x, rows, row_grads=row_grads, gate_grads=grad_gate)
     return grad_x, grad_gate
 
 
 def _down_grads(call: Call, rows: Rows, grad_out: _GradOut, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Of the down projection and its bias; empty where the buffer took it."""
-    from dmoe.kernels.moe_mlp import expert_sums, weight_grad
+    from dmoe.kernels.moe_mlp import weight_grad
+    from dmoe.kernels.moe_mlp_rows import expert_sums
 
     gather = grad_out.gather
     out = torch.empty_like(call.down_proj) if call.down_main_grad is None else call.down_main_grad
@@ -290,7 +298,8 @@ def _down_grads(call: Call, rows: Rows, grad_out: _GradOut, hidden: Tensor) -> t
 
 def _up_grads(call: Call, rows: Rows, grad_pre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of the up projection, its bias and the gate projection."""
-    from dmoe.kernels.moe_mlp import expert_sums, weight_grad
+    from dmoe.kernels.moe_mlp import weight_grad
+    from dmoe.kernels.moe_mlp_rows import expert_sums
 
     x, weights = call.x, call.gate_weights if call.gate_weight_on == "input" else None
     up = torch.empty_like(call.up_proj) if call.up_main_grad is None else call.up_main_grad

@@ -12,6 +12,8 @@ from dmoe.ops import moe_mlp_cuda
 
 configs = pytest.importorskip("dmoe.kernels.configs")
 import dmoe.kernels.moe_mlp as kernels  # noqa: E402  # needs Triton
+import dmoe.kernels.moe_mlp_rows as row_kernels  # noqa: E402
+import dmoe.kernels.operands as operands  # noqa: E402
 
 BF16 = torch.bfloat16
 
@@ -19,9 +21,14 @@ BF16 = torch.bfloat16
 def launches(monkeypatch, capability=90, **options):
     """Kernel name, grid and options of every launch of forward and backward."""
     recorded = []
-    monkeypatch.setattr(kernels, "launch", lambda k, grid, *_, **options: recorded.append((k.__name__, grid, options)))
-    monkeypatch.setattr(kernels, "capability", lambda device: capability)
-    monkeypatch.setattr(kernels, "multiprocessors", lambda device: 100)
+
+    def record(kernel, grid, *_, **options):
+        recorded.append((kernel.__name__, grid, options))
+
+    for module in (kernels, row_kernels):
+        monkeypatch.setattr(module, "launch", record)
+    monkeypatch.setattr(operands, "capability", lambda device: capability)
+    monkeypatch.setattr(operands, "multiprocessors", lambda device: 100)
     expert_mlp(**{"tokens": 4096, "hidden": 1024, "ffn": 512, "experts": 16, "top_k": 4, **options})
     return recorded
 
@@ -40,9 +47,9 @@ def launches(monkeypatch, capability=90, **options):
     ],
 )
 def test_copy_engine_serves_what_it_can(monkeypatch, dtype, columns, shift, capability, there):
-    monkeypatch.setattr(kernels, "capability", lambda device: capability)
+    monkeypatch.setattr(operands, "capability", lambda device: capability)
     matrix = torch.empty(3 * 32 * columns + 64, dtype=dtype)[shift : shift + 3 * 32 * columns].view(-1, columns)
-    descriptor = kernels._descriptor(matrix, 16, 32)
+    descriptor = operands.copy_descriptor(matrix, 16, 32)
     assert (descriptor is not None) == there
     if descriptor is not None:
         assert descriptor.block_shape == [16, 32]
@@ -71,14 +78,14 @@ def test_descriptors_of_each_launch(monkeypatch):
 def test_grids(monkeypatch):
     """Persistent programs fill the GPU and no more; weight gradients have one program for each tile of the result."""
     grids = [(name, grid) for name, grid, _ in launches(monkeypatch)]
-    wide = {name: configs.choose(name, 90, 2, 128, 1024, 512) for name in configs._DATACENTER}
+    wide = {name: configs.choose(name, 90, 2, 128, 1024, 512) for name in configs._HOPPER}
     block_m, block_n = wide["weight_grad"].block_m, wide["weight_grad"].block_n
     weights = [16 * math.ceil(m / block_m) * math.ceil(n / block_n) for m, n in ((1024, 512), (1024, 1024))]
     assert grids == [
         ("up_kernel", (100,)),
-        ("rows_kernel", (100,)),
+        ("rows_kernel", (200,)),  # a short sum, and a long epilogue: two programs on each multiprocessor
         ("combine_kernel", (4096, 1)),
-        ("hidden_grad_kernel", (100,)),
+        ("hidden_grad_kernel", (200,)),
         ("weight_grad_kernel", (weights[0],)),
         ("rows_kernel", (100,)),
         ("combine_kernel", (4096, 1)),
@@ -113,11 +120,11 @@ def test_nothing_is_stored_that_nobody_reads(monkeypatch):
     assert stored == [(up, True, True), (up, False, True), (up, True, False), (back, None, False)]
 
 
-def test_a_weight_gradient_that_gathers_nothing_keeps_a_stage_less(monkeypatch):
-    """Fetching row numbers a step ahead takes a stage; without it the same number of loads is in flight."""
+def test_a_weight_gradient_that_gathers_nothing_needs_fewer_stages(monkeypatch):
+    """Fetching row numbers ahead takes half of the stages; without it the same number of loads is in flight."""
     stages = [o["num_stages"] for n, _, o in launches(monkeypatch, dropout=0.1) if n == "weight_grad_kernel"]
     whole = configs.choose("weight_grad", 90, 2, 128, 1024, 512).num_stages
-    assert stages == [whole - 1, whole]
+    assert stages == [whole // 2 + 1, whole]
 
 
 def test_tf32_only_where_torch_allows_it(monkeypatch):
@@ -126,8 +133,8 @@ def test_tf32_only_where_torch_allows_it(monkeypatch):
     try:
         for setting in ("tf32", "ieee"):
             matmul.fp32_precision = setting
-            assert kernels._precision(wide) == setting
-            assert kernels._precision(half) == "ieee"
+            assert operands.precision(wide) == setting
+            assert operands.precision(half) == "ieee"
     finally:
         matmul.fp32_precision = before
 
@@ -136,7 +143,7 @@ def test_a_mask_in_the_epilogue_has_a_tile_of_its_own(monkeypatch):
     shapes = {}
     for p in (0.0, 0.1):
         shapes[p] = [(o["BLOCK_N"], o["num_warps"]) for n, _, o in launches(monkeypatch, dropout=p) if "GATHER" in o]
-    wanted = [configs._DATACENTER[name] for name in ("hidden_grad", "hidden_grad_dropout")]
+    wanted = [configs._HOPPER[name] for name in ("hidden_grad", "hidden_grad_dropout")]
     assert [shapes[0.0], shapes[0.1]] == [[(c.block_n, c.num_warps)] for c in wanted]
 
 
@@ -144,9 +151,73 @@ def test_families():
     named = {80: "portable", 86: "portable", 89: "portable", 90: "hopper", 100: "blackwell", 103: "blackwell"}
     assert {capability: configs.family(capability) for capability in named} == named
     assert configs.family(120) == configs.family(121) == "portable"
-    assert configs.choose("hidden_grad", 90, 2, 128, 4096, 4096) == configs._DATACENTER["hidden_grad"]
+    assert configs.choose("hidden_grad", 90, 2, 128, 4096, 4096) == configs._HOPPER["hidden_grad"]
     assert configs.choose("hidden_grad", 100, 2, 128, 4096, 4096) == configs._BLACKWELL["hidden_grad"]
     assert configs.choose("hidden_grad", 89, 2, 128, 4096, 4096) == configs._PORTABLE["hidden_grad"]
+
+
+@pytest.mark.parametrize("kernel", ["down", "row_grad"])
+def test_short_sums_run_two_programs_on_hopper(kernel):
+    short, long = (configs.choose(kernel, 90, 2, 128, k, 4096) for k in (512, 520))
+    assert (short.programs, short.maxnreg, short.block_n) == (2, 128, 128)
+    assert (long.programs, long.maxnreg) == (1, None)
+    assert configs.choose(kernel, 100, 2, 128, 512, 4096) == configs.choose(kernel, 100, 2, 128, 520, 4096)
+    assert configs.choose(kernel, 90, 2, 64, 512, 4096).maxnreg is None
+
+
+def test_registers_are_limited_only_where_the_launch_shape_says_so(monkeypatch):
+    """And then so that as many programs fit as are started."""
+    for name, _, options in launches(monkeypatch, ffn=1024):
+        assert ("maxnreg" in options) == (name == "hidden_grad_kernel"), name
+        if "maxnreg" in options:
+            assert options["maxnreg"] * 32 * options["num_warps"] * 2 <= 65536
+    assert not any("maxnreg" in options for *_, options in launches(monkeypatch, capability=80))
+
+
+@pytest.mark.parametrize(
+    ("options", "joined"),
+    [
+        ({}, True),
+        ({"hidden": 1000, "ffn": 504}, True),  # behind the ends it reads zeros
+        ({"weights": "megablocks"}, False),  # gate and up are two tensors
+        ({"weights": "transposed"}, False),
+        ({"gated": False}, False),
+        ({"hidden": 1001}, False),  # not aligned
+        ({"capability": 80}, False),
+        ({"dtype": torch.float32}, False),
+    ],
+)
+def test_gate_and_up_are_one_product_where_they_lie_in_one_tensor(monkeypatch, options, joined):
+    """Only then may the loops be fused: two products a step would be waited for one by one."""
+    (up,) = [o for name, _, o in launches(monkeypatch, backward=False, **options) if name == "up_kernel"]
+    assert up["JOINED"] == joined
+    assert up["FLATTEN"] == (options.get("capability", 90) == 90 and (joined or not up["GATED"])) or not joined
+
+
+def test_the_descriptor_of_gate_and_up():
+    weight, config = torch.empty(3, 2, 40, 64, dtype=BF16), configs.Config(32, 16, 8, 2)
+    descriptor = operands.Operand.of(weight.flatten(1, 2)).joined(config, 40)
+    assert (descriptor.shape, descriptor.strides) == ([6, 40, 64], [40 * 64, 64, 1])
+    assert descriptor.block_shape == [2, 32, 16]
+    spread = torch.empty(3, 100, 64, dtype=BF16)[:, :80]  # from one expert to the next are other rows
+    assert operands.Operand.of(spread).joined(config, 40) is None
+
+
+def test_what_a_weight_gradient_copies_by_the_engine(monkeypatch):
+    """The operand that is not gathered, and never both: one of them says which rows count."""
+
+    def flags(**options):
+        return [
+            (o["DESCRIPTOR_A"], o["DESCRIPTOR_B"], o["WEIGHED"])
+            for name, _, o in launches(monkeypatch, **options)
+            if name == "weight_grad_kernel"
+        ]
+
+    of_down, of_up = (False, True, False), (True, False, False)
+    assert flags() == flags(dropout=0.1) == [of_down, of_up]
+    assert flags(gate_weight_on="input") == [of_down, (False, False, True)]
+    assert flags(weights="transposed") == [of_up, of_down]
+    assert flags(capability=80) == flags(hidden=1001, ffn=777) == [(False, False, False)] * 2
 
 
 @pytest.mark.parametrize("kernel", configs._SMALL)
@@ -225,6 +296,10 @@ def test_a_table_replaces_what_was_chosen_before_and_the_environment_names_one(t
             '{NAME: FIELDS, "parts": 16}}',
             "parts: expected 1, 2, 4 or 8, of 8 columns each or more",
         ),
+        ('{NAME: FIELDS, "maxnreg": 0}}', "maxnreg: expected an integer of at least 1, got 0"),
+        ('{NAME: FIELDS, "maxnreg": 100}}', "maxnreg: expected null or a multiple of 8 from 32 to 248, got 100"),
+        ('{NAME: FIELDS, "maxnreg": 256}}', "maxnreg: expected null or a multiple of 8 from 32 to 248, got 256"),
+        ('{NAME: FIELDS, "maxnreg": true}}', "maxnreg: expected an integer of at least 1, got True"),
         ('{NAME: FIELDS, "flatten": 1}}', "flatten: expected true or false, got 1"),
         ('{NAME: FIELDS, "parts": 8}}', "parts: expected 1, 2, 4 or 8, of 8 columns each or more"),
     ],

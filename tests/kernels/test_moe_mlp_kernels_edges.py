@@ -217,7 +217,8 @@ def test_no_token_and_one_and_no_row(tokens, capacity):
 @pytest.mark.parametrize("weighed", [False, True])
 def test_combine_of_rows_wider_than_a_block(weighed):
     """Integers, so exactly; tokens of 0 to 5 assignments, one dropped, three parts of the gate weights' gradient."""
-    from dmoe.kernels.moe_mlp import Rows, combine
+    from dmoe.kernels.moe_mlp_rows import combine
+    from dmoe.kernels.operands import Rows
 
     torch.manual_seed(0)
     width, offsets = 1500, torch.tensor([0, 2, 2, 3, 8], dtype=torch.int32)
@@ -251,3 +252,48 @@ def test_nan_passes_through_every_activation(activation):
         y = moe_mlp_inference_cuda(*call)
     assert y[token].isnan().all()
     assert y[torch.arange(len(y)) != token].isfinite().all()
+
+
+@pytest.mark.parametrize("gathered", ["a", "b", "neither"])
+@pytest.mark.parametrize("sick", [None, 3, 5])
+def test_the_last_step_of_a_weight_gradient_ends_at_the_experts_last_row(gathered, sick):
+    """With whole steps by the copy engine: less than one, exactly one, one and a bit; holes; and nobody else's rows.
+
+    Integers, so exactly. Behind the last expert's rows, and in a sick expert's, lies NaN.
+    """
+    from dmoe.kernels.moe_mlp import weight_grad
+    from dmoe.kernels.operands import Rows
+
+    torch.manual_seed(0)
+    counts = [0, 1, 15, 16, 17, 33, 40, 2]
+    offsets = torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32)
+    used, num_rows, tokens = int(offsets[-1]), int(offsets[-1]) + 20, 50
+    of_row = torch.randint(0, tokens, (num_rows,), dtype=torch.int32)
+    of_row[::7] = -1
+    values = {name: torch.randint(-4, 5, (num_rows, width)).half() for name, width in (("a", 48), ("b", 40))}
+    for tensor in values.values():
+        tensor[of_row < 0] = 0
+    picked = dict(values)
+    if gathered != "neither":
+        values[gathered] = torch.randint(-4, 5, (tokens, values[gathered].shape[1])).half()
+        picked[gathered] = values[gathered][of_row.clamp(min=0).long()] * (of_row >= 0)[:, None]
+        values[gathered][0] = math.nan  # nobody's, but what a row without a token could read
+        picked[gathered][of_row == 0] = 0
+        of_row[of_row == 0] = -1
+    for name in {"a", "b"} - {gathered}:
+        values[name][of_row < 0] = 0
+        picked[name] = values[name].clone()
+        values[name][used:] = math.nan
+        if sick is not None:
+            values[name][offsets[sick] : offsets[sick + 1]] = math.nan
+    nothing = torch.empty((0, 2), dtype=torch.int32)
+    rows = Rows(nothing, torch.arange(8, dtype=torch.int32), 16, offsets, num_rows, row_to_token=of_row)
+    out = torch.full((8, 48, 40), math.nan)
+    with small_blocks(block_n=16, block_k=16, parts=2, block_m=16, group=1):
+        weight_grad(values["a"], values["b"], out, rows, gather_a=gathered == "a", gather_b=gathered == "b")
+    for expert in range(8):
+        mine = slice(int(offsets[expert]), int(offsets[expert + 1]))
+        if expert == sick:
+            assert out[expert].isnan().all()
+        else:
+            assert torch.equal(out[expert], picked["a"][mine].float().T @ picked["b"][mine].float()), expert

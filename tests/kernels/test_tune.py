@@ -21,10 +21,10 @@ def test_entries_are_what_the_layer_looks_up(monkeypatch, tokens, gated):
     from kernel_cases import expert_mlp
     from kernel_table import counting
 
-    import dmoe.kernels.moe_mlp as kernels
+    import dmoe.kernels.operands as operands
 
     asked = set()
-    monkeypatch.setattr(kernels, "choose", lambda *key: asked.add(configs.key(*key)) or configs.choose(*key))
+    monkeypatch.setattr(operands, "choose", lambda *key: asked.add(configs.key(*key)) or configs.choose(*key))
     with counting():
         expert_mlp(tokens=tokens, hidden=1024, ffn=512, experts=16, top_k=4, gated=gated)
     entries = tune.kernels_of((tokens, *SHAPE[1:]), 90, gated=gated)
@@ -33,25 +33,33 @@ def test_entries_are_what_the_layer_looks_up(monkeypatch, tokens, gated):
         assert name.startswith(kernel + "/")
         tried = tune.candidates(built_in, kernel)
         assert tried[0] == built_in
-        assert len(set(tried)) == len(tried) > 20
+        assert len(set(tried)) == len(tried)
+        assert 5 <= len(tried) <= 7
         assert {c.programs for c in tried} == ({1} if kernel == "weight_grad" else {1, 2})
         assert all(c.parts in (1, 2, 4, 8) and c.block_n // c.parts >= 16 for c in tried)
+        for c in tried:  # what is allowed to a thread is there for as many programs as are started, and holds the sums
+            rows = c.block_m if kernel == "weight_grad" else min(int(name.split("/")[3]), 128)
+            sums = rows * c.block_n * (1 + (kernel == "up_gated")) // (32 * c.num_warps)
+            limit = min(c.maxnreg or 255, 65536 // (32 * c.num_warps * c.programs))
+            assert sums + 40 <= limit, (kernel, c)
+            assert c.maxnreg is None or c.maxnreg * 32 * c.num_warps * c.programs <= 65536
 
 
 def test_search_finds_the_fastest_and_keeps_the_earlier_ones():
     entries = tune.kernels_of(SHAPE, 90, gated=True)
     names = list(entries)
-    wanted = {names[0]: 128, names[2]: 64}  # stages do not matter: the first of equals stays
+    wanted = {names[0]: 16, names[2]: 4}  # nothing else matters: the first of equals stays
 
     def measure(table):
         if any(c.num_stages == 5 for c in table.values()):
             return math.inf  # as what does not fit
-        return 10.0 - sum(table[name].block_k == k for name, k in wanted.items() if name in table)
+        return 10.0 - sum(table[name].group == group for name, group in wanted.items() if name in table)
 
     best = tune.search(entries, measure, math.inf)
     for name, (kernel, built_in) in entries.items():
-        if name in wanted and built_in.block_k != wanted[name]:
-            assert best[name].block_k == wanted[name]
+        if name in wanted:
+            assert built_in.group != wanted[name]
+            assert best[name].group == wanted[name]
         elif name not in wanted:
             assert name not in best, kernel
 
@@ -60,16 +68,16 @@ def test_every_candidate_is_tried_beside_the_best_so_far():
     entries = tune.kernels_of(SHAPE, 90, gated=True)
     (first, (kernel, built_in)), (second, _) = list(entries.items())[:2]
     tried, tables = tune.candidates(built_in, kernel), []
-    times = {tried[3]: 5.0, tried[5]: 7.0}  # the later one beats the built-in, and not the earlier one
+    times = {tried[2]: 5.0, tried[4]: 7.0}  # the later one beats the built-in, and not the earlier one
 
     def measure(table):
         tables.append(dict(table))
         return times.get(table.get(first), 10.0)
 
-    assert tune.search(entries, measure, math.inf) == {first: tried[3]}
+    assert tune.search(entries, measure, math.inf) == {first: tried[2]}
     seen = [table[first] for table in tables if set(table) == {first}]
     assert set(seen) == set(tried[1:])
-    assert all(table[first] == tried[3] for table in tables if second in table)
+    assert all(table[first] == tried[2] for table in tables if second in table)
 
 
 def test_noise_moves_nothing_and_the_deadline_holds():

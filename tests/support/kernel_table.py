@@ -1,8 +1,8 @@
 """Compiles what the host code launches (:mod:`dmoe.kernels.offline`), and reads what the compiler made of it.
 
-``python tests/support/kernel_table.py --arch 90`` prints the table of one architecture as JSON; ``--write`` renews the
-committed one, ``kernel_table.json`` beside it, for all. One process compiles for one architecture only: a kernel that
-uses Hopper's instructions can take the whole process down when compiled for another.
+``python tests/support/kernel_table.py --arch 90`` prints the table of one architecture as JSON. ``--write`` renews what
+the committed one, ``kernel_table.json`` beside it, says of the running Triton, for all. One process compiles for one
+architecture only: a kernel that uses Hopper's instructions can take the whole process down when compiled for another.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import json
 import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
+
+import machine_code
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = Path(__file__).with_suffix(".json")
@@ -45,25 +46,26 @@ def counting():
         yield names
 
 
-def resources(compiled) -> dict:
-    """Registers and bytes of local memory (spills) per thread, dynamic shared memory per program, features."""
-    from triton.backends import nvidia
-
-    cuobjdump = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        told = subprocess.run(
-            [cuobjdump, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
-        ).stdout
+def resources(compiled, arch: int) -> dict:
+    """Registers and bytes of local memory (spills) per thread, dynamic shared memory per program; ``ctas``, how many
+    programs a multiprocessor holds; ``steps``, instructions a step of the main loop (see
+    :func:`machine_code.main_loop`), if it has one; and features.
+    """
+    told = machine_code.told_about(compiled.asm["cubin"], "cuobjdump", "--dump-resource-usage")
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", told)}
-    ptx = compiled.asm["ptx"]
+    step = machine_code.main_loop(machine_code.told_about(compiled.asm["cubin"], "nvdisasm", "-c"))
+    ptx, metadata = compiled.asm["ptx"], compiled.metadata
+    uses = [name for name, mark in FEATURES.items() if mark in ptx]
     return {
         "registers": usage["REG"],
         "spilled": usage["STACK"] + usage["LOCAL"],
-        "shared": compiled.metadata.shared,
-        "warps": compiled.metadata.num_warps,
-        "uses": sorted(name for name, mark in FEATURES.items() if mark in ptx),
+        "shared": metadata.shared,
+        "warps": metadata.num_warps,
+        "ctas": machine_code.side_by_side(
+            arch, usage["REG"], metadata.num_warps, metadata.shared, getattr(metadata, "tmem_size", 0) or 0
+        ),
+        "steps": step and len(step),
+        "uses": sorted([*uses, "one by one"] if step and machine_code.one_by_one(step) else uses),
     }
 
 
@@ -83,10 +85,21 @@ def table_of(arch: int, only: str = "") -> dict:
         for kernel, compiled in launched:
             digest = hashlib.sha256(compiled.asm["cubin"]).hexdigest()
             if digest not in seen:
-                seen[digest] = resources(compiled)
+                seen[digest] = resources(compiled, arch)
             rows.append({"kernel": kernel, **seen[digest]})
         table[name] = rows
     return table
+
+
+def recorded() -> dict:
+    """The committed table: {version of Triton: {architecture: {case: rows}}}."""
+    return json.loads(TABLE.read_text())
+
+
+def as_text(table: dict) -> str:
+    """As it is committed: a line for each kernel, so that a diff reads well."""
+    text = json.dumps(table, indent=1, sort_keys=False)
+    return re.sub(r"\{\s*(\"kernel\"[^{}]*?)\s*\}", lambda row: "{" + re.sub(r"\s+", " ", row[1]) + "}", text) + "\n"
 
 
 def main():
@@ -105,7 +118,7 @@ def main():
         return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT).stdout)
 
     table = {f"sm_{arch}": one(arch) for arch in ARCHITECTURES}
-    TABLE.write_text(json.dumps({"triton": triton.__version__, **table}, indent=1) + "\n")
+    TABLE.write_text(as_text({**recorded(), triton.__version__: table}))
 
 
 if __name__ == "__main__":

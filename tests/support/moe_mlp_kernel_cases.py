@@ -22,7 +22,7 @@ def small_blocks(block_n, block_k, parts, block_m, group, flatten=False):
 
     Kernels differ in their shapes, as they do on a GPU: whoever asks for another kernel's is found out.
     """
-    import dmoe.kernels.moe_mlp as kernels  # not on top: only where Triton is
+    import dmoe.kernels.operands as operands  # not on top: only where Triton is
     from dmoe.kernels import configs
 
     def choose(kernel, *_):
@@ -30,8 +30,8 @@ def small_blocks(block_n, block_k, parts, block_m, group, flatten=False):
         return configs.Config(wide, block_k, 4, 2, group=group, block_m=block_m, parts=parts, flatten=flatten)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "choose", choose)
-        patch.setattr(kernels, "multiprocessors", lambda device: 3)
+        patch.setattr(operands, "choose", choose)
+        patch.setattr(operands, "multiprocessors", lambda device: 3)
         yield
 
 
