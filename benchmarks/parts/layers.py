@@ -183,7 +183,7 @@ class Dmoe(_Module):
     """``dmoe.MoE`` without auxiliary losses: what the others compute."""
 
     coefficient = 0.0
-    backend: dmoe.config.Backend | None = None
+    backend: Any = None
 
     def __init__(self, case: Case, weights: dict[str, Tensor]) -> None:
         self.module = self.layer = dmoe.MoE(

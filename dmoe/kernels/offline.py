@@ -77,14 +77,15 @@ def instead_of_launching(call: Callable[..., None]) -> contextlib.AbstractContex
 @contextlib.contextmanager
 def swapped(old: Any, new: Any) -> Iterator[None]:
     """Inside, a function is replaced under every name that a module of dmoe.kernels or dmoe.ops knows it by."""
-    _swap(old, new)
+    swap(old, new)
     try:
         yield
     finally:
-        _swap(new, old)
+        swap(new, old)
 
 
-def _swap(old: Any, new: Any) -> None:
+def swap(old: Any, new: Any) -> None:
+    """See :func:`swapped`."""
     for name, module in list(sys.modules.items()):
         if name.startswith(("dmoe.kernels", "dmoe.ops")):
             for key, value in list(vars(module).items()):

@@ -23,6 +23,7 @@ from dmoe.info import report
 from dmoe.ops import _library, _trust, _verdicts
 
 pytest.importorskip("triton")
+from dmoe.kernels import _launch, moe_mlp, moe_mlp_rows, offline  # noqa: F401  # needs Triton
 
 NAMES = ("moe_mlp", "moe_mlp_inference", "moe_mlp_lean", "moe_mlp_backward", "moe_mlp_backward_into")
 BROKEN = {
@@ -105,19 +106,17 @@ def test_what_is_broken_is_refused_and_the_layer_is_right(certifier, how, monkey
 
 
 @interpreted
-def test_what_is_sound_is_trusted_and_runs(certifier, monkeypatch):
+def test_what_is_sound_is_trusted_and_runs(certifier):
     certifier("sound")
     ours, plain, x, grad = layers()
     launched = []
-    import dmoe.kernels.moe_mlp as host
+    original = _launch.launch
 
-    original = host.launch
-    monkeypatch.setattr(
-        host,
-        "launch",
-        lambda kernel, *rest, **options: launched.append(kernel.__name__) or original(kernel, *rest, **options),
-    )
-    with warnings.catch_warnings():
+    def noted(kernel, *rest, **options):
+        launched.append(kernel.__name__)
+        original(kernel, *rest, **options)
+
+    with offline.instead_of_launching(noted), warnings.catch_warnings():
         warnings.filterwarnings("error", message="dmoe: ")
         results = step(ours, x, grad)
         count = len(launched)
@@ -222,14 +221,12 @@ def test_operations_of_csrc_wait_for_their_verdict(monkeypatch):
 
 @interpreted
 @pytest.mark.parametrize("part", ["moe_mlp", "moe_mlp_backward"])
-def test_far_away_gives_the_same_bits_or_is_told(part, monkeypatch):
+def test_far_away_gives_the_same_bits_or_is_told(part):
     """A number of a row that wraps around, as an int32 product of row and width does, is found."""
     asked = [_verdicts._described(value) for value in call(16, 16, torch.float32, residual=part == "moe_mlp")]
     cpu = torch.device("cpu")
     assert far.difference(part, asked, cpu, 16, 5000) == ""
-    import dmoe.kernels.moe_mlp as host
-
-    original = host.launch
+    original = _launch.launch
 
     def wrapped(kernel, grid, *arguments, **options):
         if kernel.__name__ == "combine_kernel":
@@ -237,8 +234,8 @@ def test_far_away_gives_the_same_bits_or_is_told(part, monkeypatch):
             arguments = (*arguments[:place], arguments[place] % 300, *arguments[place + 1 :])
         original(kernel, grid, *arguments, **options)
 
-    monkeypatch.setattr(host, "launch", wrapped)
-    assert "beyond 2**31 numbers it differs" in far.difference(part, asked, cpu, 16, 5000)
+    with offline.instead_of_launching(wrapped):
+        assert "beyond 2**31 numbers it differs" in far.difference(part, asked, cpu, 16, 5000)
 
 
 COMPILE = """

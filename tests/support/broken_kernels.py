@@ -10,10 +10,12 @@ import threading
 
 def _launch(change):
     """Replace the launches of the expert MLP's kernels."""
-    import dmoe.kernels.moe_mlp as host
+    import dmoe.kernels.moe_mlp
+    import dmoe.kernels.moe_mlp_rows  # noqa: F401
+    from dmoe.kernels import _launch, offline
 
-    original = host.launch
-    host.launch = lambda kernel, grid, *arguments, **options: change(original, kernel, grid, arguments, options)
+    original = _launch.launch
+    offline.swap(original, lambda kernel, grid, *rest, **options: change(original, kernel, grid, rest, options))
 
 
 def sign():
