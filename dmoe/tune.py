@@ -4,8 +4,9 @@
     DMOE_KERNEL_CONFIGS=tuned.json python train.py
 
 For each kernel it times candidates around the built-in launch shape, on the expert MLP's own forward and backward with
-random routing: median of CUDA events. A candidate that does not compile, does not fit in shared memory or gives another
-result than the built-in one (beyond rounding) is dropped. ``--list`` prints the candidates and needs no GPU.
+random routing: median of CUDA events. A candidate is certified first (:mod:`dmoe.certify`, in a process of its own):
+what does not compile, does not fit, hangs, crashes or is wrong never runs here and is dropped; so is what gives another
+result than the built-in one, beyond rounding. ``--list`` prints the candidates and needs no GPU.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import tempfile
+import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ import torch
 from dmoe.expert_weights import ExpertWeights
 from dmoe.functional import run_experts
 from dmoe.kernels import configs
+from dmoe.ops import _trust
 from dmoe.ops.tile_table import preferred_tile_rows
 from dmoe.plan import plan_token_choice
 
@@ -161,25 +164,44 @@ def search(
     return best
 
 
-def tune(shape: tuple[int, ...], gated: bool, deadline: float) -> dict[str, configs.Config]:
-    """Search on this GPU."""
-    layer = Layer(shape, gated)
-    expected = layer.run()
+class Measure:
+    """Milliseconds of a layer under a table of launch shapes; infinite under one that is not to be trusted."""
 
-    def measure(table: dict[str, configs.Config]) -> float:
-        with tempfile.TemporaryDirectory() as folder:
-            write(table, Path(folder) / "table.json")
-            configs.load(Path(folder) / "table.json", replace_all=True)
+    def __init__(self, layer: Any) -> None:
+        """Run it once under the built-in ones.
+
+        Raises:
+            RuntimeError: not even those are trusted, and there is nothing to compare with.
+        """
+        if _trust.mode() == "0":
+            os.environ["DMOE_CERTIFY"] = "1"  # what nobody has seen run may not win
+        self.layer, self.expected = layer, layer.run()
+        if _trust.refused:
+            raise RuntimeError(f"dmoe.tune: the built-in launch shapes are refused here: {_trust.refused}")
+
+    def __call__(self, table: dict[str, configs.Config]) -> float:
+        """Certify, run, compare, time."""
+        configs.replace_measured(table)
         try:
-            results = layer.run()
-            close = all(
-                (a.float() - b.float()).norm() <= 1e-2 * b.float().norm()
-                for a, b in zip(results, expected, strict=True)
-            )
-            return layer.milliseconds() if close else float("inf")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a refusal, which is told below
+                results = self.layer.run()
         except Exception as error:  # too much shared memory, a compiler that gives up: not this one
             print(f"dropped: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
             return float("inf")
+        refused = dict(_trust.refused)
+        _trust.refused.clear()
+        if refused:
+            print(f"dropped: {'; '.join(refused.values())}")
+            return float("inf")
+        pairs = zip(results, self.expected, strict=True)
+        close = all((a.float() - b.float()).norm() <= 1e-2 * b.float().norm() for a, b in pairs)
+        return self.layer.milliseconds() if close else float("inf")
+
+
+def tune(shape: tuple[int, ...], gated: bool, deadline: float) -> dict[str, configs.Config]:
+    """Search on this GPU."""
+    measure = Measure(Layer(shape, gated))
 
     def progress(items: Sequence[Any], name: str) -> Sequence[Any]:
         try:

@@ -93,6 +93,7 @@ def family(capability: int) -> str:
 
 
 _measured: dict[str, Config] = {}
+generation = 0  # how often they have changed: what was certified, was so under one of their states
 
 
 def load(path: str | os.PathLike[str], *, replace_all: bool = False) -> None:
@@ -126,10 +127,18 @@ def load(path: str | os.PathLike[str], *, replace_all: bool = False) -> None:
 
 def replace_measured(table: dict[str, Config]) -> None:
     """Use these measured launch shapes, by name, and no others."""
+    global generation
     fresh = dict(table)
     _measured.clear()
     _measured.update(fresh)
+    generation += 1
     choose.cache_clear()
+
+
+def measured() -> dict[str, Config]:
+    """The measured launch shapes in use, by name: the environment's file, and what was loaded since."""
+    _load_from_environment()
+    return dict(_measured)
 
 
 def _checked(name: str, entry: Any) -> Config:

@@ -11,6 +11,7 @@ refused runs as the composition that it replaces, and one warning says so.
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -77,7 +78,8 @@ def trusts(subjects: Sequence[Subject], name: str, arguments: Sequence[Any]) -> 
     if mode() == "0" or not subjects:
         return True
     device = next(value.device for value in arguments if isinstance(value, Tensor))
-    known = _known.setdefault(str(device), {})
+    configs = sys.modules.get("dmoe.kernels.configs")
+    known = _known.setdefault((device, 0 if configs is None else configs.generation), {})
     verdict = known.get(subjects[0].key)
     if verdict is None:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -145,7 +147,8 @@ def on_its_own_arguments(name: str, *, lengths: bool = False) -> Callable[..., S
     return subjects
 
 
-_known: dict[str, dict[tuple[Any, ...], str]] = {}  # by device: "" for what is trusted, else why it is not
+# By device and state of the launch shapes: "" for what is trusted, else why it is not.
+_known: dict[tuple[torch.device, int], dict[tuple[Any, ...], str]] = {}
 
 
 def forget() -> None:

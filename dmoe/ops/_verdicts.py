@@ -57,8 +57,13 @@ def name_of(subject: Subject) -> str:
 
 def launch_shapes() -> dict[str, Any]:
     """Measured ones, by name; see :mod:`dmoe.kernels.configs`."""
-    configs = sys.modules.get("dmoe.kernels.configs")
-    return dict(configs._measured) if configs else {}
+    from dmoe.ops._library import has_triton
+
+    if not has_triton():
+        return {}
+    from dmoe.kernels import configs
+
+    return dict(configs.measured())
 
 
 def folder() -> Path:

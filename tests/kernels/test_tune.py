@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 from dmoe import tune
 from dmoe.kernels import configs
+from dmoe.ops import _trust
 
 SHAPE = (4096, 1024, 512, 16, 4)
 
@@ -62,6 +65,41 @@ def test_search_finds_the_fastest_and_keeps_the_earlier_ones():
             assert best[name].group == wanted[name]
         elif name not in wanted:
             assert name not in best, kernel
+
+
+class FakeLayer:
+    """Refused, wrong, broken or fine, by the block that the table asks for."""
+
+    def run(self):
+        (config,) = configs.measured().values() or [configs.Config(64, 32, 4, 3)]
+        if config.block_n == 16:
+            _trust.refused["moe_mlp"] = "the worst row is off by 2.0e+00 of its norm"
+        if config.block_n == 32:
+            raise RuntimeError("out of resource: shared memory")
+        return [torch.full((3,), 2.0 if config.block_n == 128 else 1.0)]
+
+    def milliseconds(self):
+        return 5.0
+
+
+@pytest.mark.parametrize(("block_n", "told"), [(16, "worst row"), (32, "out of resource"), (128, ""), (64, None)])
+def test_what_is_refused_broken_or_wrong_never_wins(block_n, told, capsys, monkeypatch):
+    monkeypatch.setenv("DMOE_CERTIFY", "0")
+    measure = tune.Measure(FakeLayer())
+    assert os.environ["DMOE_CERTIFY"] == "1"  # who trusts everything does not tune
+    try:
+        taken = measure({"down/hopper/2/128/64/32": configs.Config(block_n, 32, 4, 3)})
+        assert taken == (5.0 if told is None else math.inf)
+        assert (told or "") in capsys.readouterr().out
+        assert not _trust.refused
+    finally:
+        configs.replace_measured({})
+
+
+def test_built_in_launch_shapes_that_are_refused_end_the_search(monkeypatch):
+    monkeypatch.setitem(_trust.refused, "moe_mlp", "it did not end within 180 s")
+    with pytest.raises(RuntimeError, match=r"dmoe.tune: the built-in launch shapes are refused here: .*did not end"):
+        tune.Measure(FakeLayer())
 
 
 def test_every_candidate_is_tried_beside_the_best_so_far():
