@@ -36,6 +36,7 @@ def _load_compiled() -> str | None:
 missing_reason: str | None = _load_compiled()
 compiled: bool = missing_reason is None
 backends: dict[str, dict[str, str]] = {}  # by operation and device: "C++", "CUDA C++", "Triton" or "reference"
+triton_calls: dict[str, Callable[..., Any]] = {}  # by operation: what serves CUDA where that is Python
 _library.define("cuda_archs() -> str")  # what csrc/build_info.cpp was built for
 
 
@@ -48,6 +49,11 @@ def cuda_archs() -> tuple[str, ...]:
 def has_triton() -> bool:
     """Whether the kernels can run here at all; looks, and does not import."""
     return importlib.util.find_spec("triton") is not None
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    """Where an operation is a choice between functions: whether to take CUDA's; :mod:`dmoe.ops.offline` lies."""
+    return tensor.is_cuda
 
 
 @functools.cache
@@ -90,7 +96,7 @@ def define(
         served["CPU"] = "reference"
     if cuda is not None:
         _library.impl(name, cuda, "CUDA")
-        served["CUDA"] = "Triton"
+        served["CUDA"], triton_calls[name] = "Triton", cuda
     elif not has_kernel(name, "CUDA"):
         _library.impl(name, reference, "CUDA")
         served["CUDA"] = "reference"

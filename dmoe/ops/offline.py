@@ -1,0 +1,127 @@
+"""Programs without the GPU that they are for: what they would launch is compiled, and nothing runs.
+
+A program that puts its tensors on ``meta`` does, inside :func:`offline`, what it would do on a GPU: its operations take
+the way of CUDA, and every kernel is compiled with the specialisation that the launch would have had. What is compiled
+lies in Triton's cache (``TRITON_CACHE_DIR``), where a process that has the GPU finds it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dmoe.kernels import configs
+from dmoe.kernels.offline import Launch, compiling, swapped
+from dmoe.ops._library import NAMESPACE, on_gpu, triton_calls
+
+
+class _AsOnGPU(TorchDispatchMode):
+    """Operations on ``meta`` tensors run what serves CUDA, where that is Python; other devices' are left alone."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == NAMESPACE and any(isinstance(a, torch.Tensor) and a.is_meta for a in args):
+            call = triton_calls.get(func._schema.name.split("::")[1])
+            if call is not None:
+                with self, torch.no_grad():
+                    return call(*args, *_defaults(func, args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _defaults(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The arguments behind those given by position: the dispatcher leaves out what equals its default."""
+    rest = func._schema.arguments[len(args) :]
+    return [kwargs.get(argument.name, argument.default_value) for argument in rest]
+
+
+@contextlib.contextmanager
+def offline(arch: int, claim: Callable[[str], bool] = lambda key: True) -> Iterator[list[Launch]]:
+    """Inside, programs on ``meta`` tensors compile their kernels for ``arch``, 90 for Hopper.
+
+    Args:
+        arch: compute capability; one for each process, see :func:`dmoe.kernels.offline.compiling`.
+        claim: asked once for each specialisation, by a name that is the same in every process; False leaves the kernel
+            to another process.
+
+    Yields:
+        the launches so far: the kernel's name, and what was compiled, or None where it was left to another.
+    """
+    from triton import knobs
+
+    def left_to_others(*, key: Any, repr: str, fn: Any, **_: Any) -> bool:
+        return not claim(f"{fn.module}.{fn.name} {key} {repr}")
+
+    before = knobs.runtime.jit_cache_hook
+    knobs.runtime.jit_cache_hook = left_to_others
+    try:
+        with compiling(arch) as launched, swapped(on_gpu, lambda tensor: tensor.is_cuda or tensor.is_meta), _AsOnGPU():
+            yield launched
+    finally:
+        knobs.runtime.jit_cache_hook = before
+
+
+@dataclass
+class Compiled:
+    """What Triton was asked for in this process: kernels that it compiled, and others that lay in its cache."""
+
+    fresh: list[str] = field(default_factory=list)
+    found: list[str] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def counting_compiles() -> Iterator[Compiled]:
+    """Inside, counts what Triton compiles and what it finds in its cache."""
+    from triton import knobs
+
+    told, before = Compiled(), knobs.compilation.listener
+
+    def listen(*, src: Any, cache_hit: bool, **others: Any) -> None:
+        (told.found if cache_hit else told.fresh).append(src.name)
+        if before is not None:
+            before(src=src, cache_hit=cache_hit, **others)
+
+    knobs.compilation.listener = listen
+    try:
+        yield told
+    finally:
+        knobs.compilation.listener = before
+
+
+@contextlib.contextmanager
+def launch_shapes(path: str | Path) -> Iterator[None]:
+    """Inside, kernels run with the launch shapes of a file that ``dmoe.tune`` could have written, and those alone.
+
+    For comparing tables in one process. Whoever captures a CUDA graph needs this around the capture only.
+
+    Raises:
+        ValueError: see :func:`dmoe.kernels.configs.load`.
+    """
+    before = dict(configs._measured)
+    _use(_table(str(path)))
+    try:
+        yield
+    finally:
+        _use(before)
+
+
+@functools.cache  # a context around every step is to cost the host little
+def _table(path: str) -> dict[str, configs.Config]:
+    before = dict(configs._measured)
+    try:
+        configs.load(path, replace_all=True)
+        return dict(configs._measured)
+    finally:
+        _use(before)
+
+
+def _use(table: dict[str, configs.Config]) -> None:
+    configs._measured.clear()
+    configs._measured.update(table)
+    configs.choose.cache_clear()
