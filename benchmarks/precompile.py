@@ -103,7 +103,7 @@ def worker(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def launcher(compiled: Any) -> bool:
-    """Build what starts a kernel, too, where Triton compiles C for that (3.6 does) and the driver's library is there."""
+    """Build what starts a kernel, too, where Triton compiles C for that (3.6) and the driver's library is there."""
     try:
         from triton.backends.nvidia import driver
 

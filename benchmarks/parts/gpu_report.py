@@ -63,8 +63,8 @@ def report(results: list[Entry], env: dict[str, Any], name: str) -> str:
             "bfloat16, SiLU-gated experts; every contestant has the same weights, tokens and routing, and agreed with "
             "float64 in output and all gradients before it was timed. Forward keeps what backward needs; each is a "
             "CUDA graph, replayed (with *, launched one by one: it cannot be captured). Medians of CUDA events over "
-            "two passes, contestants in turns, before every run the L2 cache flushed and the device kept waiting while the "
-            "host runs ahead.",
+            "two passes, contestants in turns, before every run the L2 cache flushed and the device kept waiting "
+            "while the host runs ahead.",
             "## dmoe",
             _own_table(training),
             f"*floor*: the least time on a chip of {H200.flops / 1e12:.0f} TFLOP/s and {H200.bytes / 1e12:.1f} TB/s, "

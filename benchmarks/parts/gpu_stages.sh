@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # The stages of run_gpu.sh, which sources this: it sets python, out, work, log, dry and failed, and has note, step, left.
-# shellcheck disable=SC2154
+# shellcheck disable=SC2154,SC2034
 
 # precompile LIMIT FLAGS...: every kernel that the next steps launch, by all cores, while the GPU waits for nobody.
 precompile() {
@@ -80,7 +80,7 @@ bench_rest() {
 stage_peers() {
     if [ -n "$dry" ]; then
         mkdir -p "$work/peers"
-        DMOE_PEERS="${DMOE_PEERS:-$work/peers}" layer_gpu --name peers --out "$work" --device cpu --check-only --shapes tiny \
+        layer_gpu --name peers --out "$work" --device cpu --check-only --shapes tiny \
             --first 1 --peers "${DMOE_PEERS:-$work/peers}" --contestants "dmoe,SonicMoE,Liger,ScatterMoE" --files json
         step "peers, checks" 200 "${layer[@]}"
         return
