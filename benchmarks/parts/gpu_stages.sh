@@ -38,7 +38,7 @@ stage_smoke() {
         precompile 60 --set smoke --dtypes bfloat16
         step "every kernel once" 60 "$python" benchmarks/sanitize.py --dtypes bfloat16
     fi
-    if "$python" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("dmoe.certify") is None)' 2>/dev/null; then
+    if [ -f dmoe/certify.py ]; then
         if [ -n "$dry" ]; then
             step "certify, its arguments" 60 "$python" -m dmoe.certify --help
         else

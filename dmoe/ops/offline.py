@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmoe.kernels import configs
-from dmoe.kernels.offline import Launch, compiling, swapped
+from dmoe.kernels.offline import Launch, claiming, compiling, counting_compiles, swapped
 from dmoe.ops._library import NAMESPACE, on_gpu, triton_calls
+
+__all__ = ["counting_compiles", "launch_shapes", "offline"]
 
 
 class _AsOnGPU(TorchDispatchMode):
@@ -53,45 +54,13 @@ def offline(arch: int, claim: Callable[[str], bool] = lambda key: True) -> Itera
     Yields:
         the launches so far: the kernel's name, and what was compiled, or None where it was left to another.
     """
-    from triton import knobs
-
-    def left_to_others(*, key: Any, repr: str, fn: Any, **_: Any) -> bool:
-        return not claim(f"{fn.module}.{fn.name} {key} {repr}")
-
-    before = knobs.runtime.jit_cache_hook
-    knobs.runtime.jit_cache_hook = left_to_others
-    try:
-        with compiling(arch) as launched, swapped(on_gpu, lambda tensor: tensor.is_cuda or tensor.is_meta), _AsOnGPU():
-            yield launched
-    finally:
-        knobs.runtime.jit_cache_hook = before
-
-
-@dataclass
-class Compiled:
-    """What Triton was asked for in this process: kernels that it compiled, and others that lay in its cache."""
-
-    fresh: list[str] = field(default_factory=list)
-    found: list[str] = field(default_factory=list)
-
-
-@contextlib.contextmanager
-def counting_compiles() -> Iterator[Compiled]:
-    """Inside, counts what Triton compiles and what it finds in its cache."""
-    from triton import knobs
-
-    told, before = Compiled(), knobs.compilation.listener
-
-    def listen(*, src: Any, cache_hit: bool, **others: Any) -> None:
-        (told.found if cache_hit else told.fresh).append(src.name)
-        if before is not None:
-            before(src=src, cache_hit=cache_hit, **others)
-
-    knobs.compilation.listener = listen
-    try:
-        yield told
-    finally:
-        knobs.compilation.listener = before
+    with (
+        claiming(claim),
+        compiling(arch) as launched,
+        swapped(on_gpu, lambda tensor: tensor.is_cuda or tensor.is_meta),
+        _AsOnGPU(),
+    ):
+        yield launched
 
 
 @contextlib.contextmanager

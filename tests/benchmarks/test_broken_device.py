@@ -15,24 +15,24 @@ pytest.importorskip("xdist")
 CONFTEST = """
 import broken_device
 from broken_device import pytest_runtest_makereport, pytest_runtest_protocol
-broken = []
-broken_device.is_broken = lambda: bool(broken)
+broken_device.illegal = []
+broken_device.is_broken = lambda: bool(broken_device.illegal)
 """
 TESTS = """
-import conftest, pytest
+import broken_device, pytest
 
 @pytest.mark.gpu
 def test_breaks():
-    conftest.broken.append("illegal access")
+    broken_device.illegal.append("access")
     assert False
 
 @pytest.mark.gpu
 def test_later():
-    assert not conftest.broken
+    assert not broken_device.illegal
 
 @pytest.mark.gpu
 def test_last():
-    assert not conftest.broken
+    assert not broken_device.illegal
 """
 
 
