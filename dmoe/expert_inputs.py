@@ -154,7 +154,8 @@ def _check_residual(residual: Tensor, x: Tensor) -> None:
             f"moe_mlp: residual: expected x's shape {tuple(x.shape)} on {x.device}, got {tuple(residual.shape)} on "
             f"{residual.device}"
         )
-    cast = torch.is_autocast_enabled(x.device.type) and residual.is_floating_point()
+    # Older PyTorch refuses to say it of meta.
+    cast = not x.is_meta and torch.is_autocast_enabled(x.device.type) and residual.is_floating_point()
     if residual.dtype != x.dtype and not cast:
         raise ValueError(f"moe_mlp: residual: expected x's dtype {x.dtype}, got {residual.dtype}")
 

@@ -10,6 +10,7 @@ import pytest
 import quick_interpreter
 import torch
 import torch.distributed as dist
+from broken_device import pytest_runtest_makereport, pytest_runtest_protocol  # noqa: F401 - hooks
 from megatron_cases import MegatronRanks
 from rank_pool import RankPool
 

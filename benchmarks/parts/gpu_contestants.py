@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 from abc import ABC, abstractmethod
@@ -55,10 +56,15 @@ class Contestant(ABC):
         x, gates, gate_up, down = grads
         return {"x": x, "gates": gates, "gate_up": gate_up, "down": down}
 
+    def around(self) -> contextlib.AbstractContextManager[None]:
+        """What forward and backward have to run in."""
+        return contextlib.nullcontext()
+
     def results(self) -> dict[str, Tensor]:
         """Output and gradients of one step, by name, for the check."""
-        y = self.forward()
-        grads = torch.autograd.grad(y, list(self.leaves()), self.problem.grad)
+        with self.around():
+            y = self.forward()
+            grads = torch.autograd.grad(y, list(self.leaves()), self.problem.grad)
         return {"y": y.detach(), **self.named(grads)}
 
     def truth(self, given: Truth) -> Truth:
@@ -85,6 +91,8 @@ class Dmoe(_Stacked):
     """``dmoe.functional.moe_mlp`` with the given routing; the plan is part of what is timed."""
 
     gate_dtype = torch.float32
+    #: of ``moe_mlp``
+    backend: str | None = None
 
     def prepare(self) -> None:
         super().prepare()
@@ -93,7 +101,7 @@ class Dmoe(_Stacked):
 
     def forward(self) -> Tensor:
         weights = dmoe.ExpertWeights(self.gate_up, self.down)
-        return dmoe.functional.moe_mlp(self.x, self.problem.indices, self.gates, weights)
+        return dmoe.functional.moe_mlp(self.x, self.problem.indices, self.gates, weights, backend=self.backend)
 
     def named(self, grads: Sequence[Tensor]) -> dict[str, Tensor]:
         named = super().named(grads)
@@ -121,9 +129,7 @@ class DmoeLayer(Contestant):
         }
         for name, value in parameters.items():  # shared with the problem: no second copy of the weights
             setattr(self.layer.experts, name, nn.Parameter(value.detach()))
-        generator = torch.Generator(self.x.device).manual_seed(7)
-        router = torch.randn(shape.experts, shape.hidden, generator=generator, device=self.x.device)
-        self.layer.router.weight = nn.Parameter((router * shape.hidden**-0.5).bfloat16())
+        self.layer.router.weight = nn.Parameter(problem.router_weight())
 
     def forward(self) -> Tensor:
         y = self.layer(self.x)
@@ -310,7 +316,7 @@ def _require_memory(device: torch.device, needed: int) -> None:
         )
 
 
-OWN = ("dmoe", "dmoe layer")
+OWN = ("dmoe", "dmoe layer", "dmoe torch", "dmoe 2026-11 shapes")  # a wrong one fails the run
 CEILING = "dense cuBLAS"
 CONTESTANTS: dict[str, Callable[[Problem], Contestant]] = {
     "dmoe": Dmoe,

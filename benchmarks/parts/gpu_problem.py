@@ -41,6 +41,12 @@ class Problem:
         """Shape and routing."""
         return f"{self.shape.label} {self.routing}"
 
+    def router_weight(self) -> Tensor:
+        """``(E, H)``, of a layer that chooses for itself."""
+        generator = torch.Generator(self.x.device).manual_seed(7)
+        weight = torch.randn(self.shape.experts, self.shape.hidden, generator=generator, device=self.x.device)
+        return (weight * self.shape.hidden**-0.5).bfloat16()
+
     def load(self) -> dict[str, float]:
         """Rows of the busiest and of the idlest expert over the mean."""
         counts = torch.bincount(self.indices.flatten(), minlength=self.shape.experts) * self.shape.experts
@@ -83,6 +89,30 @@ def make_problem(shape: Shape, routing: str, device: torch.device, seed: int = 0
         indices=scores.topk(K, dim=1).indices,
         grad=normal(T, H),
     )
+
+
+class ShapesAlone(Problem):
+    """A case without numbers, on ``meta``: what a contestant does with it says what it would launch."""
+
+    def __init__(self, shape: Shape, device: torch.device | str = "meta") -> None:
+        T, H, width, E, K = shape.dims
+
+        def empty(*size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+            return torch.empty(size, dtype=dtype, device=device)
+
+        super().__init__(
+            shape,
+            "none",
+            x=empty(T, H),
+            gates=empty(T, K, dtype=torch.float32),
+            gate_up=empty(E, 2 * width, H),
+            down=empty(E, H, width),
+            indices=empty(T, K, dtype=torch.int64),
+            grad=empty(T, H),
+        )
+
+    def router_weight(self) -> Tensor:
+        return self.x.new_empty(self.shape.experts, self.shape.hidden)
 
 
 class Truth:

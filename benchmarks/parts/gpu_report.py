@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from parts.gpu_contestants import CEILING, CONTESTANTS, OWN
+from parts.gpu_kernels import kernel_table
 from parts.gpu_shapes import H200, Shape
 from parts.harness import COLOURS, markdown_table, milliseconds, new_figure, save_figure
 
@@ -19,9 +20,15 @@ def shape_of(entry: Entry) -> Shape:
     return Shape(*(case[key] for key in ("name", "tokens", "hidden", "ffn", "experts", "top_k", "sonic_h100")))
 
 
+def timing_of(entry: Entry, name: str) -> dict[str, Any]:
+    """A contestant's figures: those of its CUDA graphs, or of single launches where it has none."""
+    found: dict[str, Any] = entry.get("graphs", {}).get(name) or entry["timings"][name]
+    return found
+
+
 def teraflops(entry: Entry, name: str) -> tuple[float, float]:
     """TFLOP/s of forward and backward, counting the products only."""
-    timing, flops = entry["timings"][name], shape_of(entry).flops
+    timing, flops = timing_of(entry, name), shape_of(entry).flops
     return flops[0] / timing["forward"].median / 1e12, flops[1] / timing["backward"].median / 1e12
 
 
@@ -54,21 +61,36 @@ def report(results: list[Entry], env: dict[str, Any], name: str) -> str:
         parts += [
             f"![TFLOP/s of all contestants]({name}.png)",
             "bfloat16, SiLU-gated experts; every contestant has the same weights, tokens and routing, and agreed with "
-            "float64 in output and all gradients before it was timed. Forward keeps what backward needs. Medians of "
-            "CUDA events over two passes, contestants in turns, the L2 cache flushed before every run.",
+            "float64 in output and all gradients before it was timed. Forward keeps what backward needs; each is a "
+            "CUDA graph, replayed (with *, launched one by one: it cannot be captured). Medians of CUDA events over "
+            "two passes, contestants in turns, before every run the L2 cache flushed and the device kept waiting "
+            "while the host runs ahead.",
             "## dmoe",
             _own_table(training),
             f"*floor*: the least time on a chip of {H200.flops / 1e12:.0f} TFLOP/s and {H200.bytes / 1e12:.1f} TB/s, "
             "summed over the kernels that a good implementation launches; *share* is floor over time, in brackets with "
             "the rates measured in this run. *SonicMoE*: dmoe's TFLOP/s over those that SonicMoE's authors report on "
             "an **H100**, whose memory is slower; the contestant of that name, where it ran, is the fair comparison. "
-            "*graph*: the same step as one CUDA graph. *held*: memory between forward and backward beside x, y and the "
+            "*eager*: both passes launched one by one. *held*: memory between forward and backward beside x, y and the "
             "weights, over the least possible (the pre-activation). *spread*: between the two passes.",
             "## Milliseconds, forward + backward",
             _times_table(training),
             "## Memory, MiB: held between forward and backward / peak of the step",
             _memory_table(training),
         ]
+        measured = [
+            (_label(entry), shape_of(entry), passes)
+            for entry in training
+            for name, passes in entry.get("kernels", {}).items()
+            if name == "dmoe layer" and isinstance(passes, dict)
+        ]
+        if measured:
+            parts += [
+                "## Kernels of the layer beside what was predicted",
+                kernel_table(measured),
+                "Seconds by PyTorch's profiler, which adds a little; predictions and where they come from: "
+                "`parts/gpu_predictions.py`.",
+            ]
     if decode:
         parts += [
             "## Decode: a forward of few tokens, microseconds, launched one by one / as a CUDA graph",
@@ -89,7 +111,7 @@ def _label(entry: Entry) -> str:
 
 
 def _own_table(entries: list[Entry]) -> str:
-    header = ["model (T, H, F, E, K)", "", "fwd ms", "bwd ms", "floor ms", "share", "TFLOP/s", "SonicMoE", "graph ms"]
+    header = ["model (T, H, F, E, K)", "", "fwd ms", "bwd ms", "floor ms", "share", "TFLOP/s", "SonicMoE", "eager ms"]
     header += ["launches", "held", "peak MiB", "spread"]
     rows = []
     for entry in entries:
@@ -104,7 +126,8 @@ def _own_table(entries: list[Entry]) -> str:
 
 
 def _own_row(entry: Entry, name: str) -> list[str]:
-    timing, shape = entry["timings"][name], shape_of(entry)
+    timing, shape = timing_of(entry, name), shape_of(entry)
+    eager = entry["timings"][name]
     passes = [timing["forward"].median, timing["backward"].median]
     chip, measured = entry["floor"]["chip"], entry["floor"]["measured"]
     share = " / ".join(f"{a / t:.0%} ({b / t:.0%})" for t, a, b in zip(passes, chip, measured, strict=True))
@@ -112,17 +135,17 @@ def _own_row(entry: Entry, name: str) -> list[str]:
     ratio = "-"
     if shape.sonic_h100 and name == "dmoe":
         ratio = " / ".join(f"{mine / theirs:.2f}" for mine, theirs in zip(speed, shape.sonic_h100, strict=True))
-    graph, used = entry["graph"].get(name, "-"), entry["memory"][name]
+    used = entry["memory"][name]
     return [
         _label(entry),
-        name,
+        name if name in entry.get("graphs", {}) else f"{name} *",
         *map(milliseconds, passes),
         " / ".join(map(milliseconds, chip)),
         share,
         " / ".join(f"{value:.0f}" for value in speed),
         ratio,
-        milliseconds(graph) if isinstance(graph, float) else str(graph),
-        str(entry["launches"].get(name, "-")),
+        " + ".join(milliseconds(eager[part].median) for part in ("forward", "backward")),
+        str(entry.get("launches", {}).get(name, "-")),
         f"{used['held'] / shape.least_saved:.2f}",
         f"{used['peak'] / 2**20:.0f}",
         f"{timing['spread']:.1%}",
@@ -134,14 +157,15 @@ def _times_table(entries: list[Entry]) -> str:
     rows = []
     for entry in entries:
         rivals = [name for name in names if name in entry["timings"] and name not in (*OWN[1:], CEILING)]
-        best = min(rivals, key=lambda name: entry["timings"][name]["step"].median, default=None)
+        best = min(rivals, key=lambda name: timing_of(entry, name)["step"].median, default=None)
         cells = []
         for name in names:
-            timing = entry["timings"].get(name)
-            if timing is None:
+            if name not in entry["timings"]:
                 cells.append("refused" if name in entry["refused"] else "not run")
                 continue
+            timing = timing_of(entry, name)
             shown = f"{milliseconds(timing['forward'].median)} + {milliseconds(timing['backward'].median)}"
+            shown += "" if name in entry.get("graphs", {}) else " *"
             cells.append(f"**{shown}**" if name == best else shown)
         rows.append([_label(entry), *cells])
     return markdown_table(["model (T, H, F, E, K)", *names], rows)
@@ -180,10 +204,14 @@ def _remarks(results: list[Entry]) -> list[str]:
     """What did not run, and why: once for all cases of the same reason."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for entry in results:
-        if "left_out" in entry:
-            reasons.setdefault(("everything", entry["left_out"]), []).append(_label(entry))
+        for key in ("left_out", "broken"):
+            if key in entry:
+                what = "everything" if key == "left_out" or "errors" not in entry else "what is missing"
+                reasons.setdefault((what, entry[key]), []).append(_label(entry))
         for name, why in (*entry.get("not_run", {}).items(), *entry.get("refused", {}).items()):
             reasons.setdefault((name, why), []).append(_label(entry))
+        for name, why in entry.get("no_graph", {}).items():
+            reasons.setdefault((f"{name} as a graph", why), []).append(_label(entry))
     if not reasons:
         return []
     ran = sum("left_out" not in entry for entry in results)

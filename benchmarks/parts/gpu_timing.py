@@ -8,7 +8,7 @@ import statistics
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,38 +21,73 @@ from parts.harness import Timing, interleave
 PASSES = ("forward", "backward", "step")
 
 
-class Flush:
-    """Pushes what earlier runs left out of the L2 cache, outside the timed region."""
+HEAD_START = 2_000_000  # clocks, a millisecond: what the host needs to put a step's launches into the queue
 
-    def __init__(self, device: torch.device) -> None:
+
+class Flush:
+    """Pushes what earlier runs left out of the L2 cache, outside the timed region, and keeps the device waiting.
+
+    While it waits the host runs ahead, so that what is timed is what the device does, and no gap between launches.
+    Without ``head_start`` the host's gaps count, as they do for whoever calls one forward and waits for it.
+    """
+
+    def __init__(self, device: torch.device, *, head_start: bool = True) -> None:
+        self.head_start = head_start
         size = torch.cuda.get_device_properties(device).L2_cache_size
         self.room = torch.empty(4 * size, dtype=torch.int8, device=device)
 
     def __call__(self) -> None:
         self.room.zero_()
+        if self.head_start:
+            torch.cuda._sleep(HEAD_START)
+
+
+class Runner(Protocol):
+    """The two halves of a step."""
+
+    def forward(self) -> Any:
+        """Returns what backward is given."""
+
+    def backward(self, y: Any) -> None:
+        """All gradients, which are dropped."""
+
+
+@dataclass
+class Eager:
+    """A contestant's step, launched kernel by kernel."""
+
+    contestant: Contestant
+
+    def forward(self) -> Tensor:
+        """y."""
+        with self.contestant.around():
+            return self.contestant.forward()
+
+    def backward(self, y: Tensor) -> None:
+        """The gradients of the leaves."""
+        if isinstance(self.contestant, DenseChain):
+            self.contestant.backward()
+        else:
+            with self.contestant.around():
+                torch.autograd.grad(y, list(self.contestant.leaves()), self.contestant.problem.grad)
 
 
 @dataclass
 class Sampler:
-    """Runs one contestant's steps and keeps the seconds of their parts."""
+    """Runs steps and keeps the seconds of their parts."""
 
-    contestant: Contestant
+    runner: Runner
     flush: Callable[[], None]
     samples: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in PASSES})
 
     def __call__(self, i: int) -> float:
         """One training step; rounds below 0 are warm-up and are not kept. Returns the seconds of the step."""
         events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
-        contestant = self.contestant
         self.flush()
         events[0].record()
-        y = contestant.forward()
+        y = self.runner.forward()
         events[1].record()
-        if isinstance(contestant, DenseChain):
-            contestant.backward()
-        else:
-            grads = torch.autograd.grad(y, list(contestant.leaves()), contestant.problem.grad)
-            del grads
+        self.runner.backward(y)
         events[2].record()
         events[2].synchronize()
         forward, backward = (events[k].elapsed_time(events[k + 1]) / 1e3 for k in (0, 1))
@@ -63,17 +98,17 @@ class Sampler:
 
 
 def time_training(
-    contestants: Mapping[str, Contestant],
+    runners: Mapping[str, Runner],
     device: torch.device,
     *,
     rounds: int,
     seconds_each: float,
     tick: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, Any]]:
-    """Forward, backward and step of each contestant, in turns, twice over.
+    """Forward, backward and step of each, in turns, twice over.
 
     Args:
-        contestants: that passed their check (so everything is compiled).
+        runners: by contestant; each passed its check, so everything is compiled.
         device: where.
         rounds: turns of each, in each of the two passes.
         seconds_each: a slow contestant gets fewer turns, at least three.
@@ -86,11 +121,11 @@ def time_training(
     flush = Flush(device)
     passes: list[dict[str, Sampler]] = []
     for seed in (0, 1):
-        samplers = {name: Sampler(contestant, flush) for name, contestant in contestants.items()}
+        samplers = {name: Sampler(runner, flush) for name, runner in runners.items()}
         interleave(samplers, rounds=rounds, warmup=2, seconds_each=seconds_each, seed=seed, tick=tick)
         passes.append(samplers)
     found: dict[str, dict[str, Any]] = {}
-    for name in contestants:
+    for name in runners:
         first, second = (samplers[name].samples for samplers in passes)
         found[name] = {part: Timing.of(first[part] + second[part]) for part in PASSES}
         medians = [statistics.median(samples["step"]) for samples in (first, second)]
@@ -143,18 +178,43 @@ def ceilings(device: torch.device) -> Rates:
     return Rates(flops=2 * 8192**3 / product, bytes=2 * source.numel() / copy)
 
 
-def graph_of(run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
-    """Capture a call, after three on a side stream."""
+def _warm_up(run: Callable[[], Any]) -> None:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             run()
     torch.cuda.current_stream().wait_stream(stream)
+
+
+def graph_of(run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+    """Capture a call, after three on a side stream."""
+    _warm_up(run)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
     return graph
+
+
+class Graphed:
+    """A contestant's step as two CUDA graphs, of forward and of backward, which shares forward's memory."""
+
+    def __init__(self, contestant: Contestant) -> None:
+        eager = Eager(contestant)
+        _warm_up(lambda: eager.backward(eager.forward()))
+        self.graphs = [torch.cuda.CUDAGraph() for _ in range(2)]
+        with torch.cuda.graph(self.graphs[0]):
+            self.y = eager.forward()
+        with torch.cuda.graph(self.graphs[1], pool=self.graphs[0].pool()):
+            eager.backward(self.y)
+
+    def forward(self) -> None:
+        """Replay."""
+        self.graphs[0].replay()
+
+    def backward(self, y: None) -> None:
+        """Replay."""
+        self.graphs[1].replay()
 
 
 def replay_seconds(run: Callable[[], Any], device: torch.device, flush: Callable[[], None] | None = None) -> float:
@@ -166,8 +226,9 @@ def step_of(contestant: Contestant) -> Callable[[], list[Tensor]]:
     """A whole training step as one call, for capturing and counting."""
 
     def step() -> list[Tensor]:
-        y = contestant.forward()
-        return [y, *torch.autograd.grad(y, list(contestant.leaves()), contestant.problem.grad)]
+        with contestant.around():
+            y = contestant.forward()
+            return [y, *torch.autograd.grad(y, list(contestant.leaves()), contestant.problem.grad)]
 
     return step
 

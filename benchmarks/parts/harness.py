@@ -13,7 +13,7 @@ import platform
 import random
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -247,7 +247,16 @@ def write_json(
         return asdict(value) if isinstance(value, Timing) else str(value)
 
     document = {"environment": env, "settings": settings, "cases": cases}
-    path.write_text(json.dumps(document, indent=1, default=plain) + "\n")
+    with replaced(path) as partial:
+        partial.write_text(json.dumps(document, indent=1, default=plain) + "\n")
+
+
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A file to write, which then takes the other's place: whoever looks, or is killed, finds one of the two whole."""
+    partial = path.with_name(f".{path.name}.partial{path.suffix}")
+    yield partial
+    os.replace(partial, path)
 
 
 def publish(

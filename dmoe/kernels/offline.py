@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -91,3 +92,51 @@ def swap(old: Any, new: Any) -> None:
             for key, value in list(vars(module).items()):
                 if value is old:
                     setattr(module, key, new)
+
+
+@contextlib.contextmanager
+def claiming(claim: Callable[[str], bool]) -> Iterator[None]:
+    """Inside, a specialisation that this process has not seen is compiled, or found, only if it may be.
+
+    Args:
+        claim: asked once for each, by a name that is the same in every process; False leaves it to another process, and
+            its launch gives None.
+    """
+    from triton import knobs
+
+    def left_to_others(*, key: Any, repr: str, fn: Any, **_: Any) -> bool:
+        return not claim(f"{fn.module}.{fn.name} {key} {repr}")
+
+    before = knobs.runtime.jit_cache_hook
+    knobs.runtime.jit_cache_hook = left_to_others
+    try:
+        yield
+    finally:
+        knobs.runtime.jit_cache_hook = before
+
+
+@dataclass
+class Compiled:
+    """What Triton was asked for in this process: kernels that it compiled, and others that lay in its cache."""
+
+    fresh: list[str] = field(default_factory=list)
+    found: list[str] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def counting_compiles() -> Iterator[Compiled]:
+    """Inside, counts what Triton compiles and what it finds in its cache."""
+    from triton import knobs
+
+    told, before = Compiled(), knobs.compilation.listener
+
+    def listen(*, src: Any, cache_hit: bool, **others: Any) -> None:
+        (told.found if cache_hit else told.fresh).append(src.name)
+        if before is not None:
+            before(src=src, cache_hit=cache_hit, **others)
+
+    knobs.compilation.listener = listen
+    try:
+        yield told
+    finally:
+        knobs.compilation.listener = before

@@ -15,7 +15,6 @@ from dmoe.kernels._launch import launch
 
 _TILE = 2048  # scores that a program holds, as long as one token has fewer
 _NO_KEY = tl.constexpr(-(2**63))  # below every key
-_TINY = tl.constexpr(2.0**-126)
 
 
 @triton.jit
@@ -56,7 +55,9 @@ def _value(key):
 def _norm(picked, p, NORM: tl.constexpr):
     """The p-norm of each row, never 0. NORM: 1 and 2 say what p is, 3 says anything else."""
     largest = tl.max(picked, 1)
-    largest = tl.where(largest > _TINY, largest, _TINY)  # powers of small scores would underflow
+    # Powers of small scores would underflow. The number (2**-126) stands here because Triton 3.6 hashes a global that
+    # only a called function uses into its caller or not, by what was hashed before: a kernel would not be found again.
+    largest = tl.where(largest > 1.1754943508222875e-38, largest, 1.1754943508222875e-38)
     share = picked / largest[:, None]
     if NORM == 1:
         norm = tl.sum(share, 1)

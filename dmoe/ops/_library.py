@@ -38,6 +38,7 @@ def _load_compiled() -> str | None:
 missing_reason: str | None = _load_compiled()
 compiled: bool = missing_reason is None
 backends: dict[str, dict[str, str]] = {}  # by operation and device: "C++", "CUDA C++", "Triton" or "reference"
+triton_calls: dict[str, Callable[..., Any]] = {}  # by operation: what serves CUDA where that is Python
 _library.define("cuda_archs() -> str")  # what csrc/build_info.cpp was built for
 
 
@@ -50,6 +51,11 @@ def cuda_archs() -> tuple[str, ...]:
 def has_triton() -> bool:
     """Whether the kernels can run here at all; looks, and does not import."""
     return importlib.util.find_spec("triton") is not None
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    """Where an operation is a choice between functions: whether to take CUDA's; :mod:`dmoe.ops.offline` lies."""
+    return tensor.is_cuda
 
 
 @functools.cache
@@ -100,7 +106,7 @@ def define(
     if cuda is not None:
         guarded = cuda if subjects is None else Guard(name, cuda, composition, subjects)
         _library.impl(name, guarded, "CUDA")
-        served["CUDA"] = "Triton" if has_triton() else "PyTorch"
+        served["CUDA"], triton_calls[name] = "Triton" if has_triton() else "PyTorch", cuda
     elif not has_kernel(name, "CUDA"):
         _library.impl(name, reference, "CUDA")
         served["CUDA"] = "reference"

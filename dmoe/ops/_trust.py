@@ -78,6 +78,8 @@ def trusts(subjects: Sequence[Subject], name: str, arguments: Sequence[Any]) -> 
     if mode() == "0" or not subjects:
         return True
     device = next(value.device for value in arguments if isinstance(value, Tensor))
+    if device.type == "meta":  # nothing runs: see dmoe.ops.offline
+        return True
     configs = sys.modules.get("dmoe.kernels.configs")
     known = _known.setdefault((device, 0 if configs is None else configs.generation), {})
     verdict = known.get(subjects[0].key)

@@ -212,7 +212,7 @@ def _check_factors(op: str, a: Tensor, b: Tensor, expert_offsets: Tensor | None)
     for name, tensor in (("a", a), ("b", b)):
         if tensor.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             raise TypeError(f"{op}: {name}: expected float32, float64, bfloat16 or float16, got {tensor.dtype}")
-    if a.dtype != b.dtype and not torch.is_autocast_enabled(a.device.type):
+    if a.dtype != b.dtype and (a.is_meta or not torch.is_autocast_enabled(a.device.type)):
         raise TypeError(f"{op}: b: expected {a.dtype} like a, got {b.dtype}")
     if a.device != b.device:
         raise ValueError(f"{op}: b: expected on {a.device} like a, got {b.device}")

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dmoe.ops._library import on_gpu
 from dmoe.ops._trust import Guard, on_its_own_arguments
 from dmoe.ops.routing_plan import row_bound
 
@@ -102,5 +103,5 @@ def pad_plan(
         :class:`PaddedPlan` with ``R' = row_bound(R, E, block_size=block_size)`` rows; rows keep their order.
     """
     blocks = padded_row_blocks(row_to_token.shape[0], expert_offsets.shape[0] - 1, block_size)
-    run = _on_cuda if expert_offsets.is_cuda else pad_plan_ref
+    run = _on_cuda if on_gpu(expert_offsets) else pad_plan_ref
     return run(expert_offsets, row_to_token, row_to_slot, token_offsets, token_rows, block_size, blocks)

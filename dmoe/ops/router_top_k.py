@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dmoe.ops._library import define, refuse_double_backward, register_autograd
+from dmoe.ops._library import define, on_gpu, refuse_double_backward, register_autograd
 from dmoe.ops._trust import Subject
 from dmoe.ops.gate_weights import gate_weights, gate_weights_backward_ref
 from dmoe.ops.histogram import histogram
@@ -291,7 +291,7 @@ register_autograd(_forward, _autograd, _setup_context)
 
 
 def _fits_one_launch(logits: Tensor) -> bool:
-    return logits.is_cuda and logits.dtype == torch.float32 and logits.shape[1] <= _MOST_EXPERTS
+    return on_gpu(logits) and logits.dtype == torch.float32 and logits.shape[1] <= _MOST_EXPERTS
 
 
 def router_top_k(

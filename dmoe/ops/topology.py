@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dmoe.ops._checks import known
-from dmoe.ops._library import define
+from dmoe.ops._library import define, on_gpu
 from dmoe.ops._trust import Guard, on_its_own_arguments
 
 
@@ -251,5 +251,5 @@ def expert_topology(
             f"{num_row_blocks} row blocks of up to {max(sizes) // block_size}"
         )
     table = topology_arguments(sizes, experts, block_size, expert_offsets.device)
-    run = _on_cuda if expert_offsets.is_cuda else expert_topology_ref
+    run = _on_cuda if on_gpu(expert_offsets) else expert_topology_ref
     return run(expert_offsets.contiguous(), *table, block_size, num_row_blocks, 1, False)

@@ -14,9 +14,12 @@ pytest.importorskip("matplotlib")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import layer_gpu
+import parts.gpu_case as gpu_case
 import parts.gpu_contestants as contestants
+import parts.gpu_kernels as gpu_kernels
 from parts.gpu_problem import Truth, make_problem
 from parts.gpu_shapes import H200, MODELS, TINY, Shape, backward_kernels, floor, forward_kernels
+from parts.gpu_timing import Eager
 
 # Milliseconds of forward and backward at 790 TFLOP/s and 4.3 TB/s, worked out apart from this code.
 PUBLISHED_FLOORS = {
@@ -58,7 +61,7 @@ def test_one_lost_token_of_many_is_seen():
     y[1234] = 0
     errors = truth.errors({"y": y})
     assert errors["y"] < 0.1  # the norm over all hardly shows it
-    assert errors["worst y"] > layer_gpu.WORST
+    assert errors["worst y"] > gpu_case.WORST
 
 
 @pytest.mark.parametrize("routing", ["uniform", "zipf"])
@@ -108,7 +111,7 @@ def test_a_wrong_contestant_is_refused_and_not_timed(damage, monkeypatch, tmp_pa
     monkeypatch.setitem(contestants.CONTESTANTS, "wrong", Wrong)
     args, _ = layer_gpu.parse(["--check-only", "--device", "cpu", "--shapes", "tiny", "--contestants", "wrong,dmoe"])
     entry = {}
-    field = layer_gpu.check(entry, make_problem(TINY[0], "uniform", torch.device("cpu")), args)
+    field = gpu_case.check(entry, make_problem(TINY[0], "uniform", torch.device("cpu")), args)
     assert set(field) == {"dmoe", contestants.CEILING}
     assert "differs from float64" in entry["refused"]["wrong"]
 
@@ -206,13 +209,17 @@ def stand_in(monkeypatch):
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(layer_gpu, "ceilings", lambda device: H200)
-    monkeypatch.setattr(layer_gpu, "launches", lambda run, device: len(run()))
-    monkeypatch.setattr(layer_gpu, "replay_seconds", lambda run, device, flush=None: 1.0)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda clocks: None)
+    monkeypatch.setattr(gpu_case, "launches", lambda run, device: len(run()))
+    monkeypatch.setattr(gpu_case, "replay_seconds", lambda run, device, flush=None: 1.0)
+    monkeypatch.setattr(gpu_case, "Graphed", Eager)  # captured or not: the same numbers
+    events = [("up_kernel", 1e-3), ("void dmoe::plan_kernel<long>(...)", 1e-5), ("fill", 1e-6)]
+    monkeypatch.setattr(gpu_kernels, "device_events", lambda run, device: run() or events)
     parse = layer_gpu.parse
 
     def with_stand_in(arguments):
         args, cases = parse(arguments)
-        args.device = "cpu"
+        args.device, args.apart = "cpu", False
         return args, cases
 
     monkeypatch.setattr(layer_gpu, "parse", with_stand_in)
@@ -230,11 +237,15 @@ def test_the_timing_runs_through_and_its_report_is_written(stand_in, monkeypatch
             assert timing["step"]["rounds"] == 6
             assert 0 < timing["forward"]["median"] < timing["step"]["median"]
         assert case["memory"]["dmoe"]["peak"] == 7
-        assert set(case["launches"]) == set(case["graph"]) == {"dmoe", "dmoe layer"}
+        assert set(case["graphs"]) == set(case["timings"])
+        assert set(case["launches"]) == set(case["kernels"]) == {"dmoe", "dmoe layer"}
+        assert [kernel["role"] for kernel in case["kernels"]["dmoe"]["forward"]] == ["up", "plan", ""]
     assert cases[0]["decode"]["dmoe"]["eager"] > 0
     assert "SonicMoE" in cases[0]["not_run"]
     text = (tmp_path / "timed.md").read_text()
     assert "tiny (96, 64, 32, 8, 2, zipf)" in text
+    assert "## Kernels of the layer beside what was predicted" in text
+    assert "| plan | 10 | - | 15 | 1.50 |" in text
     assert "DUMMY" not in text
 
 
