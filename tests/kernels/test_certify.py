@@ -231,7 +231,7 @@ def test_far_away_gives_the_same_bits_or_is_told(part):
     def wrapped(kernel, grid, *arguments, **options):
         if kernel.__name__ == "combine_kernel":
             place = kernel.arg_names.index("token_rows")
-            arguments = (*arguments[:place], arguments[place] % 300, *arguments[place + 1 :])
+            arguments = (*arguments[:place], arguments[place] % 200, *arguments[place + 1 :])
         original(kernel, grid, *arguments, **options)
 
     with offline.instead_of_launching(wrapped):
