@@ -53,6 +53,18 @@ def candidates(config: configs.Config, kernel: str) -> list[configs.Config]:
     return list(dict.fromkeys(found))
 
 
+def few(config: configs.Config, kernel: str) -> list[configs.Config]:
+    """The half dozen of :func:`candidates`' kind that say most in a minute or two, the given one first."""
+    found = [config, dataclasses.replace(config, num_stages=max(config.num_stages - 1, 2))]
+    found.append(dataclasses.replace(config, num_stages=config.num_stages + (2 if kernel == "weight_grad" else 1)))
+    found.append(dataclasses.replace(config, group=16))
+    found.append(dataclasses.replace(config, block_n=128, num_warps=8, parts=4))
+    if kernel != "weight_grad":
+        half = dataclasses.replace(config, block_n=128, num_warps=8, num_stages=3, parts=8)
+        found += [dataclasses.replace(config, flatten=True), dataclasses.replace(half, programs=2)]
+    return list(dict.fromkeys(found))
+
+
 def kernels_of(shape: tuple[int, ...], capability: int, gated: bool) -> Entries:
     """The entries that a layer of this shape looks up: name in the table, and the built-in launch shape."""
     tokens, hidden, ffn, experts, top_k = shape
@@ -124,6 +136,7 @@ def search(
     measure: Callable[[dict[str, configs.Config]], float],
     deadline: float,
     progress: Callable[[Sequence[Any], str], Sequence[Any]] = lambda items, name: items,
+    around: Callable[[configs.Config, str], list[configs.Config]] = candidates,
 ) -> dict[str, configs.Config]:
     """The fastest launch shape of each entry, one entry after the other, the earlier ones kept.
 
@@ -132,11 +145,12 @@ def search(
         measure: milliseconds under a table; infinite for a table that does not work.
         deadline: of ``time.monotonic``; what was found until then counts.
         progress: wraps each entry's candidates.
+        around: the candidates of an entry, its built-in launch shape first.
     """
     best: dict[str, configs.Config] = {}
     for name, (kernel, built_in) in entries.items():
         fastest = measure(best)
-        for candidate in progress(candidates(built_in, kernel)[1:], name):
+        for candidate in progress(around(built_in, kernel)[1:], name):
             if time.monotonic() > deadline:
                 return best
             taken = measure({**best, name: candidate})
@@ -147,7 +161,12 @@ def search(
     return best
 
 
-def tune(shape: tuple[int, ...], gated: bool, deadline: float) -> dict[str, configs.Config]:
+def tune(
+    shape: tuple[int, ...],
+    gated: bool,
+    deadline: float,
+    around: Callable[[configs.Config, str], list[configs.Config]] = candidates,
+) -> dict[str, configs.Config]:
     """Search on this GPU."""
     layer = Layer(shape, gated)
     expected = layer.run()
@@ -175,7 +194,8 @@ def tune(shape: tuple[int, ...], gated: bool, deadline: float) -> dict[str, conf
             return items
         return tqdm(items, desc=name)
 
-    return search(kernels_of(shape, 10 * torch.cuda.get_device_capability()[0], gated), measure, deadline, progress)
+    entries = kernels_of(shape, 10 * torch.cuda.get_device_capability()[0], gated)
+    return search(entries, measure, deadline, progress, around)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -187,8 +207,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--plain", action="store_true", help="experts without a gate")
     parser.add_argument("--out", type=Path, default=Path("tuned.json"))
     parser.add_argument("--budget", type=float, default=300, help="seconds in all")
+    parser.add_argument("--few", action="store_true", help="try the half dozen for each kernel that say most")
     parser.add_argument("--list", action="store_true", help="print what would be tried, and stop")
+    parser.add_argument(
+        "--tables", type=Path, help="with --list: also write a JSON list of tables, one a candidate"
+    )
     options = parser.parse_args(arguments)
+    around = few if options.few else candidates
     shapes = []
     for text in options.shape:
         numbers = [part.strip() for part in text.split(",")]
@@ -203,16 +228,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.list and not options.out.absolute().parent.is_dir():
         parser.error(f"--out: expected a file in a folder that exists, got {options.out}")
     if options.list:
+        tables = []
         for shape in shapes:
             for name, (kernel, config) in kernels_of(shape, 90, not options.plain).items():
-                print(name, *candidates(config, kernel), sep="\n  ")
+                print(name, *around(config, kernel), sep="\n  ")
+                tables += [{name: dataclasses.asdict(candidate)} for candidate in around(config, kernel)]
+        if options.tables:
+            options.tables.write_text(json.dumps(tables))
         return
     if not torch.cuda.is_available():
         parser.error("expected a CUDA device, and this machine has none; --list needs none")
     best: dict[str, configs.Config] = {}
     deadline = time.monotonic() + options.budget
     for shape in shapes:
-        best |= tune(shape, not options.plain, deadline)
+        best |= tune(shape, not options.plain, deadline, around)
         write(best, options.out)
     print(f"{options.out}: {len(best)} launch shapes that beat the built-in; use: DMOE_KERNEL_CONFIGS={options.out}")
 
