@@ -224,6 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("tuned.json"))
     parser.add_argument("--budget", type=float, default=300, help="seconds in all")
     parser.add_argument("--list", action="store_true", help="print what would be tried, and stop")
+    parser.add_argument("--tables", type=Path, help="with --list: also write a JSON list of tables, one a candidate")
     options = parser.parse_args(arguments)
     shapes = []
     for text in options.shape:
@@ -239,9 +240,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.list and not options.out.absolute().parent.is_dir():
         parser.error(f"--out: expected a file in a folder that exists, got {options.out}")
     if options.list:
+        tables = []
         for shape in shapes:
             for name, (kernel, config) in kernels_of(shape, 90, not options.plain).items():
-                print(name, *candidates(config, kernel), sep="\n  ")
+                tried = candidates(config, kernel)
+                print(name, *tried, sep="\n  ")
+                tables += [{name: dataclasses.asdict(candidate)} for candidate in tried]
+        if options.tables:
+            options.tables.write_text(json.dumps(tables))
         return
     if not torch.cuda.is_available():
         parser.error("expected a CUDA device, and this machine has none; --list needs none")

@@ -238,6 +238,8 @@ import os, random, sys, warnings
 import torch, torch.nn.functional, torch.library, torch.utils.checkpoint, torch.distributed
 from types import ModuleType
 
+NOTES = ("last_type", "last_value", "last_traceback", "__warningregistry__")  # which Python itself makes
+
 def state():
     places = [torch, torch.nn, torch.nn.functional, torch.autograd, torch.library, torch.utils.checkpoint, torch.ops]
     places += [torch.distributed, torch.cuda, torch.Tensor, torch.nn.Module, torch.nn.Parameter, torch.nn.Linear]
@@ -245,7 +247,7 @@ def state():
     held = {}
     for place in places:
         for name, value in vars(place).items():
-            if not isinstance(value, ModuleType) and name not in ("last_type", "last_value", "last_traceback"):
+            if not isinstance(value, ModuleType) and name not in NOTES:
                 held[f"{place!r}.{name}"] = value
     held |= {"env": dict(os.environ), "path": list(sys.path), "filters": list(warnings.filters)}
     held |= {"threads": torch.get_num_threads(), "dtype": torch.get_default_dtype(), "hook": sys.excepthook}

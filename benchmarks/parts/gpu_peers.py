@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import tarfile
 import tempfile
 import warnings
 import zipfile
@@ -21,8 +22,9 @@ from parts.gpu_contestants import CONTESTANTS, AbsentError, Contestant, _Stacked
 def add_peers(folder: Path | None) -> list[str]:
     """Make wheels and source folders of ``folder`` importable, behind what is installed; returns their names.
 
-    Wheels are unpacked into a temporary folder. A source folder must be ready to import: built, where it has compiled
-    parts. A ``python_packages`` folder inside a package (as ``nvidia-cutlass-dsl`` has it) is added as well.
+    Wheels, and unpacked ones in a ``.tar.xz`` (which is smaller), are unpacked into a temporary folder. A source folder
+    must be ready to import: built, where it has compiled parts. A ``python_packages`` folder inside a package (as
+    ``nvidia-cutlass-dsl`` has it) is added as well.
     """
     if folder is None:
         return []
@@ -34,6 +36,9 @@ def add_peers(folder: Path | None) -> list[str]:
         if entry.suffix == ".whl":
             with zipfile.ZipFile(entry) as wheel:
                 wheel.extractall(unpacked)
+        elif entry.name.endswith(".tar.xz"):
+            with tarfile.open(entry) as archive:
+                archive.extractall(unpacked, filter="data")
         elif entry.is_dir():
             places.append(entry)
         else:

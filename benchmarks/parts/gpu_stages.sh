@@ -156,7 +156,9 @@ stage_tune() {
         step "tune, its candidates" 60 "$python" -m dmoe.tune --shape 32768,4096,1024,64,4 --list
         return
     fi
-    step tune 240 "$python" -m dmoe.tune --shape 32768,4096,1024,64,4 --budget "${TUNE_SECONDS:-200}" \
+    "$python" -m dmoe.tune --shape 32768,4096,1024,64,4 --list --tables "$work/tables.json" >>"$log" 2>&1
+    precompile 60 --set tables --tables "$work/tables.json" --shapes "30B T=32768 H=4096 F=1024"
+    step tune 180 "$python" -m dmoe.tune --shape 32768,4096,1024,64,4 --budget "${TUNE_SECONDS:-150}" \
         --out "$out/tuned.json"
 }
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import select
 import signal
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import layer_gpu
 import parts.gpu_apart as gpu_apart
+import parts.gpu_peers as gpu_peers
 from parts.gpu_case import begin
 from parts.gpu_predictions import TERAFLOPS, predicted_seconds, products
 from parts.gpu_shapes import MODELS, Shape
@@ -163,6 +167,28 @@ def test_predictions_are_of_measured_sizes_and_kernels():
     shape = Shape("test", 3, 5, 7, 2, 2)
     assert sum(products(shape).values()) == sum(shape.flops)
     assert predicted_seconds("up", shape) is None
+
+
+def test_peers_are_wheels_archives_and_folders(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("PYTHONPATH", "")
+    peers, source = tmp_path / "peers", tmp_path / "source" / "peer_in_archive"
+    peers.mkdir()
+    (peers / "folder" / "peer_in_folder").mkdir(parents=True)
+    source.mkdir(parents=True)
+    for place, name in ((source, "archive"), (peers / "folder" / "peer_in_folder", "folder")):
+        (place / "__init__.py").write_text(f"where = {name!r}")
+    with tarfile.open(peers / "peer.whl.tar.xz", "w:xz") as archive:
+        archive.add(source, "peer_in_archive")
+    with zipfile.ZipFile(peers / "peer.whl", "w") as wheel:
+        wheel.writestr("peer_in_wheel.py", "where = 'wheel'")
+    (peers / "notes.txt").write_text("not a package")
+    assert gpu_peers.add_peers(peers) == ["folder", "peer.whl", "peer.whl.tar.xz"]
+    assert [importlib.import_module(f"peer_in_{kind}").where for kind in ("archive", "folder", "wheel")] == [
+        "archive",
+        "folder",
+        "wheel",
+    ]
 
 
 def test_what_was_compiled_is_found_by_the_next_process(tmp_path):
