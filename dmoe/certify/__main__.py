@@ -21,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dmoe.certify", description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--only", default="", help="subjects whose name contains this")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="after which no further subject is begun")
     parser.add_argument("--json", type=Path, help="write the verdicts, renewed after each")
     parser.add_argument("--list", action="store_true", help="print what would be certified; needs no GPU")
     parser.add_argument("--forget", action="store_true", help="remove what is kept of earlier verdicts, and stop")
@@ -54,11 +55,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     report: dict[str, Any] = {"machine": _verdicts.machine(device), "verdicts": {}}
-    refused = 0
+    refused, deadline = 0, time.monotonic() + args.seconds
     for name, subject in progress(subjects.items()):
         if interpreted and "bfloat16" in name:
             continue
         start = time.monotonic()
+        if start > deadline:
+            report["verdicts"][name] = {"left out": "out of time"}
+            continue
         reason, _ = _verdicts.ask(subject, device)
         seconds = time.monotonic() - start
         refused += bool(reason)
@@ -71,7 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             partial = args.json.with_suffix(".partial")
             partial.write_text(json.dumps(report, indent=1) + "\n")
             partial.replace(args.json)
-    print(f"{refused} of {len(subjects)} refused on {report['machine']}")
+    left_out = sum("left out" in verdict for verdict in report["verdicts"].values())
+    rest = f", {left_out} left out" if left_out else ""
+    print(f"{refused} of {len(subjects)} refused{rest} on {report['machine']}")
     return 1 if refused else 0
 
 

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import select
+import signal
 import sys
 from typing import Any
 
@@ -34,7 +35,10 @@ def serve(device: torch.device, answers: int) -> None:
         os.write(answers, (json.dumps(answer) + "\n").encode())
         if answer["ends"]:
             break
-    os._exit(0)  # a device that a kernel broke hangs in its destructors
+    # A device that a kernel broke hangs in its destructors, and nobody would end the compilers.
+    if pool is not None and os.getpgrp() == os.getpid():
+        os.killpg(os.getpid(), signal.SIGKILL)
+    os._exit(0)
 
 
 def answered(job: dict[str, Any], device: torch.device, pool: Any, *, draws: int) -> dict[str, Any]:

@@ -68,7 +68,7 @@ _EXPERTS: dict[str, dict[str, Any]] = {
 
 def standard_subjects() -> dict[str, Subject]:
     """By name."""
-    found = {"compiled operations": Subject("compiled", ())}
+    found = {"compiled operations": Subject("compiled", ()), **_routers()}
     for dtype in _DTYPES:
         kind = str(dtype).removeprefix("torch.")
         for size in ((256, 192), (136, 88), (64, 13), (33, 64)):
@@ -86,7 +86,6 @@ def standard_subjects() -> dict[str, Subject]:
         found[f"grouped_gemm {kind}"] = Subject("grouped_gemm", (a, b, offsets, True))
         found[f"grouped_gemm {kind}, transposed"] = Subject("grouped_gemm", (a, b.mT.contiguous(), offsets, False))
         found[f"grouped_gemm_weight {kind}"] = Subject("grouped_gemm_weight", (a, a[:, :40].contiguous(), offsets, 4))
-    found |= _routers()
     return found
 
 

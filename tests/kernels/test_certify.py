@@ -37,6 +37,11 @@ BROKEN = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _as_users_have_it(monkeypatch):
+    monkeypatch.delenv("DMOE_CERTIFY", raising=False)
+
+
 @pytest.fixture
 def certifier(tmp_path, monkeypatch):
     """Operations on the CPU run what a GPU would; who certifies is ``python broken_kernels.py HOW``."""
@@ -294,6 +299,10 @@ def test_the_command_names_what_it_refuses(tmp_path):
         reasons = [verdict["refused"] for verdict in report["verdicts"].values()]
         assert len(reasons) == 2
         assert all(("out of resource" in reason) == bool(status) for reason in reasons)
+    out_of_time = _run(
+        [sys.executable, "-m", "dmoe.certify", "--device", "cpu", "--only", "tile", "--seconds", "0"], environment
+    )
+    assert "0 of 2 refused, 2 left out on cpu" in out_of_time.stdout
     listed = _run([sys.executable, "-m", "dmoe.certify", "--list"], environment)
     assert "moe_mlp bfloat16, gated, H=256 F=192, 128 rows" in listed.stdout.splitlines()
     refused = _run([sys.executable, "-m", "dmoe.certify"], {**environment, "TRITON_INTERPRET": "0"})
