@@ -209,9 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--budget", type=float, default=300, help="seconds in all")
     parser.add_argument("--few", action="store_true", help="try the half dozen for each kernel that say most")
     parser.add_argument("--list", action="store_true", help="print what would be tried, and stop")
-    parser.add_argument(
-        "--tables", type=Path, help="with --list: also write a JSON list of tables, one a candidate"
-    )
+    parser.add_argument("--tables", type=Path, help="with --list: also write a JSON list of tables, one a candidate")
     options = parser.parse_args(arguments)
     around = few if options.few else candidates
     shapes = []
