@@ -94,16 +94,16 @@ stage_peers() {
 
 # ------------------------------------------------------------------------------------------------------------- tests
 stage_tests() {
-    local workers=() more pytest
+    local workers=() more pytest files=(tests/gpu tests/ops/test_router_logits.py tests/examples/test_train_lm.py)
     "$python" -c 'import xdist' 2>/dev/null && workers=(-n "${TEST_WORKERS:-8}")
     # By name: collecting all tests imports all that they use, in each worker.
     pytest=("$python" -m pytest -q -p no:cacheprovider -m gpu)
     eval "more=(${TEST_FLAGS:-})"
     if [ -n "$dry" ]; then
-        step "tests, collected" 200 "${pytest[@]}" --collect-only tests/gpu
+        step "tests, collected" 200 "${pytest[@]}" --collect-only "${files[@]}"
         step "tests, rehearsed" 200 env DMOE_TEST_DEVICE=cpu "${pytest[@]}" tests/gpu/test_gpu_ops.py
     else
-        step tests 240 "${pytest[@]}" "${workers[@]}" --durations=10 -rf tests/gpu "${more[@]}"
+        step tests 240 "${pytest[@]}" "${workers[@]}" --durations=10 -rf "${files[@]}" "${more[@]}"
     fi
     note "$(grep -hE '^(FAILED|ERROR) |^=* ?[0-9]+ (passed|failed|skipped)' "$log" | tail -n 40)"
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -61,6 +62,17 @@ def test_a_stage_rehearses_its_programs_and_says_how_long_it_took(stage, tmp_pat
     assert f"{stage} took" in summary
     assert "FAILED" not in summary
     assert len(list((tmp_path / "out").iterdir())) <= 8
+
+
+def test_the_tests_stage_names_every_file_that_has_a_gpu_test():
+    stages = (ROOT / "benchmarks" / "parts" / "gpu_stages.sh").read_text()
+    files = [path.relative_to(ROOT) for path in (ROOT / "tests").rglob("test_*.py")]
+    marked = [
+        path for path in files if re.search(r"^(@pytest|pytestmark =.*)\b.*mark\.gpu", (ROOT / path).read_text(), re.M)
+    ]
+    marked = [path for path in marked if "benchmarks" not in path.parts]
+    assert len(marked) >= 6
+    assert not [path for path in marked if str(path) not in stages and f"{path.parent} " not in stages]
 
 
 def test_an_unknown_stage_is_refused(tmp_path):
