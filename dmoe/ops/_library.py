@@ -105,7 +105,7 @@ def define(
         served["CPU"] = "reference"
     if cuda is not None:
         guarded = cuda if subjects is None else Guard(name, cuda, composition, subjects)
-        _library.impl(name, guarded, "CUDA")
+        _library.impl(name, guarded if has_triton() else composition, "CUDA")
         served["CUDA"], triton_calls[name] = "Triton" if has_triton() else "PyTorch", cuda
     elif not has_kernel(name, "CUDA"):
         _library.impl(name, reference, "CUDA")
