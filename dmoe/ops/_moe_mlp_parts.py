@@ -91,6 +91,15 @@ def bias_rows(bias: Tensor, expert: Tensor, real: Tensor) -> Tensor:
     return bias[expert.long()] * real.unsqueeze(1)
 
 
+def of_assignments(call: Call, row_grads: Tensor) -> Tensor:
+    """The gate weights' gradient in their shape, from that of rows ``(R,)``; zeros where an assignment has none."""
+    rows = call.token_rows
+    if not row_grads.numel() or not rows.numel():
+        return torch.zeros_like(call.gate_weights)
+    grads = row_grads[rows.clamp_min(0).long()].masked_fill_(rows < 0, 0)
+    return grads.to(call.gate_weights.dtype).view(call.gate_weights.shape)
+
+
 def grads_as_given(
     call: Call, grads_up: Sequence[Tensor], grad_down: Tensor, up_bias: Tensor | None, down_bias: Tensor | None
 ) -> tuple[Tensor, ...]:

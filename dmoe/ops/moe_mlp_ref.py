@@ -12,7 +12,15 @@ from typing import Any
 from torch import Tensor
 
 from dmoe.ops._moe_mlp_call import WEIGHTS, Call
-from dmoe.ops._moe_mlp_parts import beside, bias_rows, dropout_mask, grads_as_given, row_values, stacked_weights
+from dmoe.ops._moe_mlp_parts import (
+    beside,
+    bias_rows,
+    dropout_mask,
+    grads_as_given,
+    of_assignments,
+    row_values,
+    stacked_weights,
+)
 from dmoe.ops.activation import accumulate_dtype, activate, activate_backward
 from dmoe.ops.grouped_gemm import grouped_gemm, grouped_gemm_weight, outer_sums
 from dmoe.ops.permute import permute, unpermute
@@ -121,14 +129,7 @@ def moe_mlp_backward_data_ref(grad_y: Tensor, pre: Tensor, *arguments: Any) -> t
         grad_gate = (rows.to(wide) * grad_rows).sum(1)
     to_tokens = call.gate_weights if call.gate_weight_on == "input" else None
     grad_x = unpermute(grad_rows, to_tokens, call.row_to_token, call.row_to_slot, call.token_offsets, call.token_rows)
-
-    kept = call.token_rows >= 0
-    if grad_gate.numel():
-        grad_gate = grad_gate[call.token_rows.clamp(min=0).long()]
-    else:
-        grad_gate = grad_gate.new_zeros(call.token_rows.shape)
-    grad_gate = grad_gate.masked_fill(~kept, 0).to(call.gate_weights.dtype).view(call.gate_weights.shape)
-    return grad_x, grad_gate, grad_pre, hidden.to(dtype)
+    return grad_x, of_assignments(call, grad_gate), grad_pre, hidden.to(dtype)
 
 
 def moe_mlp_backward_weights_ref(

@@ -22,12 +22,13 @@ from dmoe.ops._moe_mlp_parts import (
     bias_rows,
     dropout_mask,
     grads_as_given,
+    of_assignments,
     row_values,
     stacked_weights,
 )
 from dmoe.ops.activation import accumulate_dtype, activate, activate_backward
 from dmoe.ops.expert_products import ExpertProducts
-from dmoe.ops.permute import unpermute_ref
+from dmoe.ops.permute import permute_ref, unpermute_ref
 from dmoe.ops.philox import ACTIVATION_DROPOUT, EXPERT_DROPOUT
 from dmoe.strides import is_transposed
 
@@ -55,10 +56,8 @@ class _Pass:
 
     def gathered(self, source: Tensor) -> Tensor:
         """Its token's row for each row of the plan, zeros where it holds none; ``(T, H)`` to ``(R, H)``."""
-        if not source.shape[0]:
-            return source.new_zeros(self.real.shape[0], source.shape[1])
-        rows = source.index_select(0, self.call.row_to_token.clamp_min(0))
-        return rows.masked_fill_(~self.real.unsqueeze(1), 0)
+        call = self.call
+        return permute_ref(source, call.row_to_token, call.token_offsets, call.token_rows)
 
     def chunks(self, width: int) -> Iterator[slice]:
         """Of the plan's rows."""
@@ -190,16 +189,7 @@ def backward_data_torch(grad_y: Tensor, pre: Tensor, *arguments: Any) -> tuple[T
             products = rows[part].to(now.wide) * grad_rows[part]
             row_grads[part] = products.masked_fill_(~now.real[part].unsqueeze(1), 0).sum(1)
     grad_x = now.summed(grad_rows, call.gate_weight_on == "input")
-    return grad_x, _of_assignments(call, row_grads), grad_pre, hidden
-
-
-def _of_assignments(call: Call, row_grads: Tensor) -> Tensor:
-    """The gate weights' gradient in their shape, from that of rows; zeros where an assignment has none."""
-    rows = call.token_rows
-    if not row_grads.numel() or not rows.numel():
-        return torch.zeros_like(call.gate_weights)
-    grads = row_grads[rows.clamp_min(0).long()].masked_fill_(rows < 0, 0)
-    return grads.to(call.gate_weights.dtype).view(call.gate_weights.shape)
+    return grad_x, of_assignments(call, row_grads), grad_pre, hidden
 
 
 def backward_weights_torch(grad_y: Tensor, grad_pre: Tensor, hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
