@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dmoe.config import MoEConfig
 from dmoe.losses import attach_loss, load_balancing_loss, router_z_loss, sequence_load_balancing_loss
+from dmoe.ops.histogram import histogram
 from dmoe.outputs import as_output
 from dmoe.parallel.statistics import LoadOfRanks
 from dmoe.routing import Routing
@@ -20,6 +21,10 @@ _UNREAD = (
     "dmoe: a MoE layer ran a second training forward before the auxiliary loss of the first was read, and that loss is "
     "lost. Add dmoe.aux_loss(model) to the task's loss, set aux_loss='attached', or set the coefficients to 0."
 )
+
+
+_BALANCE = ("load_balancing", "sequence", "global")
+_OF_NOISE = ("importance", "load", "load_importance")
 
 
 class AuxiliaryLosses:
@@ -96,8 +101,7 @@ class AuxiliaryLosses:
     @property
     def is_kept(self) -> bool:
         """Whether training forwards leave a loss here that the caller has to read."""
-        coefficients = (self.config.load_balancing_coefficient, self.config.router_z_loss_coefficient)
-        return self.config.aux_loss == "explicit" and self.attach is None and any(coefficients)
+        return self.config.aux_loss == "explicit" and self.attach is None and bool(self.config.coefficients)
 
     def take(self, trained: bool) -> Tensor | None:
         """The loss that was kept, once. ``trained``: whether it has to have a graph.
@@ -119,23 +123,35 @@ class AuxiliaryLosses:
 
         ``num_sequences``: equally long ones that the tokens are, for ``load_balancing_over="sequence"``.
         """
-        config, total = self.config, None
-        if routing.router_probs is not None and config.load_balancing_coefficient:
-            first = routing.first_choices_per_expert
-            counts = routing.plan.tokens_per_expert if first is None else first
-            balance = self._balance(routing, counts, num_sequences)
-            total = balance * (config.load_balancing_coefficient / config.num_moe_layers)
-        if routing.log_z is not None:
-            z_loss = router_z_loss(routing.log_z, routing.token_mask)
-            z_loss = z_loss * (config.router_z_loss_coefficient / config.num_moe_layers)
-            total = z_loss if total is None else total + z_loss
+        total = None
+        for name, coefficient in self.config.coefficients:
+            loss = self._term(name, routing, num_sequences)
+            if loss is not None:
+                loss = loss * (coefficient / self.config.num_moe_layers)
+                total = loss if total is None else total + loss
         return total
 
-    def _balance(self, routing: Routing, counts: Tensor, num_sequences: int) -> Tensor:
-        probs, mask, over = routing.router_probs, routing.token_mask, self.config.load_balancing_over
+    def _term(self, name: str, routing: Routing, num_sequences: int) -> Tensor | None:
+        """One loss without its coefficient; None where the router has nothing that it could be of."""
+        if name in routing.losses:
+            return routing.losses[name]
+        if name == "z":
+            return None if routing.log_z is None else router_z_loss(routing.log_z, routing.token_mask)
+        if name in _OF_NOISE:  # the family's checks saw to it: there is no noise now
+            return None
+        if name not in _BALANCE:
+            known = ", ".join((*_BALANCE, "z", *_OF_NOISE, *routing.losses))
+            raise ValueError(f"MoE: losses: expected names of losses that this router has ({known}), got {name!r}")
+        return None if routing.router_probs is None else self._balance(name, routing, num_sequences)
+
+    def _balance(self, over: str, routing: Routing, num_sequences: int) -> Tensor:
+        probs, mask, groups = routing.router_probs, routing.token_mask, self.config.token_groups
         assert probs is not None
+        if over == "load_balancing" and groups != 1:
+            over, num_sequences = "sequence", num_sequences if groups == "sequence" else int(groups)
         if over == "sequence" and routing.expert_indices is not None:
-            chosen = routing.expert_indices[:, : 1 if self.config.load_balancing_choices == "first" else None]
+            chosen = routing.expert_indices if routing.counted_choices is None else routing.counted_choices
+            chosen = chosen[:, : 1 if self.config.load_balancing_choices == "first" else None]
             return sequence_load_balancing_loss(probs, chosen, num_sequences, mask)
         if over == "global" and self.ranks is None and dist.is_available() and dist.is_initialized():
             world = dist.get_world_size()
@@ -144,6 +160,7 @@ class AuxiliaryLosses:
                     f"MoE: load_balancing_over: 'global' expected loss_group, or ep_group, with {world} ranks, to know "
                     "whose tokens are one batch, got neither"
                 )
+        counts = _counts(routing)
         if over == "global" and self.ranks is not None:
             counts, tokens = self.ranks.sum(counts, len(probs) if mask is None else mask.sum())
             return load_balancing_loss(probs, counts, mask, num_tokens=tokens)
@@ -154,6 +171,15 @@ class AuxiliaryLosses:
         if lost and not self._warned_unread:
             self._warned_unread = True
             warnings.warn(_UNREAD, stacklevel=6)
+
+
+def _counts(routing: Routing) -> Tensor:
+    """Assignments of each expert that the balance losses see, ``(E,)``."""
+    if routing.first_choices_per_expert is not None:
+        return routing.first_choices_per_expert
+    if routing.counted_choices is None:
+        return routing.plan.tokens_per_expert
+    return histogram(routing.counted_choices.reshape(-1), routing.plan.num_experts + 1)[:-1]
 
 
 def _tell_while_compiling(_: Any) -> None:

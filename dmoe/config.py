@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
+from dmoe.capacity import CapacityFormula, capacity_rows, round_up
+from dmoe.config_checks import check_config
+from dmoe.router_family import RouterFamily, family_of
 from dmoe.sizes import larger, smaller
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 GateWeightOn = Literal["output", "activation", "input"]
 Backend = Literal["grouped", "block_sparse", "torch", "reference"]
-DropOrder = Literal["token_major", "choice_major", "batch_prioritized", "gate_weight", "normalized_gate_weight"]
+DropOrder = Literal[
+    "token_major", "choice_major", "batch_prioritized", "gate_weight", "normalized_gate_weight", "random"
+]
+Init = Literal["linear", "switch", "vmoe", "gmoe", "swin_moe", "xavier"]
 
 
 @dataclass(frozen=True)
@@ -34,15 +40,22 @@ class MoEConfig:
             ``activation`` (Megatron-Core), or its ``input`` (Llama 4).
         shared_ffn_hidden_size: width of a shared expert that every token takes (DeepSeekMoE); None for none.
         shared_expert_gate: scale the shared expert by ``sigmoid(x @ w)`` per token (Qwen2-MoE).
-        init_std: standard deviation of normal initial weights; None for ``nn.Linear``'s uniform.
+        init_std: standard deviation of normal initial weights; None leaves them to ``init``.
+        init: how weights begin without ``init_std``; :mod:`dmoe.initial` has the numbers. ``linear``: as ``nn.Linear``;
+            ``switch``: Switch's truncated normal of variance 0.1 / fan_in; ``vmoe``, ``gmoe``, ``swin_moe``: theirs;
+            ``xavier``: Glorot's uniform (ParlAI's hash layers).
+        frozen_down_bias: expert biases of the down projection stay at zero, untrained (Swin-MoE).
 
     Router
         top_k: K, experts per token.
-        router: ``top_k``; ``expert_choice``: experts pick tokens (Zhou et al. 2022); ``uniform``: round robin, to
-            measure speed under perfect balance.
-        causal: the model must not see later tokens. Expert Choice leaks them, so it is refused unless ``causal=False``
-            or ``allow_future_leak=True`` says that this is meant.
-        score_function: ``softmax`` or ``sigmoid`` (DeepSeek-V3) over the router logits.
+        router: who goes where: a family of :mod:`dmoe.routing` with its own options, such as
+            ``dmoe.routing.Cosine(dim=256)``, or its name where nothing needs saying: ``top_k``, ``cosine``,
+            ``sinkhorn``, ``base``, ``hash``, ``expert_choice``, ``uniform``, or one that you registered. A name becomes
+            the family. What follows here is read by more than one of them.
+        causal: the model must not see later tokens. Families that look at the whole batch, as Expert Choice does, are
+            refused unless ``causal=False`` or ``allow_future_leak=True`` says that this is meant.
+        score_function: ``softmax``, ``sigmoid`` (DeepSeek-V3) or ``sqrt_softplus`` (DeepSeek-V4: sqrt(ln(1 + e^x)))
+            over the router logits.
         softmax_order: ``before_topk`` (Switch, Megatron's pre-softmax) or ``after_topk`` (Mixtral): over all experts,
             or over the chosen ones only.
         gate_normalization: p of the p-norm that gate weights are divided by; None leaves the scores as they are. With
@@ -56,25 +69,49 @@ class MoEConfig:
         input_jitter: in training the router's input is multiplied by U(1 - j, 1 + j) (Switch).
         selection_bias: choose experts by ``score + bias`` and weigh by the score alone; the bias follows the load
             without a loss (DeepSeek-V3), by :meth:`dmoe.MoE.update_selection_bias` after the optimizer step.
-        selection_bias_update_rate: how far one update moves it.
+        selection_bias_rule: ``sign``: a step towards the mean load (DeepSeek-V3, V4); ``quantile``: to where the last
+            batch would have been balanced (Su 2025; Megatron-Core's ``quantile_balancing``), the bias being one of the
+            logits then.
+        selection_bias_update_rate: how far one step moves it.
+        selection_bias_decay: how much of the old bias a quantile update keeps, in [0, 1).
         num_groups, top_k_groups: choose only inside the best ``top_k_groups`` of ``num_groups`` groups of experts.
         group_score: a group's rank: the sum of its two best scores (``top2_sum``, DeepSeek-V3) or its best (``max``,
         V2).
 
     Capacity (None: dropless, the default)
         capacity: the most rows one expert takes.
-        capacity_factor: the same relative to an even share ``T * K / E``. For Expert Choice: tokens per expert.
+        capacity_factor: the same relative to an even share ``T * K / E``. For Expert Choice: tokens per expert. 0: as
+            much as the busiest expert needs, which drops nothing; negative: as much, but at most its absolute value
+            (Tutel).
+        eval_capacity_factor: instead of ``capacity_factor`` in evaluation (DeepSpeed); None is the same.
+        eval_capacity_fraction: rows as a share of all tokens, ``ceil(fraction * T)``, instead of every other capacity
+            in evaluation (fairseq, NLLB); None is the same.
         min_capacity: never fewer than this.
-        capacity_formula: ``ceil``: ceil(factor * T * K / E) (DeepSpeed); ``floor``: the same, floored (MegaBlocks);
-            ``ceil_per_choice``: K * ceil(factor * T / E) (fairseq, GShard).
+        capacity_multiple_of: what a factor gives is rounded up to a multiple of this (V-MoE, Tutel's alignment).
+        capacity_formula: ``ceil``: ceil(factor * T * K / E) (V-MoE, Switch); ``round``: the same, rounded half to even
+            (V-MoE); ``ceil_of_share``: ceil(factor * (T * K / E)), which divides first (Megatron-Core); ``floor``: the
+            same, floored (MegaBlocks); ``ceil_float32``: ceil(K * factor * (T / E)) in float32 (DeepSpeed);
+            ``ceil_per_choice``: K * ceil(factor * T / E) (fairseq, GShard); ``floor_per_choice``:
+            K * floor(factor * ceil(T / E)) (Tutel).
+        token_groups: capacities are counted, and local losses computed, inside so many groups of consecutive tokens, of
+            equal size (GShard's G, V-MoE); ``sequence``: inside each sequence, the last of x's leading dimensions
+            (Switch in Transformers). Experts that choose do so inside each group.
+        capacity_over: whose tokens share an expert's capacity: those of this rank (``local``: every system named here),
+            or of all ranks of ``ep_group`` (``group``), in the order of the ranks.
         drop_order: who is dropped. ``token_major`` (MegaBlocks): later tokens; ``choice_major`` (GShard, fairseq):
             second choices before first ones; ``batch_prioritized`` (V-MoE): tokens with a small largest score;
             ``gate_weight`` (DeepSpeed's ``probs``): the assignments with the smallest scores;
-            ``normalized_gate_weight`` (Megatron-Core's ``probs``): those with the smallest weights, normalised.
+            ``normalized_gate_weight`` (Megatron-Core's ``probs``): those with the smallest weights, normalised;
+            ``random``: any, drawn anew each time, in evaluation as well (DeepSpeed's random token selection).
 
     Losses
         load_balancing_coefficient, router_z_loss_coefficient: factors of the two losses; 0 switches one off.
-        load_balancing_choices: count all K choices (``all``) or only the ``first`` (GShard, fairseq).
+        losses: every loss by name with its coefficient, instead of these two: ``{"importance": 5e-3, "load": 5e-3}``.
+            Names are ``load_balancing``, ``sequence`` and ``global`` (the same over a rank's batch, each sequence, all
+            ranks), ``z``, ``importance`` and ``load`` (V-MoE), ``load_importance`` (Tutel), and those that a family of
+            your own puts into :attr:`dmoe.Routing.losses`. The formulas are in :mod:`dmoe.losses`.
+        load_balancing_choices: count all K choices (``all``), only the ``first`` (GShard, fairseq), or the ``plain`` K
+            best scores, without the bias and the groups that choose (Megatron-Core).
         load_balancing_over: what is to be balanced: the ``local`` batch of a rank (Switch, GShard); each ``sequence``,
             the last of x's leading dimensions (DeepSeek-V3); or the ``global`` batch of all ranks of the layer's
             ``loss_group`` (Megatron-Core's ``global_aux_loss``), whose counts are summed without the host waiting; all
@@ -124,11 +161,13 @@ class MoEConfig:
     shared_ffn_hidden_size: int | None = None
     shared_expert_gate: bool = False
     init_std: float | None = None
+    init: Init = "linear"
+    frozen_down_bias: bool = False
 
-    router: Literal["top_k", "expert_choice", "uniform"] = "top_k"
+    router: str | RouterFamily = "top_k"
     causal: bool = True
     allow_future_leak: bool = False
-    score_function: Literal["softmax", "sigmoid"] = "softmax"
+    score_function: Literal["softmax", "sigmoid", "sqrt_softplus"] = "softmax"
     softmax_order: Literal["before_topk", "after_topk"] = "before_topk"
     gate_normalization: float | None = None
     normalize_when: Literal["before_drop", "after_drop"] = "before_drop"
@@ -137,20 +176,28 @@ class MoEConfig:
     router_dtype: Literal["float32", "input"] = "float32"
     input_jitter: float = 0.0
     selection_bias: bool = False
+    selection_bias_rule: Literal["sign", "quantile"] = "sign"
     selection_bias_update_rate: float = 1e-3
+    selection_bias_decay: float = 0.0
     num_groups: int = 1
     top_k_groups: int | None = None
     group_score: Literal["top2_sum", "max"] = "top2_sum"
 
     capacity: int | None = None
     capacity_factor: float | None = None
+    eval_capacity_factor: float | None = None
+    eval_capacity_fraction: float | None = None
     min_capacity: int = 0
-    capacity_formula: Literal["ceil", "floor", "ceil_per_choice"] = "ceil"
+    capacity_multiple_of: int = 1
+    capacity_formula: CapacityFormula = "ceil"
+    token_groups: int | Literal["sequence"] = 1
+    capacity_over: Literal["local", "group"] = "local"
     drop_order: DropOrder = "token_major"
 
     load_balancing_coefficient: float = 0.01
     router_z_loss_coefficient: float = 0.0
-    load_balancing_choices: Literal["all", "first"] = "all"
+    losses: Mapping[str, float] | tuple[tuple[str, float], ...] | None = None
+    load_balancing_choices: Literal["all", "first", "plain"] = "all"
     load_balancing_over: Literal["local", "sequence", "global"] = "local"
     aux_loss: Literal["explicit", "attached"] = "explicit"
     num_moe_layers: int = 1
@@ -168,10 +215,18 @@ class MoEConfig:
     def __post_init__(self) -> None:
         if isinstance(self.ffn_hidden_size, Sequence) and not isinstance(self.ffn_hidden_size, str):
             object.__setattr__(self, "ffn_hidden_size", tuple(self.ffn_hidden_size))
-        self._check_types()
-        self._check_experts()
-        self._check_router()
-        self._check_capacity()
+        if isinstance(self.losses, Mapping):
+            object.__setattr__(self, "losses", tuple(self.losses.items()))
+        object.__setattr__(self, "router", family_of(self.router))
+        check_config(self)
+        object.__setattr__(self, "_coefficients", self._loss_terms())
+        self.family.check(self)
+
+    @property
+    def family(self) -> RouterFamily:
+        """``router``, which is no longer a name."""
+        assert isinstance(self.router, RouterFamily)
+        return self.router
 
     @property
     def ffn_sizes(self) -> tuple[int, ...]:
@@ -183,140 +238,44 @@ class MoEConfig:
     @property
     def dropless(self) -> bool:
         """Whether no assignment is ever dropped."""
-        return self.capacity is None and (self.capacity_factor is None or self.router == "expert_choice")
+        given = (self.capacity, self.capacity_factor or None, self.eval_capacity_factor or None)
+        return self.family.experts_choose or (given == (None,) * 3 and self.eval_capacity_fraction is None)
 
-    def capacity_for(self, num_tokens: int) -> int | None:
-        """The most rows one expert takes from a batch of ``num_tokens``; None when dropless."""
+    def capacity_for(self, num_tokens: int, training: bool = True) -> int | None:
+        """The most rows one expert takes from ``num_tokens`` (of one group, if there are any); None drops nothing."""
         if self.dropless:
             return None
-        if self.capacity is not None:
+        most = num_tokens * self.top_k
+        if not training and self.eval_capacity_fraction is not None:
+            return smaller(math.ceil(self.eval_capacity_fraction * num_tokens), most)
+        factor = self.capacity_factor
+        if not training and self.eval_capacity_factor is not None:
+            factor = self.eval_capacity_factor
+        elif self.capacity is not None:
             return self.capacity
-        assert self.capacity_factor is not None
-        if self.capacity_formula == "ceil_per_choice":
-            rows = self.top_k * math.ceil(self.capacity_factor * num_tokens / self.num_experts)
-        else:
-            share = self.capacity_factor * num_tokens * self.top_k / self.num_experts
-            rows = (math.ceil if self.capacity_formula == "ceil" else math.floor)(share)
+        if not factor:
+            return None
+        rows = capacity_rows(self.capacity_formula, abs(factor), num_tokens, self.top_k, self.num_experts)
         # Not min and max, which would ask a symbolic number of tokens how large it is.
-        return smaller(larger(rows, self.min_capacity), num_tokens * self.top_k)
+        return smaller(round_up(larger(rows, self.min_capacity), self.capacity_multiple_of), most)
 
-    def _require(self, condition: bool, field: str, allowed: str) -> None:
-        if not condition:
-            raise ValueError(f"MoEConfig: {field}: expected {allowed}, got {getattr(self, field)!r}")
+    @property
+    def coefficients(self) -> tuple[tuple[str, float], ...]:
+        """Every loss that is on: its name, and its coefficient."""
+        terms: tuple[tuple[str, float], ...] = self._coefficients  # type: ignore[attr-defined]
+        return terms
 
-    def _check_types(self) -> None:
-        hints = get_type_hints(type(self))
-        for field in fields(self):
-            value, hint = getattr(self, field.name), hints[field.name]
-            choices = _choices(hint)
-            if choices:
-                self._require(value in choices, field.name, "one of " + ", ".join(map(repr, choices)))
-            elif hint is bool:
-                self._require(isinstance(value, bool), field.name, "True or False")
-            elif float in (hint, *get_args(hint)):
-                number = isinstance(value, int | float) and not isinstance(value, bool)
-                self._require(number or (value is None and hint is not float), field.name, "a number")
-            elif field.name != "ffn_hidden_size":
-                integer = isinstance(value, int) and not isinstance(value, bool)
-                self._require(integer or (value is None and hint is not int), field.name, "an integer")
+    def has_loss(self, *names: str) -> bool:
+        """Whether any of these losses is on."""
+        return any(name in names for name, _ in self.coefficients)
 
-    def _check_experts(self) -> None:
-        for name in ("hidden_size", "num_experts", "top_k", "num_moe_layers", "num_groups", "overlap_degree"):
-            self._require(getattr(self, name) >= 1, name, "at least 1")
-        if isinstance(self.ffn_hidden_size, tuple):
-            whole = all(
-                isinstance(size, int) and not isinstance(size, bool) and size >= 1 for size in self.ffn_hidden_size
-            )
-            self._require(
-                whole and len(self.ffn_hidden_size) == self.num_experts,
-                "ffn_hidden_size",
-                f"num_experts = {self.num_experts} widths of at least 1",
-            )
-        else:
-            size = self.ffn_hidden_size
-            whole = isinstance(size, int) and not isinstance(size, bool) and size >= 1
-            self._require(whole, "ffn_hidden_size", "an integer of at least 1, or a list")
-        whole_blocks = all(size % 16 == 0 for size in self.ffn_sizes)
-        self._require(
-            self.backend != "block_sparse" or whole_blocks,
-            "ffn_hidden_size",
-            "multiples of 16 with backend='block_sparse'",
+    def _loss_terms(self) -> tuple[tuple[str, float], ...]:
+        balance = "load_balancing" if self.load_balancing_over == "local" else self.load_balancing_over
+        given: tuple[tuple[str, float], ...] = (
+            (balance, self.load_balancing_coefficient),
+            ("z", self.router_z_loss_coefficient),
         )
-        self._require(self.top_k <= self.num_experts, "top_k", f"at most num_experts = {self.num_experts}")
-        for name in ("activation_dropout", "expert_dropout", "input_jitter"):
-            self._require(0 <= getattr(self, name) < 1, name, "0 <= p < 1")
-        shared = self.shared_ffn_hidden_size
-        self._require(shared is None or shared >= 1, "shared_ffn_hidden_size", "at least 1, or None")
-        self._require(
-            not self.shared_expert_gate or shared is not None,
-            "shared_expert_gate",
-            "False without shared_ffn_hidden_size",
-        )
-        if self.backend in ("block_sparse", "reference"):
-            for name in ("accumulate_main_grad", "recompute_pre_activation"):
-                allowed = f"False with backend={self.backend!r}, whose backward has no such option"
-                self._require(not getattr(self, name), name, allowed)
-        self._require(not self.return_bias or self.bias == "output", "return_bias", "False unless bias='output'")
-        self._require(self.init_std is None or self.init_std >= 0, "init_std", "at least 0, or None")
-
-    def _check_router(self) -> None:
-        leaks = self.router == "expert_choice" and self.causal and not self.allow_future_leak
-        self._require(
-            not leaks,
-            "router",
-            "'top_k' in a causal model, because experts that pick tokens see later ones; pass causal=False for an "
-            "encoder, or allow_future_leak=True",
-        )
-        if self.router == "expert_choice":
-            for name in ("selection_bias", "capacity"):
-                self._require(
-                    not getattr(self, name), name, f"no value with router='expert_choice' ({name} has no meaning there)"
-                )
-            self._require(self.num_groups == 1, "num_groups", "1 with router='expert_choice'")
-            self._require(self.gate_normalization is None, "gate_normalization", "None with router='expert_choice'")
-        norm = self.gate_normalization
-        self._require(norm is None or 1 <= norm < math.inf, "gate_normalization", "a finite p >= 1, or None")
-        sorted_after = self.softmax_order == "after_topk"
-        self._require(
-            not (sorted_after and self.score_function == "sigmoid"),
-            "softmax_order",
-            "'before_topk' with sigmoid scores",
-        )
-        self._require(
-            self.num_experts % self.num_groups == 0, "num_groups", f"a divisor of num_experts = {self.num_experts}"
-        )
-        groups = self.top_k_groups
-        self._require(
-            groups is None or 1 <= groups <= self.num_groups,
-            "top_k_groups",
-            f"1 to num_groups = {self.num_groups}, or None",
-        )
-        reachable = (self.num_experts // self.num_groups) * (self.num_groups if groups is None else groups)
-        self._require(self.top_k <= reachable, "top_k", f"at most {reachable}, the experts in top_k_groups groups")
-        self._require(self.gate_scale > 0, "gate_scale", "a positive number")
-
-    def _check_capacity(self) -> None:
-        self._require(self.capacity is None or self.capacity >= 0, "capacity", "at least 0 rows, or None")
-        self._require(
-            self.capacity_factor is None or 0 < self.capacity_factor < math.inf,
-            "capacity_factor",
-            "a positive number, or None",
-        )
-        both = self.capacity is not None and self.capacity_factor is not None
-        self._require(not both, "capacity_factor", f"None when capacity = {self.capacity} is given")
-        self._require(self.min_capacity >= 0, "min_capacity", "at least 0")
-        bound = self.max_rows_received
-        self._require(bound is None or bound >= 0, "max_rows_received", "at least 0, or None")
-        self._require(
-            not self.wire_backward or self.wire_dtype is not None, "wire_backward", "False without wire_dtype"
-        )
-        for name in ("load_balancing_coefficient", "router_z_loss_coefficient", "selection_bias_update_rate"):
-            self._require(0 <= getattr(self, name) < math.inf, name, "at least 0")
-
-
-def _choices(hint: Any) -> tuple[Any, ...]:
-    """The values a ``Literal`` (or ``Literal | None``) admits; empty for any other type."""
-    if get_origin(hint) is Literal:
-        return get_args(hint)
-    found = tuple(value for part in get_args(hint) if get_origin(part) is Literal for value in get_args(part))
-    return (*found, None) if found else ()
+        if self.losses is not None:
+            assert isinstance(self.losses, tuple)
+            given = self.losses
+        return tuple((name, coefficient) for name, coefficient in given if coefficient)

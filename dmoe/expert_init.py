@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from dmoe.expert_slice import ExpertSlice
 from dmoe.expert_weights import F_DIM, ExpertWeights
+from dmoe.initial import expert_weight
 
 
 @torch.no_grad()
-def initialise(weights: ExpertWeights, owned: ExpertSlice, seed: int, std: float | None) -> None:
+def initialise(
+    weights: ExpertWeights,
+    owned: ExpertSlice,
+    seed: int,
+    std: float | None,
+    init: str = "linear",
+    frozen_down_bias: bool = False,
+) -> None:
     """Fresh values for the experts of one rank, written in place.
 
     Args:
         weights: of the experts, or the parts of them, that live here.
         owned: which those are. Each expert's values are drawn whole, and the part of F that lives here is kept.
         seed: of all experts.
-        std: of a normal distribution, beside zero biases; None is uniform in +-1/sqrt(fan_in), as ``nn.Linear``.
+        std: of a normal distribution, beside zero biases; None is as ``init`` says.
+        init: a name of ``MoEConfig.init``.
+        frozen_down_bias: biases of the down projection are zero.
     """
     for position, expert in enumerate(owned.experts):
         generator = torch.Generator(device="cpu").manual_seed((seed + expert * 0x9E3779B97F4A7C15) % 2**63)
@@ -29,13 +37,17 @@ def initialise(weights: ExpertWeights, owned: ExpertSlice, seed: int, std: float
             if dim is not None:
                 shape[dim] *= owned.num_shards
             fresh = torch.empty(shape, dtype=torch.float32, device="cpu")
-            if std is None:
-                fan_in = width if name.startswith("down") else weights.hidden_size
-                bound = 1 / math.sqrt(fan_in)
-                fresh.uniform_(-bound, bound, generator=generator)
-            elif name.endswith("proj"):
-                fresh.normal_(0, std, generator=generator)
-            else:
+            down = name.startswith("down")
+            expert_weight(
+                fresh,
+                init,
+                std,
+                is_bias=not name.endswith("proj"),
+                fan_in=width if down else weights.hidden_size,
+                fan_out=weights.hidden_size if down else width,
+                generator=generator,
+            )
+            if frozen_down_bias and name == "down_bias":
                 fresh.zero_()
             if dim is not None:
                 columns = owned.columns(shape[dim])

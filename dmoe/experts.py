@@ -84,11 +84,13 @@ class Experts(nn.Module):
         return 2 if name == "down_proj" or self.config.gated else 1
 
     def mark_parameters(self) -> None:
-        """Set ``expert`` and ``allreduce`` on each parameter, as after something replaced them."""
+        """Set ``expert`` and ``allreduce`` on each parameter, and freeze what is, as after something replaced them."""
         for param in self.parameters():
             param.expert = self.routed  # type: ignore[attr-defined]
             if self.distributed:
                 param.allreduce = False  # type: ignore[attr-defined]
+        if self.config.frozen_down_bias and self.down_bias is not None:
+            self.down_bias.requires_grad_(False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Experts:
         super()._apply(fn, recurse)
@@ -170,13 +172,14 @@ class Experts(nn.Module):
     def reset_parameters(self) -> None:
         """Fresh values: expert e's are a function of (seed, e), so who holds which expert does not change them.
 
-        One seed is drawn from PyTorch's default generator. Uniform in +-1/sqrt(fan_in) as ``nn.Linear``, or normal with
+        One seed is drawn from PyTorch's default generator. Values are as the config's ``init`` says, or normal with
         ``init_std`` and zero biases.
         """
         if self.down_proj.is_meta or is_fake(self.down_proj):
             return
         self.seed = int(torch.randint(2**62, (), device="cpu").item())  # whatever the default device is
-        initialise(self.weights(), self.owned, self.seed, self.config.init_std)
+        c = self.config
+        initialise(self.weights(), self.owned, self.seed, c.init_std, c.init, c.frozen_down_bias)
 
     def _main_grads(self) -> tuple[Tensor | None, Tensor | None] | None:
         """The buffers that backward adds to, when the config asks for it and autograd is on; None for a frozen one."""

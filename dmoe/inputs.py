@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -112,3 +113,25 @@ def check_inputs(
         if tensor.dtype not in allowed:
             kinds = " or ".join(map(str, allowed))
             raise TypeError(f"MoE: {name}: expected {kinds}, got {tensor.dtype}")
+
+
+def flatten_inputs(
+    router: nn.Module,
+    x: Tensor,
+    token_mask: Tensor | None,
+    token_ids: Tensor | None,
+    expert_indices: Tensor | None,
+) -> tuple[Tensor, dict[str, Any]]:
+    """What :meth:`dmoe.MoE.forward` was given, token by token: x as ``(T, H)``, and the rest as the router takes it."""
+    tokens = x.reshape(-1, x.shape[-1]).contiguous()  # once: router and experts save the same memory
+    if token_mask is not None:
+        token_mask = token_mask.reshape(-1)
+        tokens = tokens.masked_fill(~token_mask.unsqueeze(1), 0)  # 0 * NaN would reach the router's gradient
+    about: dict[str, Any] = {
+        "token_mask": token_mask,
+        "token_ids": None if token_ids is None else token_ids.reshape(-1),
+        "expert_indices": None if expert_indices is None else expert_indices.reshape(-1, expert_indices.shape[-1]),
+    }
+    if getattr(router, "by_sequence", False):
+        about["num_sequences"] = math.prod(x.shape[:-2])
+    return tokens, about

@@ -22,11 +22,11 @@ from dmoe.auxiliary import AuxiliaryLosses
 from dmoe.buffers import Float32Buffers
 from dmoe.config import MoEConfig
 from dmoe.experts import Experts
-from dmoe.inputs import check_copied, check_inputs, check_parts, config_of
+from dmoe.inputs import check_copied, check_inputs, check_parts, config_of, flatten_inputs
 from dmoe.metrics import RoutingMetrics, metrics_of
 from dmoe.parallel import AllToAllDispatcher, Dispatched, as_group
 from dmoe.parallel.agreement import check_layers
-from dmoe.parallel.build import build_dispatcher, owned_experts
+from dmoe.parallel.build import build_dispatcher, owned_experts, ranks_of
 from dmoe.parallel.overlap import run_in_chunks
 from dmoe.parallel.statistics import LoadOfRanks, move_selection_bias
 from dmoe.routing import Routing, build_router
@@ -108,7 +108,7 @@ class MoE(Float32Buffers):
         loss_group = ep_group if loss_group is None else loss_group
         of_loss = None if loss_group is None else LoadOfRanks(as_group(loss_group, "loss_group"))
         self.auxiliary = AuxiliaryLosses(config, of_loss, attach_losses)
-        self.router = build_router(config, **where) if router_module is None else router_module
+        self.router = build_router(config, router_module, ranks=ranks_of(self.dispatcher), **where)
         owned = owned_experts(config, self.dispatcher, ep_group, device=device, dtensor=dtensor)
         self.experts = Experts(config, owned=owned, **where)
         own = SharedExpert(config, **where) if config.shared_ffn_hidden_size else None
@@ -153,16 +153,8 @@ class MoE(Float32Buffers):
         if not self._ranks_agree:
             check_layers(self, x.dtype)
             self._ranks_agree = True
-        tokens = x.reshape(-1, x.shape[-1]).contiguous()  # once: router and experts save the same memory
-        if token_mask is not None:
-            token_mask = token_mask.reshape(-1)
-            tokens = tokens.masked_fill(~token_mask.unsqueeze(1), 0)  # 0 * NaN would reach the router's gradient
-        routing = self.router(
-            tokens,
-            token_mask=token_mask,
-            token_ids=None if token_ids is None else token_ids.reshape(-1),
-            expert_indices=None if expert_indices is None else expert_indices.reshape(-1, self.config.top_k),
-        )
+        tokens, about = flatten_inputs(self.router, x, token_mask, token_ids, expert_indices)
+        routing = self.router(tokens, **about)
         y, arrived, kept = self._through_experts(tokens, routing)
         y = self.auxiliary.hand_over(
             y,

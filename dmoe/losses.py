@@ -61,7 +61,7 @@ def load_balancing_loss(
 def sequence_load_balancing_loss(
     router_probs: Tensor, expert_indices: Tensor, num_sequences: int, token_mask: Tensor | None = None
 ) -> Tensor:
-    """Mean over sequences of each one's :func:`load_balancing_loss` (DeepSeek-V3, section 2.1.2).
+    """Mean over sequences, or groups, of each one's :func:`load_balancing_loss` (DeepSeek-V3, section 2.1.2).
 
     Args:
         router_probs: ``(B * S, E)``, sequence after sequence. Carries the gradient.
@@ -109,6 +109,174 @@ def router_z_loss(log_z: Tensor, token_mask: Tensor | None = None) -> Tensor:
         return sum_tokens(log_z.to(wide).square().unsqueeze(1)).squeeze(0) / max(log_z.shape[0], 1)
     squares = log_z.masked_fill(~token_mask, 0).to(wide).square()
     return sum_tokens(squares.unsqueeze(1)).squeeze(0) / token_mask.sum().clamp(min=1)
+
+
+def gshard_loss(router_probs: Tensor, first_choices_per_expert: Tensor) -> Tensor:
+    """``E * sum_e(c_e / T * p_e)`` with both shares of all T tokens, also of those that were not routed.
+
+    GShard's (Lepikhin et al. 2021, algorithm 1) as fairseq, DeepSpeed and Tutel compute it: padding that takes no
+    expert counts in T and in the mean probability p. Without padding it is :func:`load_balancing_loss` of the first
+    choices.
+
+    Args:
+        router_probs: ``(T, E)``. Carries the gradient.
+        first_choices_per_expert: ``(E,)`` integer, T in all at most.
+
+    Returns:
+        A scalar in float32 (float64 for float64), dimensionless: 1 under even routing, 0 for no token.
+    """
+    num_tokens, num_experts = router_probs.shape
+    wide = torch.promote_types(router_probs.dtype, torch.float32)
+    mean = sum_tokens(router_probs, wide) / max(num_tokens, 1)
+    return (mean * first_choices_per_expert.to(wide)).sum() * (num_experts / max(num_tokens, 1))
+
+
+def importance_loss(router_probs: Tensor, token_groups: int = 1, token_mask: Tensor | None = None) -> Tensor:
+    """Squared coefficient of variation of the experts' total probability (Shazeer et al. 2017, eq. 7; V-MoE, eq. 8).
+
+    Args:
+        router_probs: ``(T, E)``, without the noise that the choice was made under. Carries the gradient.
+        token_groups: the mean of the losses of so many groups of consecutive tokens.
+        token_mask: ``(T,)`` bool, True for tokens that count; None counts all.
+
+    Returns:
+        A scalar in float32 (float64 for float64), dimensionless: 0 when all experts weigh alike, E - 1 at most.
+    """
+    return _squared_variation(_group_sums(router_probs, token_groups, token_mask))
+
+
+def load_loss(
+    router_logits: Tensor,
+    noisy_logits: Tensor,
+    top_k: int,
+    noise_std: float,
+    token_groups: int = 1,
+    token_mask: Tensor | None = None,
+) -> Tensor:
+    """Squared coefficient of variation of each expert's expected load under new noise (V-MoE, appendix A.2).
+
+    The load of expert e is ``sum_t P(logit_te + noise >= threshold_t)``, with noise of standard deviation
+    ``noise_std / E`` and the K-th largest noisy logit of the token as its threshold, through which gradient flows.
+
+    Args:
+        router_logits: ``(T, E)``, without noise. Carries the gradient.
+        noisy_logits: ``(T, E)``, that experts were chosen by. Carries the gradient.
+        top_k: K.
+        noise_std: E times the standard deviation of the noise; positive.
+        token_groups, token_mask: as for :func:`importance_loss`.
+
+    Returns:
+        A scalar in float32 (float64 for float64), dimensionless, as :func:`importance_loss`.
+    """
+    wide = torch.promote_types(router_logits.dtype, torch.float32)
+    clean, noisy = router_logits.to(wide), noisy_logits.to(wide)
+    return _squared_variation(_group_sums(_chance(clean, noisy, top_k, noise_std), token_groups, token_mask))
+
+
+def load_importance_loss(router_logits: Tensor, noisy_logits: Tensor, top_k: int, noise_std: float) -> Tensor:
+    """Tutel's ``load_importance_loss``: the mean of an importance and a load loss of its own making.
+
+    Both are unbiased variance over squared mean (plus 1e-10). Importance sums the probabilities without noise. The
+    load compares them, and not their logits, with the K-th largest noisy logit; that is what Tutel computes, and what
+    GMoE was trained with.
+
+    Args:
+        router_logits: ``(T, E)``, without noise. Carries the gradient.
+        noisy_logits: ``(T, E)``, that experts were chosen by; the same ones in evaluation. Carries the gradient.
+        top_k: K.
+        noise_std: E times the standard deviation of the noise; positive.
+
+    Returns:
+        A scalar in float32 (float64 for float64), dimensionless.
+    """
+    wide = torch.promote_types(router_logits.dtype, torch.float32)
+    probs, noisy = torch.softmax(router_logits.to(wide), -1), noisy_logits.to(wide)
+
+    def variation(total: Tensor) -> Tensor:
+        return total.var() / (total.mean().square() + 1e-10)
+
+    return (variation(sum_tokens(probs)) + variation(sum_tokens(_chance(probs, noisy, top_k, noise_std)))) / 2
+
+
+def _chance(values: Tensor, noisy: Tensor, top_k: int, noise_std: float) -> Tensor:
+    """The probability that a value under new noise reaches the K-th largest noisy logit of its token, ``(T, E)``."""
+    threshold = noisy.topk(top_k, -1).values[:, -1:]
+    return torch.special.ndtr((values - threshold) * (values.shape[1] / noise_std))
+
+
+def _group_sums(values: Tensor, groups: int, mask: Tensor | None) -> Tensor:
+    """``(T, E)`` to ``(G, E)``: sums over the tokens of each group that count."""
+    num_tokens, num_experts = values.shape
+    if num_tokens % groups:
+        raise ValueError(f"token_groups: expected a divisor of the number of tokens, {num_tokens}, got {groups}")
+    if mask is not None:
+        values = values.masked_fill(~mask.unsqueeze(1), 0)
+    wide = torch.promote_types(values.dtype, torch.float32)
+    return sum_tokens(values.view(groups, num_tokens // groups, num_experts), wide)
+
+
+def _squared_variation(totals: Tensor) -> Tensor:
+    """Mean over groups of variance / mean ** 2 over the experts, ``(G, E)`` to a scalar; a group of zeros adds 0."""
+    mean = totals.mean(1)
+    ratio = totals.var(1, unbiased=False) / mean.square().clamp(min=torch.finfo(totals.dtype).tiny)
+    return ratio.mean()
+
+
+def distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    coefficient: float = 1.0,
+    step: int = 0,
+    stop_step: int | None = None,
+    seq_length: int | None = None,
+) -> Tensor:
+    """Staged distillation's term of the loss: ``coefficient * tau ** 2 * mean over tokens of KL(teacher || student)``.
+
+    Both distributions are softened by ``tau = temperature``. Until ``stop_step``, and 0 from there on: the
+    student ends on the task's loss alone (MoS: Rajbhandari et al. 2022, section 4.2; the loss is that of
+    Megatron-DeepSpeed's ``calculate_mos_loss``).
+
+    Args:
+        student_logits: ``(..., V)`` floating point. Carries the gradient.
+        teacher_logits: the same shape; a constant.
+        temperature: tau, positive.
+        coefficient: beta, at least 0.
+        step: of training, counted from 0.
+        stop_step: the first step without distillation; None never stops.
+        seq_length: what the sum over the tokens of a sequence, dimension -2, is divided by instead of their number;
+            Megatron-DeepSpeed divides by the whole length also where a curriculum cuts sequences short.
+
+    Returns:
+        A scalar in float32 (float64 for float64), nats times tau squared.
+
+    Raises:
+        ValueError: shapes that differ, or numbers out of range.
+    """
+    if student_logits.shape != teacher_logits.shape or student_logits.dim() < 1:
+        raise ValueError(
+            f"distillation_loss: teacher_logits: expected the student's shape {tuple(student_logits.shape)}, got "
+            f"{tuple(teacher_logits.shape)}"
+        )
+    if not temperature > 0:
+        raise ValueError(f"distillation_loss: temperature: expected a positive number, got {temperature}")
+    if not coefficient >= 0:
+        raise ValueError(f"distillation_loss: coefficient: expected at least 0, got {coefficient}")
+    if seq_length is not None and (seq_length < 1 or student_logits.dim() < 2):
+        raise ValueError(
+            f"distillation_loss: seq_length: expected at least 1, for (..., S, V) logits, got {seq_length}"
+        )
+    wide = torch.promote_types(student_logits.dtype, torch.float32)
+    if not coefficient or (stop_step is not None and step >= stop_step) or not student_logits.numel():
+        return student_logits.sum(dtype=wide) * 0
+    student = torch.log_softmax(student_logits.to(wide) / temperature, -1)
+    teacher = torch.log_softmax(teacher_logits.detach().to(wide) / temperature, -1)
+    total = torch.nn.functional.kl_div(student, teacher, log_target=True, reduction="sum")
+    tokens = student_logits.numel() // student_logits.shape[-1]
+    if seq_length is not None:
+        tokens = tokens // student_logits.shape[-2] * seq_length
+    return total * (coefficient * temperature**2 / tokens)
 
 
 class _AttachLoss(torch.autograd.Function):

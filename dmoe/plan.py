@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import get_args
+from dataclasses import dataclass, replace
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from dmoe.ops.histogram import histogram
 from dmoe.ops.routing_plan import routing_plan
 from dmoe.ops.sort import sort
 from dmoe.ops.tile_table import preferred_tile_rows, tile_table
+
+_BY_PRIORITY = ("batch_prioritized", "gate_weight", "normalized_gate_weight", "random")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class RoutingPlan:
             experts with most rows first; expert -1 behind the last tile. None when nobody has asked for it.
         experts_by_load: experts from most to fewest rows, equal ones by id, ``(E,)``; None likewise.
         tile_rows: rows of one tile.
+        kept: rows that each expert computes, ``(E,)``, where they are not the first ``capacity`` of its assignments.
     """
 
     row_to_token: Tensor
@@ -49,6 +52,7 @@ class RoutingPlan:
     tiles: Tensor | None = None
     experts_by_load: Tensor | None = None
     tile_rows: int = 0
+    kept: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -81,6 +85,8 @@ class RoutingPlan:
     @property
     def kept_per_expert(self) -> Tensor:
         """Rows that each expert computes, ``(E,)``, padding not counted."""
+        if self.kept is not None:
+            return self.kept
         return self.tokens_per_expert if self.capacity is None else self.tokens_per_expert.clamp(max=self.capacity)
 
 
@@ -94,6 +100,7 @@ def plan_token_choice(
     block_size: int = 1,
     binned: bool = False,
     tile_rows: int = 0,
+    token_groups: int = 1,
 ) -> RoutingPlan:
     """Plan for tokens that chose their experts.
 
@@ -102,17 +109,18 @@ def plan_token_choice(
         num_experts: E.
         capacity: the most rows one expert takes; None drops nothing.
         drop_order: which assignments come first where a capacity binds; see :class:`dmoe.MoEConfig`.
-        priority: scores of the choices, ``(T, K)``; needed by ``batch_prioritized`` and by the two
-            orders by gate weight, which differ in what the caller gives here.
+        priority: scores of the choices, ``(T, K)``; needed by ``batch_prioritized``, by ``random`` (which keeps those
+            that drew most), and by the two orders by gate weight, which differ in what the caller gives here.
         block_size: round each expert's rows up to a multiple of this.
         binned: give every expert exactly ``capacity`` rows, so that they form an ``(E, capacity, H)`` batch.
         tile_rows: also cut the rows into tiles of so many, see :func:`device_tile_rows`; 0 does not.
+        token_groups: the capacity is of each of so many groups of consecutive tokens, equally large (GShard's G).
 
     Returns:
-        A plan whose rows stand in visiting order inside each expert; ties in priority keep token order.
+        A plan whose rows stand in visiting order inside each expert (and group); ties in priority keep token order.
 
     Raises:
-        ValueError: shapes or values that do not fit, or a missing priority.
+        ValueError: shapes or values that do not fit, a missing priority, or tokens that are no equal groups.
         RuntimeError: on the CPU, an id outside [0, E].
     """
     if expert_indices.dim() != 2:
@@ -121,7 +129,17 @@ def plan_token_choice(
         raise ValueError(f"plan_token_choice: drop_order: expected one of {get_args(DropOrder)}, got {drop_order!r}")
     num_tokens, top_k = expert_indices.shape
     token_order, choices = None, expert_indices
-    if capacity is not None and drop_order in ("batch_prioritized", "gate_weight", "normalized_gate_weight"):
+    if capacity is not None and token_groups > 1:
+        return _plan_in_groups(
+            expert_indices,
+            num_experts,
+            token_groups,
+            capacity=capacity,
+            drop_order=drop_order,
+            priority=priority,
+            tile_rows=tile_rows,
+        )
+    if capacity is not None and drop_order in _BY_PRIORITY:
         if priority is None or priority.shape != expert_indices.shape:
             got = None if priority is None else tuple(priority.shape)
             raise ValueError(f"plan_token_choice: priority: {drop_order} needs shape {(num_tokens, top_k)}, got {got}")
@@ -157,6 +175,39 @@ def plan_token_choice(
         tiles=tiles if tile_rows else None,
         experts_by_load=by_load if tile_rows else None,
         tile_rows=tile_rows,
+    )
+
+
+def check_token_groups(operation: str, num_tokens: int, groups: int) -> None:
+    """Raise ValueError unless so many tokens are ``groups`` groups of one size."""
+    if num_tokens % groups:
+        raise ValueError(
+            f"{operation}: token_groups: expected a divisor of the number of tokens, {num_tokens}, got {groups}"
+        )
+
+
+def _plan_in_groups(
+    expert_indices: Tensor, num_experts: int, groups: int, *, capacity: int, tile_rows: int, **how: Any
+) -> RoutingPlan:
+    """A capacity for each group: G experts of which each takes one group's tokens stand for one."""
+    num_tokens = expert_indices.shape[0]
+    check_token_groups("plan_token_choice", num_tokens, groups)
+    each = torch.arange(groups, dtype=expert_indices.dtype, device=expert_indices.device)
+    group = each.repeat_interleave(num_tokens // groups, output_size=num_tokens).unsqueeze(1)
+    inside = (expert_indices >= 0) & (expert_indices < num_experts)
+    apart = torch.where(inside, expert_indices * groups + group, num_experts * groups)
+    plan = plan_token_choice(apart, num_experts * groups, capacity=capacity, **how)
+    offsets = plan.expert_offsets[::groups].contiguous()
+    counts = plan.tokens_per_expert.view(num_experts, groups)
+    tiles, by_load = tile_table(offsets, plan.num_rows, tile_rows) if tile_rows else (None, None)
+    return replace(
+        plan,
+        expert_offsets=offsets,
+        tokens_per_expert=counts.sum(1, dtype=torch.int32),
+        tiles=tiles,
+        experts_by_load=by_load,
+        tile_rows=tile_rows,
+        kept=offsets.diff(),
     )
 
 

@@ -224,7 +224,7 @@ def _could_select(model: nn.Module) -> str:
 
 def _check_upcycle(name: str, ffn: DenseFFN, config: MoEConfig) -> None:
     """Refuse options under which the experts' weighted sum is not the dense block."""
-    weights_sum_to_1 = config.gate_normalization == 1 or config.router == "uniform"
+    weights_sum_to_1 = config.gate_normalization == 1 or config.family.weights_sum_to_1
     if config.softmax_order == "after_topk" and config.gate_normalization is None:
         weights_sum_to_1 = True
     on_sum = config.gate_weight_on == "output" or (config.gate_weight_on == "activation" and ffn.down.bias is None)
@@ -235,7 +235,7 @@ def _check_upcycle(name: str, ffn: DenseFFN, config: MoEConfig) -> None:
         ("activation", config.activation == ffn.activation, f"the dense block's {ffn.activation!r}"),
         ("gated", config.gated == ffn.gated, f"the dense block's {ffn.gated}"),
         ("bias", kept, "'expert', to hold the dense block's biases"),
-        ("router", config.router != "expert_choice", "'top_k': experts that pick tokens leave some out"),
+        ("router", not config.family.experts_choose, "'top_k': experts that pick tokens leave some out"),
         ("gate_normalization", weights_sum_to_1, "1.0, so that gate weights sum to 1"),
         ("gate_scale", config.gate_scale == 1, "1, so that gate weights sum to 1"),
         ("gate_weight_on", on_sum, "'output', so that the weighted sum of equal experts is one of them"),

@@ -48,6 +48,7 @@ class SharedExpert(nn.Module):
             activation_dropout=config.activation_dropout,
             expert_dropout=config.expert_dropout,
             init_std=config.init_std,
+            init=config.init,
             backend=None if config.backend == "block_sparse" else config.backend,  # a single expert is dense
             recompute_pre_activation=config.recompute_pre_activation,
             accumulate_main_grad=config.accumulate_main_grad,

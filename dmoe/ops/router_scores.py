@@ -1,11 +1,12 @@
 """``router_scores``: logits to scores and, when a loss wants it, the log-partition.
 
-One operation, so that what is saved is one ``(T, E)`` tensor: softmax and sigmoid are differentiated from their
-results. Only the z-loss of a sigmoid router needs the logits as well.
+One operation, so that what is saved is one ``(T, E)`` tensor: all functions are differentiated from their results. Only
+the z-loss of a router without softmax needs the logits as well.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,12 +14,31 @@ from torch import Tensor
 
 from dmoe.ops._library import define, refuse_double_backward, register_autograd
 
-SCORE_FUNCTIONS = ("softmax", "sigmoid")
+SCORE_FUNCTIONS = ("softmax", "sigmoid", "sqrt_softplus")
+
+
+def _sqrt_softplus(logits: Tensor) -> Tensor:
+    """``sqrt(ln(1 + e^x))``; where e^x is small beside 1, its root ``e^(x / 2)``, which does not underflow as soon."""
+    low = logits < math.log(torch.finfo(logits.dtype).eps)
+    root = torch.nn.functional.softplus(logits.masked_fill(low, 0)).sqrt()
+    return torch.where(low, (logits.masked_fill(~low, 0) / 2).exp(), root)
+
+
+def _sqrt_softplus_slope(scores: Tensor) -> Tensor:
+    """``sigmoid(x) / (2 y)`` from y alone: sigmoid(x) = 1 - exp(-y^2), which is y^2 where y is small."""
+    squares = scores.square()
+    small = squares < torch.finfo(scores.dtype).eps
+    return torch.where(small, scores / 2, -torch.expm1(-squares) / (2 * scores.masked_fill(small, 1)))
 
 
 def router_scores_ref(logits: Tensor, score_function: str, with_log_z: bool) -> tuple[Tensor, Tensor]:
     """The plain-PyTorch meaning of :func:`router_scores`."""
-    scores = torch.softmax(logits, -1) if score_function == "softmax" else torch.sigmoid(logits)
+    if score_function == "softmax":
+        scores = torch.softmax(logits, -1)
+    elif score_function == "sigmoid":
+        scores = torch.sigmoid(logits)
+    else:
+        scores = _sqrt_softplus(logits)
     return scores, torch.logsumexp(logits, -1) if with_log_z else logits.new_empty(0)
 
 
@@ -30,7 +50,10 @@ def router_scores_backward_ref(
         grad = torch.ops.aten._softmax_backward_data(grad_scores, scores, -1, scores.dtype)
         probs = scores
     else:
-        grad = torch.ops.aten.sigmoid_backward(grad_scores, scores)
+        if score_function == "sigmoid":
+            grad = torch.ops.aten.sigmoid_backward(grad_scores, scores)
+        else:
+            grad = grad_scores * _sqrt_softplus_slope(scores)
         probs = scores if logits is None else torch.softmax(logits, -1)
     return grad if grad_log_z is None else grad + grad_log_z.unsqueeze(-1) * probs
 
@@ -54,7 +77,7 @@ refuse_double_backward(_backward)
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     logits, ctx.score_function, ctx.with_log_z = inputs
-    needs_logits = ctx.with_log_z and ctx.score_function == "sigmoid"
+    needs_logits = ctx.with_log_z and ctx.score_function != "softmax"
     ctx.save_for_backward(output[0], logits if needs_logits else None)
 
 
@@ -80,7 +103,7 @@ def router_scores(
 
     Args:
         router_logits: ``(T, E)`` floating point.
-        score_function: ``softmax`` or ``sigmoid``.
+        score_function: ``softmax``, ``sigmoid`` or ``sqrt_softplus`` (``sqrt(ln(1 + e^x))``, DeepSeek-V4).
         with_log_z: also return ``logsumexp`` of each row.
         backend: ``reference`` for plain PyTorch under its own autograd.
 

@@ -28,7 +28,7 @@ class TopKRule(NamedTuple):
 
     Attributes:
         top_k: K, chosen experts of a token.
-        score_function: ``softmax`` or ``sigmoid``.
+        score_function: of :func:`dmoe.ops.router_scores.router_scores`.
         num_groups: the experts stand in so many groups of equal size.
         top_k_groups: a token chooses inside its so many best groups; ``num_groups`` for no limit.
         group_score: a group ranks by its best expert (``max``) or by the sum of its two best (``top2_sum``).
@@ -276,7 +276,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Results) -> None:
     how = TopKRule(*rule)
     ctx.set_materialize_grads(False)  # most calls use one or two of the results
     ctx.with_log_z, ctx.options = with_log_z, (how.score_function, how.normalization, how.scale)
-    needs_logits = with_log_z and how.score_function == "sigmoid"
+    needs_logits = with_log_z and how.score_function != "softmax"
     ctx.save_for_backward(output[0], logits if needs_logits else None, output[2])
 
 
@@ -324,7 +324,8 @@ def router_top_k(
     Raises:
         ValueError: logits or a score function that :func:`router_scores` refuses.
     """
-    if not with_weights or backend == "reference" or not _fits_one_launch(router_logits):
+    known = rule.score_function in ("softmax", "sigmoid")  # to the kernel
+    if not with_weights or backend == "reference" or not known or not _fits_one_launch(router_logits):
         return _separately(
             router_logits,
             rule,

@@ -19,6 +19,7 @@ from dmoe.parallel.gradients import average_gradients, data_parallel, split_para
 from dmoe.parallel.interface import Dispatched, Dispatcher, LocalDispatcher, Returning, UnderWay
 from dmoe.parallel.overlap import Overlapped, chunk_of, run_overlapped
 from dmoe.parallel.placement import as_group, ffn_shard, local_experts
+from dmoe.parallel.statistics import LoadOfRanks
 from dmoe.parallel.traffic import Hop, Traffic
 from dmoe.parallel.two_level import TwoLevel, TwoLevelExchange, mesh_group
 from dmoe.parallel.wire import NarrowExchange, pack_rows, unpack_rows
@@ -30,6 +31,7 @@ __all__ = [
     "Exchange",
     "GradScaler",
     "Hop",
+    "LoadOfRanks",
     "LocalDispatcher",
     "NarrowExchange",
     "Overlapped",

@@ -14,6 +14,7 @@ from dmoe.parallel.interface import Dispatcher, LocalDispatcher
 from dmoe.parallel.mesh import expert_mesh
 from dmoe.parallel.overlap import chunk_of
 from dmoe.parallel.placement import as_group
+from dmoe.parallel.statistics import LoadOfRanks
 from dmoe.parallel.two_level import TwoLevel, mesh_group
 
 _GRAD_SCALES = {"mean": lambda ranks: 1 / ranks, "sum": lambda ranks: 1.0, "sqrt_world_size": lambda ranks: ranks**-0.5}
@@ -90,3 +91,8 @@ def owned_experts(
     # Of DTensor, PyTorch's scaler knows that they are parts of a whole.
     share = SharedOverflow(*dispatcher.groups) if mesh is None and dispatcher.num_ranks > 1 else None
     return ExpertSlice(dispatcher.local_experts, config.num_experts, shard, num_shards, mesh, scale, share)
+
+
+def ranks_of(dispatcher: Dispatcher) -> LoadOfRanks | None:
+    """The ranks whose tokens share the experts; None is this one alone."""
+    return LoadOfRanks(*dispatcher.groups) if isinstance(dispatcher, AllToAllDispatcher) else None

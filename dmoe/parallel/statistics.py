@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dmoe.parallel.collectives import all_reduce, outside_graphs
+from dmoe.parallel.collectives import all_reduce, explained, outside_graphs
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -58,6 +59,19 @@ class LoadOfRanks:
         counts[-1] = num_tokens
         self.add_up(counts)
         return counts[:-1], counts[-1].double() / self.num_ranks
+
+    @outside_graphs
+    def gather(self, tensor: Tensor) -> tuple[Tensor, int]:
+        """Every rank's tensor, of one shape, as ``(W, ...)`` in the order of the ranks, and this rank's place in it."""
+        everyone, here, stride = tensor.contiguous().unsqueeze(0), 0, 1
+        for group in self.groups:
+            size = dist.get_world_size(group)
+            parts = everyone.new_empty((size, *everyone.shape))
+            call = functools.partial(dist.all_gather_into_tensor, parts, everyone, group=group)
+            explained(call, "the gathering of routing", group)
+            everyone = parts.flatten(0, 1)
+            here, stride = here + dist.get_rank(group) * stride, stride * size
+        return everyone, here
 
     def add_up(self, counts: Tensor) -> None:
         """Sum over the ranks, in place."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dmoe.buffers import Float32Buffers
 from dmoe.config import MoEConfig
+from dmoe.initial import router_weight
 from dmoe.ops._checks import check_plain
 from dmoe.ops.activation import accumulate_dtype
 from dmoe.ops.philox import draw_seed
@@ -33,6 +34,9 @@ class Routing:
         first_choices_per_expert: tokens whose first choice each expert is, ``(E,)`` integer, when the balance loss
             wants them.
         token_mask: ``(T,)`` bool, True for tokens that count.
+        counted_choices: ``(T, K)``, E where masked, that the balance losses count instead of the plan's assignments;
+            None for these.
+        losses: what the family computed of the losses that the config names, by name: scalars without coefficients.
     """
 
     plan: RoutingPlan
@@ -42,10 +46,15 @@ class Routing:
     expert_indices: Tensor | None = None
     first_choices_per_expert: Tensor | None = None
     token_mask: Tensor | None = None
+    counted_choices: Tensor | None = None
+    losses: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Router(Protocol):
-    """``(T, H)`` to a :class:`Routing`. Families differ only in how they get there."""
+    """``(T, H)`` to a :class:`Routing`. Families differ only in how they get there.
+
+    One that has ``by_sequence`` true is also told ``num_sequences``, how many equally long sequences the tokens are.
+    """
 
     def __call__(
         self,
@@ -70,6 +79,11 @@ class Router(Protocol):
         ...
 
 
+def router_dtype(config: MoEConfig, x: Tensor) -> torch.dtype:
+    """What a router computes in for such an input."""
+    return accumulate_dtype(x.dtype) if config.router_dtype == "float32" else x.dtype
+
+
 class LinearRouter(Float32Buffers):
     """A learned linear from hidden to router logits; the families below decide what to do with them.
 
@@ -82,21 +96,21 @@ class LinearRouter(Float32Buffers):
         self, config: MoEConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        self.config = config
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, device=device, dtype=dtype))
-        bias = torch.empty(config.num_experts, device=device, dtype=dtype) if config.router_bias else None
-        self.bias = None if bias is None else nn.Parameter(bias)
+        self.config, self.score_function = config, config.score_function
+        self.by_sequence = config.token_groups == "sequence"
+        self._make_parameters(config, device=device, dtype=dtype)
         self.reset_parameters()
+
+    def _make_parameters(self, config: MoEConfig, **where: Any) -> None:
+        """The parameters, without values: :meth:`reset_parameters` gives them."""
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, **where))
+        bias = torch.empty(config.num_experts, **where) if config.router_bias else None
+        self.bias = None if bias is None else nn.Parameter(bias)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Fresh values, as ``nn.Linear``'s: uniform in +-1/sqrt(H), or normal with ``init_std`` and a zero bias."""
-        std = self.config.init_std
-        if std is None:
-            bound = 1 / math.sqrt(self.config.hidden_size)
-            self.weight.uniform_(-bound, bound)
-        else:
-            self.weight.normal_(0, std)
+        """Fresh values as the config's ``init`` or ``init_std`` say, and a zero bias."""
+        router_weight(self.weight, self.config.init, self.config.init_std)
         if self.bias is not None:
             self.bias.zero_()
 
@@ -107,16 +121,16 @@ class LinearRouter(Float32Buffers):
             raise ValueError(f"MoE: expected x on the weights' device {self.weight.device}, got {x.device}")
         jitter = self.config.input_jitter if self.training else 0.0
         seed = draw_seed(x.device) if jitter else None
-        dtype = accumulate_dtype(x.dtype) if self.config.router_dtype == "float32" else x.dtype
+        dtype = router_dtype(self.config, x)
         return router_logits(
             x, self.weight, self.bias, dtype=dtype, jitter=jitter, seed=seed, backend=self.config.backend
         )
 
     def _probabilities(self, scores: Tensor) -> Tensor:
         """Scores as a distribution over experts: what the balance loss compares with the load (DeepSeek-V3, eq. 18)."""
-        if self.config.score_function == "softmax":
+        if self.score_function == "softmax":
             return scores
-        if not self.config.load_balancing_coefficient:  # only metrics read them: nothing to save
+        if not self.config.has_loss("load_balancing", "sequence", "global"):  # only metrics read them: nothing to save
             scores = scores.detach()
         return scores / (scores.sum(-1, keepdim=True) + torch.finfo(scores.dtype).tiny)
 
@@ -126,4 +140,6 @@ class LinearRouter(Float32Buffers):
     def extra_repr(self) -> str:
         """For ``print(model)``."""
         c = self.config
-        return f"num_experts={c.num_experts}, top_k={c.top_k}, hidden_size={c.hidden_size}, {c.score_function}"
+        return (
+            f"num_experts={c.num_experts}, top_k={c.top_k}, hidden_size={c.hidden_size}, {c.score_function}, {c.router}"
+        )

@@ -1,27 +1,84 @@
-"""Tokens choose experts: softmax or sigmoid scores, top-k, maybe in the best groups and under a load-driven bias."""
+"""Tokens choose experts: scores, noise, top-k (maybe in the best groups and under a bias), a policy, a capacity."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dmoe.config import MoEConfig
+from dmoe.losses import importance_loss, load_importance_loss, load_loss
 from dmoe.ops.gate_weights import gate_weights
-from dmoe.ops.router_top_k import TopKRule, router_top_k
-from dmoe.plan import device_tile_rows, plan_token_choice
+from dmoe.ops.router_scores import router_scores
+from dmoe.ops.router_top_k import RouterChoice, TopKRule, router_top_k, select_experts
+from dmoe.ops.topk_indices import topk_indices
+from dmoe.plan import RoutingPlan
+from dmoe.router_family import RouterFamily, register
+from dmoe.routing import noise
 from dmoe.routing.base import LinearRouter, Routing
+from dmoe.routing.planning import groups_of, plan_choices, tokens_sharing
+from dmoe.routing.second_expert import SecondExpert, keep_second, sample_second
+from dmoe.routing.selection_bias import balanced_bias, count_in_backward, quantile_choice, quantile_step, sign_step
+
+
+@register("top_k")
+@dataclass(frozen=True)
+class TopK(RouterFamily):
+    """Each token takes its K best experts (Shazeer et al. 2017); the config has scores, normalisation and capacity.
+
+    Args:
+        second_expert: with K = 2, what becomes of the second: ``all`` keep it; ``sampling``: drawn from the softmax of
+            the others, instead of the best of them; ``random``: kept with probability 2 g, g its weight relative to
+            both where the weights are normalised before a drop, else its score (GShard, fairseq); ``random_raw``:
+            always the score, which is then its weight as well (Transformers' NLLB).
+        logit_noise: ``gaussian``: chosen and weighed by noisy logits, of standard deviation ``noise_std / E`` (V-MoE,
+            Tutel); ``gumbel``: chosen by logits with Gumbel noise, which draws from the softmax, and weighed without
+            (DeepSpeed's RSample).
+        noise_std: of the Gaussian noise, times E.
+        noise_in_eval: noise and policy act in evaluation, too.
+    """
+
+    second_expert: SecondExpert = "all"
+    logit_noise: Literal["none", "gaussian", "gumbel"] = "none"
+    noise_std: float = 1.0
+    noise_in_eval: bool = False
+
+    def _check_fields(self) -> None:
+        self.require(self.noise_std > 0, "noise_std", "a positive number; logit_noise='none' is no noise")
+
+    def check(self, config: MoEConfig) -> None:
+        """See :class:`dmoe.router_family.RouterFamily`."""
+        super().check(config)
+        two = self.second_expert == "all" or config.top_k == 2
+        self.require(two, "second_expert", f"'all' with top_k = {config.top_k}, which has no second expert alone")
+        noisy = self.logit_noise == "gaussian" or not config.has_loss("load", "load_importance")
+        self.require(
+            noisy, "logit_noise", "'gaussian' with the losses 'load' and 'load_importance', which are about it"
+        )
+        plain = config.score_function == "softmax" or not config.has_loss("importance", "load", "load_importance")
+        if not plain:
+            raise ValueError(
+                "MoEConfig: score_function: expected 'softmax' with the losses 'importance', 'load' and "
+                f"'load_importance', got {config.score_function!r}"
+            )
+
+    def build(self, config: MoEConfig, *, ranks: Any = None, device: Any = None, dtype: Any = None) -> nn.Module:
+        """See :class:`dmoe.router_family.RouterFamily`."""
+        return TopKRouter(config, self, ranks=ranks, device=device, dtype=dtype)
 
 
 class TopKRouter(LinearRouter):
-    """Each token takes its K best experts (Shazeer et al. 2017); see :class:`dmoe.MoEConfig` for the variants.
+    """The router of :class:`TopK`.
 
     NaN in a token's logits makes that token's scores NaN: it goes to the lowest expert ids, its own output is NaN, and
     no other token's is.
 
     Args:
         config: everything about scores, selection, normalisation and capacity.
+        options: of the family; None is the config's.
+        ranks: :class:`dmoe.parallel.LoadOfRanks`, who shares a capacity with ``capacity_over="group"``; None is nobody.
         device, dtype: of the parameters. The selection bias and its counters are float32.
 
     Attributes:
@@ -32,13 +89,24 @@ class TopKRouter(LinearRouter):
     load_since_update: Tensor | None
 
     def __init__(
-        self, config: MoEConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        config: MoEConfig,
+        options: TopK | None = None,
+        *,
+        ranks: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(config, device=device, dtype=dtype)
+        family = config.family if options is None else options
+        self.options = family if isinstance(family, TopK) else TopK()
+        self.ranks = ranks
+        super().__init__(config, device=device, dtype=dtype)  # which makes parameters as the options say
         self.rule = _rule(config)
+        self.by_quantile = config.selection_bias and config.selection_bias_rule == "quantile"
         if config.selection_bias:
+            counted = config.num_experts + int(self.by_quantile)
             self.register_float32("selection_bias", 0.0, config.num_experts, device=device)
-            self.register_float32("load_since_update", 0.0, config.num_experts, device=device, persistent=False)
+            self.register_float32("load_since_update", 0.0, counted, device=device, persistent=False)
         else:
             self.register_buffer("selection_bias", None)
             self.load_since_update = None
@@ -57,12 +125,20 @@ class TopKRouter(LinearRouter):
         token_mask: Tensor | None = None,
         token_ids: Tensor | None = None,
         expert_indices: Tensor | None = None,
+        num_sequences: int = 1,
     ) -> Routing:
         """Route ``(T, H)``; see :class:`dmoe.routing.Router`. ``token_ids`` are not looked at."""
-        return self.route(self.logits(x), token_mask=token_mask, expert_indices=expert_indices)
+        return self.route(
+            self.logits(x), token_mask=token_mask, expert_indices=expert_indices, num_sequences=num_sequences
+        )
 
     def route(
-        self, router_logits: Tensor, *, token_mask: Tensor | None = None, expert_indices: Tensor | None = None
+        self,
+        router_logits: Tensor,
+        *,
+        token_mask: Tensor | None = None,
+        expert_indices: Tensor | None = None,
+        num_sequences: int = 1,
     ) -> Routing:
         """Route by given logits ``(T, E)``, without the router's linear.
 
@@ -70,80 +146,158 @@ class TopKRouter(LinearRouter):
             router_logits: ``(T, E)`` floating point.
             token_mask: ``(T,)`` bool; False takes no expert and counts in no loss.
             expert_indices: ``(T, K)`` integer: take these instead of the best; weights come from the logits.
+            num_sequences: equally long ones that the tokens are, for ``token_groups="sequence"``.
 
         Raises:
-            ValueError: logits for another number of experts, or indices of another shape or type.
+            ValueError: logits for another number of experts, indices of another shape or type, or tokens that are no
+                equal groups.
         """
         config = self.config
-        if router_logits.dim() != 2 or router_logits.shape[1] != config.num_experts:
-            raise ValueError(
-                f"route: router_logits: expected shape (T, num_experts = {config.num_experts}), got "
-                f"{tuple(router_logits.shape)}"
-            )
+        check_logits(router_logits, config, expert_indices)
         num_tokens = router_logits.shape[0]
-        if expert_indices is not None and (
-            expert_indices.shape != (num_tokens, config.top_k) or expert_indices.is_floating_point()
-        ):
-            raise ValueError(
-                f"route: expert_indices: expected integers of shape {(num_tokens, config.top_k)}, got "
-                f"{expert_indices.dtype} {tuple(expert_indices.shape)}"
-            )
-        capacity = config.capacity_for(num_tokens)
+        groups = groups_of(config, num_tokens, num_sequences)
+        capacity = config.capacity_for(tokens_sharing(config, num_tokens // groups, self.ranks), self.training)
+
+        noisy = self.training or self.options.noise_in_eval
+        policy = self.options.second_expert if noisy and expert_indices is None else "all"
+        logits = self._with_noise(router_logits) if noisy else router_logits
+        given, amounts = (expert_indices, None) if expert_indices is not None else self._choose(logits, token_mask)
         choice = router_top_k(
-            router_logits,
+            router_logits if self.options.logit_noise == "gumbel" else logits,
             self.rule,
-            selection_bias=self.float32("selection_bias", router_logits.device) if config.selection_bias else None,
+            selection_bias=self._score_bias(logits.device),
             token_mask=token_mask,
-            expert_indices=expert_indices,
-            with_log_z=config.router_z_loss_coefficient > 0,
-            with_weights=capacity is None,
-            count_first=config.load_balancing_choices == "first" and config.load_balancing_coefficient > 0,
+            expert_indices=given,
+            with_log_z=config.has_loss("z"),
+            with_weights=capacity is None and policy == "all",
+            count_first=config.load_balancing_choices == "first" and config.has_loss("load_balancing", "global"),
             backend=config.backend,
         )
-        scores, chosen, weights = choice.scores, choice.expert_indices, choice.gate_weights
-        by_weight = self.rule.normalization if config.drop_order == "normalized_gate_weight" else 0.0
-        plan = plan_token_choice(
-            chosen,
-            config.num_experts,
-            capacity=capacity,
-            drop_order=config.drop_order,
-            priority=None
-            if capacity is None
-            else gate_weights(scores.detach(), chosen, normalization=by_weight or None),
-            tile_rows=device_tile_rows(scores.device, chosen.numel(), config.num_experts),
-        )
-        if weights is None:  # a dropped choice weighs 0, and the norm may count the kept ones alone
-            weights = gate_weights(
-                scores,
-                chosen,
-                plan.token_to_rows,
-                normalization=self.rule.normalization or None,
-                after_drop=config.normalize_when == "after_drop" and config.gate_normalization is not None,
-                scale=config.gate_scale,
-                backend=config.backend,
-            )
+        scores, chosen = choice.scores, choice.expert_indices
+        if policy == "sampling":
+            chosen = sample_second(logits, chosen)
+        routed = chosen
+        if policy in ("random", "random_raw"):
+            before = config.normalize_when == "before_drop" and self.rule.normalization > 0
+            routed = keep_second(scores, chosen, normalized=before and policy == "random")
+        plan = plan_choices(routed, scores, config, capacity=capacity, groups=groups, rule=self.rule, ranks=self.ranks)
+        weights = self._weights(choice, chosen, plan, raw_second=policy == "random_raw")
         if self.load_since_update is not None and self.training and torch.is_grad_enabled():
             counter = self.float32("load_since_update", weights.device)
-            weights = _CountInBackward.apply(weights, plan.tokens_per_expert, counter)
+            # Of a quantile a replayed routing says nothing.
+            counted = plan.tokens_per_expert if not self.by_quantile else amounts
+            weights = weights if counted is None else count_in_backward(weights, counted, counter)
         return Routing(
             plan=plan,
             gate_weights=weights,
             router_probs=self._probabilities(scores),
             log_z=choice.log_z,
-            expert_indices=chosen,
+            expert_indices=routed,
             first_choices_per_expert=choice.first_choices_per_expert,
             token_mask=token_mask,
+            counted_choices=self._plain_choices(scores, token_mask),
+            losses=self._losses(router_logits, logits, scores, groups, token_mask),
         )
+
+    def _with_noise(self, logits: Tensor) -> Tensor:
+        kind = self.options.logit_noise
+        if kind == "none":
+            return logits
+        if kind == "gumbel":
+            return logits.detach() + noise.gumbel(logits)
+        return logits + noise.gaussian(logits) * (self.options.noise_std / self.config.num_experts)
+
+    def _score_bias(self, device: torch.device) -> Tensor | None:
+        """What scores are raised by for the choice."""
+        biased = self.config.selection_bias and not self.by_quantile
+        return self.float32("selection_bias", device) if biased else None
+
+    def _choose(self, logits: Tensor, token_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Experts by other numbers than the scores that weigh them, or None; and what a bias is to count of it."""
+        if self.by_quantile:
+            chosen, cutoff = quantile_choice(logits, self.float32("selection_bias", logits.device), self.rule.top_k)
+            trains = self.training and torch.is_grad_enabled()
+            return chosen, balanced_bias(logits, cutoff, self.rule.top_k, token_mask) if trains else None
+        if self.options.logit_noise != "gumbel" or not (self.training or self.options.noise_in_eval):
+            return None, None
+        scores, _ = router_scores(logits, self.rule.score_function, backend=self.config.backend)
+        return select_experts(scores, self.rule, self._score_bias(logits.device)), None
+
+    def _weights(self, choice: RouterChoice, chosen: Tensor, plan: RoutingPlan, *, raw_second: bool) -> Tensor:
+        if choice.gate_weights is not None:
+            return choice.gate_weights
+        config = self.config
+        options: dict[str, Any] = {"scale": config.gate_scale, "backend": config.backend}
+        # `chosen`, not what was routed: a choice that a policy took away still counts in a norm before the drop, and
+        # weighs 0, as a dropped one does.
+        weights = gate_weights(
+            choice.scores,
+            chosen,
+            plan.token_to_rows,
+            normalization=self.rule.normalization or None,
+            after_drop=config.normalize_when == "after_drop" and config.gate_normalization is not None,
+            **options,
+        )
+        if not raw_second:
+            return weights
+        raw = gate_weights(choice.scores, chosen, plan.token_to_rows, **options)
+        before = config.normalize_when == "before_drop"
+        return torch.stack([weights[:, 0], raw[:, 1]], 1) if before else weights
+
+    def _plain_choices(self, scores: Tensor, token_mask: Tensor | None) -> Tensor | None:
+        """What the balance losses count with ``load_balancing_choices="plain"``."""
+        config = self.config
+        if config.load_balancing_choices != "plain" or not config.has_loss("load_balancing", "sequence", "global"):
+            return None
+        plain = topk_indices(scores.detach(), config.top_k)
+        return plain if token_mask is None else plain.masked_fill(~token_mask.unsqueeze(1), config.num_experts)
+
+    def _losses(
+        self, clean: Tensor, noisy: Tensor, scores: Tensor, groups: int, token_mask: Tensor | None
+    ) -> dict[str, Tensor]:
+        """The losses that are about noise, as far as the config names them."""
+        config, std, found = self.config, self.options.noise_std, {}
+        if config.has_loss("importance"):
+            wide = torch.promote_types(clean.dtype, torch.float32)
+            probs = scores if clean is noisy else torch.softmax(clean.to(wide), -1)
+            found["importance"] = importance_loss(probs, groups, token_mask)
+        if config.has_loss("load") and clean is not noisy:  # V-MoE has none without noise
+            found["load"] = load_loss(clean, noisy, config.top_k, std, groups, token_mask)
+        if config.has_loss("load_importance"):
+            if token_mask is not None:
+                raise ValueError(
+                    "MoE: token_mask: expected None with the loss 'load_importance', whose sums know no mask"
+                )
+            found["load_importance"] = load_importance_loss(clean, noisy, config.top_k, std)
+        return found
 
     @torch.no_grad()
     def update_selection_bias(self) -> None:
-        """Raise the bias of experts below the mean load since the last update and lower the others (DeepSeek-V3)."""
+        """Move the bias by what was counted since the last update; see ``MoEConfig.selection_bias_rule``."""
         if self.selection_bias is None or self.load_since_update is None:
             return
         load = self.float32("load_since_update", self.selection_bias.device)
         bias = self.float32("selection_bias", load.device)
-        bias += self.config.selection_bias_update_rate * torch.sign(load.mean() - load)
+        if self.by_quantile:
+            quantile_step(bias, load, self.config.selection_bias_decay)
+        else:
+            sign_step(bias, load, self.config.selection_bias_update_rate)
         load.zero_()
+
+
+def check_logits(router_logits: Tensor, config: MoEConfig, expert_indices: Tensor | None = None) -> None:
+    """Raise ValueError unless these are ``(T, E)`` logits, and indices to replay ``(T, K)`` integers."""
+    if router_logits.dim() != 2 or router_logits.shape[1] != config.num_experts:
+        raise ValueError(
+            f"route: router_logits: expected shape (T, num_experts = {config.num_experts}), got "
+            f"{tuple(router_logits.shape)}"
+        )
+    shape = (router_logits.shape[0], config.top_k)
+    if expert_indices is not None and (expert_indices.shape != shape or expert_indices.is_floating_point()):
+        raise ValueError(
+            f"route: expert_indices: expected integers of shape {shape}, got {expert_indices.dtype} "
+            f"{tuple(expert_indices.shape)}"
+        )
 
 
 def _rule(config: MoEConfig) -> TopKRule:
@@ -160,22 +314,3 @@ def _rule(config: MoEConfig) -> TopKRule:
         normalization=float(config.gate_normalization or over_chosen),
         scale=config.gate_scale,
     )
-
-
-class _CountInBackward(torch.autograd.Function):
-    """Identity on the gate weights that adds the load to a counter when, and each time, backward runs.
-
-    Counting in forward would count a checkpointed layer twice and an evaluation once.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, weights: Tensor, tokens_per_expert: Tensor, counter: Tensor) -> Tensor:
-        ctx.save_for_backward(tokens_per_expert)
-        ctx.counter = counter
-        return weights.view_as(weights)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (tokens_per_expert,) = ctx.saved_tensors
-        ctx.counter.add_(tokens_per_expert)
-        return grad, None, None

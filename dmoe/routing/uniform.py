@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor, nn
 
 from dmoe.config import MoEConfig
 from dmoe.ops.activation import accumulate_dtype
-from dmoe.plan import device_tile_rows, plan_token_choice
+from dmoe.router_family import RouterFamily, register
 from dmoe.routing.base import Routing
+from dmoe.routing.planning import plan_of_choices
+
+
+@register("uniform")
+@dataclass(frozen=True)
+class Uniform(RouterFamily):
+    """Round robin, without looking at the tokens; see :class:`UniformRouter`."""
+
+    weights_sum_to_1: ClassVar[bool] = True
+
+    def build(self, config: MoEConfig, *, ranks: Any = None, device: Any = None, dtype: Any = None) -> nn.Module:
+        """See :class:`dmoe.router_family.RouterFamily`."""
+        return UniformRouter(config, ranks=ranks, device=device, dtype=dtype)
 
 
 class UniformRouter(nn.Module):
@@ -16,14 +32,21 @@ class UniformRouter(nn.Module):
 
     Args:
         config: E, K and the capacity.
+        ranks: who shares a capacity with ``capacity_over="group"``.
         device, dtype: accepted as every router takes them.
     """
 
     def __init__(
-        self, config: MoEConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        config: MoEConfig,
+        *,
+        ranks: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.ranks = config, ranks
+        self.by_sequence = config.token_groups == "sequence"
 
     def forward(
         self,
@@ -32,6 +55,7 @@ class UniformRouter(nn.Module):
         token_mask: Tensor | None = None,
         token_ids: Tensor | None = None,
         expert_indices: Tensor | None = None,
+        num_sequences: int = 1,
     ) -> Routing:
         """Route ``(T, H)``; see :class:`dmoe.routing.Router`."""
         config = self.config
@@ -43,14 +67,7 @@ class UniformRouter(nn.Module):
         if token_mask is not None:
             expert_indices = expert_indices.masked_fill(~token_mask.unsqueeze(1), config.num_experts)
         weights = x.new_full((num_tokens, top_k), 1 / top_k, dtype=accumulate_dtype(x.dtype))
-        plan = plan_token_choice(
-            expert_indices,
-            config.num_experts,
-            capacity=config.capacity_for(num_tokens),
-            drop_order=config.drop_order,
-            priority=weights,
-            tile_rows=device_tile_rows(x.device, num_tokens * top_k, config.num_experts),
-        )
+        plan = plan_of_choices(expert_indices, weights, self, num_sequences)
         return Routing(plan=plan, gate_weights=weights, expert_indices=expert_indices, token_mask=token_mask)
 
     def update_selection_bias(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 from helpers import small_config
@@ -34,13 +35,30 @@ BAD = [
     ({"num_groups": 4, "top_k_groups": 1}, "top_k: expected at most 1, the experts in top_k_groups groups, got 2"),
     ({"capacity": -1}, "capacity: expected at least 0 rows, or None, got -1"),
     ({"capacity": 2, "capacity_factor": 1.0}, "capacity_factor: expected None when capacity = 2 is given, got 1.0"),
-    ({"capacity_factor": 0}, "capacity_factor: expected a positive number, or None, got 0"),
+    ({"capacity_factor": math.inf}, "capacity_factor: expected a finite number, or None, got inf"),
+    ({"eval_capacity_factor": math.nan}, "eval_capacity_factor: expected a finite number, or None, got nan"),
+    ({"eval_capacity_fraction": 0.0}, "eval_capacity_fraction: expected 0 < share <= 1, or None, got 0.0"),
+    ({"capacity_multiple_of": 0}, "capacity_multiple_of: expected at least 1, got 0"),
+    ({"token_groups": 0}, "token_groups: expected an integer of at least 1, or 'sequence', got 0"),
+    ({"token_groups": "row"}, "token_groups: expected an integer of at least 1, or 'sequence', got 'row'"),
+    ({"capacity_over": "group", "drop_order": "random"}, "drop_order: expected 'token_major' or 'choice_major' with"),
+    ({"capacity_over": "group", "token_groups": 2}, "token_groups: expected 1 with capacity_over='group', got 2"),
+    ({"losses": {"z": -1.0}}, "losses: expected a mapping of names to coefficients of at least 0"),
+    ({"losses": "z"}, "losses: expected a mapping of names to coefficients of at least 0"),
+    ({"init": "swich"}, "init: expected one of 'linear', 'switch', 'vmoe'"),
+    ({"init": "switch", "init_std": 0.02}, "init: expected 'linear' when init_std = 0.02 is given, got 'switch'"),
+    ({"frozen_down_bias": True}, "frozen_down_bias: expected False without bias='expert', got True"),
+    ({"router": "topk"}, "router: expected one of 'cosine', 'expert_choice'.*got 'topk'"),
+    ({"router": 3}, "router: expected one of 'cosine', 'expert_choice'.*got 3"),
+    ({"selection_bias_decay": 1.0}, "selection_bias_decay: expected 0 <= share < 1, got 1.0"),
+    ({"selection_bias": True, "selection_bias_rule": "quantile", "top_k": 4}, "top_k: expected less than num_experts"),
     ({"drop_order": None}, "drop_order: expected one of 'token_major'"),
     ({"load_balancing_coefficient": -1.0}, "load_balancing_coefficient: expected at least 0, got -1.0"),
     ({"num_moe_layers": 0}, "num_moe_layers: expected at least 1, got 0"),
     ({"backend": "cuda"}, "backend: expected one of 'grouped', 'block_sparse', 'torch', 'reference', None, got 'cuda'"),
     ({"router": "expert_choice"}, "router: expected 'top_k' in a causal model.*causal=False.*allow_future_leak=True"),
     ({"router": "expert_choice", "causal": False, "capacity": 3}, "capacity: expected no value with router="),
+    ({"router": "expert_choice", "causal": False, "capacity_factor": 0.0}, "capacity_factor: expected a positive"),
 ]  # fmt: skip
 
 
