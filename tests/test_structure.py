@@ -83,6 +83,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"layer", "config", "parallel"},
     "dense_ffn": {"config"},
     "replace": {"layer", "config", "parallel", "dense_ffn"},
+    "residual": {"config"},
     "info": {"ops"},
     "certify": {"kernels", "ops"},
     "tune": {"kernels", "ops", "plan", "functional", "expert_weights"},
