@@ -39,7 +39,7 @@ def replace_ffn(
     A block is recognised by what it computes, ``down(act(up(x)))`` or ``down(act(gate(x)) * up(x))``, whatever its
     parts are called: an ``nn.Sequential``, a module written by hand, the MLP of a Hugging Face model. Selecting an
     ``nn.TransformerEncoderLayer`` or ``nn.TransformerDecoderLayer`` swaps its feed-forward part: its ``linear1``
-    becomes the MoE layer, ``activation``, ``dropout`` and ``linear2`` become ``nn.Identity``, and PyTorch's fused
+    becomes the MoE layer, ``activation``, ``dropout`` and ``linear2`` pass on what they get, and PyTorch's fused
     inference path, which reads the dense weights, is switched off for it. (Call this on the ``nn.TransformerEncoder``
     or a module that holds it, so that its nested-tensor path can be switched off too.)
 
@@ -189,11 +189,18 @@ class _FeedForward(nn.Module):
 def _install_in_layer(layer: nn.TransformerEncoderLayer | nn.TransformerDecoderLayer, replacement: nn.Module) -> None:
     """Its feed-forward part is ``linear2(dropout(activation(linear1(x))))``, written out in its forward."""
     layer.linear1 = replacement  # type: ignore[assignment]
-    layer.activation = nn.Identity()
+    # A function, as PyTorch has it there: of a module its decoder layer does not know when it is copied or unpickled,
+    # and applies relu.
+    del layer.activation
+    layer.activation = _identity
     layer.dropout = nn.Identity()  # type: ignore[assignment]
     layer.linear2 = nn.Identity()  # type: ignore[assignment]
     if isinstance(layer, nn.TransformerEncoderLayer):
         layer.activation_relu_or_gelu = 0  # "neither": the fused kernel, which takes two dense weights, is not tried
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
 
 
 def _forgo_nested_tensors(model: nn.Module) -> None:

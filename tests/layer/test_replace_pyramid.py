@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -115,6 +117,8 @@ def test_transformer_layers_keep_their_feed_forward_part(kind):
     assert mixed[0].mlp.dropout.training
     (net(*inputs).square().mean() + dmoe.aux_loss(net)).backward()
     assert all(parameter.grad is not None for parameter in net.parameters())
+    twin = copy.deepcopy(net).eval()
+    torch.testing.assert_close(twin(*inputs), net.eval()(*inputs))
 
 
 def test_a_frozen_bias_stays_frozen():
