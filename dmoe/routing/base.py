@@ -79,11 +79,6 @@ class Router(Protocol):
         ...
 
 
-def router_dtype(config: MoEConfig, x: Tensor) -> torch.dtype:
-    """What a router computes in for such an input."""
-    return accumulate_dtype(x.dtype) if config.router_dtype == "float32" else x.dtype
-
-
 class LinearRouter(Float32Buffers):
     """A learned linear from hidden to router logits; the families below decide what to do with them.
 
@@ -116,15 +111,22 @@ class LinearRouter(Float32Buffers):
 
     def logits(self, x: Tensor) -> Tensor:
         """Router logits ``(T, E)`` in the router's dtype; jittered in training."""
-        check_plain("MoE.router", weight=self.weight)
-        if x.device != self.weight.device:
-            raise ValueError(f"MoE: expected x on the weights' device {self.weight.device}, got {x.device}")
+        return self.project(x, self.weight, self.bias)
+
+    def project(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """``x @ weight.T + bias`` in the router's dtype, whatever autocast says; x jittered in training."""
+        check_plain("MoE.router", weight=weight)
+        if x.device != weight.device:
+            raise ValueError(f"MoE: expected x on the weights' device {weight.device}, got {x.device}")
         jitter = self.config.input_jitter if self.training else 0.0
         seed = draw_seed(x.device) if jitter else None
-        dtype = router_dtype(self.config, x)
         return router_logits(
-            x, self.weight, self.bias, dtype=dtype, jitter=jitter, seed=seed, backend=self.config.backend
+            x, weight, bias, dtype=self.dtype_of(x), jitter=jitter, seed=seed, backend=self.config.backend
         )
+
+    def dtype_of(self, x: Tensor) -> torch.dtype:
+        """What the router computes in for such an input."""
+        return accumulate_dtype(x.dtype) if self.config.router_dtype == "float32" else x.dtype
 
     def _probabilities(self, scores: Tensor) -> Tensor:
         """Scores as a distribution over experts: what the balance loss compares with the load (DeepSeek-V3, eq. 18)."""

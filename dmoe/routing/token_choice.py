@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.config import MoEConfig
-from dmoe.losses import importance_loss, load_importance_loss, load_loss
 from dmoe.ops.gate_weights import gate_weights
 from dmoe.ops.router_scores import router_scores
 from dmoe.ops.router_top_k import RouterChoice, TopKRule, router_top_k, select_experts
@@ -18,6 +17,7 @@ from dmoe.plan import RoutingPlan
 from dmoe.router_family import RouterFamily, register
 from dmoe.routing import noise
 from dmoe.routing.base import LinearRouter, Routing
+from dmoe.routing.noise import losses_of_noise
 from dmoe.routing.planning import groups_of, plan_choices, tokens_sharing
 from dmoe.routing.second_expert import SecondExpert, keep_second, sample_second
 from dmoe.routing.selection_bias import balanced_bias, count_in_backward, quantile_choice, quantile_step, sign_step
@@ -196,7 +196,7 @@ class TopKRouter(LinearRouter):
             first_choices_per_expert=choice.first_choices_per_expert,
             token_mask=token_mask,
             counted_choices=self._plain_choices(scores, token_mask),
-            losses=self._losses(router_logits, logits, scores, groups, token_mask),
+            losses=losses_of_noise(config, router_logits, logits, scores, self.options.noise_std, groups, token_mask),
         )
 
     def _with_noise(self, logits: Tensor) -> Tensor:
@@ -251,25 +251,6 @@ class TopKRouter(LinearRouter):
             return None
         plain = topk_indices(scores.detach(), config.top_k)
         return plain if token_mask is None else plain.masked_fill(~token_mask.unsqueeze(1), config.num_experts)
-
-    def _losses(
-        self, clean: Tensor, noisy: Tensor, scores: Tensor, groups: int, token_mask: Tensor | None
-    ) -> dict[str, Tensor]:
-        """The losses that are about noise, as far as the config names them."""
-        config, std, found = self.config, self.options.noise_std, {}
-        if config.has_loss("importance"):
-            wide = torch.promote_types(clean.dtype, torch.float32)
-            probs = scores if clean is noisy else torch.softmax(clean.to(wide), -1)
-            found["importance"] = importance_loss(probs, groups, token_mask)
-        if config.has_loss("load") and clean is not noisy:  # V-MoE has none without noise
-            found["load"] = load_loss(clean, noisy, config.top_k, std, groups, token_mask)
-        if config.has_loss("load_importance"):
-            if token_mask is not None:
-                raise ValueError(
-                    "MoE: token_mask: expected None with the loss 'load_importance', whose sums know no mask"
-                )
-            found["load_importance"] = load_importance_loss(clean, noisy, config.top_k, std)
-        return found
 
     @torch.no_grad()
     def update_selection_bias(self) -> None:
