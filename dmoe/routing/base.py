@@ -31,6 +31,8 @@ class Routing:
             the gradient.
         log_z: ``logsumexp`` of the router logits, ``(T,)``, when the z-loss wants it.
         expert_indices: ``(T, K)`` as chosen, E where masked; None when experts chose.
+        chosen_indices: ``(T, K)`` as they were before a policy, or a mask that leaves tokens unrouted, took some away;
+            None for ``expert_indices``.
         first_choices_per_expert: tokens whose first choice each expert is, ``(E,)`` integer, when the balance loss
             wants them.
         token_mask: ``(T,)`` bool, True for tokens that count.
@@ -48,12 +50,14 @@ class Routing:
     token_mask: Tensor | None = None
     counted_choices: Tensor | None = None
     losses: Mapping[str, Tensor] = field(default_factory=dict)
+    chosen_indices: Tensor | None = None
 
 
 class Router(Protocol):
     """``(T, H)`` to a :class:`Routing`. Families differ only in how they get there.
 
-    One that has ``by_sequence`` true is also told ``num_sequences``, how many equally long sequences the tokens are.
+    One that has ``by_sequence`` true is also told ``num_sequences``, how many equally long sequences the tokens are;
+    one that has ``reads_masked`` true gets masked tokens as they are, and not as zeros.
     """
 
     def __call__(
