@@ -205,9 +205,9 @@ class TopKRouter(LinearRouter):
         weights = self._weights(choice, chosen, plan, raw_second=policy == "random_raw")
         if self.load_since_update is not None and self.training and torch.is_grad_enabled():
             counter = self.float32("load_since_update", weights.device)
-            # Of a quantile a replayed routing says nothing.
-            counted = plan.tokens_per_expert if not self.by_quantile else amounts
-            weights = weights if counted is None else count_in_backward(weights, counted, counter)
+            amounts = amounts if self.by_quantile else plan.tokens_per_expert
+            if amounts is not None:  # a replayed routing says nothing of quantiles
+                weights = count_in_backward(weights, amounts, counter)
         return Routing(
             plan=plan,
             gate_weights=weights,
