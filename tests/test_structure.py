@@ -113,6 +113,7 @@ TESTED = {
     "ops": "dmoe/ops",
     "kernels": "dmoe/kernels",
     "layer": "dmoe/layer.py",
+    "routing": "dmoe/routing",
     "parallel": "dmoe/parallel",
     "checkpoint": "dmoe/checkpoint",
     "compat": "dmoe/compat",
