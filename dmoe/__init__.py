@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dmoe import checkpoint, functional, losses, metrics, ops, parallel, routing
+from dmoe import checkpoint, functional, losses, metrics, ops, parallel, presets, routing
 from dmoe.config import MoEConfig
 from dmoe.expert_weights import ExpertWeights
 from dmoe.functional import run_experts
@@ -43,6 +43,7 @@ __all__ = [
     "parallel",
     "plan_expert_choice",
     "plan_token_choice",
+    "presets",
     "reduce_metrics",
     "replace_ffn",
     "routing",
