@@ -164,6 +164,13 @@ def test_other_ways_to_say_it():
         build(parallel_type=way)
 
 
+def test_a_dropout_in_the_activation_is_that_of_the_experts():
+    """As Swin-MoE and GMoE write it: ``lambda x: self._dropout(F.gelu(x))``."""
+    drop = nn.Dropout(0.1)
+    config = build(experts={**FFN, "activation_fn": lambda x: drop(F.gelu(x))}).experts.config
+    assert (config.activation, config.activation_dropout) == ("gelu", pytest.approx(0.1))
+
+
 def test_parameters_by_what_they_are_of():
     layer = build([TOP, {"type": "cosine_top", "proj_dim": 8}])
     of_gates, of_experts = (dict(layer.get_parameter_iterator(kind)) for kind in ("gate", "local_experts"))

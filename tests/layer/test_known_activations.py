@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dmoe.known_activations import name_of_activation
+from dmoe.known_activations import read_activation
 
 F = nn.functional
 
@@ -26,7 +26,6 @@ F = nn.functional
         (lambda x: F.gelu(x, approximate="tanh"), "gelu_tanh"),
         (F.silu, "silu"),
         (lambda x: x * torch.sigmoid(x), "silu"),
-        (nn.Sequential(nn.SiLU(), nn.Dropout(0.0)), "silu"),
         (lambda x: F.dropout(F.relu(x), 0.001), None),
         (lambda x: x * torch.sigmoid(1.702 * x), None),
         (nn.ReLU6(), None),
@@ -41,5 +40,22 @@ F = nn.functional
 )
 def test_by_what_it_computes(function, name):
     state = torch.get_rng_state()
-    assert name_of_activation(function) == name
+    assert read_activation(function) == (name, 0.0)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_dropouts_of_the_result_are_read_and_left_as_they_were():
+    drop, off = nn.Dropout(0.25), nn.Dropout(0.5).eval()
+    for function, expected in (
+        (lambda x: drop(F.gelu(x)), ("gelu", 0.25)),
+        (nn.Sequential(nn.ReLU(), drop, drop), ("relu", 1 - 0.75**2)),
+        (lambda x: off(F.silu(x)), ("silu", 0.5)),
+        (lambda x: F.gelu(drop(x)), (None, 0.0)),
+        (nn.Sequential(nn.SiLU(), nn.Dropout(0.0)), ("silu", 0.0)),
+        (nn.Sequential(nn.Dropout(0.0), nn.SiLU()), ("silu", 0.0)),
+        (lambda x: drop(F.gelu(x))[:, None], (None, 0.0)),
+        (lambda x: drop(x).nothing, (None, 0.0)),
+    ):
+        assert read_activation(function) == expected
+        assert (drop.training, off.training) == (True, False)
+    assert (drop(torch.ones(64)) == 0).any()  # at work again

@@ -74,6 +74,18 @@ def deepspeed_groups(group):
     )
 
 
+def deepspeed_trained(group, options, state, shares):
+    """Gradients under data parallelism over all ranks, experts spread over pairs of them and held twice."""
+    layer = MoE(H, Ffn(H, WIDTH).double(), num_experts=4, ep_size=2, **options)
+    layer.set_deepspeed_parallelism()
+    layer.load_state_dict(state)
+    model = dmoe.parallel.data_parallel(layer, expert_replicas=expert_parallel_group(2, True))
+    x, grad_y = shares[dist.get_rank()]
+    y, l_aux, _ = model(x)
+    ((y * grad_y).sum() + l_aux / 2).backward()
+    return {name: parameter.grad for name, parameter in layer.named_parameters()}
+
+
 def tutel_layer(gate, per_device, kind="ffn", **options):
     """A layer of so many experts on each rank, in float64."""
     experts = {"type": kind, "num_experts_per_device": per_device, "hidden_size_per_expert": WIDTH}

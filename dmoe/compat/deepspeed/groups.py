@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 def expert_parallel_group(ep_size: int, use_data_before_expert_parallel_: bool = False) -> ProcessGroup:
     """The ``ep_size`` ranks that this rank shares its experts with; every rank has to ask, for the same.
 
+    Of consecutive ones, ``expert_parallel_group(W // ep_size, True)`` are the ranks with the same experts.
+
     Args:
         ep_size: a divisor of the number of ranks, W.
         use_data_before_expert_parallel_: ranks W / ep_size apart, instead of consecutive ones.

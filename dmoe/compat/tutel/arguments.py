@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, fields
 from typing import Any
 
 from dmoe.config import Activation
-from dmoe.known_activations import name_of_activation
+from dmoe.known_activations import read_activation
 
-_FOUR = "a function that computes relu, gelu (erf or tanh) or silu"
+# Keys of the experts' dictionary: of both types, of "ffn", and those that are refused, each with the reason.
+COMMON_KEYS = frozenset({"type", "num_experts_per_device", "count_per_node", "hidden_size_per_expert", "activation_fn"})
+FFN_KEYS = frozenset({"output_dim", "has_fc1_bias", "has_fc2_bias"})
+REFUSED_KEYS = {
+    "activation_fn_with_self": "it is called with Tutel's module; give activation_fn",
+    "implicit_dropout_p": "Tutel has given it up; an nn.Dropout in activation_fn does it",
+    "fused_custom_fn": "Tutel has given it up",
+}
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,7 @@ class ExpertOptions:
         per_device: experts of a rank; -n where n ranks share one.
         hidden_size: F of an expert.
         activation: its name here.
+        dropout: of the ``nn.Dropout`` behind it.
         bias1, bias2: whether there are biases.
     """
 
@@ -45,6 +53,7 @@ class ExpertOptions:
     per_device: int
     hidden_size: int
     activation: Activation
+    dropout: float
     bias1: bool
     bias2: bool
 
@@ -96,18 +105,20 @@ def read_experts(experts: Any) -> ExpertOptions:
             "blocks in one operation, and call no module of yours"
         )
     llama = kind == "llama_ffn"
-    known = {"num_experts_per_device", "count_per_node", "hidden_size_per_expert", "activation_fn"}
-    _refuse_special(given)
-    known |= set() if llama else {"activation_fn_with_self", "output_dim", "has_fc1_bias", "has_fc2_bias"}
-    _refuse_others("experts", given, known)
+    for name, why in REFUSED_KEYS.items():
+        if given.pop(name, None) is not None:
+            raise ValueError(f"moe_layer: experts: {name}: expected none, got {experts[name]!r:.80}: {why}")
+    _refuse_others("experts", given, COMMON_KEYS if llama else COMMON_KEYS | FFN_KEYS)
     width = given.get("hidden_size_per_expert")
     if not isinstance(width, int):
         raise ValueError(f"moe_layer: experts: hidden_size_per_expert: expected an integer, got {width!r}")
+    activation, dropout = _activation(given.get("activation_fn"), "silu" if llama else "relu")
     return ExpertOptions(
         gated=llama,
         per_device=_per_device(given.get("count_per_node", given.get("num_experts_per_device", 1))),
         hidden_size=width,
-        activation=_activation(given.get("activation_fn"), "silu" if llama else "relu"),
+        activation=activation,
+        dropout=dropout,
         bias1=not llama and given.get("has_fc1_bias", True),
         bias2=not llama and given.get("has_fc2_bias", True),
     )
@@ -123,18 +134,7 @@ def check_output_dim(experts: Mapping[str, Any], model_dim: int) -> None:
         )
 
 
-def _refuse_special(given: Mapping[str, Any]) -> None:
-    reasons = {
-        "activation_fn_with_self": "it is called with Tutel's module; give activation_fn",
-        "implicit_dropout_p": "Tutel has given it up; dmoe.MoE(activation_dropout=...) drops inside experts",
-        "fused_custom_fn": "Tutel has given it up",
-    }
-    for name, why in reasons.items():
-        if given.get(name) is not None:
-            raise ValueError(f"moe_layer: experts: {name}: expected none, got {given[name]!r:.80}: {why}")
-
-
-def _refuse_others(argument: str, given: Mapping[str, Any], known: set[str]) -> None:
+def _refuse_others(argument: str, given: Mapping[str, Any], known: Set[str]) -> None:
     others = sorted(set(given) - known - {"type"})
     if others:
         raise ValueError(f"moe_layer: {argument}: expected options among {sorted(known)}, got {', '.join(others)}")
@@ -154,13 +154,14 @@ def _per_device(count: Any) -> int:
     return count
 
 
-def _activation(function: Callable[..., Any] | None, default: Activation) -> Activation:
+def _activation(function: Callable[..., Any] | None, default: Activation) -> tuple[Activation, float]:
     if function is None:
-        return default
-    name = name_of_activation(function) if callable(function) else None
+        return default, 0.0
+    name, dropout = read_activation(function) if callable(function) else (None, 0.0)
     if name is None:
         raise ValueError(
-            f"moe_layer: experts: activation_fn: expected {_FOUR}, got {function!r:.80}, which computes another one, "
-            "or draws random numbers (a dropout, perhaps: dmoe.MoE has activation_dropout)"
+            "moe_layer: experts: activation_fn: expected a function that computes relu, gelu (erf or tanh) or silu, "
+            f"got {function!r:.80}, which computes another one, or draws random numbers other than by an nn.Dropout on "
+            "its result"
         )
-    return name
+    return name, dropout

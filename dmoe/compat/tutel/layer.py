@@ -112,6 +112,7 @@ class MOELayer(RoutedLayer):
             num_experts=num_experts,
             top_k=min(int(gates[0].k), num_experts),
             activation=options.activation,
+            activation_dropout=options.dropout,
             gated=options.gated,
             bias="expert" if options.bias1 or options.bias2 else "none",
             gate_weight_on="output" if is_postscore else "input",
