@@ -302,8 +302,8 @@ def test_autocast_and_other_dtypes(dtype, fp32_gate):
         cast = layer(x)
     assert cast.dtype == torch.float32
     torch.testing.assert_close(cast, y, rtol=5e-2, atol=5e-2)
-    logits = layer.gates[0].logits(x.to(dtype))
-    assert logits.dtype == (torch.float32 if fp32_gate else dtype)
+    for tokens in (x, x.bfloat16()):  # in the weights' dtype, whatever the tokens'
+        assert layer.gates[0].logits(tokens).dtype == (torch.float32 if fp32_gate else dtype)
 
 
 def test_the_loss_is_the_callers_and_nobody_elses():
@@ -315,6 +315,7 @@ def test_the_loss_is_the_callers_and_nobody_elses():
             y = model["moe"](torch.randn(8, H))
     assert y.l_aux.requires_grad
     assert dmoe.aux_loss(model) == 0
+    assert not model["moe"].auxiliary.is_kept  # nn.DataParallel may copy the layer
     assert list(dmoe.reduce_metrics(model)) == ["moe"]
     twin = copy.deepcopy(model)
     assert twin["moe"].l_aux is None

@@ -46,7 +46,8 @@ def _tensors(value):
         return {name: _tensors(each) for name, each in value.items()}
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return [_tensors(each) for each in value]
-    return torch.tensor(value) if isinstance(value, list) else value
+    numbers = isinstance(value, list) and not isinstance(value[0], str)
+    return torch.tensor(value) if numbers else value
 
 
 @contextmanager
