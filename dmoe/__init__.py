@@ -18,6 +18,7 @@ from dmoe.model_tools import (
 )
 from dmoe.plan import RoutingPlan, device_tile_rows, plan_expert_choice, plan_token_choice
 from dmoe.replace import replace_ffn
+from dmoe.residual import ResidualMoE
 from dmoe.routing import Routing
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     "ExpertWeights",
     "MoE",
     "MoEConfig",
+    "ResidualMoE",
     "Routing",
     "RoutingPlan",
     "aux_loss",

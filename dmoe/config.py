@@ -97,7 +97,7 @@ class MoEConfig:
             equal size (GShard's G, V-MoE); ``sequence``: inside each sequence, the last of x's leading dimensions
             (Switch in Transformers). Experts that choose do so inside each group.
         capacity_over: whose tokens share an expert's capacity: those of this rank (``local``: every system named here),
-            or of all ranks of ``ep_group`` (``group``), in the order of the ranks.
+            or of all ranks of ``ep_group`` (``group``), in the order of the ranks, each with equally many.
         drop_order: who is dropped. ``token_major`` (MegaBlocks): later tokens; ``choice_major`` (GShard, fairseq):
             second choices before first ones; ``batch_prioritized`` (V-MoE): tokens with a small largest score;
             ``gate_weight`` (DeepSpeed's ``probs``): the assignments with the smallest scores;

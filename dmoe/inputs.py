@@ -126,7 +126,8 @@ def flatten_inputs(
     tokens = x.reshape(-1, x.shape[-1]).contiguous()  # once: router and experts save the same memory
     if token_mask is not None:
         token_mask = token_mask.reshape(-1)
-        tokens = tokens.masked_fill(~token_mask.unsqueeze(1), 0)  # 0 * NaN would reach the router's gradient
+        if not getattr(router, "reads_masked", False):
+            tokens = tokens.masked_fill(~token_mask.unsqueeze(1), 0)  # 0 * NaN would reach the router's gradient
     about: dict[str, Any] = {
         "token_mask": token_mask,
         "token_ids": None if token_ids is None else token_ids.reshape(-1),

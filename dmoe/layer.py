@@ -138,7 +138,8 @@ class MoE(Float32Buffers):
         Args:
             x: ``(..., H)`` floating point; any leading dimensions, any strides.
             token_mask: bool with x's leading dimensions; tokens that are False take no expert, count in no loss and
-                may hold anything: they are read as zeros, and so is what comes out (but for biases).
+                may hold anything: they are read as zeros, and so is what comes out (but for biases). With
+                ``TopK(masked_tokens="unrouted")`` they take no expert, and that is all.
             token_ids: integers with x's leading dimensions, for routers that look at them.
             expert_indices: ``(..., K)`` integers: replay this routing; gate weights come from the live scores.
 

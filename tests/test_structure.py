@@ -82,7 +82,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model_tools": {"layer", "config", "parallel", "metrics"},
     "checkpoint": {"layer", "config", "parallel"},
     "dense_ffn": {"config"},
-    "replace": {"layer", "config", "parallel", "dense_ffn"},
+    "find_ffn": {"layer", "dense_ffn"},
+    "upcycle": {"layer", "config", "dense_ffn", "experts"},
+    "replace": {"layer", "config", "dense_ffn", "find_ffn", "residual", "upcycle"},
+    "residual": {"config"},
     "presets": {"config", "routing", "router_family"},
     # A command inside a room, with a row for each of its files: nothing that the layer needs may import as much.
     "routing.show": {"config", "presets", "router_family", "routing"},

@@ -11,6 +11,7 @@ from dmoe.ops.router_logits import router_logits
 from dmoe.ops.router_scores import router_scores
 from dmoe.ops.router_top_k import router_top_k
 from dmoe.ops.routing_plan import routing_plan
+from dmoe.ops.sinkhorn import sinkhorn
 from dmoe.ops.sort import sort
 from dmoe.ops.stk_matrix import dds, dsd, sdd, sparse_matrix
 from dmoe.ops.tile_table import tile_table
@@ -38,6 +39,7 @@ __all__ = [
     "router_top_k",
     "routing_plan",
     "sdd",
+    "sinkhorn",
     "sort",
     "sparse_matrix",
     "tile_table",

@@ -21,11 +21,14 @@ def sinkhorn_ref(logits: Tensor, tolerance: float, max_iterations: int) -> Tenso
     if num_tokens == 0:
         return wide.clone()
     # A row's factor takes in whatever the row is multiplied by: its largest entry is 1 here, and nothing overflows.
-    cost = (wide - wide.amax(1, keepdim=True)).exp()
+    largest = wide.amax(1, keepdim=True)
+    there = largest.isfinite()
+    cost = torch.where(there, (wide - largest).exp(), 0)
+    tokens = there.sum().clamp(min=1)
     rows, columns = torch.ones_like(cost[:, 0]), torch.ones_like(cost[0])
     going = torch.ones((), dtype=torch.bool, device=cost.device)
     for _ in range(max_iterations):
-        new_rows = 1 / (num_tokens * ((cost * columns).sum(1) + _EPS))
+        new_rows = 1 / (tokens * ((cost * columns).sum(1) + _EPS))
         new_columns = 1 / (num_experts * ((new_rows.unsqueeze(1) * cost).sum(0) + _EPS))
         error = (columns - new_columns).abs().mean()
         rows, columns = torch.where(going, new_rows, rows), torch.where(going, new_columns, columns)
@@ -44,6 +47,8 @@ _sinkhorn = define(
 
 def sinkhorn(logits: Tensor, tolerance: float = 1e-4, max_iterations: int = 200) -> Tensor:
     """The matrix ``diag(d0) exp(logits) diag(d1)`` whose rows sum to 1/T and whose columns sum to 1/E, nearly.
+
+    Rows whose largest logit is not finite are absent: 0 in the result, not counted in T, and felt by no other row.
 
     d0 and d1 are computed from each other in turn until d1's mean absolute change is at most ``tolerance`` (Sinkhorn
     1967; the order and the stopping rule are Megatron-Core's). The result has no gradient.

@@ -66,10 +66,10 @@ class LoadOfRanks:
         everyone, here, stride = tensor.contiguous().unsqueeze(0), 0, 1
         for group in self.groups:
             size = dist.get_world_size(group)
-            parts = everyone.new_empty((size, *everyone.shape))
+            parts = everyone.new_empty((size * len(everyone), *everyone.shape[1:]))
             call = functools.partial(dist.all_gather_into_tensor, parts, everyone, group=group)
             explained(call, "the gathering of routing", group)
-            everyone = parts.flatten(0, 1)
+            everyone = parts
             here, stride = here + dist.get_rank(group) * stride, stride * size
         return everyone, here
 

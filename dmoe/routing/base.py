@@ -31,6 +31,8 @@ class Routing:
             the gradient.
         log_z: ``logsumexp`` of the router logits, ``(T,)``, when the z-loss wants it.
         expert_indices: ``(T, K)`` as chosen, E where masked; None when experts chose.
+        chosen_indices: ``(T, K)`` as they were before a policy, or a mask that leaves tokens unrouted, took some away;
+            None for ``expert_indices``.
         first_choices_per_expert: tokens whose first choice each expert is, ``(E,)`` integer, when the balance loss
             wants them.
         token_mask: ``(T,)`` bool, True for tokens that count.
@@ -48,12 +50,14 @@ class Routing:
     token_mask: Tensor | None = None
     counted_choices: Tensor | None = None
     losses: Mapping[str, Tensor] = field(default_factory=dict)
+    chosen_indices: Tensor | None = None
 
 
 class Router(Protocol):
     """``(T, H)`` to a :class:`Routing`. Families differ only in how they get there.
 
-    One that has ``by_sequence`` true is also told ``num_sequences``, how many equally long sequences the tokens are.
+    One that has ``by_sequence`` true is also told ``num_sequences``, how many equally long sequences the tokens are;
+    one that has ``reads_masked`` true gets masked tokens as they are, and not as zeros.
     """
 
     def __call__(
@@ -77,11 +81,6 @@ class Router(Protocol):
     def update_selection_bias(self) -> None:
         """Move the selection bias by the load since the last call; nothing where there is none."""
         ...
-
-
-def router_dtype(config: MoEConfig, x: Tensor) -> torch.dtype:
-    """What a router computes in for such an input."""
-    return accumulate_dtype(x.dtype) if config.router_dtype == "float32" else x.dtype
 
 
 class LinearRouter(Float32Buffers):
@@ -116,15 +115,22 @@ class LinearRouter(Float32Buffers):
 
     def logits(self, x: Tensor) -> Tensor:
         """Router logits ``(T, E)`` in the router's dtype; jittered in training."""
-        check_plain("MoE.router", weight=self.weight)
-        if x.device != self.weight.device:
-            raise ValueError(f"MoE: expected x on the weights' device {self.weight.device}, got {x.device}")
+        return self.project(x, self.weight, self.bias)
+
+    def project(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """``x @ weight.T + bias`` in the router's dtype, whatever autocast says; x jittered in training."""
+        check_plain("MoE.router", weight=weight)
+        if x.device != weight.device:
+            raise ValueError(f"MoE: expected x on the weights' device {weight.device}, got {x.device}")
         jitter = self.config.input_jitter if self.training else 0.0
         seed = draw_seed(x.device) if jitter else None
-        dtype = router_dtype(self.config, x)
         return router_logits(
-            x, self.weight, self.bias, dtype=dtype, jitter=jitter, seed=seed, backend=self.config.backend
+            x, weight, bias, dtype=self.dtype_of(x), jitter=jitter, seed=seed, backend=self.config.backend
         )
+
+    def dtype_of(self, x: Tensor) -> torch.dtype:
+        """What the router computes in for such an input."""
+        return accumulate_dtype(x.dtype) if self.config.router_dtype == "float32" else x.dtype
 
     def _probabilities(self, scores: Tensor) -> Tensor:
         """Scores as a distribution over experts: what the balance loss compares with the load (DeepSeek-V3, eq. 18)."""

@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmoe.config import MoEConfig
-from dmoe.ops._checks import check_plain
 from dmoe.ops.activation import accumulate_dtype
+from dmoe.ops.router_logits import router_logits
 from dmoe.router_family import register
-from dmoe.routing.base import router_dtype
 from dmoe.routing.token_choice import TopK, TopKRouter
 
 
@@ -44,11 +43,8 @@ class Cosine(TopK):
     def check(self, config: MoEConfig) -> None:
         """See :class:`dmoe.router_family.RouterFamily`."""
         super().check(config)
-        for name in ("router_bias", "input_jitter"):
-            if getattr(config, name):
-                raise ValueError(
-                    f"MoEConfig: {name}: expected none with router='cosine', got {getattr(config, name)!r}"
-                )
+        if config.router_bias:
+            raise ValueError("MoEConfig: router_bias: expected False with router='cosine', whose projection has one")
 
     def build(self, config: MoEConfig, *, ranks: Any = None, device: Any = None, dtype: Any = None) -> nn.Module:
         """See :class:`dmoe.router_family.RouterFamily`."""
@@ -56,7 +52,7 @@ class Cosine(TopK):
 
 
 class CosineRouter(TopKRouter):
-    """The router of :class:`Cosine`. Its logits are computed in the router's dtype, outside of autocast.
+    """The router of :class:`Cosine`.
 
     Attributes:
         weight: the experts' vectors, ``(E, dim)``.
@@ -87,12 +83,9 @@ class CosineRouter(TopKRouter):
 
     def logits(self, x: Tensor) -> Tensor:
         """Router logits ``(T, E)`` in the router's dtype."""
-        check_plain("MoE.router", weight=self.weight)
-        if x.device != self.weight.device:
-            raise ValueError(f"MoE: expected x on the weights' device {self.weight.device}, got {x.device}")
-        dtype = router_dtype(self.config, x)
-        with torch.autocast(x.device.type, enabled=False):
-            projected = F.linear(x.to(dtype), self.projection.to(dtype), self.projection_bias.to(dtype))
-            scale = self.log_scale.to(accumulate_dtype(dtype)).clamp(max=math.log(self.options.max_scale)).exp()
-            cosine = F.normalize(projected, dim=1) @ F.normalize(self.weight.to(dtype), dim=1).t()
-            return cosine * scale.to(dtype)
+        dtype, backend = self.dtype_of(x), self.config.backend
+        tokens = F.normalize(self.project(x, self.projection, self.projection_bias), dim=1).to(dtype)
+        experts = F.normalize(self.weight.to(dtype), dim=1).to(dtype)
+        scale = self.log_scale.to(accumulate_dtype(dtype)).clamp(max=math.log(self.options.max_scale)).exp()
+        cosine = router_logits(tokens, experts, None, dtype=dtype, backend=backend)
+        return cosine * scale.to(dtype)

@@ -65,7 +65,7 @@ class SinkhornRouter(TopKRouter):
         if not self.training:
             return None, None
         wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
-        if token_mask is not None:  # as good as absent: no column feels a row of nothing
-            wide = wide.masked_fill(~token_mask.unsqueeze(1), 0)
+        if token_mask is not None:  # a row of zeros would take a share of every expert
+            wide = wide.masked_fill(~token_mask.unsqueeze(1), -torch.inf)
         matrix = sinkhorn(wide, self.balance.tolerance, self.balance.max_iterations)
         return topk_indices(matrix, self.rule.top_k), None

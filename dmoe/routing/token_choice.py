@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.config import MoEConfig
-from dmoe.losses import importance_loss, load_importance_loss, load_loss
+from dmoe.losses import gshard_loss
 from dmoe.ops.gate_weights import gate_weights
+from dmoe.ops.histogram import histogram
 from dmoe.ops.router_scores import router_scores
 from dmoe.ops.router_top_k import RouterChoice, TopKRule, router_top_k, select_experts
 from dmoe.ops.topk_indices import topk_indices
@@ -18,6 +19,7 @@ from dmoe.plan import RoutingPlan
 from dmoe.router_family import RouterFamily, register
 from dmoe.routing import noise
 from dmoe.routing.base import LinearRouter, Routing
+from dmoe.routing.noise import losses_of_noise
 from dmoe.routing.planning import groups_of, plan_choices, tokens_sharing
 from dmoe.routing.second_expert import SecondExpert, keep_second, sample_second
 from dmoe.routing.selection_bias import balanced_bias, count_in_backward, quantile_choice, quantile_step, sign_step
@@ -38,12 +40,16 @@ class TopK(RouterFamily):
             (DeepSpeed's RSample).
         noise_std: of the Gaussian noise, times E.
         noise_in_eval: noise and policy act in evaluation, too.
+        masked_tokens: tokens that ``token_mask`` leaves out are ``absent``, in everything; or ``unrouted``: they take
+            no expert, but are read as they are and count in the losses' means, as padding does in fairseq, and what
+            DeepSpeed's ``used_token`` leaves out. The balance loss is then :func:`dmoe.losses.gshard_loss`.
     """
 
     second_expert: SecondExpert = "all"
     logit_noise: Literal["none", "gaussian", "gumbel"] = "none"
     noise_std: float = 1.0
     noise_in_eval: bool = False
+    masked_tokens: Literal["absent", "unrouted"] = "absent"
 
     def _check_fields(self) -> None:
         self.require(self.noise_std > 0, "noise_std", "a positive number; logit_noise='none' is no noise")
@@ -63,6 +69,14 @@ class TopK(RouterFamily):
                 "MoEConfig: score_function: expected 'softmax' with the losses 'importance', 'load' and "
                 f"'load_importance', got {config.score_function!r}"
             )
+        of_gshard = config.load_balancing_choices == "first" and config.token_groups == 1
+        balanced = config.has_loss("load_balancing", "sequence", "global")
+        fits = not balanced or (of_gshard and not config.has_loss("sequence", "global"))
+        self.require(
+            self.masked_tokens == "absent" or fits,
+            "masked_tokens",
+            "'absent' with a balance loss over anything but first choices and all tokens of a rank",
+        )
 
     def build(self, config: MoEConfig, *, ranks: Any = None, device: Any = None, dtype: Any = None) -> nn.Module:
         """See :class:`dmoe.router_family.RouterFamily`."""
@@ -83,6 +97,7 @@ class TopKRouter(LinearRouter):
 
     Attributes:
         rule: how experts are scored, chosen and weighed, as :func:`dmoe.ops.router_top_k.router_top_k` takes it.
+        reads_masked: whether masked tokens have to come as they are: see :attr:`TopK.masked_tokens`.
     """
 
     selection_bias: Tensor | None
@@ -99,7 +114,7 @@ class TopKRouter(LinearRouter):
     ) -> None:
         family = config.family if options is None else options
         self.options = family if isinstance(family, TopK) else TopK()
-        self.ranks = ranks
+        self.ranks, self.reads_masked = ranks, self.options.masked_tokens == "unrouted"
         super().__init__(config, device=device, dtype=dtype)  # which makes parameters as the options say
         self.rule = _rule(config)
         self.by_quantile = config.selection_bias and config.selection_bias_rule == "quantile"
@@ -144,7 +159,7 @@ class TopKRouter(LinearRouter):
 
         Args:
             router_logits: ``(T, E)`` floating point.
-            token_mask: ``(T,)`` bool; False takes no expert and counts in no loss.
+            token_mask: ``(T,)`` bool; False takes no expert and, unless they are only ``unrouted``, counts in no loss.
             expert_indices: ``(T, K)`` integer: take these instead of the best; weights come from the logits.
             num_sequences: equally long ones that the tokens are, for ``token_groups="sequence"``.
 
@@ -158,6 +173,8 @@ class TopKRouter(LinearRouter):
         groups = groups_of(config, num_tokens, num_sequences)
         capacity = config.capacity_for(tokens_sharing(config, num_tokens // groups, self.ranks), self.training)
 
+        # Tokens that are only unrouted are scored as the others, and lose their experts afterwards.
+        counted, unrouted = (None, token_mask) if self.reads_masked else (token_mask, None)
         noisy = self.training or self.options.noise_in_eval
         policy = self.options.second_expert if noisy and expert_indices is None else "all"
         logits = self._with_noise(router_logits) if noisy else router_logits
@@ -166,10 +183,10 @@ class TopKRouter(LinearRouter):
             router_logits if self.options.logit_noise == "gumbel" else logits,
             self.rule,
             selection_bias=self._score_bias(logits.device),
-            token_mask=token_mask,
+            token_mask=counted,
             expert_indices=given,
             with_log_z=config.has_loss("z"),
-            with_weights=capacity is None and policy == "all",
+            with_weights=capacity is None and policy == "all" and unrouted is None,
             count_first=config.load_balancing_choices == "first" and config.has_loss("load_balancing", "global"),
             backend=config.backend,
         )
@@ -180,23 +197,28 @@ class TopKRouter(LinearRouter):
         if policy in ("random", "random_raw"):
             before = config.normalize_when == "before_drop" and self.rule.normalization > 0
             routed = keep_second(scores, chosen, normalized=before and policy == "random")
+        first = choice.first_choices_per_expert
+        if unrouted is not None:
+            routed = routed.masked_fill(~unrouted.unsqueeze(1), config.num_experts)
+            first = None if first is None else histogram(routed[:, 0].contiguous(), config.num_experts + 1)[:-1]
         plan = plan_choices(routed, scores, config, capacity=capacity, groups=groups, rule=self.rule, ranks=self.ranks)
         weights = self._weights(choice, chosen, plan, raw_second=policy == "random_raw")
         if self.load_since_update is not None and self.training and torch.is_grad_enabled():
             counter = self.float32("load_since_update", weights.device)
-            # Of a quantile a replayed routing says nothing.
-            counted = plan.tokens_per_expert if not self.by_quantile else amounts
-            weights = weights if counted is None else count_in_backward(weights, counted, counter)
+            amounts = amounts if self.by_quantile else plan.tokens_per_expert
+            if amounts is not None:  # a replayed routing says nothing of quantiles
+                weights = count_in_backward(weights, amounts, counter)
         return Routing(
             plan=plan,
             gate_weights=weights,
             router_probs=self._probabilities(scores),
             log_z=choice.log_z,
             expert_indices=routed,
-            first_choices_per_expert=choice.first_choices_per_expert,
-            token_mask=token_mask,
+            chosen_indices=None if routed is chosen else chosen,
+            first_choices_per_expert=first,
+            token_mask=counted,
             counted_choices=self._plain_choices(scores, token_mask),
-            losses=self._losses(router_logits, logits, scores, groups, token_mask),
+            losses=self._losses(router_logits, logits, scores, groups, counted, first),
         )
 
     def _with_noise(self, logits: Tensor) -> Tensor:
@@ -253,22 +275,18 @@ class TopKRouter(LinearRouter):
         return plain if token_mask is None else plain.masked_fill(~token_mask.unsqueeze(1), config.num_experts)
 
     def _losses(
-        self, clean: Tensor, noisy: Tensor, scores: Tensor, groups: int, token_mask: Tensor | None
+        self,
+        clean: Tensor,
+        noisy: Tensor,
+        scores: Tensor,
+        groups: int,
+        token_mask: Tensor | None,
+        first_choices: Tensor | None,
     ) -> dict[str, Tensor]:
-        """The losses that are about noise, as far as the config names them."""
-        config, std, found = self.config, self.options.noise_std, {}
-        if config.has_loss("importance"):
-            wide = torch.promote_types(clean.dtype, torch.float32)
-            probs = scores if clean is noisy else torch.softmax(clean.to(wide), -1)
-            found["importance"] = importance_loss(probs, groups, token_mask)
-        if config.has_loss("load") and clean is not noisy:  # V-MoE has none without noise
-            found["load"] = load_loss(clean, noisy, config.top_k, std, groups, token_mask)
-        if config.has_loss("load_importance"):
-            if token_mask is not None:
-                raise ValueError(
-                    "MoE: token_mask: expected None with the loss 'load_importance', whose sums know no mask"
-                )
-            found["load_importance"] = load_importance_loss(clean, noisy, config.top_k, std)
+        """The losses that are about noise, or about tokens that are only unrouted, as far as the config names them."""
+        found = losses_of_noise(self.config, clean, noisy, scores, self.options.noise_std, groups, token_mask)
+        if self.reads_masked and self.config.has_loss("load_balancing") and first_choices is not None:
+            found["load_balancing"] = gshard_loss(self._probabilities(scores), first_choices)
         return found
 
     @torch.no_grad()

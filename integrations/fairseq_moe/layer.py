@@ -12,7 +12,7 @@ import dmoe
 from dmoe.integrations.fairseq_moe import names
 from dmoe.integrations.fairseq_moe.exchange_timer import ExchangeTimer
 from dmoe.integrations.fairseq_moe.flags import FlagError, MoEFlags
-from dmoe.integrations.fairseq_moe.gate import Gate
+from dmoe.integrations.fairseq_moe.gate import Gate, gate_fields
 from dmoe.integrations.fairseq_moe.parallel import expert_groups
 from dmoe.integrations.fairseq_moe.statistics import NAMES, OF_CHOICES
 from dmoe.integrations.naming import by_flags
@@ -66,15 +66,13 @@ class MoELayer(nn.Module):
                 hidden_size=embed_dim,
                 ffn_hidden_size=flags.moe_expert_ffn_dim or ffn_dim,
                 num_experts=flags.moe_expert_count,
-                top_k=1 if flags.moe_top1_expert else 2,
                 activation=_ACTIVATIONS[activation],
                 gated=False,
                 bias="expert",
                 expert_dropout=float(dropout),
                 activation_dropout=float(activation_dropout),
-                router_dtype="input",
-                load_balancing_coefficient=0.0,  # the criterion weighs the gate's own loss
                 expert_grad_scale="mean" if flags.moe_normalize_expert_grad == "world_size" else "sqrt_world_size",
+                **gate_fields(flags),
             )
         self.flags = flags
         self.moe = dmoe.MoE(
@@ -82,6 +80,7 @@ class MoELayer(nn.Module):
             router_module=Gate(config, flags),
             ep_group=expert_groups(flags.moe_expert_count).ep_group,
             dtensor=False,
+            attach_losses=_left_to_the_criterion,
         )
         timed = flags.record_a2a_perf_stats and isinstance(self.moe.dispatcher, dmoe.parallel.AllToAllDispatcher)
         self.timer = ExchangeTimer(self.moe.dispatcher) if timed else None
@@ -106,11 +105,14 @@ class MoELayer(nn.Module):
         """
         gate = self.gate
         ordered = not self.flags.moe_dropless  # the branch counts a capacity sentence by sentence
+        mask = None
         if padding is not None and self.flags.use_moe_pad_mask:
-            gate.padding = (padding if ordered else padding.t()).reshape(-1)
-        y = self.moe(x.transpose(0, 1) if ordered else x)
-        loss, gate.gate_loss, gate.padding = gate.gate_loss, None, None
+            mask = ~(padding if ordered else padding.t())
+        y = self.moe(x.transpose(0, 1) if ordered else x, token_mask=mask)
+        routing, gate.routing = gate.routing, None
         assert isinstance(y, Tensor)
+        assert routing is not None
+        loss = self.moe.router_losses(routing)
         assert loss is not None
         return (y.transpose(0, 1) if ordered else y), loss
 
@@ -127,6 +129,11 @@ class MoELayer(nn.Module):
             figures |= {"all_to_all_cpu_time_ms": times[0], "all_to_all_cuda_time_ms": times[1]}
         none = of_choices.new_zeros(())
         return torch.stack([figures.get(name, none) for name in NAMES])
+
+
+def _left_to_the_criterion(y: Tensor, routing: dmoe.Routing) -> Tensor:
+    """The loss is an output of the layer, and hangs on nothing."""
+    return y
 
 
 def moe_layers(model: nn.Module) -> Iterator[MoELayer]:

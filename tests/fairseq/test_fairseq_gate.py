@@ -117,7 +117,7 @@ def test_flags_against_a_loop_over_tokens(name):
         before=flags.get("moe_normalize_gate_prob_before_dropping", False),
         by_gate=flags.get("moe_batch_prioritized_routing", False),
         padding=padding.reshape(T).tolist() if flags.get("use_moe_pad_mask") else None,
-        uniform=torch.rand(T, 2, dtype=torch.float64)[:, 1].tolist() if lucky else None,
+        uniform=torch.rand(T, dtype=torch.float64).tolist() if lucky else None,
     )
     asked = [2 * T, T][bool(flags.get("moe_top1_expert"))]
     if flags.get("moe_dropless") or lucky or "padding" in name or name == "evaluation":
