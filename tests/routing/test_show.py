@@ -8,6 +8,7 @@ import pickle
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,6 +120,13 @@ def test_groups_have_a_capacity_each(capsys, logits_file):
     assert lines[13] == "    e0        2/5  ##xxx"
 
 
+def test_experts_choose_in_each_group(capsys, tmp_path):
+    (tmp_path / "logits.csv").write_text("4,0\n3,0\n2,1\n0,3\n")
+    lines = shown(capsys, "expert_choice:token_groups=2", "--logits", tmp_path / "logits.csv")
+    assert lines[0].endswith("each of 2 experts takes 1 of 4 tokens in each of 2 groups, in training")
+    assert lines[3:9] == ["token  e0  e1", "    0   1   .", "    1   .   1", "", "    2   1   .", "    3   .   1"]
+
+
 def test_evaluation(capsys, logits_file):
     lines = shown(capsys, "switch:min_capacity=0", "--logits", logits_file, "--eval")
     assert lines[0].endswith("capacity 4, in evaluation")  # eval_capacity_factor 2
@@ -185,6 +193,15 @@ def test_fewer_experts_make_a_config(name, experts):
     if config.num_groups > 1:
         assert config.num_groups <= published.num_groups
         assert experts // config.num_groups >= 2
+
+
+def test_fewer_experts_keep_something_to_choose_from():
+    few = {"num_experts": 8, "top_k": 2, "num_groups": 4, "top_k_groups": 2}
+    assert fewer_experts(presets.deepseek_v3(), 8) == few
+    few = {"num_experts": 64, "top_k": 8, "num_groups": 8, "top_k_groups": 4}
+    assert fewer_experts(presets.deepseek_v3(), 64) == few
+    assert fewer_experts(presets.qwen3(), 16) == {"num_experts": 16, "top_k": 4}
+    assert fewer_experts(presets.mixtral(), 8) == {"num_experts": 8}
 
 
 def test_files_of_every_kind_say_the_same(capsys, tmp_path, logits_file):
@@ -339,3 +356,19 @@ def test_as_a_command_into_a_pipe_that_closes():
     assert process.stdout.readline() == b"megablocks: 5000 tokens choose 1 of 8 experts, dropless, in training\n"
     process.stdout.close()
     assert (process.stderr.read(), process.wait()) == (b"", 0)
+
+
+def test_commands_in_the_documentation_run(capsys):
+    docs = Path(__file__).resolve().parents[2] / "docs"
+    found = [
+        line.split()[3:]
+        for page in docs.glob("*.md")
+        for line in page.read_text().splitlines()
+        if line.startswith("python -m dmoe.routing.show ")
+    ]
+    assert found
+    for words in found:
+        picture = words.index("--out")
+        assert (docs.parent / words[picture + 1]).exists()
+        arguments = [word for word in words[:picture] if HAS_BASE or word != "base_layer"]
+        assert shown(capsys, *arguments)[0].startswith("switch: 24 tokens choose 1 of 8 experts, capacity 4")
