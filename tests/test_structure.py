@@ -102,11 +102,18 @@ MAY_IMPORT: dict[str, set[str]] = {
         "ops",
         "plan",
         "losses",
+        "metrics",
+        "parallel",
+        "dense_ffn",
+        "expert_slice",
         "expert_weights",
+        "experts",
         "functional",
         "outputs",
+        "residual",
         "routing",
         "model_tools",
+        "upcycle",
     },
 }
 # Packages from outside, besides the standard library.
