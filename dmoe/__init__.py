@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dmoe import checkpoint, functional, losses, metrics, ops, parallel, routing
+from dmoe import checkpoint, functional, losses, metrics, ops, parallel, presets, routing
 from dmoe.config import MoEConfig
 from dmoe.expert_weights import ExpertWeights
 from dmoe.functional import run_experts
@@ -18,6 +18,7 @@ from dmoe.model_tools import (
 )
 from dmoe.plan import RoutingPlan, device_tile_rows, plan_expert_choice, plan_token_choice
 from dmoe.replace import replace_ffn
+from dmoe.residual import ResidualMoE
 from dmoe.routing import Routing
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     "ExpertWeights",
     "MoE",
     "MoEConfig",
+    "ResidualMoE",
     "Routing",
     "RoutingPlan",
     "aux_loss",
@@ -41,6 +43,7 @@ __all__ = [
     "parallel",
     "plan_expert_choice",
     "plan_token_choice",
+    "presets",
     "reduce_metrics",
     "replace_ffn",
     "routing",

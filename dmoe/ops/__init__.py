@@ -1,5 +1,6 @@
 """The operations, one per file, each with its plain-PyTorch ``*_ref`` beside it."""
 
+from dmoe.ops.balanced_assignment import balanced_assignment
 from dmoe.ops.block_sparse import block_dds, block_dsd, block_sdd
 from dmoe.ops.cumsum import exclusive_cumsum, inclusive_cumsum
 from dmoe.ops.gate_weights import gate_weights
@@ -11,6 +12,7 @@ from dmoe.ops.router_logits import router_logits
 from dmoe.ops.router_scores import router_scores
 from dmoe.ops.router_top_k import router_top_k
 from dmoe.ops.routing_plan import routing_plan
+from dmoe.ops.sinkhorn import sinkhorn
 from dmoe.ops.sort import sort
 from dmoe.ops.stk_matrix import dds, dsd, sdd, sparse_matrix
 from dmoe.ops.tile_table import tile_table
@@ -19,6 +21,7 @@ from dmoe.ops.topology import BlockTopology, expert_topology, topology
 
 __all__ = [
     "BlockTopology",
+    "balanced_assignment",
     "block_dds",
     "block_dsd",
     "block_sdd",
@@ -38,6 +41,7 @@ __all__ = [
     "router_top_k",
     "routing_plan",
     "sdd",
+    "sinkhorn",
     "sort",
     "sparse_matrix",
     "tile_table",

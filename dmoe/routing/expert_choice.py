@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from dmoe.capacity import round_up
+from dmoe.capacity import capacity_rows, round_up
 from dmoe.config import MoEConfig
 from dmoe.ops.router_scores import router_scores
 from dmoe.ops.topk_indices import topk_indices
@@ -36,9 +35,9 @@ class ExpertChoice(RouterFamily):
 class ExpertChoiceRouter(LinearRouter):
     """Every expert takes the tokens that score highest for it: ``ceil(capacity_factor * T / E)`` of them.
 
-    ``capacity_factor`` (default: ``top_k``) is the mean number of experts per token. A token sees the whole batch
-    through this choice, later tokens included: see ``MoEConfig.causal``. With ``token_groups`` experts take as many of
-    each group instead.
+    ``capacity_factor`` (default: ``top_k``) is the mean number of experts per token; ``capacity_formula`` may round
+    otherwise, with K = 1 in it. A token sees the whole batch through this choice, later tokens included: see
+    ``MoEConfig.causal``. With ``token_groups`` experts take as many of each group instead.
     """
 
     def forward(
@@ -78,7 +77,7 @@ class ExpertChoiceRouter(LinearRouter):
             backend=config.backend,
         )
         factor = config.top_k if config.capacity_factor is None else config.capacity_factor
-        share = math.ceil(factor * in_group / config.num_experts)
+        share = capacity_rows(config.capacity_formula, factor, in_group, 1, config.num_experts)
         if config.min_capacity:  # a symbolic share is easier to reason about alone
             share = larger(share, config.min_capacity)
         if config.capacity_multiple_of > 1:

@@ -303,6 +303,17 @@ def test_transformer_decoder_layers(norm_first):
     before = net(x, memory)
     assert dmoe.replace_ffn(net, "layers.*", num_experts=4, upcycle=True) == ["layers.0", "layers.1"]
     _close(net(x, memory), before)
+    _close(copy.deepcopy(net)(x, memory), before)
+
+
+@pytest.mark.parametrize("kind", [nn.TransformerEncoderLayer, nn.TransformerDecoderLayer])
+def test_a_layer_whose_activation_is_a_module(kind):
+    layer = kind(H, 2, WIDTH, activation=nn.GELU(), batch_first=True).eval()
+    inputs = [torch.randn(2, 6, H) for _ in range(2 if kind is nn.TransformerDecoderLayer else 1)]
+    before = layer(*inputs)
+    dmoe.replace_ffn(layer, "", num_experts=4, upcycle=True)
+    _close(layer(*inputs), before)
+    _close(copy.deepcopy(layer)(*inputs), before)
 
 
 def test_a_transformer_layer_can_be_the_whole_model():
