@@ -174,6 +174,7 @@ class MoE(nn.Module):
                 second_expert="sampling" if sampled else "all",
                 logit_noise="gumbel" if k == 1 and noisy_gate_policy == "RSample" else "none",
                 noise_in_eval=sampled,
+                masked_tokens="unrouted",
             ),
             input_jitter=0.01 if noisy_gate_policy == "Jitter" else 0.0,
             gate_normalization=1.0 if k > 1 else None,
