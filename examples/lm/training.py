@@ -79,7 +79,7 @@ class Run:
         Raises:
             UsageError: a preset's layer cannot take these batches.
         """
-        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]  # counts for a selection bias
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]  # a selection bias is one
         times = []
         for _ in range(steps):
             start = self._clock()
@@ -91,6 +91,7 @@ class Run:
                 raise UsageError(f"--preset {self.settings.preset}: {error}") from error
             times.append(self._clock() - start)
         self.optimizer = optimizer(self.model, self.settings)  # without the moments of those steps
+        dmoe.update_selection_bias(self.model)  # takes with it the loads that were counted
         for buffer, before in buffers:
             buffer.copy_(before)
         return min(times)

@@ -171,6 +171,17 @@ def test_the_dense_ffn_stands_in_place_of_a_presets_shared_expert():
     assert moe_configs(of_preset("deepseek_v2"))[0].shared_ffn_hidden_size == 32  # twice an expert's width
 
 
+def test_a_presets_layers_begin_as_they_say_at_this_width():
+    torch.manual_seed(0)
+    model = ByteLM(of_preset("deepseek_v3", hidden=32, ffn=64))
+    config = model.moe_layers[0].config
+    assert config.init_std == pytest.approx(0.006 * math.sqrt(7168 / 32))
+    for name, parameter in model.moe_layers[0].named_parameters():
+        assert float(parameter.detach().std()) == pytest.approx(config.init_std, rel=0.1), name
+    # ... and all else by the example's own rule.
+    assert float(model.blocks[0].attention.qkv.weight.detach().std()) == pytest.approx(32**-0.5, rel=0.1)
+
+
 def test_bytes_are_the_ids_by_which_hash_layers_route(corpus):
     settings = of_preset("hash_layer", experts=(4, 8))
     run = Run("hash_layer", settings, corpus, CPU)
@@ -185,6 +196,8 @@ def test_a_selection_bias_moves_in_training_and_not_in_the_warm_up(corpus):
     settings = of_preset("deepseek_v3")
     cold, warm = (Run("deepseek_v3", settings, corpus, CPU) for _ in range(2))
     warm.warm_up(2)
+    counts = [layer.router.load_since_update for layer in warm.model.moe_layers]
+    assert not any(count.any() for count in counts)
     biases = [layer.router.selection_bias for layer in warm.model.moe_layers]
     assert not any(bias.any() for bias in biases)
     for run in (cold, warm):
