@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Callable
 from typing import Literal
@@ -13,11 +12,16 @@ CapacityFormula = Literal[
 
 
 def _float32(value: float) -> float:
-    return ctypes.c_float(value).value
+    """A positive number rounded to float32's 24 bits, to even, in arithmetic that a compiler can follow."""
+    exponent = math.floor(math.log2(value))
+    exponent -= 2.0**exponent > value  # the logarithm is rounded, too
+    exponent += 2.0 ** (exponent + 1) <= value
+    one = 2.0 ** (exponent - 23)
+    return round(value / one) * one
 
 
 def _ceil_float32(factor: float, tokens: int, top_k: int, experts: int) -> int:
-    return math.ceil(_float32(_float32(tokens / experts) * _float32(factor * top_k)))
+    return math.ceil(_float32(_float32(tokens / experts) * _float32(factor * top_k))) if tokens else 0
 
 
 # By name: factor, tokens, K and E to rows. Some differ in the order of operations alone, which moves a product off a

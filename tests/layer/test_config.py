@@ -6,6 +6,7 @@ import dataclasses
 import math
 
 import pytest
+import torch
 from helpers import small_config
 from hypothesis import given
 from hypothesis import strategies as st
@@ -104,6 +105,21 @@ def test_capacity_formulas(tokens, experts, top_k, factor):
     assert capacity("floor", 7) == min(max(int(share * top_k // 1), 7), most)
     assert small_config(capacity=5).capacity_for(tokens) == 5
     assert small_config().capacity_for(tokens) is None
+
+
+@given(tokens=st.integers(0, 2**20), experts=st.integers(1, 512), factor=st.floats(0.01, 30))
+def test_capacity_in_float32(tokens, experts, factor):
+    config = small_config(
+        num_experts=experts, top_k=1, capacity_factor=factor, capacity_formula="ceil_float32", min_capacity=0
+    )
+    rows = (torch.tensor(tokens / experts) * torch.tensor(factor)).ceil()  # DeepSpeed's arithmetic
+    assert config.capacity_for(tokens) == min(int(rows), tokens)
+
+
+def test_a_compiler_follows_the_capacity_in_float32():
+    layer = MoE(small_config(capacity_factor=1.2, capacity_formula="ceil_float32", load_balancing_coefficient=0.0))
+    x = torch.randn(9, 8)
+    assert torch.equal(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))
 
 
 def test_fields_or_config_but_not_both():
