@@ -5,8 +5,10 @@
     python examples/train_lm.py --data ~/notes --compare-dense   # on your text, next to a dense twin of equal FLOPs
     python examples/train_lm.py --resume                         # on from where Ctrl-C ended it
     torchrun --nproc-per-node 4 examples/train_lm.py --expert-parallel 2   # on 4 ranks, with the experts spread over 2
+    python examples/train_lm.py --preset deepseek_v3             # with the layer of another system
+    python examples/train_lm.py --teacher runs/lm --layers 2 --kd-stop 1500 --out runs/student  # distilled, in stages
 
-Read `lm/model.py` for the model, `lm/training.py` for the loop.
+Read `lm/model.py` for the model, `lm/layers.py` for its FFNs, `lm/training.py` for the loop.
 """
 
 from __future__ import annotations
@@ -23,14 +25,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lm import checkpoint, ranks, report
-from lm.data import load_corpus
+from lm import checkpoint, ranks, report, teacher
+from lm.data import Corpus, load_corpus
 from lm.generate import generate
 from lm.model import count_parameters
 from lm.ranks import Ranks
-from lm.settings import Settings, UsageError
+from lm.settings import BALANCE, TOP_K, Settings, UsageError, experts_from, written
 from lm.stopping import StopOnSignal
 from lm.training import Run, train
+
+import dmoe
 
 CHECKPOINT_SECONDS = 60.0  # a crash costs at most about this much work
 
@@ -55,11 +59,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     default = Settings()
 
-    def setting(name: str, help: str, **extra: Any) -> None:
-        value = getattr(default, name)
+    def setting(name: str, help: str, value: Any = None, **extra: Any) -> None:
+        value = getattr(default, name) if value is None else value
         if not extra:
             extra = {"type": type(value), "metavar": "N" if isinstance(value, int) else "X"}
-        group.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=f"{help} [{value}]", **extra)
+        shown = "" if value is None else f" [{value}]"
+        group.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=help + shown, **extra)
 
     group = parser.add_argument_group("text")
     group.add_argument(
@@ -74,10 +79,18 @@ def build_parser() -> argparse.ArgumentParser:
     setting("layers", "blocks of attention and FFN")
     setting("hidden", "width of the residual stream")
     setting("heads", "attention heads")
-    setting("experts", "experts in each FFN")
-    setting("top_k", "experts that each byte visits")
+    setting("experts", "experts in each FFN, or one number for each layer, as 4,4,8,8", type=experts_from, metavar="N")
+    setting("top_k", "experts that each byte visits", TOP_K)
     setting("ffn", "width of one expert; the dense twin's FFN is --top-k times as wide")
-    setting("balance", "coefficient of the load-balancing loss")
+    setting("balance", "coefficient of the load-balancing loss", BALANCE)
+    setting("residual", "beside each mixture a dense FFN of an expert's width (PR-MoE)", action="store_true")
+    names = ", ".join(dmoe.presets.NAMES)
+    setting("preset", f"the FFNs are another system's layer, with its own --top-k and losses: {names}", metavar="NAME")
+    group = parser.add_argument_group("distillation (MoS)")
+    setting("teacher", "folder of a finished run, whose mixture teaches this one", metavar="DIR")
+    setting("kd_temperature", "softens what teacher and student predict where they are compared")
+    setting("kd_coefficient", "what the comparison weighs beside the task's loss")
+    setting("kd_stop", "step from which the task's loss alone trains [none]", type=int, metavar="N")
     group = parser.add_argument_group("training")
     setting("steps", "optimizer steps")
     setting("batch", "sequences in a step")
@@ -123,7 +136,8 @@ def _run(options: argparse.Namespace, team: Ranks, device: torch.device) -> int:
         settings = _agreed(Settings.from_dict(saved["settings"]), given)
     else:
         saved = None
-        settings = Settings(**given)
+        own = {} if "preset" in given else {"top_k": TOP_K, "balance": BALANCE}
+        settings = Settings(**(own | given))
         settings = dataclasses.replace(settings, dtype=team.agreed(_dtype(settings.dtype, device)))
         _refuse_to_lose_work(options)
     ranks.check(settings, team)
@@ -133,7 +147,8 @@ def _run(options: argparse.Namespace, team: Ranks, device: torch.device) -> int:
     if team.count > 1:
         team.say(f"ranks: {team.count}, the experts of each layer over {team.expert_parallel} of them")
     names = ["moe", "dense"] if settings.compare_dense else ["moe"]
-    runs = [Run(name, settings, corpus, device, team) for name in names]
+    taught_by = _teacher(settings, options.out, saved, corpus, device, team)
+    runs = [Run(name, settings, corpus, device, team, taught_by) for name in names]
     seconds = team.agreed(sum(run.warm_up(8 if options.minutes else 1) for run in runs))
     if saved is not None:
         checkpoint.restore(saved, corpus, runs)
@@ -142,7 +157,7 @@ def _run(options: argparse.Namespace, team: Ranks, device: torch.device) -> int:
         for run in runs:
             run.settings = settings
     for run in runs:
-        sizes = count_parameters(run.model, settings)
+        sizes = count_parameters(run.model)
         team.say(f"{run.name:>5}: {sizes['total']:,} parameters, {sizes['active']:,} active for a byte")
     options.out.mkdir(parents=True, exist_ok=True)
     with StopOnSignal() as stop:
@@ -230,10 +245,31 @@ def _agreed(saved: Settings, given: dict[str, Any]) -> Settings:
         was = getattr(saved, name)
         if value != was and not (name == "data" and not value) and not (name == "dtype" and value == "auto"):
             raise UsageError(
-                f"--resume: the checkpoint was made with --{name.replace('_', '-')} {was}, not {value}. "
+                f"--resume: the checkpoint was made with --{name.replace('_', '-')} {written(was)}, not "
+                f"{written(value)}. "
                 "Leave the flag out to go on, or start a new run in another --out"
             )
     return saved
+
+
+def _teacher(
+    settings: Settings, out: Path, saved: dict[str, Any] | None, corpus: Corpus, device: torch.device, team: Ranks
+) -> teacher.Teacher | None:
+    """The run's teacher, if it has one; where the run goes on without it, only what is known of it."""
+    if settings.teacher is None:
+        return None
+    if saved is not None:
+        step = min(run["step"] for run in saved["runs"].values())
+        needed = step < settings.steps and settings.taught(step)
+        return teacher.again(saved["teacher"], settings, device, needed=needed)
+    if Path(settings.teacher).resolve() == out.resolve():
+        raise UsageError(f"--teacher: {settings.teacher} is --out, where the student is to go. Choose another --out")
+    found = teacher.load(settings.teacher, settings, device)
+    team.say(f"teacher: {found.facts['parameters']['total']:,} parameters, "
+             f"{found.facts['held_out_bpb']:.4f} held-out bits per byte")  # fmt: skip
+    if found.facts["text"] != corpus.fingerprint:
+        team.say("note: the teacher learned another text, or split of it, and may have seen what is held out here")
+    return found
 
 
 def _refuse_to_lose_work(options: argparse.Namespace) -> None:
@@ -260,6 +296,7 @@ def _fit_steps(settings: Settings, minutes: float, seconds_per_step: float, team
         settings,
         steps=fitting,
         warmup=int(settings.warmup * shrink),
+        kd_stop=None if settings.kd_stop is None else int(settings.kd_stop * shrink),
         eval_every=max(1, int(settings.eval_every * shrink)),
     )
 

@@ -88,6 +88,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "replace": {"layer", "config", "dense_ffn", "find_ffn", "residual", "upcycle"},
     "residual": {"config"},
     "presets": {"config", "routing", "router_family"},
+    # A command inside a room, with a row for each of its files: nothing that the layer needs may import as much.
+    "routing.show": {"config", "presets", "router_family", "routing"},
+    "routing.view": {"auxiliary", "config", "metrics", "routing"},
+    "routing.terminal": {"routing"},
+    "routing.picture": {"routing"},
+    "routing.logits_file": set(),
     "info": {"ops"},
     "certify": {"kernels", "ops"},
     "tune": {"kernels", "ops", "plan", "functional", "expert_weights"},
@@ -120,6 +126,7 @@ OUTSIDE: dict[str, set[str]] = {room: {"torch"} for room in MAY_IMPORT} | {
     "checkpoint": {"torch", "tqdm"},
     "certify": {"torch", "tqdm"},
     "tune": {"torch", "tqdm"},
+    "routing.picture": {"torch", "matplotlib"},
 }
 # Folder of tests -> what they test. What several files share lies in tests/support, the only folder on the path.
 TESTED = {
@@ -207,9 +214,15 @@ def _id(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+def room_of(path: Path) -> str:
+    """A file of the package: its own row of the table where it has one, else its room."""
+    parts = path.relative_to(ROOT / "dmoe").with_suffix("").parts
+    return ".".join(parts) if ".".join(parts) in MAY_IMPORT else parts[0]
+
+
 @pytest.mark.parametrize("path", PACKAGE, ids=_id)
 def test_who_imports_whom(path):
-    room = path.relative_to(ROOT / "dmoe").parts[0].removesuffix(".py")
+    room = room_of(path)
     assert room in MAY_IMPORT, f"{_id(path)}: a room that the table does not name"
     package = ".".join(path.relative_to(ROOT).parent.parts)
     assert not offences(room, path.read_text(), package)
@@ -218,6 +231,14 @@ def test_who_imports_whom(path):
 @pytest.mark.parametrize("path", USERS, ids=_id)
 def test_who_uses_dmoe_from_outside_uses_public_names(path):
     assert not public_offences(path.read_text())
+
+
+def test_only_a_command_imports_its_own_files():
+    own = {f"dmoe.{room}" for room in MAY_IMPORT if "." in room}
+    for path in PACKAGE:
+        if "." not in room_of(path):
+            found = {f"{module}.{name}" for module, names, _ in imports_of(path.read_text()) for name in ("", *names)}
+            assert not own & {name.rstrip(".") for name in found}, _id(path)
 
 
 def test_the_package_holds_its_public_names_and_nothing_else():
@@ -243,6 +264,8 @@ def test_the_package_holds_its_public_names_and_nothing_else():
         ("config", "import dmoe", 1),
         ("losses", "import numpy", 1),
         ("experts", "from dmoe.routing import Router", 1),
+        ("routing.show", "from dmoe.routing.view import look", 0),
+        ("routing.terminal", "from dmoe.metrics import routing_entropy", 1),
     ],
 )
 def test_the_table_is_enforced(room, source, wrong):

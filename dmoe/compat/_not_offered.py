@@ -11,7 +11,6 @@ _FUSED = (
 _LISTS = "what layers leave is kept for one round, not in a list; use get_, save_ and clear_load_balancing_loss"
 _KERNELS = "Triton kernels with their own launches; use the operations in dmoe.compat.megablocks.ops"
 _FORK = "the raw kernels of a fork; use permute and unpermute in dmoe.compat.grouped_gemm.ops, which are differentiable"
-_SINKHORN = "routing by Sinkhorn's algorithm is not part of dmoe"
 
 # Under the name it has behind dmoe.compat.megablocks, or behind dmoe.compat. The docs list the same sentences.
 NOT_OFFERED = {
@@ -29,10 +28,8 @@ NOT_OFFERED = {
     "layers.router._ROUTER_LOGITS": "logits are kept for one round; use batched_router_zloss and clear_router_zloss",
     "layers.router._save_router_logits": "routers leave their logits by themselves; call LearnedRouter's forward",
     "grouped_gemm.backend.permute": _FORK,
-    "grouped_gemm.backend.sinkhorn": _SINKHORN,
     "grouped_gemm.backend.unpermute": _FORK,
     "grouped_gemm.backend.unpermute_bwd": _FORK,
-    "grouped_gemm.ops.sinkhorn_kernel": _SINKHORN,
 }
 
 

@@ -1,5 +1,6 @@
 """The operations, one per file, each with its plain-PyTorch ``*_ref`` beside it."""
 
+from dmoe.ops.balanced_assignment import balanced_assignment
 from dmoe.ops.block_sparse import block_dds, block_dsd, block_sdd
 from dmoe.ops.cumsum import exclusive_cumsum, inclusive_cumsum
 from dmoe.ops.gate_weights import gate_weights
@@ -20,6 +21,7 @@ from dmoe.ops.topology import BlockTopology, expert_topology, topology
 
 __all__ = [
     "BlockTopology",
+    "balanced_assignment",
     "block_dds",
     "block_dsd",
     "block_sdd",

@@ -78,6 +78,7 @@ def define(
     composition: Callable[..., Any] | None = None,
     subjects: Callable[..., Sequence[Subject]] | None = None,
     autocast: Callable[..., Any] | None = None,
+    tags: Sequence[torch.Tag] = (),
 ) -> Any:
     """Declare ``dmoe::<schema>`` and return its overload packet's default overload.
 
@@ -91,9 +92,10 @@ def define(
         subjects: what is certified before ``cuda`` may serve; see :class:`dmoe.ops._trust.Guard`.
         autocast: called as ``autocast(op, dtype, *args)`` with autocast off; None runs the operation on its inputs as
             they are, with autocast off inside: integer work, and arithmetic that chooses its own precision.
+        tags: what PyTorch's compiler is told of the operation.
     """
     name = schema[: schema.index("(")]
-    _library.define(schema)
+    _library.define(schema, tags=tuple(tags))
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -14,10 +15,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dmoe.presets", description="Published layers, side by side.")
     parser.add_argument("names", nargs="*", metavar="NAME", help="which; all of them without any")
     try:
-        print(table(*parser.parse_args(arguments).names))
+        text = table(*parser.parse_args(arguments).names)
     except ValueError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # whoever reads has seen enough; and Python is to find nothing left to write
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

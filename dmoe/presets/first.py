@@ -207,7 +207,6 @@ def expert_choice(
         **overrides: fields of :class:`dmoe.MoEConfig`.
 
     Differs from the original:
-        - An expert takes ``ceil(capacity_factor * T / E)`` tokens; flaxformer rounds.
         - All tokens are one group unless ``token_groups`` says otherwise; flaxformer's have 4096.
         - Masked tokens are chosen by nobody; flaxformer only lowers their scores.
         - Flaxformer draws the router's weights from N(0, 0.02), and keeps the standard deviation that the cut of the
@@ -223,6 +222,7 @@ def expert_choice(
         "router": ExpertChoice(),
         "causal": False,
         "capacity_factor": capacity_factor,
+        "capacity_formula": "round",
         "load_balancing_coefficient": 0.0,
     }
     return config_of("expert_choice", published, overrides)

@@ -39,8 +39,8 @@ def deepspeed(
         - Experts begin at values of their own; there at copies of one module, which is also what says its activation
           and biases (here Megatron-DeepSpeed's).
         - The loss comes unscaled there; the factor is ``load_balancing_coefficient`` here.
-        - ``used_token`` acts with K = 1 only there, and leaves its tokens in the mean probabilities; ``token_mask``
-          acts with any K, and takes them out.
+        - ``used_token`` acts with K = 1 only there. A ``token_mask`` acts with any K: as it does there, which is
+          ``TopK(masked_tokens="unrouted")``, with K = 1 and 2, and out of the losses, too, with more.
         - Without random token selection the order of equals is left to ``torch.topk`` there.
     """
     fewest = {
@@ -49,9 +49,9 @@ def deepspeed(
         "min_capacity": 4,
         "capacity_formula": "ceil_float32",
     }
-    router = TopK()
+    router = TopK(masked_tokens="unrouted") if top_k < 3 else TopK()
     if top_k == 2 and second_expert_sampling:
-        router = TopK(second_expert="sampling", noise_in_eval=True)
+        router = TopK(second_expert="sampling", noise_in_eval=True, masked_tokens="unrouted")
     in_order = {1: "random" if use_rts else "token_major", 2: "choice_major"}
     published = {
         "hidden_size": hidden_size,
@@ -66,7 +66,7 @@ def deepspeed(
         "normalize_when": "after_drop" if top_k > 1 else "before_drop",
         **(fewest if drop_tokens else {}),
         "drop_order": in_order.get(top_k, "gate_weight"),
-        "load_balancing_choices": "first" if top_k == 2 else "all",
+        "load_balancing_choices": "first" if top_k < 3 else "all",
         "load_balancing_coefficient": 0.01,
     }
     return config_of("deepspeed", published, overrides)
@@ -81,18 +81,18 @@ def pr_moe(
     examples_deepspeed/MoE/ds_pretrain_gpt_350M_PR-MoE32or64.sh; the layer is DeepSpeed's (:func:`deepspeed`) with
     ``use_residual``.
 
-    The pyramid is one preset a layer: ten with 32 experts, then two with ``num_experts=64`` (1.3B: 64 and 128). MoS
-    distils it into a model of ten: :func:`dmoe.losses.distillation_loss`.
+    This is the experts' half: ``dmoe.ResidualMoE(dmoe.MoE(dmoe.presets.pr_moe()), mlp)`` is the layer, with an MLP as
+    wide as an expert. The pyramid is a preset for each layer: ten with 32 experts, then two with ``num_experts=64``
+    (1.3B: 64 and 128); :func:`dmoe.replace_ffn` makes both of a dense model. MoS distils it into a model of ten:
+    :func:`dmoe.losses.distillation_loss`.
 
     Args:
-        hidden_size, ffn_hidden_size, num_experts: H, F, E; the MLP is as wide as an expert.
+        hidden_size, ffn_hidden_size, num_experts: H, F, E.
         **overrides: fields of :class:`dmoe.MoEConfig`.
 
     Differs from the original:
-        - Expert and MLP are added here; there they are weighed by ``softmax(Linear(H, 2)(x))``
-          (``shared_expert_gate=True`` weighs the MLP alone, by a sigmoid).
-        - Experts begin at values of their own, there at copies of one; Megatron's smaller start of output projections
-          is the model's.
+        - Experts begin at values of their own, there at copies of one; that output projections begin smaller, as
+          Megatron's do, is the model's to say.
     """
     published = {
         "hidden_size": hidden_size,
@@ -102,13 +102,14 @@ def pr_moe(
         "activation": "gelu_tanh",
         "gated": False,
         "bias": "expert",
-        "shared_ffn_hidden_size": ffn_hidden_size if isinstance(ffn_hidden_size, int) else max(ffn_hidden_size),
         "init_std": 0.014,
+        "router": TopK(masked_tokens="unrouted"),
         "capacity_factor": 1.0,
         "eval_capacity_factor": 1.0,
         "min_capacity": 4,
         "capacity_formula": "ceil_float32",
         "drop_order": "random",
+        "load_balancing_choices": "first",
         "load_balancing_coefficient": 0.01,
     }
     return config_of("pr_moe", published, overrides)
@@ -128,10 +129,9 @@ def nllb(hidden_size: int = 2048, ffn_hidden_size: Width = 8192, num_experts: in
         - Expert output masking (``moe_eom=0.2``) is not here: in training it zeroes whole rows of an expert's output
           and leaves the others as they are, in evaluation it multiplies all by 0.8. ``expert_dropout=0.2`` masks single
           numbers and scales the rest up.
-        - The balance loss's mean probability leaves padding out, and its mean counts real tokens; fairseq's counts all.
         - Conditional MoE routing (CMR) is not here.
-        - fairseq's own default draws the second expert: ``router=TopK(second_expert="sampling")``; its evaluation keeps
-          a quarter of the tokens for each expert: ``eval_capacity_fraction=0.25``.
+        - fairseq's own default draws the second expert, ``TopK(second_expert="sampling", masked_tokens="unrouted")``,
+          and its evaluation keeps a quarter of the tokens for each expert, ``eval_capacity_fraction=0.25``.
         - Every fourth layer is one: that is the model's to say.
     """
     published = {
@@ -142,6 +142,7 @@ def nllb(hidden_size: int = 2048, ffn_hidden_size: Width = 8192, num_experts: in
         "activation": "relu",
         "gated": False,
         "bias": "expert",
+        "router": TopK(masked_tokens="unrouted"),
         "gate_normalization": 1.0,
         "normalize_when": "after_drop",
         "capacity_factor": 1.0,

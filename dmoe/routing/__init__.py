@@ -12,6 +12,7 @@ from torch import nn
 from dmoe.config import MoEConfig
 from dmoe.parallel.statistics import LoadOfRanks
 from dmoe.router_family import RouterFamily, register
+from dmoe.routing.balanced import Base, BaseRouter
 from dmoe.routing.base import LinearRouter, Router, Routing
 from dmoe.routing.cosine import Cosine, CosineRouter
 from dmoe.routing.expert_choice import ExpertChoice, ExpertChoiceRouter
@@ -22,6 +23,8 @@ from dmoe.routing.token_choice import TopK, TopKRouter
 from dmoe.routing.uniform import Uniform, UniformRouter
 
 __all__ = [
+    "Base",
+    "BaseRouter",
     "Cosine",
     "CosineRouter",
     "ExpertChoice",

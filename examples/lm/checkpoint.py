@@ -32,6 +32,7 @@ def save(folder: Path, settings: Settings, corpus: Corpus, runs: Sequence[Run]) 
         "format": FORMAT,
         "settings": settings.to_dict(),
         "text": corpus.fingerprint,
+        "teacher": None if runs[0].teacher is None else runs[0].teacher.facts,
         "runs": {run.name: run.state_dict() for run in runs},
     }
     target = folder / FILE
@@ -42,8 +43,12 @@ def save(folder: Path, settings: Settings, corpus: Corpus, runs: Sequence[Run]) 
     return target
 
 
-def load(folder: Path) -> dict[str, Any]:
-    """The content of ``folder/checkpoint.pt``, on the CPU.
+def load(folder: Path, flag: str = "--resume") -> dict[str, Any]:
+    """The content of ``folder/checkpoint.pt``, on the CPU: tensors and plain values, nothing that runs when it is read.
+
+    Args:
+        folder: of a run.
+        flag: what the user named it with, for errors.
 
     Raises:
         UsageError: there is none, or it is no checkpoint of this program.
@@ -52,11 +57,11 @@ def load(folder: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UsageError(f"--resume: {path} does not exist. Start a run with --out {folder}") from None
+        raise UsageError(f"{flag}: {path} does not exist. Start a run with --out {folder}") from None
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UsageError(f"--resume: {path} cannot be read: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"{flag}: {path} cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UsageError(f"--resume: {path} is no checkpoint of this program in format {FORMAT}")
+        raise UsageError(f"{flag}: {path} is no checkpoint of this program in format {FORMAT}")
     return content
 
 

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 import dmoe
 from dmoe import MoE
 
+from .layers import VOCABULARY, DenseFFN, experts_of_a_token, mixture, moe_configs
 from .ranks import ALONE, Ranks
 from .settings import Settings
-
-VOCABULARY = 256  # every byte is a token
 
 
 class Attention(nn.Module):
@@ -35,20 +34,6 @@ class Attention(nn.Module):
         return self.out(mixed.transpose(1, 2).reshape(B, S, H))
 
 
-class DenseFFN(nn.Module):
-    """Gated SiLU: what one expert computes, ``top_k`` times as wide."""
-
-    def __init__(self, hidden: int, ffn: int) -> None:
-        super().__init__()
-        self.gate_up_proj = nn.Linear(hidden, 2 * ffn, bias=False)
-        self.down_proj = nn.Linear(ffn, hidden, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, S, H) -> (B, S, H)``."""
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
-
-
 class Block(nn.Module):
     """Pre-norm: each half reads a normalised stream and adds to the plain one."""
 
@@ -59,10 +44,10 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(hidden)
         self.ffn = ffn
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """``(B, S, H) -> (B, S, H)``."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, tokens: Tensor) -> Tensor:
+        """``(B, S, H) -> (B, S, H)``; ``tokens`` are the ``(B, S)`` bytes, by which hash layers route."""
         x = x + self.attention(self.attention_norm(x), cos, sin)
-        return x + self.ffn(self.ffn_norm(x))
+        return x + self.ffn(self.ffn_norm(x), token_ids=tokens)
 
 
 class ByteLM(nn.Module):
@@ -75,22 +60,13 @@ class ByteLM(nn.Module):
         super().__init__()
         s = settings
 
-        def ffn() -> nn.Module:
-            if dense:
-                return DenseFFN(s.hidden, s.dense_ffn)
-            return MoE(
-                hidden_size=s.hidden,
-                ffn_hidden_size=s.ffn,
-                num_experts=s.experts,
-                top_k=s.top_k,
-                gate_normalization=1.0,  # a token's gate weights sum to 1: the output is as large as one FFN's
-                num_moe_layers=s.layers,
-                load_balancing_coefficient=s.balance,
-                **ranks.moe_options(),
-            )
-
+        ffns: list[nn.Module]
+        if dense:
+            ffns = [DenseFFN(s.hidden, s.dense_ffn) for _ in range(s.layers)]
+        else:
+            ffns = [mixture(config, s, **ranks.of_layer()) for config in moe_configs(s, **ranks.of_config(s.preset))]
         self.embedding = nn.Embedding(VOCABULARY, s.hidden)
-        self.blocks = nn.ModuleList(Block(s.hidden, s.heads, ffn()) for _ in range(s.layers))
+        self.blocks = nn.ModuleList(Block(s.hidden, s.heads, ffn) for ffn in ffns)
         self.norm = nn.RMSNorm(s.hidden)
         self.head = nn.Linear(s.hidden, VOCABULARY, bias=False)
         cos, sin = _rotary_table(s.seq_len, s.hidden // s.heads)
@@ -102,20 +78,24 @@ class ByteLM(nn.Module):
         """One rule for both twins: normal, with the variance of 1 / inputs; what ends a residual branch starts small.
 
         Experts hold their weights as ``nn.Linear`` does, inputs last, so the rule reads the same for them. Each rank
-        draws all of them and keeps its own: the values do not depend on how many ranks there are.
+        draws all of them and keeps its own: the values do not depend on how many ranks there are. A preset's layers
+        begin as their own system's do.
         """
+        here = {id(parameter): layer for layer in self.moe_layers for parameter in layer.parameters()}
         with torch.no_grad():
             for name, parameter in self.named_parameters():
-                if parameter.ndim < 2:
+                layer = here.get(id(parameter))
+                if parameter.ndim < 2 or (layer is not None and settings.preset is not None):
                     continue
                 std = parameter.shape[-1] ** -0.5
                 if name.endswith(("attention.out.weight", "down_proj", "down_proj.weight")):
                     std /= math.sqrt(2 * settings.layers)
                 std = 1.0 if parameter is self.embedding.weight else std
-                if dmoe.is_expert_param(parameter):
-                    whole = torch.empty(settings.experts, *parameter.shape[1:]).normal_(std=std)
-                    here = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-                    here.copy_(whole[ranks.experts(settings)])
+                if layer is not None and dmoe.is_expert_param(parameter):
+                    experts = layer.config.num_experts
+                    whole = torch.empty(experts, *parameter.shape[1:]).normal_(std=std)
+                    local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+                    local.copy_(whole[ranks.experts(experts)])
                 else:
                     parameter.normal_(std=std)
 
@@ -125,7 +105,7 @@ class ByteLM(nn.Module):
         cos, sin = self.cos[:S], self.sin[:S]
         x = self.embedding(tokens)
         for block in self.blocks:
-            x = block(x, cos, sin)
+            x = block(x, cos, sin, tokens)
         return self.head(self.norm(x))
 
     @property
@@ -134,33 +114,25 @@ class ByteLM(nn.Module):
         return [module for module in self.modules() if isinstance(module, MoE)]
 
 
-def count_parameters(model: ByteLM, settings: Settings) -> dict[str, int]:
+def count_parameters(model: ByteLM) -> dict[str, int]:
     """Numbers of parameters: all, those that one token uses, and those of the FFNs and routers among the latter.
 
-    On all ranks together: experts that live elsewhere count.
+    On all ranks together: experts that live elsewhere count. A router here is what decides over FFNs: the mean of
+    mixture and dense FFN in PR-MoE, too.
     """
-
-    def size(parameter: Tensor) -> int:
-        here = parameter.shape[0] if dmoe.is_expert_param(parameter) else 1
-        return parameter.numel() // here * (settings.experts if dmoe.is_expert_param(parameter) else 1)
-
-    total = sum(map(size, model.parameters()))
-    routers = experts = ffn = 0
-    for module in model.modules():
-        if isinstance(module, MoE):
-            weights = {name: size(parameter) for name, parameter in module.named_parameters()}
-            router = sum(number for name, number in weights.items() if name.startswith("router"))
-            routers += router
-            experts += sum(weights.values()) - router
-        elif isinstance(module, DenseFFN):
-            ffn += sum(parameter.numel() for parameter in module.parameters())
-    active_experts = experts * settings.top_k // settings.experts
-    return {
-        "total": total,
-        "active": total - experts + active_experts,
-        "active_ffn": ffn + active_experts,
-        "router": routers,
-    }
+    total = sum(parameter.numel() for parameter in model.parameters() if not dmoe.is_expert_param(parameter))
+    active, active_ffn, routers = total, 0, 0
+    for name, parameter in model.named_parameters():
+        if ".ffn." in name and not dmoe.is_expert_param(parameter):
+            routes = "router" in name or "coefficient" in name
+            routers += parameter.numel() * routes
+            active_ffn += parameter.numel() * (not routes)
+    for layer in model.moe_layers:
+        of_one = sum(part.numel() // part.shape[0] for part in layer.parameters() if dmoe.is_expert_param(part))
+        total += of_one * layer.config.num_experts
+        at_work = int(of_one * experts_of_a_token(layer.config))
+        active, active_ffn = active + at_work, active_ffn + at_work
+    return {"total": total, "active": active, "active_ffn": active_ffn, "router": routers}
 
 
 def _rotary_table(length: int, head_dim: int) -> tuple[Tensor, Tensor]:

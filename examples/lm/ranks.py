@@ -25,7 +25,7 @@ from dmoe import is_expert_param
 from dmoe.checkpoint import merge_states, split_state
 from dmoe.parallel import clip_grad_norm, data_parallel, local_experts
 
-from .settings import Settings, UsageError
+from .settings import Settings, UsageError, written
 
 
 @dataclass(frozen=True)
@@ -55,19 +55,23 @@ class Ranks:
         if self.first:
             print(text, flush=True)
 
-    def moe_options(self) -> dict[str, Any]:
+    def of_config(self, preset: str | None) -> dict[str, Any]:
+        """Options of a mixture's config that the ranks decide; a preset's losses are what they are."""
+        # Balanced is to be the batch of all ranks, as it is in one process, not each rank's few sequences.
+        return {"load_balancing_over": "global"} if self.count > 1 and preset is None else {}
+
+    def of_layer(self) -> dict[str, Any]:
         """What each MoE layer needs to know."""
         if self.count == 1:
             return {}
-        # Balanced is to be the batch of all ranks, as it is in one process, not each rank's few sequences.
-        options: dict[str, Any] = {"load_balancing_over": "global", "loss_group": dist.group.WORLD}
+        options: dict[str, Any] = {"loss_group": dist.group.WORLD}
         if self.expert_parallel > 1:
             options |= {"ep_group": self.mesh["ep"], "dtensor": self.everyone is not None}
         return options
 
-    def experts(self, settings: Settings) -> slice:
-        """The experts of every layer that live here."""
-        mine = local_experts(settings.experts, self.expert_parallel, self.rank % self.expert_parallel)
+    def experts(self, number: int) -> slice:
+        """Those of a layer's experts that live here."""
+        mine = local_experts(number, self.expert_parallel, self.rank % self.expert_parallel)
         return slice(mine.start, mine.stop)
 
     def rows(self, batch: int) -> tuple[slice, int]:
@@ -220,8 +224,10 @@ def check(settings: Settings, ranks: Ranks) -> None:
     """
     if settings.batch < ranks.count:
         raise UsageError(f"--batch must be at least the number of ranks ({ranks.count}), got {settings.batch}")
-    if settings.experts % ranks.expert_parallel:
-        raise UsageError(f"--expert-parallel must divide --experts ({settings.experts}), got {ranks.expert_parallel}")
+    if any(number % ranks.expert_parallel for number in settings.layer_experts):
+        raise UsageError(
+            f"--expert-parallel must divide --experts ({written(settings.experts)}), got {ranks.expert_parallel}"
+        )
     if settings.compile and ranks.count > 1:
         raise UsageError(f"--compile: expected one process, got {ranks.count} ranks")
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from dataclasses import dataclass
 from typing import Any
+
+TOP_K, BALANCE = 2, 0.05  # of the example's own layer
 
 
 class UsageError(Exception):
@@ -24,10 +27,16 @@ class Settings:
     heads: int = 2
     ffn: int = 256
     """Width of one expert. The dense twin's FFN is ``top_k`` times as wide."""
-    experts: int = 32
-    top_k: int = 2
-    balance: float = 0.05
-    """Coefficient of the load-balancing loss, which is averaged over the layers."""
+    experts: int | tuple[int, ...] = 32
+    """Of every layer, or one number for each of them (PR-MoE's pyramid)."""
+    top_k: int | None = None
+    """None is 2, or what the preset says."""
+    balance: float | None = None
+    """Coefficient of the load-balancing loss, which is averaged over the layers. None is 0.05, or the preset's own."""
+    residual: bool = False
+    """Beside every mixture a dense FFN as wide as one expert, and a learned mean of the two (PR-MoE)."""
+    preset: str | None = None
+    """Of `dmoe.presets`: the FFNs are this system's layer. None is the example's own: see `lm/layers.py`."""
     steps: int = 2000
     batch: int = 12
     """Sequences in a step."""
@@ -48,41 +57,100 @@ class Settings:
     """``float32``, or ``bfloat16`` under autocast; ``auto`` takes whichever this machine multiplies faster."""
     compile: bool = False
     compare_dense: bool = False
+    teacher: str | None = None
+    """Folder of a finished run, whose mixture's predictions this one learns beside the text (MoS)."""
+    kd_temperature: float = 1.0
+    """Both predictions are softened by it where they are compared."""
+    kd_coefficient: float = 1.0
+    """What the comparison weighs beside the task's loss."""
+    kd_stop: int | None = None
+    """The first step without the teacher: the student ends on the task's loss alone. None keeps it to the end."""
 
     def __post_init__(self) -> None:
-        at_least_one = "layers hidden heads ffn experts top_k steps batch eval_every eval_bytes data_bytes"
-        for name in at_least_one.split():
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{flag(name)} must be at least 1, got {getattr(self, name)}")
-        for name in ("warmup", "weight_decay", "balance", "seed"):
-            if not getattr(self, name) >= 0:
-                raise UsageError(f"--{flag(name)} must not be negative, got {getattr(self, name)}")
-        for name in ("lr", "clip"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise UsageError(f"--{flag(name)} must be positive and finite, got {getattr(self, name)}")
-        if self.seq_len < 2:
-            raise UsageError(f"--seq-len must be at least 2, got {self.seq_len}")
-        if self.top_k > self.experts:
-            raise UsageError(f"--top-k must be at most --experts ({self.experts}), got {self.top_k}")
+        self._check_ranges()
+        self._check_layers()
         if self.hidden % self.heads or self.hidden // self.heads % 2:
             raise UsageError(
                 f"--hidden must be --heads times an even number (rotary positions turn pairs of channels), "
                 f"got --hidden {self.hidden} --heads {self.heads}"
             )
 
+    def _check_ranges(self) -> None:
+        at_least_one = "layers hidden heads ffn top_k steps batch eval_every eval_bytes data_bytes"
+        for name in at_least_one.split():
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{flag(name)} must be at least 1, got {value}")
+        for name in ("warmup", "weight_decay", "balance", "seed", "kd_coefficient", "kd_stop"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise UsageError(f"--{flag(name)} must not be negative, got {value}")
+        for name in ("lr", "clip", "kd_temperature"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UsageError(f"--{flag(name)} must be positive and finite, got {getattr(self, name)}")
+        if self.seq_len < 2:
+            raise UsageError(f"--seq-len must be at least 2, got {self.seq_len}")
+
+    def _check_layers(self) -> None:
+        given = self.experts if isinstance(self.experts, tuple) else (self.experts,)
+        if any(number < 1 for number in given) or not given:
+            raise UsageError(f"--experts must be at least 1, got {written(self.experts)}")
+        if isinstance(self.experts, tuple) and len(given) != self.layers:
+            raise UsageError(
+                f"--experts must be one number, or one for each of the {self.layers} layers (--layers), "
+                f"got {written(self.experts)}"
+            )
+        top_k = TOP_K if self.top_k is None and self.preset is None else self.top_k
+        if top_k is not None and top_k > min(given):
+            raise UsageError(f"--top-k must be at most --experts ({written(self.experts)}), got {top_k}")
+        if self.preset is not None and self.balance is not None:
+            raise UsageError(f"--balance: --preset {self.preset} has its own losses. Leave one of the two out")
+        if self.preset is not None and self.compare_dense:
+            raise UsageError("--compare-dense: the dense twin is that of the example's own layer. Leave out --preset")
+        for name, default in (("kd_temperature", 1.0), ("kd_coefficient", 1.0), ("kd_stop", None)):
+            if self.teacher is None and getattr(self, name) != default:
+                raise UsageError(f"--{flag(name)}: expected a --teacher to learn from, got none")
+
+    @property
+    def layer_experts(self) -> tuple[int, ...]:
+        """The number of experts in each layer, from input to output."""
+        return self.experts if isinstance(self.experts, tuple) else (self.experts,) * self.layers
+
     @property
     def dense_ffn(self) -> int:
-        """Width of the dense twin's FFN, at which it multiplies as much for a token as ``top_k`` experts do."""
-        return self.top_k * self.ffn
+        """Width of the dense twin's FFN, at which it multiplies as much for a token as what it stands in for."""
+        return ((self.top_k or TOP_K) + self.residual) * self.ffn
+
+    def taught(self, step: int) -> bool:
+        """Whether the teacher has a say in this step."""
+        return self.teacher is not None and (self.kd_stop is None or step < self.kd_stop)
 
     def to_dict(self) -> dict[str, Any]:
         """Only plain values, for JSON and checkpoints."""
-        return {**dataclasses.asdict(self), "data": list(self.data)}
+        values = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Settings:
-        """The inverse of `to_dict`."""
-        return cls(**{**values, "data": tuple(values["data"])})
+        """The inverse of `to_dict`; what an older program did not write down has its default, which is what it did."""
+        plain: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        }
+        return cls(**plain)
+
+
+def experts_from(text: str) -> int | tuple[int, ...]:
+    """``32`` or ``4,4,8,8``, as the command line has it."""
+    try:
+        numbers = tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, or numbers as 4,4,8,8, got {text!r}") from None
+    return numbers if "," in text else numbers[0]
+
+
+def written(value: Any) -> str:
+    """A value as the command line has it."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def flag(name: str) -> str:

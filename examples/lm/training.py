@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,23 +17,34 @@ from tqdm import tqdm
 import dmoe
 
 from .data import Corpus, held_out_batches, training_batch
+from .loads import Loads, relative
 from .model import ByteLM
+from .optimizer import learning_rate, optimizer
 from .ranks import ALONE, Ranks
 from .settings import Settings, UsageError
 
+if TYPE_CHECKING:
+    from .teacher import Teacher
+
 LOG_EVERY = 10  # steps between two looks at the loss; each makes the host wait for the device
 ROUTING_POINTS = 100  # columns of the report's expert-load picture, about
-FLOOR = 0.1  # the learning rate at the end, as a share of its peak
 
 
 class Run:
     """One model in training: its weights, its optimizer, the steps it has made, and what was measured on the way."""
 
     def __init__(
-        self, name: str, settings: Settings, corpus: Corpus, device: torch.device, ranks: Ranks = ALONE
+        self,
+        name: str,
+        settings: Settings,
+        corpus: Corpus,
+        device: torch.device,
+        ranks: Ranks = ALONE,
+        teacher: Teacher | None = None,
     ) -> None:
         self.name = name
         self.ranks = ranks
+        self.teacher = teacher
         self.settings = settings
         self.corpus = corpus
         self.device = device
@@ -42,21 +53,18 @@ class Run:
         if settings.compile:
             self.model.compile()
         self.trained = ranks.wrap(self.model)
-        self.optimizer = _optimizer(self.model, settings)
+        self.optimizer = optimizer(self.model, settings)
         self.step = 0
         self.seconds = 0.0
         """Time spent in training steps; evaluation, checkpoints and warm-up are not in it."""
         self.curve: list[dict[str, float]] = []
         """One entry for each evaluation: step, seconds, held_out_bpb, train_bpb (of the steps since the last one)."""
         self.routing: list[dict[str, Any]] = []
-        """One entry for each stretch of steps: step, load (layers, experts) relative to the mean, entropy (layers,)."""
-        # These are this rank's share; their sum over ranks is the measure of the batch.
+        """One entry for each stretch of steps: step, and what `Loads` tells of each layer."""
+        # This rank's share; the sum over ranks is the measure of the batch.
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self._loss_steps = 0
-        shape = (len(self.model.moe_layers), settings.experts)
-        self._load = torch.zeros(shape, dtype=torch.int64, device=device)
-        self._entropy = torch.zeros(shape[0], dtype=torch.float64, device=device)
-        self._routed_steps = 0
+        self._loads = Loads(self.model.moe_layers, device)
 
     @property
     def routing_every(self) -> int:
@@ -67,17 +75,32 @@ class Run:
         """Seconds that a training step takes, the fastest of ``steps``. They learn nothing and leave no trace.
 
         Kernels are chosen, memory is found and ``torch.compile`` compiles in the first step: that is no training time.
+
+        Raises:
+            UsageError: a preset's layer cannot take these batches.
         """
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]  # a selection bias is one
         times = []
         for _ in range(steps):
             start = self._clock()
-            self._update(0, rate=0.0)
+            try:
+                self._update(0, rate=0.0)
+            except ValueError as error:
+                if self.settings.preset is None:
+                    raise
+                raise UsageError(f"--preset {self.settings.preset}: {error}") from error
             times.append(self._clock() - start)
-        self.optimizer = _optimizer(self.model, self.settings)  # without the moments of those steps
+        self.optimizer = optimizer(self.model, self.settings)  # without the moments of those steps
+        dmoe.update_selection_bias(self.model)  # takes with it the loads that were counted
+        for buffer, before in buffers:
+            buffer.copy_(before)
         return min(times)
 
-    def advance(self, target: int, bar: tqdm, should_stop: Callable[[], bool]) -> None:
-        """Trains up to step ``target`` and measures there, or returns early, between two steps, when asked to stop."""
+    def advance(self, target: int, bar: tqdm, should_stop: Callable[[], bool], *, tell: bool = True) -> None:
+        """Trains up to step ``target`` and measures there, or returns early, between two steps, when asked to stop.
+
+        ``tell``: whether to write a line about what was measured.
+        """
         while self.step < target and not should_stop():
             start = self._clock()
             first = self.step
@@ -95,15 +118,20 @@ class Run:
             self._loss_steps = 0
             point = {"step": self.step, "seconds": self.seconds, "held_out_bpb": self.evaluate(), "train_bpb": bits}
             self.curve.append(point)
-            if self.ranks.first:
+            if tell and self.ranks.first:
                 bar.write(
                     f"{self.name:>5}  step {self.step:5d}  {self.seconds:6.1f} s  "
                     f"held-out {point['held_out_bpb']:.4f}  train {bits:.4f} bits per byte"
                 )
 
-    def evaluate(self) -> float:
-        """Bits per byte on the held-out text: the mean over its windows of -log2 p(next byte)."""
+    def evaluate(self, loads: Loads | None = None) -> float:
+        """Bits per byte on the held-out text: the mean over its windows of -log2 p(next byte).
+
+        Args:
+            loads: counts what the experts of the model do on it.
+        """
         self.model.eval()
+        _seed(self.settings.seed, "evaluation")  # some drop at random, whatever the mode
         nats = torch.zeros((), dtype=torch.float64, device=self.device)
         count = 0
         s = self.settings
@@ -111,9 +139,12 @@ class Run:
         with torch.inference_mode():
             for inputs, targets in batches:
                 rows, counted = self.ranks.rows(len(inputs))
-                loss = self._cross_entropy(self.model, inputs[rows], targets[rows])
+                logits = self._logits(self.model, self._to_device(inputs[rows]))
+                loss = _cross_entropy(logits, self._to_device(targets[rows]))
                 nats += loss * (counted * targets.shape[1])
                 count += targets.numel()
+                if loads is not None:
+                    loads.add(counted / len(inputs))
         self.model.train()
         return float(self.ranks.sum(nats)) / count / math.log(2)
 
@@ -132,9 +163,7 @@ class Run:
             "sums": {
                 "loss": self.ranks.sum(self._loss_sum),
                 "loss_steps": self._loss_steps,
-                "load": self.ranks.sum(self._load),
-                "entropy": self.ranks.sum(self._entropy),
-                "routed_steps": self._routed_steps,
+                **self._loads.state_dict(self.ranks),
             },
         }
 
@@ -149,12 +178,12 @@ class Run:
         sums = state["sums"]
         if self.ranks.first:
             self._loss_sum.copy_(sums["loss"])
-            self._load.copy_(sums["load"])
-            self._entropy.copy_(sums["entropy"])
-        self._loss_steps, self._routed_steps = sums["loss_steps"], sums["routed_steps"]
+        self._loss_steps = sums["loss_steps"]
+        self._loads.load_state_dict(sums, self.ranks)
 
     def _train_step(self) -> None:
         self._loss_sum += self._update(self.step, learning_rate(self.step, self.settings))
+        dmoe.update_selection_bias(self.model)
         self._loss_steps += 1
         self.step += 1
         self._record_routing()
@@ -166,8 +195,19 @@ class Run:
         _seed(s.seed, f"step {step}")
         inputs, targets = training_batch(self.corpus, seed=s.seed, step=step, batch=s.batch, seq_len=s.seq_len)
         rows, counted = self.ranks.rows(s.batch)
-        task_loss = self._cross_entropy(self.trained, inputs[rows], targets[rows]) * (counted / s.batch)
-        loss = task_loss * self.ranks.count  # the ranks' gradients are averaged, and these are to be added
+        inputs, targets = self._to_device(inputs[rows]), self._to_device(targets[rows])
+        logits = self._logits(self.trained, inputs)
+        share = counted / s.batch
+        task_loss = _cross_entropy(logits, targets) * share
+        loss = task_loss
+        if self.teacher is not None and self.teacher.present and s.taught(step):
+            loss = loss + share * dmoe.losses.distillation_loss(
+                logits,
+                self.teacher.logits(inputs, self._autocast()),
+                temperature=s.kd_temperature,
+                coefficient=s.kd_coefficient,
+            )
+        loss = loss * self.ranks.count  # the ranks' gradients are averaged, and these are to be added
         loss = loss + dmoe.aux_loss(self.model) if self.model.moe_layers else loss
         loss.backward()
         self.ranks.clip(self.model, s.clip)
@@ -177,11 +217,9 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         return task_loss.detach()
 
-    def _cross_entropy(self, model: torch.nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-        inputs, targets = self._to_device(inputs), self._to_device(targets)
+    def _logits(self, model: torch.nn.Module, inputs: Tensor) -> Tensor:
         with self._autocast():
-            logits = model(inputs)
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+            return model(inputs)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         """On a GPU from pinned memory: a copy from any other makes the host wait until all work before it is done."""
@@ -195,24 +233,12 @@ class Run:
         return nullcontext()
 
     def _record_routing(self) -> None:
-        layers = self.model.moe_layers
-        if not layers:
+        if not self.model.moe_layers:
             return
-        share = self.ranks.rows(self.settings.batch)[1] / self.settings.batch
-        for index, layer in enumerate(layers):
-            metrics = layer.last_metrics
-            if metrics is None:
-                raise RuntimeError(f"layer {index} kept no metrics of a training step")
-            self._load[index] += metrics.tokens_per_expert
-            self._entropy[index] += metrics.entropy * share
-        self._routed_steps += 1
-        if self._routed_steps == self.routing_every:
-            load, entropy = self.ranks.sum(self._load), self.ranks.sum(self._entropy) / self._routed_steps
-            load = load / load.sum(dim=1, keepdim=True) * self.settings.experts
-            self.routing.append({"step": self.step, "load": load.tolist(), "entropy": entropy.tolist()})
-            self._load.zero_()
-            self._entropy.zero_()
-            self._routed_steps = 0
+        self._loads.add(self.ranks.rows(self.settings.batch)[1] / self.settings.batch)
+        if self._loads.forwards == self.routing_every:
+            self.routing.append({"step": self.step, **self._loads.told(self.ranks)})
+            self._loads.clear()
 
     def _show(self, bar: tqdm, loss: float, steps: int) -> None:
         shown = {
@@ -220,11 +246,12 @@ class Run:
             "bits/byte": f"{loss / math.log(2):.3f}",
             "bytes/s": f"{self.step * self.settings.batch * self.settings.seq_len / self.seconds:,.0f}",
         }
-        layers = self.model.moe_layers
-        if layers and layers[0].last_metrics is not None:
-            loads = torch.stack([layer.last_metrics.tokens_per_expert for layer in layers if layer.last_metrics])
-            loads = self.ranks.sum(loads)
-            shown["busiest expert"] = f"{float((loads.amax(dim=1) / loads.float().mean(dim=1)).max()):.1f}x mean"
+        last = [layer.last_metrics for layer in self.model.moe_layers]
+        loads = [metrics.tokens_per_expert for metrics in last if metrics is not None]
+        if loads:
+            of_all = self.ranks.sum(torch.cat(loads)).split([len(load) for load in loads])
+            busiest = max(float(relative(load).max()) for load in of_all)
+            shown["busiest expert"] = f"{busiest:.1f}x mean"
         bar.set_description(f"{self.name:>5}", refresh=False)
         bar.set_postfix(shown, refresh=False)
         bar.update(steps)
@@ -261,35 +288,8 @@ def train(runs: Sequence[Run], on_turn: Callable[[], None], should_stop: Callabl
             on_turn()
 
 
-def learning_rate(step: int, settings: Settings) -> float:
-    """The rate of step ``step``, counted from 0: linear warm-up, then a cosine down to a tenth of the peak."""
-    s = settings
-    warmup = min(s.warmup, s.steps)
-    if step < warmup:
-        return s.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, s.steps - warmup)
-    return s.lr * (FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * progress)) / 2)
-
-
-def _optimizer(model: ByteLM, settings: Settings) -> torch.optim.AdamW:
-    """AdamW; norms and the embedding are not decayed, and experts learn at ``sqrt(top_k / experts)`` times the rate.
-
-    An expert sees that share, ``top_k / experts``, of a batch. Adam's rate goes with the square root of the batch
-    (Malladi et al. 2022, "On the SDEs and Scaling Rules for Adaptive Gradient Algorithms"): at the rate which suits
-    weights that see every byte, experts would follow the noise of the few bytes that came to them.
-    """
-    whole: dict[str, Any] = {"params": [], "scale": 1.0}
-    plain: dict[str, Any] = {"params": [], "scale": 1.0, "weight_decay": 0.0}
-    experts: dict[str, Any] = {"params": [], "scale": math.sqrt(settings.top_k / settings.experts)}
-    for parameter in model.parameters():
-        if dmoe.is_expert_param(parameter):
-            experts["params"].append(parameter)
-        elif parameter.ndim < 2 or parameter is model.embedding.weight:
-            plain["params"].append(parameter)
-        else:
-            whole["params"].append(parameter)
-    groups = [group for group in (whole, plain, experts) if group["params"]]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), weight_decay=settings.weight_decay, fused=True)
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
 def _seed(seed: int, purpose: str) -> None:

@@ -443,3 +443,19 @@ def test_gmm_writes_into_an_output_and_names_what_does_not_fit():
     grouped_gemm_util.assert_grouped_gemm_is_available()
     assert grouped_gemm_util.ops is grouped_gemm.ops
     assert grouped_gemm_util.backend is grouped_gemm.backend
+
+
+@pytest.mark.parametrize("function", [grouped_gemm.ops.sinkhorn_kernel, grouped_gemm.backend.sinkhorn])
+def test_sinkhorn(function):
+    """The formula of Megatron that the fork's kernel is tested against."""
+    cost = torch.rand(48, 5, generator=torch.Generator().manual_seed(0)) * 6
+    given, matrix, columns, error = cost.clone(), cost.double().exp(), torch.ones(5, dtype=torch.float64), 1.0
+    while error > 0.1:
+        rows = 1 / (48 * (matrix @ columns))
+        before, columns = columns, 1 / (5 * (rows @ matrix))
+        error = float((before - columns).abs().mean())
+    expected = (rows[:, None] * matrix * columns).float()
+    torch.testing.assert_close(function(cost, 0.1), expected)
+    assert torch.equal(cost, given)
+    uneven = [float((each.sum(1) * 48 - 1).abs().max()) for each in (expected, function(cost))]
+    assert uneven[1] < 0.01 < uneven[0]

@@ -4,67 +4,22 @@ import dataclasses
 import json
 import math
 import os
-import random
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+import train_lm
 from helpers import written_to_stderr
+from lm import checkpoint, report
+from lm.data import Corpus, held_out_batches, load_corpus, training_batch
+from lm.generate import generate
+from lm.model import ByteLM, DenseFFN, count_parameters
+from lm.settings import Settings, UsageError
+from lm.training import Run, learning_rate, train
+from lm_cases import CPU, EXAMPLES, TINY, command_line, never
 from patience import PATIENCE
-
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-import train_lm  # noqa: E402
-from lm import checkpoint, report  # noqa: E402
-from lm.data import Corpus, held_out_batches, load_corpus, training_batch  # noqa: E402
-from lm.generate import generate  # noqa: E402
-from lm.model import ByteLM, DenseFFN, count_parameters  # noqa: E402
-from lm.settings import Settings, UsageError  # noqa: E402
-from lm.training import Run, learning_rate, train  # noqa: E402
-
-TINY = Settings(
-    layers=2, hidden=16, heads=2, ffn=8, experts=4, top_k=2, batch=2, seq_len=16, steps=6, warmup=2, eval_every=4,
-    eval_bytes=128, dtype="float32", compare_dense=True,
-)  # fmt: skip
-CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def text(tmp_path):
-    """A file of some thousand words, which a model can learn something of in a few steps."""
-    words = ["def", "return", "expert", "token", "self", "=", "(", ")", "\n"]
-    path = tmp_path / "text.txt"
-    path.write_text(" ".join(random.Random(0).choices(words, k=4000)))
-    return path
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Steps this small gain nothing from a second thread, and lose much to it where the cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def corpus(text):
-    return load_corpus([str(text)], max_bytes=1_000_000, seq_len=TINY.seq_len)
-
-
-def command_line(text: Path, out: Path, *more: str) -> list[str]:
-    flags = "--layers 2 --hidden 16 --heads 2 --ffn 8 --experts 4 --top-k 2 --batch 4 --seq-len 32 --lr 0.01 --warmup 2"
-    return [*flags.split(), "--eval-bytes", "512", "--dtype", "float32", "--device", "cpu",
-            "--data", str(text), "--out", str(out), *more]  # fmt: skip
-
-
-def never() -> bool:
-    return False
-
 
 # ---------------------------------------------------------------------------------------------------------- the whole
 
@@ -223,7 +178,7 @@ def test_the_dense_twin_multiplies_as_much(experts, top_k, ffn):
     assert not any(isinstance(module, DenseFFN) for module in mixture.modules())
     assert len(mixture.moe_layers) == settings.layers
     assert not twin.moe_layers
-    moe, dense = count_parameters(mixture, settings), count_parameters(twin, settings)
+    moe, dense = count_parameters(mixture), count_parameters(twin)
     ffn_weights = settings.layers * 3 * settings.hidden * ffn  # gate, up, down
     assert moe["active_ffn"] == dense["active_ffn"] == ffn_weights * top_k
     assert moe["router"] == settings.layers * experts * settings.hidden

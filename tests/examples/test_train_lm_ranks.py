@@ -75,7 +75,7 @@ def test_ranks_train_as_one_process_does(ranks, text, alone, tmp_path, expert_pa
             assert result["experts here"] == {4 // expert_parallel}
         else:  # cut further over replicas: in all, each rank has a quarter of everything
             assert result["numbers here"] == result["sizes"]["total"] // 4
-        assert result["sizes"] == count_parameters(expected.model, SETTINGS)
+        assert result["sizes"] == count_parameters(expected.model)
         assert result["text"] == said
         close_curves(result["curves"][0], expected.curve)
         assert [entry["step"] for entry in result["routing"]] == list(range(1, 9))
@@ -84,6 +84,37 @@ def test_ranks_train_as_one_process_does(ranks, text, alone, tmp_path, expert_pa
                 assert_close(torch.tensor(entry[name]), torch.tensor(other[name]), rtol=0, atol=1e-5)
     for name, value in expected.model.state_dict().items():
         assert_close(saved["model"][name], value, rtol=0, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize(("expert_parallel", "parallel"), [(2, "ddp"), (4, "ddp"), (2, "fsdp2")])
+def test_a_taught_pyramid_on_ranks_is_that_of_one_process(ranks, text, alone, tmp_path, expert_parallel, parallel):
+    """DeepSeek-V3's layers, whose bias counts loads over all ranks, beside dense FFNs, with a teacher; resumed."""
+    _, halfway = alone
+    school = tmp_path / "teacher"
+    school.mkdir()
+    content = checkpoint.load(halfway)
+    content["settings"]["steps"] = 5
+    torch.save(content, school / checkpoint.FILE)
+    settings = dataclasses.replace(
+        SETTINGS, preset="deepseek_v3", balance=None, experts=(4, 8), residual=True, batch=8, teacher=str(school),
+        kd_stop=6,
+    )  # fmt: skip
+    _, (expected,) = jobs.runs_of(settings, text)
+    train([expected], lambda: None, lambda: False)
+    out = tmp_path / "out"
+    out.mkdir()
+    fields = dataclasses.asdict(settings)
+    ranks.run(jobs.train_lm, fields, text, expert_parallel, str(out), 5, False, parallel)
+    results = ranks.run(jobs.train_lm, fields, text, expert_parallel, str(out), None, True, parallel)
+    saved = checkpoint.load(out)
+    assert saved["teacher"] == expected.teacher.facts
+    for result in results:
+        assert result["sizes"] == count_parameters(expected.model)
+        close_curves(result["curves"][0], expected.curve)
+    for name, value in expected.model.state_dict().items():
+        assert_close(
+            saved["runs"]["moe"]["model"][name], value, rtol=0, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from strategies import routings
 
 import dmoe
 from dmoe.ops import _library
+from dmoe.ops.balanced_assignment import balanced_assignment
 from dmoe.ops.cumsum import exclusive_cumsum, exclusive_cumsum_ref, inclusive_cumsum, inclusive_cumsum_ref
 from dmoe.ops.gate_weights import gate_weights, gate_weights_backward_ref, gate_weights_ref
 from dmoe.ops.grouped_gemm import grouped_gemm, grouped_gemm_ref, grouped_gemm_weight, grouped_gemm_weight_ref
@@ -210,6 +211,13 @@ def test_topk_indices(dtype, experts, k):
     scores[6, experts // 2], scores[7, 0] = float("-inf"), float("inf")
     scores[8, ::2] = -0.0
     assert_equal_bits("topk_indices", topk_indices(there(scores), k), topk_indices_ref(scores, k))
+
+
+def test_balanced_assignment_is_the_hosts():
+    scores = integers((600, 12), torch.int64, -7, 7).float()
+    got = balanced_assignment(there(scores))
+    assert got.device == there(scores).device
+    assert_equal_bits("balanced_assignment", got, balanced_assignment(scores))
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

@@ -75,7 +75,7 @@ PUBLISHED = {
     "tutel": {"top_k": 1, "capacity_formula": "floor_per_choice", "router_dtype": "input"},
     "swin_moe": {"frozen_down_bias": True, "activation_dropout": 0.1, "drop_order": "batch_prioritized"},
     "deepspeed": {"drop_order": "random", "min_capacity": 4, "capacity_formula": "ceil_float32", "bias": "expert"},
-    "pr_moe": {"num_experts": 32, "shared_ffn_hidden_size": 4096, "init_std": 0.014},
+    "pr_moe": {"num_experts": 32, "shared_ffn_hidden_size": None, "init_std": 0.014, "drop_order": "random"},
     "nllb": {"num_experts": 128, "normalize_when": "after_drop", "expert_grad_scale": "sqrt_world_size"},
     "mixtral": {"ffn_hidden_size": 14336, "num_experts": 8, "top_k": 2, "softmax_order": "after_topk"},
     "olmoe": {"num_experts": 64, "top_k": 8, "gate_normalization": None, "capacity_factor": None},
@@ -158,7 +158,7 @@ def test_named_variants():
     assert presets.gshard(token_groups=4, second_expert="all").router == TopK()
     assert presets.gshard(token_groups=4).token_groups == 4
     second = presets.deepspeed(top_k=2)
-    assert second.router == TopK(second_expert="sampling", noise_in_eval=True)
+    assert second.router == TopK(second_expert="sampling", noise_in_eval=True, masked_tokens="unrouted")
     assert (second.drop_order, second.normalize_when, second.gate_normalization) == ("choice_major", "after_drop", 1.0)
     assert presets.deepspeed(top_k=3).drop_order == "gate_weight"
     assert presets.deepspeed(top_k=2, drop_tokens=False).dropless
@@ -168,6 +168,37 @@ def test_named_variants():
         2048, 1408, 64, shared_ffn_hidden_size=2816, num_groups=1, top_k_groups=None, gate_scale=1
     )
     assert (lite.num_experts, lite.top_k, lite.num_groups) == (64, 6, 1)
+
+
+def test_pr_moe_is_the_half_of_a_residual_layer():
+    moe = MoE(presets.pr_moe(16, 24, 4))
+    layer = dmoe.ResidualMoE(
+        moe, torch.nn.Sequential(torch.nn.Linear(16, 24), torch.nn.GELU(), torch.nn.Linear(24, 16))
+    )
+    x = torch.randn(2, 8, 16)
+    layer(x).sum().backward()
+    assert layer.coefficient.weight.grad.any()
+    assert moe.router.weight.grad.any()
+
+
+@pytest.mark.parametrize("name", ["deepspeed", "pr_moe", "nllb"])
+def test_padding_of_fairseq_and_deepspeed_counts_in_the_mean_probability(name):
+    torch.manual_seed(0)
+    layer = MoE(presets.get(name, **SMALL))
+    x, mask = torch.randn(4, 16, 16), torch.ones(4, 16, dtype=torch.bool)
+    mask[:, 10:] = False
+    layer(x, token_mask=mask)
+    probs = torch.softmax(layer.router.logits(x.view(-1, 16)), 1)
+    first = torch.bincount(probs.argmax(1)[mask.flatten()], minlength=16)
+    expected = 16 * (first / 64 * probs.mean(0)).sum() * 0.01
+    torch.testing.assert_close(dmoe.aux_loss(layer), expected)
+
+
+def test_expert_choice_rounds_as_flaxformer_does():
+    for tokens, taken in [(88, 1), (152, 2), (160, 2), (224, 4)]:  # T / 64: 1.375, 2.375, 2.5 (half to even), 3.5
+        layer = MoE(presets.expert_choice(hidden_size=8, ffn_hidden_size=8))
+        layer(torch.randn(tokens, 8))
+        assert layer.last_metrics.kept_per_expert.tolist() == [taken] * 64
 
 
 def test_overrides_are_any_field_and_what_they_replace_gives_way():

@@ -13,7 +13,7 @@ from rank_jobs import plain
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
-from lm import checkpoint
+from lm import checkpoint, teacher
 from lm.data import load_corpus
 from lm.generate import generate
 from lm.model import count_parameters
@@ -27,7 +27,8 @@ CPU = torch.device("cpu")
 def runs_of(settings, text, ranks=ALONE):
     corpus = load_corpus([text], 1_000_000, settings.seq_len)
     names = ["moe", "dense"] if settings.compare_dense else ["moe"]
-    return corpus, [Run(name, settings, corpus, CPU, ranks) for name in names]
+    taught_by = teacher.load(settings.teacher, settings, CPU) if settings.teacher else None
+    return corpus, [Run(name, settings, corpus, CPU, ranks, taught_by) for name in names]
 
 
 def train_lm(group, fields, text, expert_parallel, folder, stop_at=None, resume=False, parallel="ddp"):
@@ -53,7 +54,7 @@ def train_lm(group, fields, text, expert_parallel, folder, stop_at=None, resume=
         "steps": [run.step for run in runs],
         "curves": [run.curve for run in runs],
         "routing": runs[0].routing,
-        "sizes": count_parameters(runs[0].model, settings),
+        "sizes": count_parameters(runs[0].model),
         "text": "".join(generate(runs[0], "def", length=20)),
         "numbers here": sum(plain(value).numel() for value in runs[0].model.state_dict().values()),
         "experts here": {runs[0].model.get_parameter(name).shape[0] for name in experts},

@@ -241,6 +241,12 @@ def integers(dtype):
     return [sorted_keys, order, ops.histogram(keys, 64), ops.inclusive_cumsum(keys, 0), *plan]
 
 
+@case
+def assignment(dtype):
+    scores = random(TOKENS * 4 // EXPERTS * EXPERTS, EXPERTS, dtype=dtype)
+    return [ops.balanced_assignment(scores), ops.balanced_assignment(scores.round())]  # the second is full of ties
+
+
 def layer(dtype, **fields):
     torch.manual_seed(0)
     config = {"hidden_size": HIDDEN, "ffn_hidden_size": 72, "num_experts": 8, "top_k": 2, "init_std": 0.3}

@@ -1,4 +1,4 @@
-"""The names of ``grouped_gemm`` on dmoe's operations: ``gmm``, and its fork's ``permute`` and ``unpermute``."""
+"""The names of ``grouped_gemm`` on dmoe's operations: ``gmm``, and what its fork adds."""
 
 from dmoe.compat.grouped_gemm import backend, ops
 

@@ -1,4 +1,4 @@
-"""``gmm`` with all of its transpositions, and with an output to write into."""
+"""``gmm`` with all of its transpositions, and with an output to write into; ``sinkhorn`` of the package's fork."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 from dmoe.compat._not_offered import attributes_of
 from dmoe.ops.cumsum import inclusive_cumsum
 from dmoe.ops.grouped_gemm import grouped_gemm, grouped_gemm_weight
+from dmoe.ops.sinkhorn import sinkhorn as _sinkhorn
 
 __getattr__ = attributes_of(__name__)
 
@@ -58,3 +59,21 @@ def gmm(
         )
     with torch.no_grad():
         return c.copy_(out)
+
+
+def sinkhorn(cost: Tensor, tol: float = 0.0001) -> Tensor:
+    """``exp(cost)`` with rows and columns scaled in turn until each has its even share; see :mod:`dmoe.ops.sinkhorn`.
+
+    At most 200 times. The fork's kernel writes over ``cost``; here it stays as it is.
+
+    Args:
+        cost: ``(T, E)`` floating point, on any device, of any size.
+        tol: enough is when the columns' factors change by less than this in the mean.
+
+    Returns:
+        ``(T, E)`` float32 (float64 for float64), without a gradient.
+
+    Raises:
+        ValueError: a cost of another shape or type.
+    """
+    return _sinkhorn(cost, tol)

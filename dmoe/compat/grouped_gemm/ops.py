@@ -1,4 +1,4 @@
-"""``gmm`` as models call it, and the ``permute`` and ``unpermute`` of the package's fork."""
+"""``gmm`` as models call it, and the ``permute``, ``unpermute`` and ``sinkhorn_kernel`` of the package's fork."""
 
 from __future__ import annotations
 
@@ -83,6 +83,11 @@ def unpermute(input_act: Tensor, row_id_map: Tensor, probs: Tensor | None = None
     token = torch.div(assignment, max(top_k, 1), rounding_mode="floor")
     slot = torch.where(assignment < 0, -1, assignment - token * top_k)
     return _unpermute(input_act, probs, token.int(), slot.int(), _token_offsets(tokens, top_k, device), rows.int())
+
+
+def sinkhorn_kernel(cost: Tensor, tol: float = 0.0001) -> Tensor:
+    """See :func:`dmoe.compat.grouped_gemm.backend.sinkhorn`."""
+    return backend.sinkhorn(cost, tol)
 
 
 def _token_offsets(tokens: int, top_k: int, device: torch.device) -> Tensor:
