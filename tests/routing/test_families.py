@@ -206,3 +206,13 @@ def test_inputs_that_a_family_cannot_take_are_one_sentence():
 def test_a_family_without_build_says_so():
     with pytest.raises(NotImplementedError, match="Nothing: expected a build method"):
         MoE(**SIZES, router=type("Nothing", (dmoe.routing.RouterFamily,), {})())
+
+
+@pytest.mark.parametrize("name", ["sequence", "expert_choice", "uniform", "hash"])
+def test_a_batch_of_no_sequence_has_no_group(name):
+    layer = layer_of(name, token_groups="sequence", capacity_factor=1.0)
+    x, ids = inputs()
+    for training in (True, False):
+        y, loss = run(layer.train(training), x[:0], ids[:0])
+        assert y.shape == (0, 8, 6)
+        assert loss == 0
