@@ -216,3 +216,32 @@ def test_a_batch_of_no_sequence_has_no_group(name):
         y, loss = run(layer.train(training), x[:0], ids[:0])
         assert y.shape == (0, 8, 6)
         assert loss == 0
+
+
+@pytest.mark.parametrize("name", ["hash", "hash, learned"])
+def test_a_table_is_there_without_being_saved(name):
+    layer = layer_of(name)
+    x, ids = inputs()
+    expected = run(layer, x, ids)[0]
+    blank = layer_of(name, seed=9).to("meta").to_empty(device="cpu")
+    blank.load_state_dict(layer.state_dict())
+    assert torch.equal(run(blank, x, ids)[0], expected)
+    with torch.device("meta"):
+        blank = MoE(layer.config)
+    blank.load_state_dict(layer.state_dict(), assign=True)
+    assert torch.equal(run(blank.double().float(), x, ids)[0], expected)
+
+
+@pytest.mark.parametrize("name", ["hash", "hash, learned"])
+def test_the_id_of_padding_may_be_any_number(name):
+    layer = layer_of(name)
+    x, ids = inputs()
+    mask = torch.rand(2, 8) < 0.6
+    expected = run(layer, x, ids, token_mask=mask)[0]
+    assert torch.equal(run(layer, x, ids.masked_fill(~mask, -100), token_mask=mask)[0], expected)
+
+
+def test_tables_may_be_numpy_arrays():
+    table = [[0, 1], [2, 3]]
+    assert Hash(table=torch.tensor(table).numpy()) == Hash(table=torch.tensor(table)) == Hash(table=table)
+    assert repr(Hash(frequencies=torch.tensor([3, 1]).numpy())) == repr(Hash(frequencies=[3, 1]))
