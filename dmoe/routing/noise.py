@@ -15,13 +15,20 @@ def gaussian(like: Tensor) -> Tensor:
 
 
 def gumbel(like: Tensor) -> Tensor:
-    """Gumbel(0, 1) numbers: the largest of ``logits + gumbel`` is a draw from their softmax (Gumbel 1954)."""
-    return -torch.empty_like(like).exponential_().log()
+    """Gumbel(0, 1) numbers: the largest of ``logits + gumbel`` is a draw from their softmax (Gumbel 1954).
+
+    In float32 at least, as :func:`uniform`: of the few numbers of bfloat16 many are equal, and ties are no chance.
+    """
+    return -torch.empty_like(like, dtype=_wide(like)).exponential_().log()
 
 
 def uniform(like: Tensor) -> Tensor:
-    """Numbers in [0, 1)."""
-    return torch.rand_like(like)
+    """Numbers in [0, 1), in float32 at least."""
+    return torch.rand_like(like, dtype=_wide(like))
+
+
+def _wide(like: Tensor) -> torch.dtype:
+    return torch.promote_types(like.dtype, torch.float32)
 
 
 def losses_of_noise(
