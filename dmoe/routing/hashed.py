@@ -64,6 +64,19 @@ class Hash(RouterFamily):
         """See :class:`dmoe.router_family.RouterFamily`."""
         return self.weights == "one"
 
+    @property
+    def unread(self) -> tuple[str, ...]:  # type: ignore[override]
+        """See :class:`dmoe.router_family.RouterFamily`."""
+        of_choice = ("selection_bias", "num_groups")
+        of_scores = ("score_function", "softmax_order", "gate_normalization", "router_bias", "input_jitter")
+        return of_choice if self.weights == "learned" else (*of_choice, *of_scores)
+
+    @property
+    def lacks_losses(self) -> tuple[str, ...]:  # type: ignore[override]
+        """See :class:`dmoe.router_family.RouterFamily`."""
+        of_noise = ("importance", "load", "load_importance")
+        return of_noise if self.weights == "learned" else (*of_noise, "z")
+
     def _check_fields(self) -> None:
         vocab = self.vocab_size
         self.require(vocab is None or vocab >= 1, "vocab_size", "at least 1, or None")

@@ -170,6 +170,30 @@ BAD = [
         lambda: MoEConfig(**SMALL, router="sinkhorn", allow_future_leak=True, score_function="sigmoid"),
         "MoEConfig: score_function: expected 'softmax' with router='sinkhorn'",
     ),
+    (
+        lambda: MoEConfig(**SMALL, router="expert_choice", causal=False, drop_order="choice_major"),
+        "MoEConfig: drop_order: expected 'token_major' with router='expert_choice', which does not read it, got",
+    ),
+    (
+        lambda: MoEConfig(**SMALL, top_k=1, router="base", causal=False, gate_normalization=1.0),
+        "MoEConfig: gate_normalization: expected None with router='base', which does not read it, got 1.0",
+    ),
+    (
+        lambda: MoEConfig(**SMALL, top_k=1, router=Hash(vocab_size=9), score_function="sigmoid"),
+        "MoEConfig: score_function: expected 'softmax' with router='hash', which does not read it, got 'sigmoid'",
+    ),
+    (
+        lambda: MoEConfig(**SMALL, top_k=1, router=Hash(table=[0, 1], weights="learned"), selection_bias=True),
+        "MoEConfig: selection_bias: expected False with router='hash', which does not read it, got True",
+    ),
+    (
+        lambda: MoEConfig(**SMALL, router="sinkhorn", causal=False, losses={"load_importance": 0.5}),
+        "MoEConfig: losses: expected no 'load_importance' with router='sinkhorn', which has none, got 0.5",
+    ),
+    (
+        lambda: MoEConfig(**SMALL, top_k=1, router="base", causal=False, router_z_loss_coefficient=0.1),
+        "MoEConfig: losses: expected no 'z' with router='base', which has none, got 0.1",
+    ),
     (lambda: MoEConfig(**SMALL, router="cosine", router_bias=True), "router_bias: expected False with router='cosine'"),
 ]
 
