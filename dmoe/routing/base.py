@@ -18,7 +18,6 @@ from dmoe.ops.philox import draw_seed
 from dmoe.ops.router_logits import router_logits
 from dmoe.plan import RoutingPlan
 
-
 # Losses that `Routing.router_probs` are nothing to; any other may be a family's own, of these.
 _WITHOUT_PROBABILITIES = ("z", "importance", "load", "load_importance")
 

@@ -39,6 +39,7 @@ def losses_of_noise(
     noise_std: float,
     groups: int,
     token_mask: Tensor | None,
+    training: bool = True,
 ) -> dict[str, Tensor]:
     """``importance``, ``load`` and ``load_importance`` by name, as far as a config names them.
 
@@ -49,6 +50,8 @@ def losses_of_noise(
         noise_std: E times the standard deviation of the noise.
         groups: of consecutive tokens, each with losses of its own.
         token_mask: ``(T,)`` bool.
+        training: whether a mask that a loss does not know is an error; in evaluation, where nobody adds losses to
+            anything, that loss is left out.
     """
     found = {}
     if config.has_loss("importance"):
@@ -57,7 +60,7 @@ def losses_of_noise(
         found["importance"] = importance_loss(probs, groups, token_mask)
     if config.has_loss("load") and clean is not noisy:  # V-MoE has none without noise
         found["load"] = load_loss(clean, noisy, config.top_k, noise_std, groups, token_mask)
-    if config.has_loss("load_importance"):
+    if config.has_loss("load_importance") and (training or token_mask is None):
         if token_mask is not None:
             raise ValueError("MoE: token_mask: expected None with the loss 'load_importance', whose sums know no mask")
         found["load_importance"] = load_importance_loss(clean, noisy, config.top_k, noise_std)

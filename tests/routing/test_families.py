@@ -225,6 +225,7 @@ def test_inputs_that_a_family_cannot_take_are_one_sentence():
     layer = layer_of("tutel")
     with pytest.raises(ValueError, match="MoE: token_mask: expected None with the loss 'load_importance'"):
         layer(x, token_mask=ids > 3)
+    assert layer.eval()(x, token_mask=ids > 3).shape == x.shape
 
 
 def test_a_family_without_build_says_so():
