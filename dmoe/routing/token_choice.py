@@ -284,7 +284,9 @@ class TopKRouter(LinearRouter):
         first_choices: Tensor | None,
     ) -> dict[str, Tensor]:
         """The losses that are about noise, or about tokens that are only unrouted, as far as the config names them."""
-        found = losses_of_noise(self.config, clean, noisy, scores, self.options.noise_std, groups, token_mask)
+        found = losses_of_noise(
+            self.config, clean, noisy, scores, self.options.noise_std, groups, token_mask, self.training
+        )
         if self.reads_masked and self.config.has_loss("load_balancing") and first_choices is not None:
             found["load_balancing"] = gshard_loss(self._probabilities(scores), first_choices)
         return found
