@@ -107,6 +107,11 @@ def register(name: str) -> Callable[[_Class], _Class]:
     return named
 
 
+def registered() -> tuple[type[RouterFamily], ...]:
+    """Every family that has a name."""
+    return tuple(_BY_NAME.values())
+
+
 def family_of(router: str | RouterFamily) -> RouterFamily:
     """The family that a name, or the family itself, stands for.
 

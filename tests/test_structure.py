@@ -80,7 +80,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "parallel",
     },
     "model_tools": {"layer", "config", "parallel", "metrics"},
-    "checkpoint": {"layer", "config", "parallel"},
+    "checkpoint": {"layer", "config", "parallel", "router_family"},
     "known_activations": {"config"},
     "dense_ffn": {"config", "known_activations"},
     "find_ffn": {"layer", "dense_ffn"},

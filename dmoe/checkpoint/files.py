@@ -13,13 +13,15 @@ import torch
 
 from dmoe.checkpoint.together import finish_writing, write_together
 from dmoe.config import MoEConfig
+from dmoe.router_family import registered
 
 
 def read_file(path: str | os.PathLike[str], *, mapped: bool = False) -> dict[str, Any]:
     """A checkpoint, on the CPU.
 
-    Only plain data is loaded (``weights_only=True``), and :class:`dmoe.MoEConfig`. What a killed process had made valid
-    in the file's folder is put in place first: see :func:`dmoe.checkpoint.finish_writing`.
+    Only plain data is loaded (``weights_only=True``), and :class:`dmoe.MoEConfig` with a router of a registered family.
+    What a killed process had made valid in the file's folder is put in place first: see
+    :func:`dmoe.checkpoint.finish_writing`.
 
     Args:
         path: of the file.
@@ -35,7 +37,7 @@ def read_file(path: str | os.PathLike[str], *, mapped: bool = False) -> dict[str
     """
     finish_writing(Path(path).parent)
     try:
-        with torch.serialization.safe_globals([MoEConfig]):
+        with torch.serialization.safe_globals([MoEConfig, *registered()]):
             try:
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
             except RuntimeError as error:

@@ -15,6 +15,7 @@ from dmoe import MoE, MoEConfig
 from dmoe.checkpoint import inspect_state, merge_states, read_file, split_state, write_file
 from dmoe.checkpoint.__main__ import main
 from dmoe.checkpoint.files import in_rank_order
+from dmoe.routing import Hash, TopK
 
 H = 3
 
@@ -501,6 +502,15 @@ def test_a_file_may_hold_the_layers_config(tmp_path, capsys):
     again = read_file(tmp_path / "again.pt")
     assert again["config"] == module.config
     assert same(dict(again["model"]), dict(module.state_dict()))
+
+
+@pytest.mark.parametrize("router", ["cosine", Hash(table=[0, 1, 3]), TopK(noise_std=2.0)])
+def test_a_config_comes_back_with_its_router(router, tmp_path):
+    config = MoEConfig(hidden_size=8, ffn_hidden_size=8, num_experts=4, top_k=1, router=router, losses={"z": 0.1})
+    torch.save({"config": config}, tmp_path / "config.pt")
+    again = read_file(tmp_path / "config.pt")["config"]
+    assert again == config
+    assert MoE(again).config.coefficients == (("z", 0.1),)
 
 
 def test_an_old_file_is_read_too(tmp_path):

@@ -166,8 +166,7 @@ def test_expert_choice_sees_later_bytes_and_the_report_says_so(text, tmp_path):
 
 
 def test_the_dense_ffn_stands_in_place_of_a_presets_shared_expert():
-    assert moe_configs(of_preset("pr_moe"))[0].shared_ffn_hidden_size == 16
-    assert moe_configs(of_preset("pr_moe", residual=True))[0].shared_ffn_hidden_size is None
+    assert moe_configs(of_preset("deepseek_v2", residual=True))[0].shared_ffn_hidden_size is None
     assert moe_configs(of_preset("deepseek_v2"))[0].shared_ffn_hidden_size == 32  # twice an expert's width
 
 
