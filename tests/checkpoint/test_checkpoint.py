@@ -506,11 +506,12 @@ def test_a_file_may_hold_the_layers_config(tmp_path, capsys):
 
 @pytest.mark.parametrize("router", ["cosine", Hash(table=[0, 1, 3]), TopK(noise_std=2.0)])
 def test_a_config_comes_back_with_its_router(router, tmp_path):
-    config = MoEConfig(hidden_size=8, ffn_hidden_size=8, num_experts=4, top_k=1, router=router, losses={"z": 0.1})
+    losses = {} if isinstance(router, Hash) else {"z": 0.1}
+    config = MoEConfig(hidden_size=8, ffn_hidden_size=8, num_experts=4, top_k=1, router=router, losses=losses)
     torch.save({"config": config}, tmp_path / "config.pt")
     again = read_file(tmp_path / "config.pt")["config"]
     assert again == config
-    assert MoE(again).config.coefficients == (("z", 0.1),)
+    assert MoE(again).config.coefficients == tuple(losses.items())
 
 
 def test_an_old_file_is_read_too(tmp_path):
