@@ -64,6 +64,9 @@ def build_parser() -> argparse.ArgumentParser:
     for name in ("steps", "batch", "seq_len", "hidden", "ffn", "experts", "eval_bytes", "seed"):
         value = getattr(SIZES, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, metavar="N", help=f"[{value}]")
+    parser.add_argument(
+        "--threads", type=int, default=1, metavar="N", help="steps this small gain nothing from a second one [1]"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="[this folder; runs/presets with --only]")
     return parser
 
@@ -76,6 +79,7 @@ def _run(options: argparse.Namespace) -> int:
     sizes = dataclasses.replace(
         SIZES, data=tuple(options.data), steps=options.steps, warmup=every, eval_every=every, **given
     )
+    torch.set_num_threads(options.threads)
     corpus = load_corpus(sizes.data, sizes.data_bytes, sizes.seq_len)
     out = options.out or (Path("runs/presets") if options.only else HERE)
     out.mkdir(parents=True, exist_ok=True)
