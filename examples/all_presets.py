@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from lm import panels
 from lm.data import Corpus, load_corpus
-from lm.layers import moe_configs, sees_later_tokens
+from lm.layers import experts_of_a_token, moe_configs, sees_later_tokens
 from lm.loads import Loads
 from lm.model import count_parameters
 from lm.report import environment
@@ -101,9 +101,10 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def settings_of(name: str, sizes: Settings) -> Settings:
-    """A run with a preset's layer at these sizes."""
+    """A run with a preset's layer at these sizes; PR-MoE's with its dense FFN beside the experts."""
     published = dmoe.presets.NAMES[name]().top_k
-    return dataclasses.replace(sizes, preset=name, top_k=min(published, MOST_CHOICES, min(sizes.layer_experts)))
+    top_k = min(published, MOST_CHOICES, min(sizes.layer_experts))
+    return dataclasses.replace(sizes, preset=name, top_k=top_k, residual=name == "pr_moe")
 
 
 def failure(curve: Sequence[dict[str, float]]) -> str | None:
@@ -139,7 +140,8 @@ def _preset(name: str, sizes: Settings, corpus: Corpus, bar: tqdm) -> dict[str, 
     told = held_out.told(run.ranks)
     return {
         "failure": failure(run.curve),
-        "top_k": config.top_k,
+        "experts_of_a_token": experts_of_a_token(config),
+        "beside_them": "dense" if settings.residual else "shared" if config.shared_ffn_hidden_size else None,
         "router": repr(config.router),
         "held_out_sees_later_bytes": sees_later_tokens(config),
         **result,

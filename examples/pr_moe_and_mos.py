@@ -25,7 +25,7 @@ import train_lm
 from lm import checkpoint
 
 HERE = Path(__file__).resolve().parent
-SIZES = {"hidden": 96, "heads": 2, "ffn": 192, "top-k": 1, "batch": 12, "seq-len": 128}
+SIZES = {"hidden": 96, "heads": 2, "ffn": 192, "top-k": 1, "batch": 12, "seq-len": 128, "dtype": "float32"}
 TEACHER = {"layers": 4, "experts": "8,8,16,16"}
 STUDENT = {"layers": 3, "experts": "8,8,16"}
 STEPS = 1200

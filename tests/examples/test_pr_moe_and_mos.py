@@ -7,7 +7,7 @@ import pr_moe_and_mos
 import pytest
 from lm import checkpoint
 
-SMALL = "--hidden 16 --ffn 8 --batch 2 --seq-len 16 --eval-bytes 256 --dtype float32 --device cpu --lr 0.01"
+SMALL = "--hidden 16 --ffn 8 --batch 2 --seq-len 16 --eval-bytes 256 --device cpu --lr 0.01"
 
 
 def test_the_recipe_trains_a_teacher_and_its_students(text, tmp_path, capsys, monkeypatch):
