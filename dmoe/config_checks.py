@@ -77,8 +77,8 @@ def _check_router(c: MoEConfig) -> None:
     leaks = c.family.looks_ahead and c.causal and not c.allow_future_leak
     if leaks:
         raise ValueError(
-            "MoEConfig: router: expected 'top_k' in a causal model, because experts that pick tokens see later "
-            "ones; pass causal=False for an encoder, or allow_future_leak=True; got "
+            "MoEConfig: router: expected 'top_k' in a causal model, because where a token goes depends on later "
+            "ones here; pass causal=False for an encoder, or allow_future_leak=True; got "
             f"{c.family.name!r}"
         )
     if c.family.experts_choose:

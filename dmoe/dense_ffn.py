@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from dmoe.config import Activation
+from dmoe.known_activations import match_activation
 
 RECOGNISED = (
     "down(act(up(x))) or down(act(gate(x)) * up(x)), with biases or without, with nn.Dropout before or after down, act "
@@ -25,12 +26,6 @@ RECOGNISED = (
     "a whole nn.TransformerEncoderLayer or nn.TransformerDecoderLayer"
 )
 
-_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
-    "silu": nn.functional.silu,
-    "gelu": nn.functional.gelu,
-    "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
-    "relu": nn.functional.relu,
-}
 _TOKENS = 64  # enough values to tell gelu from its tanh form at any width
 
 
@@ -183,7 +178,7 @@ def read_ffn(module: nn.Module, *, ignore_functional_dropout: bool = False) -> D
         shapes = {name: _sizes(linear)[::-1] for name, linear in linears.items()}
         raise UnrecognisedFFNError(f"has linears whose widths (in, out) do not follow each other: {shapes}")
     first, second = (ups[0][2], ups[1][2]) if len(ups) == 2 else (ups[0][2][..., :width], ups[0][2][..., -width:])
-    activation, gate_first = _match_activation(down[1], first, second, gated)
+    activation, gate_first = match_activation(down[1], first, second, gated)
     gate, up = (ups[0], ups[1]) if len(ups) == 2 else (None, ups[0])
     if gate is not None and not gate_first:
         gate, up = up, gate
@@ -334,27 +329,6 @@ def _check_flow(trace: _Trace, linears: dict[str, nn.Module]) -> list[tuple[str,
             f"does not return the output of its last linear {name!r} as it is (a residual or a scale after it?)"
         )
     return trace.calls
-
-
-def _match_activation(observed: Tensor, first: Tensor, second: Tensor, gated: bool) -> tuple[Activation | None, bool]:
-    """The activation that leads to what the last linear saw, and whether ``first`` is under it; None if none does.
-
-    Tolerance: 2 ulp of the block's dtype, plus 32 float32 ulp of the largest value, for formulas that cancel in the
-    tail (the two gelus are 4e-4 apart). Of several the closest wins.
-    """
-    best: tuple[float, Activation | None, bool] = (float("inf"), None, True)
-    for name, function in _ACTIVATIONS.items():
-        for gate_first in (True, False) if gated else (True,):
-            gate, up = (first, second) if gate_first else (second, first)
-            expected = function(gate) * up if gated else function(gate)
-            error = (expected.to(observed.dtype).double() - observed.double()).abs()
-            bound = (
-                2 * torch.finfo(observed.dtype).eps * expected.abs()
-                + 32 * torch.finfo(torch.float32).eps * expected.abs().max()
-            )
-            if error.mean() < best[0] and bool((error <= bound).all()):
-                best = (float(error.mean()), name, gate_first)
-    return best[1], best[2]
 
 
 def _dropout_places(trace: _Trace, down: tuple[str, Tensor, Tensor]) -> tuple[float, float]:

@@ -175,7 +175,8 @@ class Experts(nn.Module):
         One seed is drawn from PyTorch's default generator. Values are as the config's ``init`` says, or normal with
         ``init_std`` and zero biases.
         """
-        if self.down_proj.is_meta or is_fake(self.down_proj):
+        one = next(self.parameters())
+        if one.is_meta or is_fake(one):
             return
         self.seed = int(torch.randint(2**62, (), device="cpu").item())  # whatever the default device is
         c = self.config

@@ -187,9 +187,11 @@ def load_importance_loss(router_logits: Tensor, noisy_logits: Tensor, top_k: int
         noise_std: E times the standard deviation of the noise; positive.
 
     Returns:
-        A scalar in float32 (float64 for float64), dimensionless.
+        A scalar in float32 (float64 for float64), dimensionless; 0 for a single expert.
     """
     wide = torch.promote_types(router_logits.dtype, torch.float32)
+    if router_logits.shape[1] == 1:  # whose variance is no number
+        return router_logits.sum(dtype=wide) * 0
     probs, noisy = torch.softmax(router_logits.to(wide), -1), noisy_logits.to(wide)
 
     def variation(total: Tensor) -> Tensor:

@@ -30,6 +30,8 @@ class RouterFamily:
             meant (``MoEConfig.causal``).
         weights_sum_to_1: gate weights of a token sum to 1, whatever its logits.
         most_choices: the largest K that the family can do; None for any.
+        unread: fields of the config that mean nothing here: any value but the default is refused.
+        lacks_losses: names of losses that there is nothing to compute of; a config that names one is refused.
     """
 
     name: ClassVar[str] = ""
@@ -37,6 +39,8 @@ class RouterFamily:
     looks_ahead: ClassVar[bool] = False
     weights_sum_to_1: ClassVar[bool] = False
     most_choices: ClassVar[int | None] = None
+    unread: ClassVar[tuple[str, ...]] = ()
+    lacks_losses: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         check_types(self, type(self).__name__)
@@ -57,6 +61,19 @@ class RouterFamily:
                 f"MoEConfig: top_k: expected at most {most} with router={self.name!r}, which sends a token to "
                 f"{most} expert{'s' if most > 1 else ''}, got {config.top_k}"
             )
+        for field in fields(config):
+            value = getattr(config, field.name)
+            if field.name in self.unread and value != field.default:
+                raise ValueError(
+                    f"MoEConfig: {field.name}: expected {field.default!r} with router={self.name!r}, which does not "
+                    f"read it, got {value!r}"
+                )
+        for name, coefficient in config.coefficients:
+            if name in self.lacks_losses:
+                raise ValueError(
+                    f"MoEConfig: losses: expected no {name!r} with router={self.name!r}, which has none, got "
+                    f"{coefficient}"
+                )
 
     def build(self, config: MoEConfig, *, ranks: Any = None, device: Any = None, dtype: Any = None) -> nn.Module:
         """The router: a module that keeps :class:`dmoe.routing.Router`.

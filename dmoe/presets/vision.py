@@ -72,7 +72,7 @@ def gmoe(hidden_size: int = 384, ffn_hidden_size: Width = 1536, num_experts: int
     Differs from the original:
         - The cosine router's projection begins as ``nn.Linear`` does; there as the vision transformer's linears.
         - Stochastic depth (0.1), and starting from a dense model's weights, are the model's.
-        - A ``token_mask`` is refused, since the load-importance loss knows none.
+        - A ``token_mask`` is refused in training, since the load-importance loss knows none.
     """
     published = {
         "hidden_size": hidden_size,
@@ -165,7 +165,7 @@ def swin_moe(
         - The cosine router's projection begins as ``nn.Linear`` does; there at N(0, 0.005).
         - The original leaves some parameters without weight decay (the experts' first bias, the cosine router's):
           that is the optimizer's.
-        - A ``token_mask`` is refused, since the load-importance loss knows none.
+        - A ``token_mask`` is refused in training, since the load-importance loss knows none.
     """
     noise: dict[str, Any] = {"logit_noise": "gaussian", "noise_std": 1.0}
     published = {

@@ -36,6 +36,10 @@ class Base(RouterFamily):
 
     looks_ahead: ClassVar[bool] = True
     most_choices: ClassVar[int | None] = 1
+    unread: ClassVar[tuple[str, ...]] = (
+        "score_function", "softmax_order", "gate_normalization", "selection_bias", "num_groups",
+    )  # fmt: skip
+    lacks_losses: ClassVar[tuple[str, ...]] = ("z", "importance", "load", "load_importance")
 
     over: Literal["local", "group"] = "local"
 

@@ -18,6 +18,9 @@ from dmoe.ops.philox import draw_seed
 from dmoe.ops.router_logits import router_logits
 from dmoe.plan import RoutingPlan
 
+# Losses that `Routing.router_probs` are nothing to; any other may be a family's own, of these.
+_WITHOUT_PROBABILITIES = ("z", "importance", "load", "load_importance")
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -136,8 +139,8 @@ class LinearRouter(Float32Buffers):
         """Scores as a distribution over experts: what the balance loss compares with the load (DeepSeek-V3, eq. 18)."""
         if self.score_function == "softmax":
             return scores
-        if not self.config.has_loss("load_balancing", "sequence", "global"):  # only metrics read them: nothing to save
-            scores = scores.detach()
+        if all(name in _WITHOUT_PROBABILITIES for name, _ in self.config.coefficients):
+            scores = scores.detach()  # only metrics read them: nothing to save
         return scores / (scores.sum(-1, keepdim=True) + torch.finfo(scores.dtype).tiny)
 
     def update_selection_bias(self) -> None:

@@ -26,6 +26,8 @@ class ExpertChoice(RouterFamily):
 
     experts_choose: ClassVar[bool] = True
     looks_ahead: ClassVar[bool] = True
+    unread: ClassVar[tuple[str, ...]] = ("softmax_order", "normalize_when", "drop_order")
+    lacks_losses: ClassVar[tuple[str, ...]] = ("importance", "load", "load_importance")
 
     def build(self, config: MoEConfig, *, ranks: Any = None, device: Any = None, dtype: Any = None) -> nn.Module:
         """See :class:`dmoe.router_family.RouterFamily`."""

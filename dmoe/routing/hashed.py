@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -43,7 +43,7 @@ class Hash(RouterFamily):
     def __post_init__(self) -> None:
         for name in ("frequencies", "table"):
             given = getattr(self, name)
-            if isinstance(given, Tensor):
+            if hasattr(given, "tolist"):  # a tensor, or NumPy's
                 given = given.tolist()
             if given is not None:
                 rows = tuple(tuple(row) if isinstance(row, Sequence) else row for row in given)
@@ -63,6 +63,19 @@ class Hash(RouterFamily):
     def weights_sum_to_1(self) -> bool:  # type: ignore[override]
         """See :class:`dmoe.router_family.RouterFamily`."""
         return self.weights == "one"
+
+    @property
+    def unread(self) -> tuple[str, ...]:  # type: ignore[override]
+        """See :class:`dmoe.router_family.RouterFamily`."""
+        of_choice = ("selection_bias", "num_groups")
+        of_scores = ("score_function", "softmax_order", "gate_normalization", "router_bias", "input_jitter")
+        return of_choice if self.weights == "learned" else (*of_choice, *of_scores)
+
+    @property
+    def lacks_losses(self) -> tuple[str, ...]:  # type: ignore[override]
+        """See :class:`dmoe.router_family.RouterFamily`."""
+        of_noise = ("importance", "load", "load_importance")
+        return of_noise if self.weights == "learned" else (*of_noise, "z")
 
     def _check_fields(self) -> None:
         vocab = self.vocab_size
@@ -118,28 +131,36 @@ class Hash(RouterFamily):
 
 
 class _Table(nn.Module):
-    """The table on the layer's device; not saved, since the config says it."""
+    """The table, where it is needed; not saved, since the config says it.
+
+    No buffer: ``to_empty`` would leave it unwritten, and nothing that is loaded afterwards would put it right.
+    """
 
     def __init__(self, family: Hash, num_experts: int, device: Any) -> None:
         super().__init__()
-        self.family, self.num_experts = family, num_experts
-        experts = family.experts_of_ids(num_experts)
-        self.register_buffer("experts", experts.to(device) if device is not None else experts, persistent=False)
+        self.experts = family.experts_of_ids(num_experts)
+        if device is not None:
+            self._follow(torch.device(device))
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """The table again, as after ``to_empty``."""
-        assert isinstance(self.experts, Tensor)
-        self.experts.copy_(self.family.experts_of_ids(self.num_experts))
+    def _follow(self, device: torch.device) -> None:
+        if device != self.experts.device and device.type != "meta":
+            self.experts = self.experts.to(device)
 
-    def forward(self, token_ids: Tensor | None) -> Tensor:
-        """``(T,)`` ids to ``(T, K)`` experts."""
-        assert isinstance(self.experts, Tensor)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Table:
+        super()._apply(fn, recurse)
+        self._follow(fn(self.experts).device)
+        return self
+
+    def forward(self, token_ids: Tensor | None, token_mask: Tensor | None) -> Tensor:
+        """``(T,)`` ids to ``(T, K)`` experts; ids that ``token_mask`` leaves out may be any number."""
         if token_ids is None:
             raise ValueError(
                 "MoE: token_ids: expected the ids of the tokens, which router='hash' goes by, got none: call the layer "
                 "as layer(x, token_ids=ids)"
             )
+        if token_mask is not None:
+            token_ids = token_ids.masked_fill(~token_mask, 0)
+        self._follow(token_ids.device)
         if token_ids.device.type == "cpu" and not torch.compiler.is_compiling() and token_ids.numel():
             low, high = token_ids.min().item(), token_ids.max().item()
             if low < 0 or high >= len(self.experts):
@@ -147,7 +168,7 @@ class _Table(nn.Module):
                     f"MoE: token_ids: expected ids in [0, {len(self.experts)}), the table of router='hash', got "
                     f"{low} to {high}"
                 )
-        return self.experts[token_ids.long()]
+        return self.experts.to(token_ids.device)[token_ids.long()]
 
 
 class HashRouter(nn.Module):
@@ -175,7 +196,7 @@ class HashRouter(nn.Module):
         Raises:
             ValueError: no ``token_ids`` (and no indices to replay), or, on the CPU, ids that the table does not have.
         """
-        chosen = self.table(token_ids) if expert_indices is None else expert_indices
+        chosen = self.table(token_ids, token_mask) if expert_indices is None else expert_indices
         if token_mask is not None:
             chosen = chosen.masked_fill(~token_mask.unsqueeze(1), self.config.num_experts)
         top_k = self.config.top_k
@@ -208,5 +229,5 @@ class LearnedHashRouter(TopKRouter):
         num_sequences: int = 1,
     ) -> Routing:
         """Route ``(T, H)``; see :class:`HashRouter`."""
-        chosen = self.table(token_ids) if expert_indices is None else expert_indices
+        chosen = self.table(token_ids, token_mask) if expert_indices is None else expert_indices
         return super().forward(x, token_mask=token_mask, expert_indices=chosen, num_sequences=num_sequences)

@@ -15,13 +15,20 @@ def gaussian(like: Tensor) -> Tensor:
 
 
 def gumbel(like: Tensor) -> Tensor:
-    """Gumbel(0, 1) numbers: the largest of ``logits + gumbel`` is a draw from their softmax (Gumbel 1954)."""
-    return -torch.empty_like(like).exponential_().log()
+    """Gumbel(0, 1) numbers: the largest of ``logits + gumbel`` is a draw from their softmax (Gumbel 1954).
+
+    In float32 at least, as :func:`uniform`: of the few numbers of bfloat16 many are equal, and ties are no chance.
+    """
+    return -torch.empty_like(like, dtype=_wide(like)).exponential_().log()
 
 
 def uniform(like: Tensor) -> Tensor:
-    """Numbers in [0, 1)."""
-    return torch.rand_like(like)
+    """Numbers in [0, 1), in float32 at least."""
+    return torch.rand_like(like, dtype=_wide(like))
+
+
+def _wide(like: Tensor) -> torch.dtype:
+    return torch.promote_types(like.dtype, torch.float32)
 
 
 def losses_of_noise(
@@ -32,6 +39,7 @@ def losses_of_noise(
     noise_std: float,
     groups: int,
     token_mask: Tensor | None,
+    training: bool = True,
 ) -> dict[str, Tensor]:
     """``importance``, ``load`` and ``load_importance`` by name, as far as a config names them.
 
@@ -42,6 +50,8 @@ def losses_of_noise(
         noise_std: E times the standard deviation of the noise.
         groups: of consecutive tokens, each with losses of its own.
         token_mask: ``(T,)`` bool.
+        training: whether a mask that a loss does not know is an error; in evaluation, where nobody adds losses to
+            anything, that loss is left out.
     """
     found = {}
     if config.has_loss("importance"):
@@ -50,7 +60,7 @@ def losses_of_noise(
         found["importance"] = importance_loss(probs, groups, token_mask)
     if config.has_loss("load") and clean is not noisy:  # V-MoE has none without noise
         found["load"] = load_loss(clean, noisy, config.top_k, noise_std, groups, token_mask)
-    if config.has_loss("load_importance"):
+    if config.has_loss("load_importance") and (training or token_mask is None):
         if token_mask is not None:
             raise ValueError("MoE: token_mask: expected None with the loss 'load_importance', whose sums know no mask")
         found["load_importance"] = load_importance_loss(clean, noisy, config.top_k, noise_std)

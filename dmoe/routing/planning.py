@@ -13,6 +13,7 @@ from dmoe.ops.router_top_k import TopKRule
 from dmoe.plan import RoutingPlan, check_token_groups, device_tile_rows, plan_token_choice
 from dmoe.routing import noise
 from dmoe.routing.over_ranks import keep_within
+from dmoe.sizes import larger
 
 
 def plan_choices(
@@ -78,8 +79,9 @@ def plan_of_choices(expert_indices: Tensor, weights: Tensor, router: Any, num_se
 
 def groups_of(config: MoEConfig, num_tokens: int, num_sequences: int) -> int:
     """In how many groups capacities and losses are counted; says so where the tokens are no equal groups."""
-    groups = num_sequences if config.token_groups == "sequence" else config.token_groups
-    assert isinstance(groups, int)
+    # A batch of no sequence is one group of no token.
+    groups = larger(num_sequences, 1) if config.token_groups == "sequence" else config.token_groups
+    assert not isinstance(groups, str)
     check_token_groups("MoE", num_tokens, groups)
     return groups
 

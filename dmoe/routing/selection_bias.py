@@ -80,11 +80,16 @@ def balanced_bias(logits: Tensor, cutoff: Tensor, top_k: int, token_mask: Tensor
 def quantile_step(bias: Tensor, counted: Tensor, decay: float) -> None:
     """Put the bias at the mean of what batches found balanced, keeping ``decay`` of it, in place; its mean is 0.
 
+    What is not finite moves nothing, or one bad batch would spoil the bias for good: an expert that a batch could not
+    have used, its logits being -inf, keeps its bias; where the logits were NaN all do.
+
     Args:
         bias: ``(E,)``.
         counted: ``(E + 1,)``, the sum over batches and ranks of what :func:`balanced_bias` returned; 0 moves nothing.
         decay: share of the old bias that stays.
     """
-    batches = counted[-1]
-    new = decay * bias + (1 - decay) * counted[:-1] / batches.clamp(min=1)
-    bias.copy_(torch.where(batches > 0, new - new.mean(), bias))
+    batches, total = counted[-1], counted[:-1]
+    found = decay * bias + (1 - decay) * total / batches.clamp(min=1)
+    moves = (batches > 0) & total.isfinite()
+    new = torch.where(moves, found, bias)
+    bias.copy_(torch.where(moves.any(), new - new.mean(), bias))

@@ -28,6 +28,7 @@ class Sinkhorn(RouterFamily):
     """
 
     looks_ahead: ClassVar[bool] = True
+    lacks_losses: ClassVar[tuple[str, ...]] = ("importance", "load", "load_importance")
 
     tolerance: float = 1e-4
     max_iterations: int = 200

@@ -116,7 +116,7 @@ class TopKRouter(LinearRouter):
         self.options = family if isinstance(family, TopK) else TopK()
         self.ranks, self.reads_masked = ranks, self.options.masked_tokens == "unrouted"
         super().__init__(config, device=device, dtype=dtype)  # which makes parameters as the options say
-        self.rule = _rule(config)
+        self.rule = rule_of(config)
         self.by_quantile = config.selection_bias and config.selection_bias_rule == "quantile"
         if config.selection_bias:
             counted = config.num_experts + int(self.by_quantile)
@@ -284,7 +284,9 @@ class TopKRouter(LinearRouter):
         first_choices: Tensor | None,
     ) -> dict[str, Tensor]:
         """The losses that are about noise, or about tokens that are only unrouted, as far as the config names them."""
-        found = losses_of_noise(self.config, clean, noisy, scores, self.options.noise_std, groups, token_mask)
+        found = losses_of_noise(
+            self.config, clean, noisy, scores, self.options.noise_std, groups, token_mask, self.training
+        )
         if self.reads_masked and self.config.has_loss("load_balancing") and first_choices is not None:
             found["load_balancing"] = gshard_loss(self._probabilities(scores), first_choices)
         return found
@@ -318,7 +320,7 @@ def check_logits(router_logits: Tensor, config: MoEConfig, expert_indices: Tenso
         )
 
 
-def _rule(config: MoEConfig) -> TopKRule:
+def rule_of(config: MoEConfig) -> TopKRule:
     """The part of the configuration that scores, chooses and weighs."""
     # A softmax over the chosen logits alone is the softmax over all, renormalised over the chosen ones (as long as
     # these do not all underflow beside an expert that was not chosen, as a replayed routing may have it).

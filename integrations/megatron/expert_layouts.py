@@ -5,7 +5,7 @@ or 2 F where experts are gated (gate, then up):
 
 ================  =================================================================================================
 ``dmoe``          ``moe.experts.up_proj (E, F, H)`` or ``moe.experts.gate_up_proj (E, 2, F, H)``,
-                  ``moe.experts.down_proj (E, H, F)``; ``moe.router.selection_bias``
+                  ``moe.experts.down_proj (E, H, F)``; ``moe.router.selection_bias``, or ``qb_beta``
 ``dmoe_experts``  the same as ``experts.experts.up_proj`` and so on, beside Megatron's router
 ``sequential``    ``experts.local_experts.{i}.linear_fc1.weight (X, H)``, ``linear_fc2.weight (H, F)``: SequentialMLP
 ``te``            ``experts.linear_fc1.weight{i} (X, H)``, ``experts.linear_fc2.weight{i} (H, F)``: TEGroupedMLP
@@ -45,6 +45,7 @@ RENAMED: dict[str, dict[str, str]] = {
         "moe.router.weight": "router.weight",
         "moe.router.bias": "router.bias",
         "moe.router.selection_bias": "router.expert_bias",
+        "moe.router.qb_beta": "router.qb_beta",
     },
     "megablocks": {"router.layer.weight": "router.weight"},
 }

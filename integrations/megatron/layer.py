@@ -30,6 +30,7 @@ from dmoe.integrations.megatron.parameters import (
     mark_router,
     refuse_optimizers_of_matrices,
 )
+from dmoe.integrations.megatron.quantile import QuantileBias
 from dmoe.integrations.megatron.refusals import refuse
 from dmoe.integrations.megatron.sharded import layer_sharded_state_dict, without_extra_states
 from dmoe.integrations.megatron.translate import moe_config
@@ -75,6 +76,8 @@ class DmoeLayer(MegatronModule):
             shared_expert=self._shared_experts if shared else None,
             attach_losses=self._attach_losses,
         )
+        quantile = config.moe_router_load_balancing_type == "quantile_balancing"
+        self.quantile = QuantileBias(self.moe.router) if quantile else None
         self.shared_experts = _shared_experts(config, submodules, groups) if shared else None
         self._recomputed = config.recompute_modules if config.recompute_granularity == "selective" else ()
         refuse_other_layouts(self, "dmoe", "", lambda: [f"moe.{name}" for name in names_in_states(self.moe)])
@@ -161,12 +164,27 @@ class DmoeLayer(MegatronModule):
     @property
     def expert_bias(self) -> Tensor | None:
         """``(E,)`` float32, added to the scores for the choice alone; Megatron moves it after each global batch."""
-        return self.moe.router.selection_bias
+        return self.moe.router.selection_bias if self.quantile is None else None
 
     @property
     def local_tokens_per_expert(self) -> Tensor | None:
         """``(E,)`` float32: this rank's assignments since Megatron last moved the bias."""
-        return self.moe.router.load_since_update
+        return self.moe.router.load_since_update if self.quantile is None else None
+
+    @property
+    def qb_beta(self) -> Tensor | None:
+        """``(E,)`` float32, what Megatron moves after each global batch under ``quantile_balancing``: minus its own."""
+        return None if self.quantile is None else self.quantile.bias
+
+    @property
+    def qb_beta_accum(self) -> Tensor | None:
+        """``(E,)`` float32: the biases that micro-batches since then would have been balanced under, added up."""
+        return None if self.quantile is None else self.quantile.counted[:-1]
+
+    @property
+    def qb_beta_count(self) -> Tensor | None:
+        """Scalar float32: how many micro-batches these were."""
+        return None if self.quantile is None else self.quantile.counted[-1]
 
     def reset_global_aux_loss_tracker(self) -> None:
         """Forget the loads of the last global batch; Megatron calls this after each."""

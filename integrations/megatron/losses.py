@@ -39,8 +39,6 @@ class RouterLosses:
         self.tp_cp, self.tp_dp_cp = pg_collection.tp_cp, getattr(pg_collection, "tp_dp_cp", None)
         self.coefficients = coefficients(config)
         self.layer_number: int | None = None
-        # Chosen by other scores than the probabilities, or only in some groups: the counts are then not the plan's.
-        self._counts_differ = bool(config.moe_router_enable_expert_bias or config.moe_router_group_topk)
         self._global_counts: Tensor | None = None
         self._global_steps = 0
 
@@ -73,14 +71,12 @@ class RouterLosses:
 
     def _probabilities(self, routing: Routing) -> tuple[Tensor, Tensor]:
         """Probabilities ``(T, E)``, and 1 where one is among a token's K largest; 0 for tokens that do not count."""
-        probs, mask, indices = routing.router_probs, routing.token_mask, routing.expert_indices
+        probs, mask = routing.router_probs, routing.token_mask
+        indices = routing.expert_indices if routing.counted_choices is None else routing.counted_choices
         assert probs is not None
+        assert indices is not None
         if mask is not None:
             probs = probs.masked_fill(~mask.unsqueeze(1), 0)
-        if self._counts_differ or indices is None:
-            indices = probs.detach().topk(self.config.moe_router_topk, dim=1).indices
-            if mask is not None:
-                indices = indices.masked_fill(~mask.unsqueeze(1), probs.shape[1])
         chosen = probs.new_zeros(probs.shape[0], probs.shape[1] + 1, dtype=torch.float32)
         return probs, chosen.scatter_(1, indices.long(), 1.0)[:, :-1]
 

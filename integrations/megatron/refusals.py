@@ -51,20 +51,23 @@ def _kinds(value: Any) -> set[str]:
     return {value} if isinstance(value, str) else set(value or ())
 
 
+LOSSES = ("aux_loss", "seq_aux_loss", "global_aux_loss")
+_BALANCED = ("sinkhorn", "quantile_balancing")  # by the choice itself, and never beside a loss
 _INSIDE = "it works on the insides of Megatron's own MoE layer, which is not there"
 _REFUSALS = (
     _Refusal("fp8", _on, "dmoe's experts compute in the parameters' dtype"),
     _Refusal("fp4", _on, "dmoe's experts compute in the parameters' dtype"),
     _Refusal(
         "moe_router_load_balancing_type",
-        lambda value: bool(_kinds(value) - {"none", "aux_loss", "seq_aux_loss", "global_aux_loss"}),
-        "dmoe's router balances by losses and by --moe-router-enable-expert-bias",
-        "choose aux_loss, seq_aux_loss, global_aux_loss or none",
+        lambda value: value not in _BALANCED and bool(_kinds(value) - {"none", *LOSSES}),
+        "dmoe's router balances by losses, by --moe-router-enable-expert-bias, or by sinkhorn or quantile_balancing "
+        "alone",
+        "choose aux_loss, seq_aux_loss, global_aux_loss, none, or one of these two",
     ),
     _Refusal(
         "moe_router_score_function",
-        lambda value: value not in ("softmax", "sigmoid"),
-        "dmoe's router has softmax and sigmoid scores",
+        lambda value: value not in ("softmax", "sigmoid", "sqrtsoftplus"),
+        "dmoe's router has softmax, sigmoid and sqrtsoftplus scores",
         "choose one of these",
     ),
     _Refusal("moe_router_dtype", lambda value: value == "fp64", "dmoe's router computes in float32", "choose fp32"),
@@ -146,7 +149,30 @@ def refuse_uncarried(config: Any, *, experts_only: bool = False) -> None:
         if refused(value) and not (experts_only and option in _ROUTER_AND_DISPATCHER):
             refuse(option, value, reason, way_out)
     if not experts_only:
+        _refuse_beside_balanced_choices(config)
         _refuse_cuda_graphs(config)
+
+
+def _refuse_beside_balanced_choices(config: Any) -> None:
+    kind = config.moe_router_load_balancing_type
+    if kind not in _BALANCED:
+        return
+    if config.moe_aux_loss_coeff:
+        refuse("moe_aux_loss_coeff", config.moe_aux_loss_coeff, f"{kind} balances without a loss", "set it to 0")
+    if config.moe_router_enable_expert_bias:
+        refuse("moe_router_enable_expert_bias", True, f"{kind} does not choose by it", "leave it out")
+    if kind == "sinkhorn":
+        return
+    if not hasattr(config, "moe_router_quantile_balancing_ema"):
+        reason = "this megatron-core has no step that would move its bias"
+        refuse("moe_router_load_balancing_type", kind, reason, "install 0.19")
+    if config.tensor_model_parallel_size * config.context_parallel_size > 1:
+        refuse(
+            "moe_router_load_balancing_type",
+            kind,
+            "Megatron finds the quantile of all tensor- and context-parallel ranks' tokens, and dmoe that of one's own",
+            "use expert, data and pipeline parallelism alone, or choose --moe-impl megatron",
+        )
 
 
 def _refuse_cuda_graphs(config: Any) -> None:

@@ -65,6 +65,7 @@ def layer_sharded_state_dict(layer: Any, prefix: str, offsets: tuple, metadata: 
     state: dict[str, Any] = {}
     router = layer.moe.router
     named = {"weight": router.weight, "bias": router.bias, "expert_bias": layer.expert_bias}
+    named["qb_beta"] = None if layer.quantile is None else layer.quantile.beta
     own = {"expert_bias": "selection_bias"}
     for name, tensor in named.items():
         if tensor is not None:

@@ -11,10 +11,10 @@ from typing import Any
 import torch.nn.functional as F
 
 from dmoe import MoEConfig
-from dmoe.integrations.megatron.refusals import refuse, refuse_uncarried
+from dmoe.integrations.megatron.refusals import LOSSES, refuse, refuse_uncarried
 from dmoe.integrations.naming import by_flags
+from dmoe.routing import Sinkhorn
 
-LOSSES = ("aux_loss", "seq_aux_loss", "global_aux_loss")
 # Fields of MoEConfig that Megatron has no option for. With ``bias="output"``, one bias of the whole layer, and
 # ``activation="gelu_tanh"`` a layer is as MegaBlocks' fork of Megatron trains it.
 OPTIONS = (
@@ -40,9 +40,11 @@ FLAGS = {name: "--" + (PREFIX + name).replace("_", "-") for name in OPTIONS} | {
     "input_jitter": "--moe-input-jitter-eps",
     "num_experts": "--num-experts",
     "num_groups": "--moe-router-num-groups",
+    "selection_bias_decay": "--moe-router-quantile-balancing-ema",
     "top_k": "--moe-router-topk",
     "top_k_groups": "--moe-router-group-topk",
 }
+_SCORES = {"softmax": "softmax", "sigmoid": "sigmoid", "sqrtsoftplus": "sqrt_softplus"}
 EXPERT_OPTIONS = ("activation", "backend", "recompute_pre_activation")  # where router and dispatcher are Megatron's
 
 
@@ -146,19 +148,39 @@ def _experts(config: Any) -> dict[str, Any]:
 
 
 def _router(config: Any) -> dict[str, Any]:
-    top_k, sigmoid = config.moe_router_topk, config.moe_router_score_function == "sigmoid"
-    after_topk = not sigmoid and not config.moe_router_pre_softmax
-    return {
-        "score_function": config.moe_router_score_function,
-        "softmax_order": "after_topk" if after_topk else "before_topk",
-        "gate_normalization": 1.0 if sigmoid and top_k > 1 else None,
-        "gate_scale": config.moe_router_topk_scaling_factor or 1.0,
+    fields: dict[str, Any] = {
         "router_bias": config.add_bias_linear,
         "router_dtype": "float32" if config.moe_router_dtype == "fp32" else "input",
         "input_jitter": config.moe_input_jitter_eps or 0.0,
+    }
+    if config.moe_router_load_balancing_type == "sinkhorn":  # Megatron, too, looks at no other option of scores then
+        return fields | {"router": Sinkhorn(), "allow_future_leak": True}
+    score_function = _SCORES[config.moe_router_score_function]
+    softmax = score_function == "softmax"
+    after_topk = softmax and not config.moe_router_pre_softmax
+    return fields | {
+        "score_function": score_function,
+        "softmax_order": "after_topk" if after_topk else "before_topk",
+        "gate_normalization": None if softmax or config.moe_router_topk == 1 else 1.0,
+        "gate_scale": config.moe_router_topk_scaling_factor or 1.0,
+        **_selection_bias(config),
+        **_groups(config, after_topk),
+    }
+
+
+def _selection_bias(config: Any) -> dict[str, Any]:
+    """The bias that chooses, and what losses count where not the probabilities alone choose."""
+    if config.moe_router_load_balancing_type == "quantile_balancing":
+        return {
+            "selection_bias": True,
+            "selection_bias_rule": "quantile",
+            "selection_bias_decay": config.moe_router_quantile_balancing_ema,
+        }
+    chosen_otherwise = config.moe_router_enable_expert_bias or config.moe_router_group_topk
+    return {
         "selection_bias": config.moe_router_enable_expert_bias,
         "selection_bias_update_rate": config.moe_router_bias_update_rate,
-        **_groups(config, after_topk),
+        "load_balancing_choices": "plain" if chosen_otherwise else "all",
     }
 
 
@@ -194,4 +216,8 @@ def _capacity(config: Any) -> dict[str, Any]:
     if factor is None:
         return {}
     by_weight = config.moe_token_drop_policy == "probs"
-    return {"capacity_factor": factor, "drop_order": "normalized_gate_weight" if by_weight else "token_major"}
+    return {
+        "capacity_factor": factor,
+        "capacity_formula": "ceil_of_share",
+        "drop_order": "normalized_gate_weight" if by_weight else "token_major",
+    }

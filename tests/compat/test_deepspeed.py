@@ -111,9 +111,15 @@ def test_recorded_jitter(name):
         assert [column.nonzero().flatten().tolist() for column in weights.t()] == outputs["kept"]
 
 
+def test_recorded_capacities():
+    for tokens, experts, factor, minimum, capacity, _ in golden("ds_capacity_table")[2]["rows"]:
+        layer = MoE(H, Ffn(H, 1), experts, capacity_factor=factor, min_capacity=minimum)
+        assert layer.deepspeed_moe.config.capacity_for(tokens) == min(capacity, tokens)
+
+
 def test_every_recorded_case_is_looked_at():
-    left = {"ds_topk3_position_cf0.6", "ds_topk1_vs_k1_norm", "ds_capacity_table"}  # the last: tests of the config
-    assert set(goldens("ds_")) == {*goldens("ds_moe_", "ds_jitter_"), *GATES, *left}
+    left = {"ds_topk3_position_cf0.6", "ds_topk1_vs_k1_norm"}
+    assert set(goldens("ds_")) == {*goldens("ds_moe_", "ds_jitter_"), *GATES, *left, "ds_capacity_table"}
 
 
 class SwiGlu(nn.Module):

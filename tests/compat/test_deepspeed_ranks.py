@@ -62,6 +62,24 @@ def test_a_layer_on_ranks_equals_the_layer_on_one(ranks, options, world, ep_size
             assert len(got["state"]) == len(state) - 4 * (4 - each)
 
 
+def test_gradients_under_data_parallelism_are_those_of_one_process(ranks):
+    torch.manual_seed(0)
+    one = MoE(H, Ffn(H, WIDTH).double(), num_experts=4, **ONE)
+    state = {name: torch.randn_like(value) for name, value in one.state_dict().items()}
+    one.load_state_dict(state)
+    shares = [tuple(torch.randn(n, H, dtype=torch.float64) for _ in range(2)) for n in (9, 4, 7, 6)]
+    results = ranks.run(rank_jobs_compat.deepspeed_trained, ONE, state, shares)
+    for x, grad_y in shares:
+        y, l_aux, _ = one(x)
+        (((y * grad_y).sum() + l_aux / 2) / 4).backward()
+    for rank, gradients in enumerate(results):
+        for name, parameter in one.named_parameters():
+            first = rank % 2 * 2
+            spread = ".experts." in name
+            expected = parameter.grad[first : first + 2] if spread else parameter.grad
+            close(name, gradients[name] / (2 if spread else 1), expected)
+
+
 def test_groups_are_made_once_and_what_does_not_fit_is_said(ranks):
     for same, moved, indivisible, too_many in ranks.run(rank_jobs_compat.deepspeed_groups):
         assert same

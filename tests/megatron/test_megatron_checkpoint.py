@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from megatron_cases import Case, Ranks
+from megatron_cases import Case, Ranks, since
 from rank_pool import RankError
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("megatron")]
@@ -25,6 +25,9 @@ EXTRAS = dataclasses.replace(
 )
 PLAIN = dataclasses.replace(
     EP2, config={"gated_linear_unit": False, "add_bias_linear": True, "activation_func": F.gelu}
+)
+QUANTILE = dataclasses.replace(
+    EP2, config={"moe_router_load_balancing_type": "quantile_balancing", "moe_aux_loss_coeff": 0.0}, steps=2
 )
 
 
@@ -98,7 +101,11 @@ def test_single_shards_and_cut_experts_go_back_to_megatrons_own_layer(megatron, 
     assert_same_model(before, megatron.run("load", EP2, "native", folder))
 
 
-@pytest.mark.parametrize("case", [EXTRAS, PLAIN], ids=["bias of the choice, shared expert", "biases, no gate"])
+@pytest.mark.parametrize(
+    "case",
+    [EXTRAS, PLAIN, pytest.param(QUANTILE, marks=since(0, 19))],
+    ids=["bias of the choice, shared expert", "biases, no gate", "quantile balancing"],
+)
 @pytest.mark.parametrize(("first", "second"), [("native", "dmoe"), ("dmoe", "native")])
 def test_everything_else_of_a_layer_goes_both_ways(megatron, saved, case, first, second):
     folder, before = saved(case, first)

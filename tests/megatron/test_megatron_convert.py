@@ -160,6 +160,10 @@ def test_names_of_the_router_and_what_is_left_out():
     assert [name for name in found if name.endswith("_extra_state")] == ["layers.0.attention._extra_state"]
     del state[f"{mlp}experts.local_experts.0.linear_fc1._extra_state"]
     assert convert_state(found, "sequential").keys() == state.keys()
+    quantile = {name.replace("expert_bias", "qb_beta"): value for name, value in state.items()}
+    found = convert_state(quantile, "dmoe")
+    assert torch.equal(found[f"{mlp}moe.router.qb_beta"], torch.ones(E))  # Megatron's sign in files of both
+    assert convert_state(found, "sequential").keys() == quantile.keys()
 
 
 @pytest.mark.parametrize("source", LAYOUTS)

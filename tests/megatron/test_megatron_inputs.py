@@ -18,9 +18,10 @@ ONE = Ranks(1)
 REFUSED = {
     ("fp8", "hybrid"): "--fp8-format (fp8='hybrid'): dmoe's experts compute in the parameters' dtype; leave it out",
     ("fp4", "e2m1"): "--fp4-format",
-    ("moe_router_load_balancing_type", "sinkhorn"): "--moe-router-load-balancing-type",
+    ("moe_router_load_balancing_type", ("sinkhorn",)): "--moe-router-load-balancing-type",
+    ("moe_router_load_balancing_type", "sinkhorn"): "moe_aux_loss_coeff=0.01): sinkhorn balances without a loss; set",
     ("moe_router_load_balancing_type", ("aux_loss", "quantile_balancing")): "choose aux_loss, seq_aux_loss",
-    ("moe_router_score_function", "sqrtsoftplus"): "--moe-router-score-function",
+    ("moe_router_score_function", "tanh"): "--moe-router-score-function",
     ("moe_router_dtype", "fp64"): "--moe-router-dtype (moe_router_dtype='fp64'): dmoe's router computes in float32",
     ("moe_enable_routing_replay", True): "--moe-enable-routing-replay",
     ("moe_router_topk_limited_devices", 2): "use --moe-router-num-groups",
@@ -74,6 +75,28 @@ def test_too_many_best_of_a_group_are_refused(megatron):
     assert "a group would rank by its 4 best experts" in told[1]
 
 
+def test_choices_that_balance_by_themselves(megatron):
+    """Sinkhorn's and quantiles go with no loss and no other bias; quantiles only where Megatron moves them."""
+    without_loss = {"moe_aux_loss_coeff": 0.0}
+
+    def told(kind, **fields):
+        attributes = {"moe_router_load_balancing_type": kind, **fields}
+        return megatron.run("told", ONE, "translate", without_loss, attributes)[0]
+
+    assert told("sinkhorn") is None
+    for kind in ("sinkhorn", "quantile_balancing"):
+        _, sentence = told(kind, moe_router_enable_expert_bias=True)
+        assert f"--moe-router-enable-expert-bias (moe_router_enable_expert_bias=True): {kind} does not" in sentence
+    if megatron.run("release", ONE, None)[0] < "0.19":
+        assert told("quantile_balancing")[1].endswith("has no step that would move its bias; install 0.19")
+        return
+    assert told("quantile_balancing") is None
+    for name in ("tensor_model_parallel_size", "context_parallel_size"):
+        assert "of all tensor- and context-parallel ranks' tokens" in told("quantile_balancing", **{name: 2})[1]
+    _, sentence = told("quantile_balancing", moe_router_quantile_balancing_ema=1.0)
+    assert "--moe-router-quantile-balancing-ema (selection_bias_decay): expected 0 <= share < 1" in sentence
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [
@@ -90,7 +113,7 @@ def test_options_that_only_name_an_implementation_are_carried(megatron, option, 
 
 
 def test_experts_alone_leave_the_router_to_megatron(megatron):
-    for option, value in (("moe_router_load_balancing_type", "sinkhorn"), ("moe_router_dtype", "fp64")):
+    for option, value in (("moe_router_score_function", "tanh"), ("moe_router_dtype", "fp64")):
         assert megatron.run("told", ONE, "experts", {}, {option: value}) == [None]
     (told,) = megatron.run("told", ONE, "experts", {}, {"moe_latent_size": 16})
     assert "--moe-latent-size" in told[1]

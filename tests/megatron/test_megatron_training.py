@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
-from megatron_cases import Case, Ranks, assert_same_training
+from megatron_cases import Case, Ranks, assert_same_training, since
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("megatron")]
 
@@ -67,6 +67,12 @@ CASES = {
     "capacity, the smallest weights dropped": Case(EP2, {"moe_expert_capacity_factor": 0.8}),
     "capacity and expert bias": Case(EP2, GROUPS | {"moe_expert_capacity_factor": 0.6}, steps=4),
     "overlapped gradient reduction": Case(EP2, STRONG, overlap=True),
+    "sinkhorn": Case(EP2, {"moe_router_load_balancing_type": "sinkhorn", "moe_aux_loss_coeff": 0.0}, steps=4),
+}
+QUANTILE = {"moe_router_load_balancing_type": "quantile_balancing", "moe_aux_loss_coeff": 0.0}
+NEWER = {
+    "sqrtsoftplus, expert bias, groups": Case(EP2, GROUPS | {"moe_router_score_function": "sqrtsoftplus"}, steps=4),
+    "quantile balancing": Case(EP2, QUANTILE | {"moe_router_quantile_balancing_ema": 0.5}, steps=4),
 }
 
 
@@ -75,9 +81,9 @@ def test_the_release_is_the_one_that_was_asked_for(megatron):
     assert release.startswith(os.environ.get("MEGATRON_RELEASE", release))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *(pytest.param(name, marks=since(0, 19)) for name in NEWER)])
 def test_the_layer_trains_as_megatrons_own(megatron, name):
-    case = CASES[name]
+    case = (CASES | NEWER)[name]
     assert_same_training(megatron.native(case), megatron.run("train", case, "dmoe"))
 
 

@@ -170,6 +170,30 @@ BAD = [
         lambda: MoEConfig(**SMALL, router="sinkhorn", allow_future_leak=True, score_function="sigmoid"),
         "MoEConfig: score_function: expected 'softmax' with router='sinkhorn'",
     ),
+    (
+        lambda: MoEConfig(**SMALL, router="expert_choice", causal=False, drop_order="choice_major"),
+        "MoEConfig: drop_order: expected 'token_major' with router='expert_choice', which does not read it, got",
+    ),
+    (
+        lambda: MoEConfig(**SMALL, top_k=1, router="base", causal=False, gate_normalization=1.0),
+        "MoEConfig: gate_normalization: expected None with router='base', which does not read it, got 1.0",
+    ),
+    (
+        lambda: MoEConfig(**SMALL, top_k=1, router=Hash(vocab_size=9), score_function="sigmoid"),
+        "MoEConfig: score_function: expected 'softmax' with router='hash', which does not read it, got 'sigmoid'",
+    ),
+    (
+        lambda: MoEConfig(**SMALL, top_k=1, router=Hash(table=[0, 1], weights="learned"), selection_bias=True),
+        "MoEConfig: selection_bias: expected False with router='hash', which does not read it, got True",
+    ),
+    (
+        lambda: MoEConfig(**SMALL, router="sinkhorn", causal=False, losses={"load_importance": 0.5}),
+        "MoEConfig: losses: expected no 'load_importance' with router='sinkhorn', which has none, got 0.5",
+    ),
+    (
+        lambda: MoEConfig(**SMALL, top_k=1, router="base", causal=False, router_z_loss_coefficient=0.1),
+        "MoEConfig: losses: expected no 'z' with router='base', which has none, got 0.1",
+    ),
     (lambda: MoEConfig(**SMALL, router="cosine", router_bias=True), "router_bias: expected False with router='cosine'"),
 ]
 
@@ -201,8 +225,48 @@ def test_inputs_that_a_family_cannot_take_are_one_sentence():
     layer = layer_of("tutel")
     with pytest.raises(ValueError, match="MoE: token_mask: expected None with the loss 'load_importance'"):
         layer(x, token_mask=ids > 3)
+    assert layer.eval()(x, token_mask=ids > 3).shape == x.shape
 
 
 def test_a_family_without_build_says_so():
     with pytest.raises(NotImplementedError, match="Nothing: expected a build method"):
         MoE(**SIZES, router=type("Nothing", (dmoe.routing.RouterFamily,), {})())
+
+
+@pytest.mark.parametrize("name", ["sequence", "expert_choice", "uniform", "hash"])
+def test_a_batch_of_no_sequence_has_no_group(name):
+    layer = layer_of(name, token_groups="sequence", capacity_factor=1.0)
+    x, ids = inputs()
+    for training in (True, False):
+        y, loss = run(layer.train(training), x[:0], ids[:0])
+        assert y.shape == (0, 8, 6)
+        assert loss == 0
+
+
+@pytest.mark.parametrize("name", ["hash", "hash, learned"])
+def test_a_table_is_there_without_being_saved(name):
+    layer = layer_of(name)
+    x, ids = inputs()
+    expected = run(layer, x, ids)[0]
+    blank = layer_of(name, seed=9).to("meta").to_empty(device="cpu")
+    blank.load_state_dict(layer.state_dict())
+    assert torch.equal(run(blank, x, ids)[0], expected)
+    with torch.device("meta"):
+        blank = MoE(layer.config)
+    blank.load_state_dict(layer.state_dict(), assign=True)
+    assert torch.equal(run(blank.double().float(), x, ids)[0], expected)
+
+
+@pytest.mark.parametrize("name", ["hash", "hash, learned"])
+def test_the_id_of_padding_may_be_any_number(name):
+    layer = layer_of(name)
+    x, ids = inputs()
+    mask = torch.rand(2, 8) < 0.6
+    expected = run(layer, x, ids, token_mask=mask)[0]
+    assert torch.equal(run(layer, x, ids.masked_fill(~mask, -100), token_mask=mask)[0], expected)
+
+
+def test_tables_may_be_numpy_arrays():
+    table = [[0, 1], [2, 3]]
+    assert Hash(table=torch.tensor(table).numpy()) == Hash(table=torch.tensor(table)) == Hash(table=table)
+    assert repr(Hash(frequencies=torch.tensor([3, 1]).numpy())) == repr(Hash(frequencies=[3, 1]))

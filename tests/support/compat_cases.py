@@ -46,7 +46,8 @@ def _tensors(value):
         return {name: _tensors(each) for name, each in value.items()}
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return [_tensors(each) for each in value]
-    return torch.tensor(value) if isinstance(value, list) else value
+    numbers = isinstance(value, list) and not isinstance(value[0], str)
+    return torch.tensor(value) if numbers else value
 
 
 @contextmanager
@@ -62,12 +63,14 @@ def drawn(**numbers):
 
         return give
 
-    def jittered(x, weight, bias, *, dtype, jitter, seed, backend):
-        assert (bias, dtype, seed is None) == (None, torch.float32, jitter == 0)
-        factor = rest.pop("jitter") if jitter else 1.0
+    real = base.router_logits
+
+    def jittered(x, weight, bias, *, jitter, seed, **how):
         if jitter:
             assert jitter == 0.01
-        return (x * factor) @ weight.t()
+            assert seed is not None
+            x = x * rest.pop("jitter")
+        return real(x, weight, bias, jitter=0.0, seed=None, **how)
 
     with (
         patch.multiple(noise, **{name: giving(name) for name in ("uniform", "gumbel", "gaussian")}),

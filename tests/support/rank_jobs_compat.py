@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from unittest.mock import patch
+
 import torch
 import torch.distributed as dist
 from compat_cases import Ffn
 
 import dmoe
 from dmoe.compat.deepspeed import MoE, expert_parallel_group
+from dmoe.compat.tutel import moe_layer
 
 H, WIDTH = 6, 10
 
@@ -68,6 +72,64 @@ def deepspeed_groups(group):
         _message(MoE(H, Ffn(H, WIDTH), num_experts=6, ep_size=3).set_deepspeed_parallelism),
         _message(MoE, H, Ffn(H, WIDTH), num_experts=4, ep_size=2, ep_group=group),
     )
+
+
+def deepspeed_trained(group, options, state, shares):
+    """Gradients under data parallelism over all ranks, experts spread over pairs of them and held twice."""
+    layer = MoE(H, Ffn(H, WIDTH).double(), num_experts=4, ep_size=2, **options)
+    layer.set_deepspeed_parallelism()
+    layer.load_state_dict(state)
+    model = dmoe.parallel.data_parallel(layer, expert_replicas=expert_parallel_group(2, True))
+    x, grad_y = shares[dist.get_rank()]
+    y, l_aux, _ = model(x)
+    ((y * grad_y).sum() + l_aux / 2).backward()
+    return {name: parameter.grad for name, parameter in layer.named_parameters()}
+
+
+def tutel_layer(gate, per_device, kind="ffn", **options):
+    """A layer of so many experts on each rank, in float64."""
+    experts = {"type": kind, "num_experts_per_device": per_device, "hidden_size_per_expert": WIDTH}
+    return moe_layer(gate_type=gate, model_dim=H, experts=experts, **options).double()
+
+
+def tutel(group, gate, options, state, shares, forward, nodes=None):
+    """A layer whose experts are spread, which loads all of them, and its results on this rank's share."""
+    node = {} if nodes is None else {"LOCAL_WORLD_SIZE": str(dist.get_world_size(group) // nodes)}
+    with patch.dict(os.environ, node):
+        layer = tutel_layer(gate, group=group, seeds=(0, dist.get_rank() + 1, 0), **options)
+    layer.load_state_dict(state)
+    x, grad_y = shares[dist.get_rank(group)]
+    x = x.clone().requires_grad_()
+    y = layer(x, **forward)
+    ((y * grad_y).sum() + y.l_aux / 2).backward()
+    levels = layer.dispatcher.two_level
+    return {
+        "y": y.detach(),
+        "l_aux": y.l_aux.detach(),
+        "count": layer.dispatch_count,
+        "x": x.grad,
+        "gradients": {name: parameter.grad for name, parameter in layer.named_parameters()},
+        "state": layer.state_dict(),
+        "experts": layer.num_global_experts,
+        "marks": {(p.expert, p.allreduce, p._tutel_expert) for p in layer.experts.parameters()},
+        "chunks": layer.config.overlap_degree,
+        "hops": None if levels is None else (levels.num_nodes, levels.ranks_per_node),
+    }
+
+
+def tutel_messages(group):
+    """What a rank is told when its arguments do not fit the others."""
+    top, found = {"type": "top"}, []
+    for options, environment in (
+        ({"per_device": -3}, {}),
+        ({"per_device": -2, "kind": "llama_ffn"}, {}),
+        ({"per_device": -4, "parallel_type": "adaptive:3"}, {}),
+        ({"per_device": 1, "use_2dh": True}, {}),
+        ({"per_device": 1, "use_2dh": True}, {"LOCAL_WORLD_SIZE": "3"}),
+    ):
+        with patch.dict(os.environ, environment):
+            found.append(_message(tutel_layer, top, group=group, **options))
+    return found
 
 
 def residual(group, seed, shares):

@@ -328,6 +328,8 @@ def train(group, case, impl, store, without=None):
             logged = training.logged()
     modules = training.model.modules()
     biases = [each.expert_bias.tolist() for each in modules if getattr(each, "expert_bias", None) is not None]
+    saved = training.model.state_dict().items()
+    biases += [value.tolist() for name, value in saved if name.endswith("qb_beta")]  # dmoe keeps its negative
     dtypes = {str(parameter.dtype) for parameter in training.model.parameters()}
     return {"steps": steps, "logged": logged, "biases": biases, "dtypes": dtypes}
 

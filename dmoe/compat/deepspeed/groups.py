@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
+
+from dmoe.compat._groups import made_once
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# By the group of all ranks, which they end with: a new one, after destroy_process_group, has none.
-_MADE: WeakKeyDictionary[Any, dict[tuple[int, bool], ProcessGroup]] = WeakKeyDictionary()
-
 
 def expert_parallel_group(ep_size: int, use_data_before_expert_parallel_: bool = False) -> ProcessGroup:
     """The ``ep_size`` ranks that this rank shares its experts with; every rank has to ask, for the same.
+
+    Of consecutive ones, ``expert_parallel_group(W // ep_size, True)`` are the ranks with the same experts.
 
     Args:
         ep_size: a divisor of the number of ranks, W.
@@ -36,12 +36,14 @@ def expert_parallel_group(ep_size: int, use_data_before_expert_parallel_: bool =
         raise ValueError(f"MoE: ep_size: expected a divisor of the number of ranks, {size}, got {ep_size}")
     if size == ep_size:
         return world
-    made, key = _MADE.setdefault(world, {}), (ep_size, use_data_before_expert_parallel_)
-    if key not in made:
-        apart = size // ep_size
-        layout = [range(first, first + ep_size) for first in range(0, size, ep_size)]
-        if use_data_before_expert_parallel_:
-            layout = [range(first, size, apart) for first in range(apart)]
+    apart = size // ep_size
+    layout = [range(first, first + ep_size) for first in range(0, size, ep_size)]
+    if use_data_before_expert_parallel_:
+        layout = [range(first, size, apart) for first in range(apart)]
+
+    def mine() -> ProcessGroup:
         groups = {ranks: dist.new_group(list(ranks)) for ranks in layout}  # every rank makes all of them
-        made[key] = next(group for ranks, group in groups.items() if dist.get_rank() in ranks)
-    return made[key]
+        return next(group for ranks, group in groups.items() if dist.get_rank() in ranks)
+
+    group: ProcessGroup = made_once(("expert_parallel", ep_size, use_data_before_expert_parallel_), mine)
+    return group

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dmoe.compat._layers import LinearGate, RoutedLayer, first_choice_loss
 from dmoe.compat.deepspeed.experts import DeepSpeedExperts
 from dmoe.compat.deepspeed.groups import expert_parallel_group
-from dmoe.config import MoEConfig
+from dmoe.config import DropOrder, MoEConfig
 from dmoe.dense_ffn import RECOGNISED, DenseFFN, UnrecognisedFFNError, read_ffn
 from dmoe.expert_slice import ExpertSlice
 from dmoe.losses import gshard_loss
@@ -160,6 +160,7 @@ class MoE(nn.Module):
         if drop_tokens:
             capacity = _capacity(capacity_factor, eval_capacity_factor, min_capacity)
         sampled = k == 2 and top2_2nd_expert_sampling
+        orders: dict[int, DropOrder] = {1: "random" if use_rts else "choice_major", 2: "choice_major"}
         config = MoEConfig(
             hidden_size=hidden_size,
             ffn_hidden_size=ffn.ffn_hidden_size,
@@ -174,15 +175,12 @@ class MoE(nn.Module):
                 second_expert="sampling" if sampled else "all",
                 logit_noise="gumbel" if k == 1 and noisy_gate_policy == "RSample" else "none",
                 noise_in_eval=sampled,
+                masked_tokens="unrouted",
             ),
             input_jitter=0.01 if noisy_gate_policy == "Jitter" else 0.0,
             gate_normalization=1.0 if k > 1 else None,
             normalize_when="after_drop",
-            drop_order=("random" if use_rts else "choice_major")
-            if k == 1
-            else "choice_major"
-            if k == 2
-            else "gate_weight",
+            drop_order=orders.get(k, "gate_weight"),
             load_balancing_coefficient=0.0,  # l_aux is the caller's
             expert_grad_scale="sum",  # as DeepSpeed's all-to-all leaves them, for its engine to divide
             **capacity,
