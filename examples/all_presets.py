@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from lm import panels
 from lm.data import Corpus, load_corpus
-from lm.layers import moe_configs, sees_later_tokens
+from lm.layers import experts_of_a_token, moe_configs, sees_later_tokens
 from lm.loads import Loads
 from lm.model import count_parameters
 from lm.report import environment
@@ -64,6 +64,9 @@ def build_parser() -> argparse.ArgumentParser:
     for name in ("steps", "batch", "seq_len", "hidden", "ffn", "experts", "eval_bytes", "seed"):
         value = getattr(SIZES, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, metavar="N", help=f"[{value}]")
+    parser.add_argument(
+        "--threads", type=int, default=1, metavar="N", help="steps this small gain nothing from a second one [1]"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="[this folder; runs/presets with --only]")
     return parser
 
@@ -76,6 +79,7 @@ def _run(options: argparse.Namespace) -> int:
     sizes = dataclasses.replace(
         SIZES, data=tuple(options.data), steps=options.steps, warmup=every, eval_every=every, **given
     )
+    torch.set_num_threads(options.threads)
     corpus = load_corpus(sizes.data, sizes.data_bytes, sizes.seq_len)
     out = options.out or (Path("runs/presets") if options.only else HERE)
     out.mkdir(parents=True, exist_ok=True)
@@ -97,9 +101,10 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def settings_of(name: str, sizes: Settings) -> Settings:
-    """A run with a preset's layer at these sizes."""
+    """A run with a preset's layer at these sizes; PR-MoE's with its dense FFN beside the experts."""
     published = dmoe.presets.NAMES[name]().top_k
-    return dataclasses.replace(sizes, preset=name, top_k=min(published, MOST_CHOICES, min(sizes.layer_experts)))
+    top_k = min(published, MOST_CHOICES, min(sizes.layer_experts))
+    return dataclasses.replace(sizes, preset=name, top_k=top_k, residual=name == "pr_moe")
 
 
 def failure(curve: Sequence[dict[str, float]]) -> str | None:
@@ -135,7 +140,8 @@ def _preset(name: str, sizes: Settings, corpus: Corpus, bar: tqdm) -> dict[str, 
     told = held_out.told(run.ranks)
     return {
         "failure": failure(run.curve),
-        "top_k": config.top_k,
+        "experts_of_a_token": experts_of_a_token(config),
+        "beside_them": "dense" if settings.residual else "shared" if config.shared_ffn_hidden_size else None,
         "router": repr(config.router),
         "held_out_sees_later_bytes": sees_later_tokens(config),
         **result,

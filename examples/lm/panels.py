@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from .picture import FAINT, INK
+from .picture import FAINT, INK, machine
 
 # Okabe and Ito's blue and vermilion: told apart by readers of every colour vision, and in grey.
 CAUSAL, LEAKS = "#0072B2", "#D55E00"
@@ -36,7 +36,7 @@ def draw(summary: dict[str, Any], path: Path) -> None:
     }  # fmt: skip
     with rc_context(style):
         height = 1.95 + 2.5 * rows
-        figure = Figure(figsize=(13, height), dpi=140, facecolor="white")
+        figure = Figure(figsize=(13, height), dpi=120, facecolor="white")
         FigureCanvasAgg(figure)
         _title(figure, summary, height)
         grid = figure.add_gridspec(
@@ -55,14 +55,13 @@ def draw(summary: dict[str, Any], path: Path) -> None:
 
 
 def _title(figure: Any, summary: dict[str, Any], height: float) -> None:
-    s, hardware = summary["settings"], summary["hardware"]
+    s = summary["settings"]
     lines: list[tuple[str, dict[str, Any]]] = [
         ("Every preset in the same small language model", {"fontsize": 19, "fontweight": "bold"}),
         (f"Held-out bits per byte over {s['steps']} steps, and how loaded the experts are in the end. Sizes for a "
          "laptop: no ranking of the systems.", {"fontsize": 12}),
         (f"{s['layers']} layers of {s['experts']} experts, hidden {s['hidden']}, FFN {s['ffn']}, {s['batch']} x "
-         f"{s['seq_len']} bytes. Text: {summary['text']['name']}. {hardware['name']}, {hardware['threads']} "
-         f"threads, {s['dtype']}, PyTorch {summary['versions']['torch'].split('+')[0]}, {summary['date']}",
+         f"{s['seq_len']} bytes. Text: {summary['text']['name']}. {machine(summary)}, {summary['date']}",
          {"fontsize": 10, "color": SOFT}),
     ]  # fmt: skip
     for (text, style), down in zip(lines, (0.36, 0.74, 1.02), strict=True):
@@ -95,6 +94,8 @@ def _curve(
     axes.set_xticks([0, end // 2, end])
     axes.tick_params(length=3)
     axes.text(0, 1.04, name, transform=axes.transAxes, fontsize=12.5, fontweight="bold")
+    beside = f" + {preset['beside_them']}" if preset["beside_them"] else ""
+    axes.text(1, 1.04, f"{preset['experts_of_a_token']:g}{beside}", transform=axes.transAxes, color=SOFT, ha="right")
     value = f"{preset['curve'][-1]['held_out_bpb']:.3f}{'*' if preset['held_out_sees_later_bytes'] else ''}"
     axes.text(0.98, 0.9, value, transform=axes.transAxes, fontsize=12.5, fontweight="bold", color=colour, ha="right",
               va="center")  # fmt: skip
@@ -111,7 +112,7 @@ def _strip(figure: Any, cell: Any, preset: dict[str, Any]) -> None:
         axes.set_xticks([])
         axes.set_yticks([])
         for spine in axes.spines.values():
-            spine.set_visible(False)
+            spine.set(visible=True, color=OTHERS, linewidth=0.7)
         dropped = max(preset[key]["dropped"])
         text = f"{max(preset[key]['busiest']):.1f}x" + (f", -{100 * dropped:.0f}%" if dropped >= 0.005 else "")
         axes.text(0, -0.12, text, transform=axes.transAxes, fontsize=9.5, color=SOFT, va="top")
@@ -138,11 +139,12 @@ def _key(figure: Any, grid: Any, first: int) -> None:
         left.plot([0, 0.14], [height] * 2, color=colour, linewidth=width, linestyle=dashes, transform=left.transAxes,
                   clip_on=False)  # fmt: skip
         left.text(0.19, height, text, transform=left.transAxes, va="center")
-    right.text(0.06, 0.98, "Strips: the load of each expert, busiest first, one row a layer;\nthe left one in the last "
+    right.text(0.06, 0.98, "Right of the name: the experts of a byte, and what it takes besides.\n"
+               "Strips: the load of each expert, busiest first, one row a layer;\nthe left one in the last "
                "tenth of training, the right one on held-out text.\nBelow each: the busiest expert, relative to the "
                "mean; and the share of\nchoices that a capacity dropped.", transform=right.transAxes, va="top",
                linespacing=1.35)  # fmt: skip
-    place = right.inset_axes((0.06, 0.3, 0.4, 0.07))
+    place = right.inset_axes((0.06, 0.2, 0.4, 0.07))
     bar = figure.colorbar(ScalarMappable(Normalize(-2, 2), "PuOr_r"), cax=place, orientation="horizontal")
     bar.set_ticks([-2, -1, 0, 1, 2], labels=["¼", "½", "1", "2", "4"])
     bar.outline.set_visible(False)

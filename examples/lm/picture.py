@@ -49,7 +49,6 @@ def draw(summary: dict[str, Any], path: Path) -> None:
 
 
 def _title(figure: Any, summary: dict[str, Any], s: Settings) -> None:
-    hardware, text = summary["hardware"], summary["text"]
     parameters = summary["models"]["moe"]["parameters"]
     what = "Residual MoE" if s.residual else "Mixture of experts"
     what += f" ({s.preset})" if s.preset is not None else ""
@@ -63,15 +62,22 @@ def _title(figure: Any, summary: dict[str, Any], s: Settings) -> None:
     if "dense" in summary["models"]:
         line += f" Dense twin: {_amount(summary['models']['dense']['parameters']['total'])}, all active."
     figure.text(0.07, 0.917, line, fontsize=12.5, va="center")
-    where = f"{hardware['name']}, {hardware['threads']} threads" if hardware["device"] == "cpu" else hardware["name"]
     figure.text(
         0.07,
         0.887,
-        f"Text: {_shorten(text['name'], 50)}. {where}, {s.dtype}, PyTorch {summary['versions']['torch'].split('+')[0]}",
+        f"Text: {_shorten(summary['text']['name'], 50)}. {machine(summary)}",
         fontsize=11,
         color="#5a5a5a",
         va="center",
     )
+
+
+def machine(summary: dict[str, Any]) -> str:
+    """What it ran on, as arithmetic of which kind, under which PyTorch."""
+    hardware, threads = summary["hardware"], summary["hardware"]["threads"]
+    on_cpu = f", {threads} thread{'s' if threads > 1 else ''}" if hardware["device"] == "cpu" else ""
+    torch_version = summary["versions"]["torch"].split("+")[0]
+    return f"{hardware['name']}{on_cpu}, {summary['settings']['dtype']}, PyTorch {torch_version}"
 
 
 def _curves(axes: Any, curves: dict[str, list[dict[str, float]]], key: str, label_x: str) -> None:
@@ -221,7 +227,10 @@ def _entropy(axes: Any, routing: list[dict[str, Any]], s: Settings) -> None:
                       color=colour, fontweight="bold", va="center", annotation_clip=False)  # fmt: skip
     axes.set_ylim(0, 1.12 * max(most, 0.1))
     _end_axis(axes, steps[-1])
-    axes.set_title("Router entropy")
+    values = [value - math.log(experts) for entry in routing for value, experts in zip(
+        entry["entropy"], s.layer_experts, strict=True)]  # fmt: skip
+    silent = max(map(abs, values)) < 1e-6  # which is also said where nothing can be said
+    axes.set_title("Router entropy" + (": this router has no probabilities" if silent else ""))
     axes.set_ylabel("entropy, nats")
     axes.set_xlabel("training steps")
     axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)

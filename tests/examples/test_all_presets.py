@@ -34,7 +34,8 @@ def test_presets_learn_and_are_drawn(text, tmp_path, capsys):
     assert presets["hash_layer"]["training"]["dropped"] == [0, 0]
     assert presets["switch"]["held_out_sees_later_bytes"] is None
     assert "choice_major" in presets["gshard"]["held_out_sees_later_bytes"]
-    assert presets["deepseek_v3"]["top_k"] == 2
+    assert presets["switch"]["experts_of_a_token"] == 1
+    assert (presets["deepseek_v3"]["experts_of_a_token"], presets["deepseek_v3"]["beside_them"]) == (2, "shared")
     assert summary["settings"]["steps"] == 20
     assert summary["hardware"]["name"]
 
