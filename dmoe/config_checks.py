@@ -107,7 +107,7 @@ def _check_router(c: MoEConfig) -> None:
     )
     reachable = (c.num_experts // c.num_groups) * (c.num_groups if groups is None else groups)
     _require(c, c.top_k <= reachable, "top_k", f"at most {reachable}, the experts in top_k_groups groups")
-    _require(c, c.gate_scale > 0, "gate_scale", "a positive number")
+    _require(c, 0 < c.gate_scale < math.inf, "gate_scale", "a positive number")
 
 
 def _check_capacity(c: MoEConfig) -> None:

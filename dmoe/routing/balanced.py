@@ -115,6 +115,16 @@ class BaseRouter(LinearRouter):
         weights = gate_weights(scores, chosen, plan.token_to_rows, scale=config.gate_scale, backend=config.backend)
         return Routing(plan=plan, gate_weights=weights, expert_indices=chosen, token_mask=token_mask)
 
+    def _scores_of_all(self, scores: Tensor) -> tuple[Tensor, int]:
+        """All ranks' scores, ``(W, T, E)``, and which are this rank's; of different T they could not be gathered."""
+        counts, _ = self.ranks.gather(torch.full((1,), len(scores), device=scores.device))
+        if (counts != len(scores)).any():  # the host waits for the assignment anyway
+            raise ValueError(
+                "MoE: x: expected equally many tokens on all ranks with Base(over='group'), which assigns them "
+                f"together, got {counts.flatten().tolist()}"
+            )
+        return self.ranks.gather(scores)
+
     def _assign(self, scores: Tensor, token_mask: Tensor | None) -> Tensor:
         if token_mask is not None:
             raise ValueError(
@@ -123,7 +133,7 @@ class BaseRouter(LinearRouter):
             )
         num_tokens, num_experts = scores.shape
         if self.options.over == "group" and self.ranks is not None:
-            everyone, here = self.ranks.gather(scores)
+            everyone, here = self._scores_of_all(scores)
             chosen = balanced_assignment(everyone.flatten(0, 1)).view(-1, num_tokens)[here]
         else:
             if num_tokens % num_experts:

@@ -6,6 +6,7 @@ import random
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
@@ -46,6 +47,8 @@ class Hash(RouterFamily):
             if hasattr(given, "tolist"):  # a tensor, or NumPy's
                 given = given.tolist()
             if given is not None:
+                if not isinstance(given, Sequence) or isinstance(given, str) or not given:
+                    raise ValueError(f"Hash: {name}: expected a number for each of at least one id, got {given!r:.80}")
                 rows = tuple(tuple(row) if isinstance(row, Sequence) else row for row in given)
                 object.__setattr__(self, name, rows)
         super().__post_init__()
@@ -80,9 +83,15 @@ class Hash(RouterFamily):
     def _check_fields(self) -> None:
         vocab = self.vocab_size
         self.require(vocab is None or vocab >= 1, "vocab_size", "at least 1, or None")
-        negative = self.frequencies is not None and any(each < 0 for each in self.frequencies)
+        given = self.frequencies or ()
+        if not all(isinstance(each, Real) for each in given):
+            raise ValueError("Hash: frequencies: expected one number for each id, got something else")
+        negative = any(each < 0 for each in given)
         if negative:
             raise ValueError("Hash: frequencies: expected numbers of at least 0, got a negative one")
+        for number, row in enumerate(self.table or ()):
+            if not all(isinstance(expert, Integral) for expert in (row if isinstance(row, tuple) else (row,))):
+                raise ValueError(f"Hash: table: expected integers, got {row!r:.80} for id {number}")
 
     def check(self, config: MoEConfig) -> None:
         """See :class:`dmoe.router_family.RouterFamily`."""

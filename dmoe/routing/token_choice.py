@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -52,7 +53,7 @@ class TopK(RouterFamily):
     masked_tokens: Literal["absent", "unrouted"] = "absent"
 
     def _check_fields(self) -> None:
-        self.require(self.noise_std > 0, "noise_std", "a positive number; logit_noise='none' is no noise")
+        self.require(0 < self.noise_std < math.inf, "noise_std", "a positive number; logit_noise='none' is no noise")
 
     def check(self, config: MoEConfig) -> None:
         """See :class:`dmoe.router_family.RouterFamily`."""

@@ -105,6 +105,15 @@ def test_base_over_the_group_assigns_all_ranks_tokens_together(ranks, world):
     assert torch.bincount(together[:, 0], minlength=4).tolist() == [6 * world // 4] * 4
 
 
+def test_base_over_the_group_wants_equally_many_tokens_of_all_ranks(ranks):
+    """Which gloo would end the process for."""
+    shares = [torch.randn(4, 6, dtype=torch.float64), torch.randn(8, 6, dtype=torch.float64)]
+    fields = {"router": dmoe.routing.Base(over="group")}
+    with pytest.raises(RankError, match=r"MoE: x: expected equally many tokens on all ranks .*got \[4, 8\]") as told:
+        ranks.run(rank_jobs_routers.chosen, "base", fields, shares, ranks=2)
+    assert set(told.value.by_rank) == {0, 1}
+
+
 def test_ranks_with_different_numbers_of_tokens_share_no_capacity(ranks):
     shares = [torch.randn(4, 6, dtype=torch.float64), torch.randn(6, 6, dtype=torch.float64)]
     fields = {"capacity_over": "group", "capacity_factor": 1.0}

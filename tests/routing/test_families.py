@@ -139,6 +139,12 @@ BAD = [
     (lambda: Base(over="all"), "Base: over: expected one of 'local', 'group', got 'all'"),
     (lambda: Hash(vocab_size=0), "Hash: vocab_size: expected at least 1, or None, got 0"),
     (lambda: Hash(frequencies=[1, -1]), "Hash: frequencies: expected numbers of at least 0"),
+    (lambda: Hash(frequencies=["a"]), "Hash: frequencies: expected one number for each id, got something else"),
+    (lambda: Hash(table=[]), r"Hash: table: expected a number for each of at least one id, got \[\]"),
+    (lambda: Hash(table=5), "Hash: table: expected a number for each of at least one id, got 5"),
+    (lambda: Hash(table=[0, 1.5]), "Hash: table: expected integers, got 1.5 for id 1"),
+    (lambda: TopK(noise_std=float("inf")), "TopK: noise_std: expected a positive number"),
+    (lambda: MoEConfig(**SMALL, gate_scale=float("inf")), "MoEConfig: gate_scale: expected a positive number, got inf"),
     (
         lambda: MoEConfig(**SMALL, top_k=2, router=Base(), allow_future_leak=True),
         "MoEConfig: top_k: expected at most 1 with router='base', which sends a token to 1 expert, got 2",
