@@ -49,7 +49,7 @@ def layers(draw):
         "expert_grad_scale": draw(st.sampled_from(["mean", "sum", "sqrt_world_size"])),
     }
     if fields["router"] == "expert_choice":
-        fields |= {"capacity": None, "gate_normalization": None}
+        fields |= {"capacity": None, "gate_normalization": None, "drop_order": "token_major"}
     each = max(1, experts // (world // tp))
     fields["overlap_degree"] = draw(st.sampled_from([degree for degree in (1, 2) if each % degree == 0]))
     tokens = draw(st.lists(st.sampled_from([0, 1, 5, 8]), min_size=world, max_size=world))
