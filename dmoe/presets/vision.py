@@ -84,6 +84,8 @@ def gmoe(hidden_size: int = 384, ffn_hidden_size: Width = 1536, num_experts: int
         "bias": "expert",
         "activation_dropout": 0.1,
         "init": "gmoe",
+        # Tutel normalises the weights of several choices, and leaves that of one as it is.
+        "gate_normalization": 1.0 if overrides.get("top_k", 1) > 1 else None,
         "router": Cosine(logit_noise="gaussian", noise_std=1.0),
         "causal": False,
         "capacity_factor": 1.5,

@@ -16,7 +16,7 @@ from dmoe.ops.topk_indices import topk_indices
 from dmoe.router_family import RouterFamily, register
 from dmoe.routing.base import LinearRouter, Routing
 from dmoe.routing.planning import plan_of_choices
-from dmoe.routing.token_choice import check_logits
+from dmoe.routing.rules import check_logits
 
 
 @register("base")

@@ -53,7 +53,9 @@ def losses_of_noise(
         training: whether a mask that a loss does not know is an error; in evaluation, where nobody adds losses to
             anything, that loss is left out.
     """
-    found = {}
+    found: dict[str, Tensor] = {}
+    if not config.has_loss("importance", "load", "load_importance"):
+        return found
     if config.has_loss("importance"):
         wide = torch.promote_types(clean.dtype, torch.float32)
         probs = scores if clean is noisy else torch.softmax(clean.to(wide), -1)

@@ -14,7 +14,7 @@ from dmoe.losses import gshard_loss
 from dmoe.ops.gate_weights import gate_weights
 from dmoe.ops.histogram import histogram
 from dmoe.ops.router_scores import router_scores
-from dmoe.ops.router_top_k import RouterChoice, TopKRule, router_top_k, select_experts
+from dmoe.ops.router_top_k import RouterChoice, router_top_k, select_experts
 from dmoe.ops.topk_indices import topk_indices
 from dmoe.plan import RoutingPlan
 from dmoe.router_family import RouterFamily, register
@@ -22,6 +22,7 @@ from dmoe.routing import noise
 from dmoe.routing.base import LinearRouter, Routing
 from dmoe.routing.noise import losses_of_noise
 from dmoe.routing.planning import groups_of, plan_choices, tokens_sharing
+from dmoe.routing.rules import check_logits, rule_of
 from dmoe.routing.second_expert import SecondExpert, keep_second, sample_second
 from dmoe.routing.selection_bias import balanced_bias, count_in_backward, quantile_choice, quantile_step, sign_step
 
@@ -35,7 +36,8 @@ class TopK(RouterFamily):
         second_expert: with K = 2, what becomes of the second: ``all`` keep it; ``sampling``: drawn from the softmax of
             the others, instead of the best of them; ``random``: kept with probability 2 g, g its weight relative to
             both where the weights are normalised before a drop, else its score (GShard, fairseq); ``random_raw``:
-            always the score, which is then its weight as well (Transformers' NLLB).
+            always the score, which is its weight as well unless weights are normalised after a drop (Transformers'
+            NLLB).
         logit_noise: ``gaussian``: chosen and weighed by noisy logits, of standard deviation ``noise_std / E`` (V-MoE,
             Tutel); ``gumbel``: chosen by logits with Gumbel noise, which draws from the softmax, and weighed without
             (DeepSpeed's RSample).
@@ -304,34 +306,3 @@ class TopKRouter(LinearRouter):
         else:
             sign_step(bias, load, self.config.selection_bias_update_rate)
         load.zero_()
-
-
-def check_logits(router_logits: Tensor, config: MoEConfig, expert_indices: Tensor | None = None) -> None:
-    """Raise ValueError unless these are ``(T, E)`` logits, and indices to replay ``(T, K)`` integers."""
-    if router_logits.dim() != 2 or router_logits.shape[1] != config.num_experts:
-        raise ValueError(
-            f"route: router_logits: expected shape (T, num_experts = {config.num_experts}), got "
-            f"{tuple(router_logits.shape)}"
-        )
-    shape = (router_logits.shape[0], config.top_k)
-    if expert_indices is not None and (expert_indices.shape != shape or expert_indices.is_floating_point()):
-        raise ValueError(
-            f"route: expert_indices: expected integers of shape {shape}, got {expert_indices.dtype} "
-            f"{tuple(expert_indices.shape)}"
-        )
-
-
-def rule_of(config: MoEConfig) -> TopKRule:
-    """The part of the configuration that scores, chooses and weighs."""
-    # A softmax over the chosen logits alone is the softmax over all, renormalised over the chosen ones (as long as
-    # these do not all underflow beside an expert that was not chosen, as a replayed routing may have it).
-    over_chosen = 1.0 if config.softmax_order == "after_topk" else 0.0
-    return TopKRule(
-        top_k=config.top_k,
-        score_function=config.score_function,
-        num_groups=config.num_groups,
-        top_k_groups=config.num_groups if config.top_k_groups is None else config.top_k_groups,
-        group_score=config.group_score,
-        normalization=float(config.gate_normalization or over_chosen),
-        scale=config.gate_scale,
-    )

@@ -12,7 +12,7 @@ from dmoe.compat._layers import LinearGate
 from dmoe.compat.tutel.arguments import GateOptions
 from dmoe.config import MoEConfig
 from dmoe.routing import Cosine, CosineRouter, TopK, TopKRouter
-from dmoe.routing.token_choice import rule_of
+from dmoe.routing.rules import rule_of
 
 
 class Call(NamedTuple):
