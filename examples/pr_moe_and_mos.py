@@ -28,7 +28,7 @@ HERE = Path(__file__).resolve().parent
 SIZES = {"hidden": 96, "heads": 2, "ffn": 192, "top-k": 1, "batch": 12, "seq-len": 128, "dtype": "float32"}
 TEACHER = {"layers": 4, "experts": "8,8,16,16"}
 STUDENT = {"layers": 3, "experts": "8,8,16"}
-STEPS = 1200
+STEPS = 800
 TAUGHT = 0.7  # the paper's 400K steps, of the 572K that 300B tokens are in batches of 256 x 2048
 KINDS = {"alone": "on the text alone", "taught": "with the teacher to the end", "staged": "in stages"}
 
@@ -44,8 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=HERE, metavar="DIR", help="of the result [beside this file]")
     parser.add_argument("--more", default="", metavar="'...'", help="flags of train_lm.py for all models")
     options = parser.parse_args(arguments)
-    every = max(1, options.steps // 20)
-    common = {**SIZES, "steps": options.steps, "warmup": every, "eval-every": every}
+    common = {**SIZES, "steps": options.steps, "warmup": options.steps // 20, "eval-every": max(1, options.steps // 8)}
     school = options.runs / "teacher"
     stages = {"alone": {}, "taught": {"teacher": school},
               "staged": {"teacher": school, "kd-stop": round(TAUGHT * options.steps)}}  # fmt: skip

@@ -119,9 +119,8 @@ def _at_this_size(published: MoEConfig, s: Settings, experts: int) -> dict[str, 
     if published.init_std is not None:
         options["init_std"] = published.init_std * math.sqrt(published.hidden_size / s.hidden)
     if published.shared_ffn_hidden_size is not None:
-        # Where there is a dense FFN beside the experts already, a shared expert would be a second one.
         width = published.shared_ffn_hidden_size * s.ffn // max(published.ffn_sizes)
-        options["shared_ffn_hidden_size"] = None if s.residual else max(1, width)
+        options["shared_ffn_hidden_size"] = max(1, width)
     if published.num_groups > 1:
         groups = published.num_groups
         while groups > 1 and (experts % groups or experts // groups < 2):

@@ -165,9 +165,14 @@ def test_expert_choice_sees_later_bytes_and_the_report_says_so(text, tmp_path):
     assert any(note.startswith("held-out bits per byte see later bytes: experts choose") for note in notes)
 
 
-def test_the_dense_ffn_stands_in_place_of_a_presets_shared_expert():
-    assert moe_configs(of_preset("deepseek_v2", residual=True))[0].shared_ffn_hidden_size is None
-    assert moe_configs(of_preset("deepseek_v2"))[0].shared_ffn_hidden_size == 32  # twice an expert's width
+def test_what_a_preset_says_of_groups_and_shared_experts_shrinks_with_the_sizes():
+    """DeepSeek-V2: 160 experts 1536 wide in 8 groups, of which 3 are looked at, and a shared one of 3072."""
+    config = moe_configs(of_preset("deepseek_v2"))[0]
+    assert config.shared_ffn_hidden_size == 2 * 16
+    assert (config.num_groups, config.top_k_groups) == (4, 2)  # two experts in a group
+    assert moe_configs(of_preset("deepseek_v2", experts=32))[0].num_groups == 8
+    assert moe_configs(of_preset("deepseek_v3", experts=7))[0].num_groups == 1
+    assert moe_configs(of_preset("olmoe"))[0].shared_ffn_hidden_size is None
 
 
 def test_a_presets_layers_begin_as_they_say_at_this_width():
