@@ -72,24 +72,6 @@ class BaseRouter(LinearRouter):
         if self.bias is not None:
             self.bias.zero_()
 
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        token_mask: Tensor | None = None,
-        token_ids: Tensor | None = None,
-        expert_indices: Tensor | None = None,
-        num_sequences: int = 1,
-    ) -> Routing:
-        """Route ``(T, H)``; see :class:`dmoe.routing.Router`.
-
-        Raises:
-            ValueError: in training, tokens that E does not divide, or a mask, under which nothing would be balanced.
-        """
-        return self.route(
-            self.logits(x), token_mask=token_mask, expert_indices=expert_indices, num_sequences=num_sequences
-        )
-
     def route(
         self,
         router_logits: Tensor,
@@ -98,7 +80,11 @@ class BaseRouter(LinearRouter):
         expert_indices: Tensor | None = None,
         num_sequences: int = 1,
     ) -> Routing:
-        """Route by given scores ``(T, E)``; see :meth:`forward`."""
+        """Route by given scores ``(T, E)``; see :meth:`dmoe.routing.LinearRouter.route`.
+
+        Raises:
+            ValueError: in training, tokens that E does not divide, or a mask, under which nothing would be balanced.
+        """
         config = self.config
         check_logits(router_logits, config, expert_indices)
         chosen = expert_indices

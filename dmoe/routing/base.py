@@ -135,6 +135,42 @@ class LinearRouter(Float32Buffers):
         """What the router computes in for such an input."""
         return accumulate_dtype(x.dtype) if self.config.router_dtype == "float32" else x.dtype
 
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        token_mask: Tensor | None = None,
+        token_ids: Tensor | None = None,
+        expert_indices: Tensor | None = None,
+        num_sequences: int = 1,
+    ) -> Routing:
+        """Route ``(T, H)`` by its logits; see :class:`Router`. ``token_ids`` are not looked at."""
+        return self.route(
+            self.logits(x), token_mask=token_mask, expert_indices=expert_indices, num_sequences=num_sequences
+        )
+
+    def route(
+        self,
+        router_logits: Tensor,
+        *,
+        token_mask: Tensor | None = None,
+        expert_indices: Tensor | None = None,
+        num_sequences: int = 1,
+    ) -> Routing:
+        """Route by given logits ``(T, E)``, without the router's linear: what a family is.
+
+        Args:
+            router_logits: ``(T, E)`` floating point.
+            token_mask: ``(T,)`` bool; False takes no expert and counts in no loss.
+            expert_indices: ``(T, K)`` integer: take these instead of the best; weights come from the logits.
+            num_sequences: equally long ones that the tokens are, for ``token_groups="sequence"``.
+
+        Raises:
+            ValueError: logits for another number of experts, indices of another shape or type, or tokens that are no
+                equal groups.
+        """
+        raise NotImplementedError(f"{type(self).__name__}: expected a route method, or a forward of its own")
+
     def _probabilities(self, scores: Tensor) -> Tensor:
         """Scores as a distribution over experts: what the balance loss compares with the load (DeepSeek-V3, eq. 18)."""
         if self.score_function == "softmax":

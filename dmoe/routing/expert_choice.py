@@ -42,32 +42,21 @@ class ExpertChoiceRouter(LinearRouter):
     ``MoEConfig.causal``. With ``token_groups`` experts take as many of each group instead.
     """
 
-    def forward(
+    def route(
         self,
-        x: Tensor,
+        router_logits: Tensor,
         *,
         token_mask: Tensor | None = None,
-        token_ids: Tensor | None = None,
         expert_indices: Tensor | None = None,
         num_sequences: int = 1,
     ) -> Routing:
-        """Route ``(T, H)``; see :class:`dmoe.routing.Router`.
+        """Route by given logits ``(T, E)``; see :meth:`dmoe.routing.LinearRouter.route`.
 
         Raises:
             ValueError: ``expert_indices`` were given: tokens do not choose here.
         """
         if expert_indices is not None:
             raise ValueError("ExpertChoiceRouter: expert_indices: cannot replay a token's choice, experts choose here")
-        return self.route(self.logits(x), token_mask=token_mask, num_sequences=num_sequences)
-
-    def route(self, router_logits: Tensor, *, token_mask: Tensor | None = None, num_sequences: int = 1) -> Routing:
-        """Route by given logits ``(T, E)``.
-
-        Args:
-            router_logits: ``(T, E)`` floating point.
-            token_mask: ``(T,)`` bool; False is chosen by no expert and counts in no loss.
-            num_sequences: equally long ones that the tokens are, for ``token_groups="sequence"``.
-        """
         config = self.config
         num_tokens = router_logits.shape[0]
         groups = groups_of(config, num_tokens, num_sequences)

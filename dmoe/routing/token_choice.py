@@ -136,20 +136,6 @@ class TopKRouter(LinearRouter):
         for name in (*self.float32_saved, *self.float32_unsaved):
             getattr(self, name).zero_()
 
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        token_mask: Tensor | None = None,
-        token_ids: Tensor | None = None,
-        expert_indices: Tensor | None = None,
-        num_sequences: int = 1,
-    ) -> Routing:
-        """Route ``(T, H)``; see :class:`dmoe.routing.Router`. ``token_ids`` are not looked at."""
-        return self.route(
-            self.logits(x), token_mask=token_mask, expert_indices=expert_indices, num_sequences=num_sequences
-        )
-
     def route(
         self,
         router_logits: Tensor,
@@ -158,17 +144,9 @@ class TopKRouter(LinearRouter):
         expert_indices: Tensor | None = None,
         num_sequences: int = 1,
     ) -> Routing:
-        """Route by given logits ``(T, E)``, without the router's linear.
+        """Route by given logits ``(T, E)``; see :meth:`dmoe.routing.LinearRouter.route`.
 
-        Args:
-            router_logits: ``(T, E)`` floating point.
-            token_mask: ``(T,)`` bool; False takes no expert and, unless they are only ``unrouted``, counts in no loss.
-            expert_indices: ``(T, K)`` integer: take these instead of the best; weights come from the logits.
-            num_sequences: equally long ones that the tokens are, for ``token_groups="sequence"``.
-
-        Raises:
-            ValueError: logits for another number of experts, indices of another shape or type, or tokens that are no
-                equal groups.
+        Masked tokens that are only ``unrouted`` count in the losses.
         """
         config = self.config
         check_logits(router_logits, config, expert_indices)
