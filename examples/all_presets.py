@@ -164,7 +164,9 @@ def _trained(run: Run, bar: tqdm) -> dict[str, Any]:
     for target in range(settings.eval_every, settings.steps + 1, settings.eval_every):
         run.advance(target, bar, lambda: False, tell=False)
     run.advance(settings.steps, bar, lambda: False, tell=False)
-    return {"parameters": count_parameters(run.model), "curve": run.curve}
+    # Without the seconds: of one run after the other they tell of whatever else the machine had to do just then.
+    curve = [{name: value for name, value in point.items() if name != "seconds"} for point in run.curve]
+    return {"parameters": count_parameters(run.model), "curve": curve}
 
 
 def _line(preset: dict[str, Any]) -> str:
@@ -175,7 +177,7 @@ def _line(preset: dict[str, Any]) -> str:
         f"{kind} {max(preset[key]['busiest']):.1f}x the mean ({100 * max(preset[key]['dropped']):.0f}% dropped)"
         for kind, key in (("training", "training"), ("held out", "held_out"))
     )
-    return f"{last['held_out_bpb']:.4f} after {last['seconds']:.1f} s; busiest expert: {loads}"
+    return f"{last['held_out_bpb']:.4f} held-out bits per byte; busiest expert: {loads}"
 
 
 def _write(out: Path, sizes: Settings, corpus: Corpus, found: dict[str, dict[str, Any]], dense: dict[str, Any]) -> None:

@@ -74,7 +74,6 @@ def summarise(reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
             **{name: settings[name] for name in kept},
             "parameters": model["parameters"],
             "held_out_bpb": [[point["step"], round(point["held_out_bpb"], 5)] for point in model["curve"]],
-            "seconds": round(model["final"]["seconds"], 1),
         }
 
     first = reports["teacher"]

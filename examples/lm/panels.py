@@ -95,7 +95,15 @@ def _curve(
     axes.tick_params(length=3)
     axes.text(0, 1.04, name, transform=axes.transAxes, fontsize=12.5, fontweight="bold")
     beside = f" + {preset['beside_them']}" if preset["beside_them"] else ""
-    axes.text(1, 1.04, f"{preset['experts_of_a_token']:g}{beside}", transform=axes.transAxes, color=SOFT, ha="right")
+    axes.text(
+        1,
+        1.04,
+        f"{preset['experts_of_a_token']:g}{beside}",
+        transform=axes.transAxes,
+        fontsize=9.5,
+        color=SOFT,
+        ha="right",
+    )
     value = f"{preset['curve'][-1]['held_out_bpb']:.3f}{'*' if preset['held_out_sees_later_bytes'] else ''}"
     axes.text(0.98, 0.9, value, transform=axes.transAxes, fontsize=12.5, fontweight="bold", color=colour, ha="right",
               va="center")  # fmt: skip
