@@ -220,7 +220,7 @@ class MoEConfig:
         object.__setattr__(self, "router", family_of(self.router))
         check_config(self)
         object.__setattr__(self, "_coefficients", self._loss_terms())
-        object.__setattr__(self, "_loss_names", frozenset(name for name, _ in self.coefficients))
+        object.__setattr__(self, "_loss_names", tuple(name for name, _ in self.coefficients))
         self.family.check(self)
 
     @property
@@ -268,8 +268,8 @@ class MoEConfig:
 
     def has_loss(self, *names: str) -> bool:
         """Whether any of these losses is on."""
-        there: frozenset[str] = self._loss_names  # type: ignore[attr-defined]
-        return not there.isdisjoint(names)
+        there: tuple[str, ...] = self._loss_names  # type: ignore[attr-defined]
+        return any(map(there.__contains__, names))  # routers ask several times in each forward
 
     def _loss_terms(self) -> tuple[tuple[str, float], ...]:
         balance = "load_balancing" if self.load_balancing_over == "local" else self.load_balancing_over

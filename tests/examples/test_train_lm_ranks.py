@@ -96,7 +96,7 @@ def test_a_taught_pyramid_on_ranks_is_that_of_one_process(ranks, text, alone, tm
     content["settings"]["steps"] = 5
     torch.save(content, school / checkpoint.FILE)
     settings = dataclasses.replace(
-        SETTINGS, preset="deepseek_v3", balance=None, experts=(4, 8), residual=True, batch=8, teacher=str(school),
+        SETTINGS, preset="deepseek_v3", balance=None, experts=(8, 16), residual=True, batch=8, teacher=str(school),
         kd_stop=6,
     )  # fmt: skip
     _, (expected,) = jobs.runs_of(settings, text)

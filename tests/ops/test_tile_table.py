@@ -100,7 +100,7 @@ def test_plans_carry_tiles_of_all_their_rows_when_asked():
 def test_layers_ask_for_tiles_where_they_are_read(router, monkeypatch):
     """On CUDA tensors the rule gives 16 here; the CPU asks for none."""
     from dmoe.layer import MoE
-    from dmoe.routing import expert_choice, token_choice, uniform
+    from dmoe.routing import expert_choice, planning
 
     asked = []
 
@@ -111,7 +111,7 @@ def test_layers_ask_for_tiles_where_they_are_read(router, monkeypatch):
     config = MoEConfig(8, 8, 4, router=router, causal=False, capacity_factor=1.0 if router != "top_k" else None)
     layer, x = MoE(config), torch.randn(6, 8)
     assert layer.router(x).plan.tiles is None
-    for module in (expert_choice, token_choice, uniform):
+    for module in (expert_choice, planning):
         monkeypatch.setattr(module, "device_tile_rows", as_on_cuda)
     plan: RoutingPlan = layer.router(x).plan
     assert asked == [(8 if router == "expert_choice" else 12, 4)]
