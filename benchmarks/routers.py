@@ -67,6 +67,7 @@ class Worker:
 
     def __init__(self, checkout: Path, threads: int) -> None:
         environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": str(threads)}
+        environment |= {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}  # threads at rest must not slow the others
         command = [sys.executable, str(HERE / "parts" / "router_worker.py"), str(threads)]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True)
@@ -116,24 +117,24 @@ def table(results: list[dict[str, Any]], env: dict[str, Any]) -> str:
         "and times top-k. `experts`: those of the layer at F = H and K = 2, for comparison."
     )
     if any("before" in entry for entry in results):
-        intro += " `before`: the other checkout in the same run; `ratio`: now / before, the medians."
+        intro += (
+            " `before` and `after`: the other checkout and this one, each in a process of its own that times these "
+            "lines alone, in the same run; their ratio is that of the medians."
+        )
     parts.append(intro)
     for entry in results:
         tokens, hidden, experts = entry["size"]
         plain = entry["timings"]["top-k"].median
         rows = []
         for name, timing in entry["timings"].items():
-            before = entry.get("before", {}).get(name)
-            rows.append([
-                name,
-                _shown(timing),
-                f"{timing.median / plain:.2f}",
-                "" if before is None else _shown(before),
-                "" if before is None else f"{timing.median / before.median:.3f}",
-            ])  # fmt: skip
-        rows.append(["experts", milliseconds(entry["experts"]), f"{entry['experts'] / plain:.2f}", "", ""])
+            before, after = (entry.get(side, {}).get(name) for side in ("before", "after"))
+            paired = ["", "", ""]
+            if before is not None:
+                paired = [_shown(before), _shown(after), f"{after.median / before.median:.3f}"]
+            rows.append([name, _shown(timing), f"{timing.median / plain:.2f}", *paired])
+        rows.append(["experts", milliseconds(entry["experts"]), f"{entry['experts'] / plain:.2f}", "", "", ""])
         parts.append(f"## T = {tokens}, H = {hidden}, E = {experts}")
-        parts.append(markdown_table(["router", "ms", "times top-k", "before, ms", "ratio"], rows))
+        parts.append(markdown_table(["router", "ms", "times top-k", "before, ms", "after, ms", "after / before"], rows))
     return "\n\n".join(parts) + "\n"
 
 
@@ -174,7 +175,10 @@ def main() -> None:
         parser.error(f"--cases {args.cases!r}: no size has that in its label, e.g. 'T=512 H=256 E=8'")
     rounds = min(args.rounds, 3) if args.quick else args.rounds
     now = Worker(HERE.parent, args.threads)
-    before = None if args.before is None else Worker(args.before.resolve(), args.threads)
+    # Two processes that take turns at the same few routers: one of each checkout, so that nothing else differs.
+    rivals: dict[str, Worker] = {}
+    if args.before is not None:
+        rivals = {"before": Worker(args.before.resolve(), args.threads), "after": Worker(HERE.parent, args.threads)}
     results = []
     with tqdm(total=len(sizes) * rounds, unit="round") as bar:
         for size in sizes:
@@ -182,18 +186,17 @@ def main() -> None:
             for name in FAMILIES:
                 asked = request(name, *size)
                 contestants[name] = lambda _, asked=asked: now.seconds(asked)  # type: ignore[misc]
-                if before is not None and name in OLD:
-                    contestants[f"before: {name}"] = lambda _, asked=asked, worker=before: worker.seconds(asked)  # type: ignore[misc]
+                for side, worker in rivals.items() if name in OLD else ():
+                    contestants[f"{side}: {name}"] = lambda _, asked=asked, worker=worker: worker.seconds(asked)  # type: ignore[misc]
             timings = interleave(contestants, rounds=rounds, warmup=args.warmup, seconds_each=args.seconds,
                                  seed=args.seed, tick=bar.update)  # fmt: skip
             entry: dict[str, Any] = {"size": size, "experts": experts_seconds(*size)}
-            entry["timings"] = {name: timing for name, timing in timings.items() if not name.startswith("before: ")}
-            if before is not None:
-                entry["before"] = {name: timings[f"before: {name}"] for name in OLD}
+            entry["timings"] = {name: timings[name] for name in FAMILIES}
+            for side in rivals:
+                entry[side] = {name: timings[f"{side}: {name}"] for name in OLD}
             results.append(entry)
-    for worker in (now, before):
-        if worker is not None:
-            worker.close()
+    for worker in (now, *rivals.values()):
+        worker.close()
     env = environment(args.threads)
     publish(
         "routers", env, args, results, report=lambda _: table(results, env), plot=lambda path: plot(results, env, path)

@@ -123,10 +123,12 @@ class AuxiliaryLosses:
 
         ``num_sequences``: equally long ones that the tokens are, for ``load_balancing_over="sequence"``.
         """
-        total, coefficients = None, dict(self.config.coefficients)
-        for name, loss in self.terms(routing, num_sequences).items():
-            loss = loss * (coefficients[name] / self.config.num_moe_layers)
-            total = loss if total is None else total + loss
+        total = None
+        for name, coefficient in self.config.coefficients:
+            loss = self._term(name, routing, num_sequences)
+            if loss is not None:
+                loss = loss * (coefficient / self.config.num_moe_layers)
+                total = loss if total is None else total + loss
         return total
 
     def terms(self, routing: Routing, num_sequences: int = 1) -> dict[str, Tensor]:

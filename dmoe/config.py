@@ -219,6 +219,10 @@ class MoEConfig:
             object.__setattr__(self, "losses", tuple(self.losses.items()))
         object.__setattr__(self, "router", family_of(self.router))
         check_config(self)
+        # What forwards ask for again and again is settled here.
+        given = (self.capacity, self.capacity_factor or None, self.eval_capacity_factor or None)
+        dropless = given == (None,) * 3 and self.eval_capacity_fraction is None
+        object.__setattr__(self, "_dropless", self.family.experts_choose or dropless)
         object.__setattr__(self, "_coefficients", self._loss_terms())
         object.__setattr__(self, "_loss_names", tuple(name for name, _ in self.coefficients))
         self.family.check(self)
@@ -239,8 +243,8 @@ class MoEConfig:
     @property
     def dropless(self) -> bool:
         """Whether no assignment is ever dropped."""
-        given = (self.capacity, self.capacity_factor or None, self.eval_capacity_factor or None)
-        return self.family.experts_choose or (given == (None,) * 3 and self.eval_capacity_fraction is None)
+        dropless: bool = self._dropless  # type: ignore[attr-defined]
+        return dropless
 
     def capacity_for(self, num_tokens: int, training: bool = True) -> int | None:
         """The most rows one expert takes from ``num_tokens`` (of one group, if there are any); None drops nothing."""
@@ -269,7 +273,7 @@ class MoEConfig:
     def has_loss(self, *names: str) -> bool:
         """Whether any of these losses is on."""
         there: tuple[str, ...] = self._loss_names  # type: ignore[attr-defined]
-        return any(map(there.__contains__, names))  # routers ask several times in each forward
+        return any(map(there.__contains__, names))
 
     def _loss_terms(self) -> tuple[tuple[str, float], ...]:
         balance = "load_balancing" if self.load_balancing_over == "local" else self.load_balancing_over

@@ -79,6 +79,8 @@ def plan_of_choices(expert_indices: Tensor, weights: Tensor, router: Any, num_se
 
 def groups_of(config: MoEConfig, num_tokens: int, num_sequences: int) -> int:
     """In how many groups capacities and losses are counted; says so where the tokens are no equal groups."""
+    if config.token_groups == 1:
+        return 1
     # A batch of no sequence is one group of no token.
     groups = larger(num_sequences, 1) if config.token_groups == "sequence" else config.token_groups
     assert not isinstance(groups, str)

@@ -120,6 +120,7 @@ class TopKRouter(LinearRouter):
         self.ranks, self.reads_masked = ranks, self.options.masked_tokens == "unrouted"
         super().__init__(config, device=device, dtype=dtype)  # which makes parameters as the options say
         self.rule = rule_of(config)
+        self.has_own_losses = self.reads_masked or config.has_loss("importance", "load", "load_importance")
         self.by_quantile = config.selection_bias and config.selection_bias_rule == "quantile"
         if config.selection_bias:
             counted = config.num_experts + int(self.by_quantile)
@@ -265,6 +266,8 @@ class TopKRouter(LinearRouter):
         first_choices: Tensor | None,
     ) -> dict[str, Tensor]:
         """The losses that are about noise, or about tokens that are only unrouted, as far as the config names them."""
+        if not self.has_own_losses:
+            return {}
         found = losses_of_noise(
             self.config, clean, noisy, scores, self.options.noise_std, groups, token_mask, self.training
         )
