@@ -11,7 +11,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dmoe.config import MoEConfig
-from dmoe.losses import attach_loss, load_balancing_loss, router_z_loss, sequence_load_balancing_loss
+from dmoe.losses import (
+    BALANCE_LOSSES,
+    NOISE_LOSSES,
+    attach_loss,
+    load_balancing_loss,
+    router_z_loss,
+    sequence_load_balancing_loss,
+)
 from dmoe.ops.histogram import histogram
 from dmoe.outputs import as_output
 from dmoe.parallel.statistics import LoadOfRanks
@@ -21,10 +28,6 @@ _UNREAD = (
     "dmoe: a MoE layer ran a second training forward before the auxiliary loss of the first was read, and that loss is "
     "lost. Add dmoe.aux_loss(model) to the task's loss, set aux_loss='attached', or set the coefficients to 0."
 )
-
-
-_BALANCE = ("load_balancing", "sequence", "global")
-_OF_NOISE = ("importance", "load", "load_importance")
 
 
 class AuxiliaryLosses:
@@ -142,10 +145,10 @@ class AuxiliaryLosses:
             return routing.losses[name]
         if name == "z":
             return None if routing.log_z is None else router_z_loss(routing.log_z, routing.token_mask)
-        if name in _OF_NOISE:  # the family's checks saw to it: there is no noise now
+        if name in NOISE_LOSSES:  # the family's checks saw to it: there is no noise now
             return None
-        if name not in _BALANCE:
-            known = ", ".join((*_BALANCE, "z", *_OF_NOISE, *routing.losses))
+        if name not in BALANCE_LOSSES:
+            known = ", ".join((*BALANCE_LOSSES, "z", *NOISE_LOSSES, *routing.losses))
             raise ValueError(f"MoE: losses: expected names of losses that this router has ({known}), got {name!r}")
         return None if routing.router_probs is None else self._balance(name, routing, num_sequences)
 

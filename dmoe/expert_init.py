@@ -9,6 +9,11 @@ from dmoe.expert_weights import F_DIM, ExpertWeights
 from dmoe.initial import expert_weight
 
 
+def expert_generator(seed: int, expert: int) -> torch.Generator:
+    """Random numbers of one expert: a function of (seed, expert), whoever holds it."""
+    return torch.Generator(device="cpu").manual_seed((seed + expert * 0x9E3779B97F4A7C15) % 2**63)
+
+
 @torch.no_grad()
 def initialise(
     weights: ExpertWeights,
@@ -29,7 +34,7 @@ def initialise(
         frozen_down_bias: biases of the down projection are zero.
     """
     for position, expert in enumerate(owned.experts):
-        generator = torch.Generator(device="cpu").manual_seed((seed + expert * 0x9E3779B97F4A7C15) % 2**63)
+        generator = expert_generator(seed, expert)
         of_expert = weights.of_expert(position)
         width = of_expert["down_proj"].shape[-1] * owned.num_shards
         for name, tensor in of_expert.items():

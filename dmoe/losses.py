@@ -9,6 +9,10 @@ from torch import Tensor
 
 from dmoe.sums import sum_tokens
 
+# Names of MoEConfig.losses: those that compare router probabilities with loads, and those that are about logit noise.
+BALANCE_LOSSES = ("load_balancing", "sequence", "global")
+NOISE_LOSSES = ("importance", "load", "load_importance")
+
 
 def load_balancing_loss(
     router_probs: Tensor,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dmoe.config import MoEConfig
 from dmoe.dense_ffn import DenseFFN
+from dmoe.expert_init import expert_generator
 from dmoe.experts import Experts
 from dmoe.layer import MoE
 
@@ -97,7 +98,7 @@ def copy_into_experts(ffn: DenseFFN, experts: Experts, perturb: float = 0.0) -> 
     seed = int(torch.randint(2**62, (), device="cpu").item()) if perturb else 0
     weights = experts.weights()
     for position, expert in enumerate(experts.owned.experts):
-        generator = torch.Generator(device="cpu").manual_seed((seed + expert * 0x9E3779B97F4A7C15) % 2**63)
+        generator = expert_generator(seed, expert)
         for name, target in weights.of_expert(position).items():
             target.copy_(dense[name])
             if perturb and name.endswith("proj"):

@@ -84,7 +84,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "known_activations": {"config"},
     "dense_ffn": {"config", "known_activations"},
     "find_ffn": {"layer", "dense_ffn"},
-    "upcycle": {"layer", "config", "dense_ffn", "experts"},
+    "upcycle": {"layer", "config", "dense_ffn", "expert_init", "experts"},
     "replace": {"layer", "config", "dense_ffn", "find_ffn", "residual", "upcycle"},
     "residual": {"config"},
     "presets": {"config", "routing", "router_family"},

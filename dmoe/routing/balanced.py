@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.config import MoEConfig
+from dmoe.losses import NOISE_LOSSES
 from dmoe.ops.balanced_assignment import balanced_assignment
 from dmoe.ops.gate_weights import gate_weights
 from dmoe.ops.router_scores import router_scores
@@ -39,7 +40,7 @@ class Base(RouterFamily):
     unread: ClassVar[tuple[str, ...]] = (
         "score_function", "softmax_order", "gate_normalization", "selection_bias", "num_groups",
     )  # fmt: skip
-    lacks_losses: ClassVar[tuple[str, ...]] = ("z", "importance", "load", "load_importance")
+    lacks_losses: ClassVar[tuple[str, ...]] = ("z", *NOISE_LOSSES)
 
     over: Literal["local", "group"] = "local"
 

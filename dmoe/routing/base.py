@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dmoe.buffers import Float32Buffers
 from dmoe.config import MoEConfig
 from dmoe.initial import router_weight
+from dmoe.losses import NOISE_LOSSES
 from dmoe.ops._checks import check_plain
 from dmoe.ops.activation import accumulate_dtype
 from dmoe.ops.philox import draw_seed
@@ -19,7 +20,7 @@ from dmoe.ops.router_logits import router_logits
 from dmoe.plan import RoutingPlan
 
 # Losses that `Routing.router_probs` are nothing to; any other may be a family's own, of these.
-_WITHOUT_PROBABILITIES = ("z", "importance", "load", "load_importance")
+_WITHOUT_PROBABILITIES = ("z", *NOISE_LOSSES)
 
 
 @dataclass(frozen=True)

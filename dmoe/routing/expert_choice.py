@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dmoe.capacity import capacity_rows, round_up
 from dmoe.config import MoEConfig
+from dmoe.losses import NOISE_LOSSES
 from dmoe.ops.router_scores import router_scores
 from dmoe.ops.topk_indices import topk_indices
 from dmoe.plan import device_tile_rows, plan_expert_choice
@@ -27,7 +28,7 @@ class ExpertChoice(RouterFamily):
     experts_choose: ClassVar[bool] = True
     looks_ahead: ClassVar[bool] = True
     unread: ClassVar[tuple[str, ...]] = ("softmax_order", "normalize_when", "drop_order")
-    lacks_losses: ClassVar[tuple[str, ...]] = ("importance", "load", "load_importance")
+    lacks_losses: ClassVar[tuple[str, ...]] = NOISE_LOSSES
 
     def build(self, config: MoEConfig, *, ranks: Any = None, device: Any = None, dtype: Any = None) -> nn.Module:
         """See :class:`dmoe.router_family.RouterFamily`."""

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.config import MoEConfig
-from dmoe.ops.activation import accumulate_dtype
+from dmoe.losses import NOISE_LOSSES
 from dmoe.router_family import RouterFamily, register
 from dmoe.routing.base import Routing
-from dmoe.routing.planning import plan_of_choices
 from dmoe.routing.token_choice import TopK, TopKRouter
+from dmoe.routing.unlearned import UnlearnedRouter
 
 
 @register("hash")
@@ -77,7 +77,7 @@ class Hash(RouterFamily):
     @property
     def lacks_losses(self) -> tuple[str, ...]:  # type: ignore[override]
         """See :class:`dmoe.router_family.RouterFamily`."""
-        of_noise = ("importance", "load", "load_importance")
+        of_noise = NOISE_LOSSES
         return of_noise if self.weights == "learned" else (*of_noise, "z")
 
     def _check_fields(self) -> None:
@@ -180,41 +180,27 @@ class _Table(nn.Module):
         return self.experts.to(token_ids.device)[token_ids.long()]
 
 
-class HashRouter(nn.Module):
+class HashRouter(UnlearnedRouter):
     """The router of :class:`Hash` with ``weights="one"``: no parameters, no probabilities, no losses."""
 
     def __init__(
         self, config: MoEConfig, options: Hash, *, ranks: Any = None, device: Any = None, dtype: Any = None
     ) -> None:
-        super().__init__()
-        self.config, self.ranks = config, ranks
-        self.by_sequence = config.token_groups == "sequence"
+        super().__init__(config, ranks=ranks, device=device, dtype=dtype)
         self.table = _Table(options, config.num_experts, device)
 
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        token_mask: Tensor | None = None,
-        token_ids: Tensor | None = None,
-        expert_indices: Tensor | None = None,
-        num_sequences: int = 1,
-    ) -> Routing:
-        """Route ``(T, H)``; see :class:`dmoe.routing.Router`.
+    def choose(self, x: Tensor, token_ids: Tensor | None, token_mask: Tensor | None) -> Tensor:
+        """What the table says; see :class:`dmoe.routing.unlearned.UnlearnedRouter`.
 
         Raises:
-            ValueError: no ``token_ids`` (and no indices to replay), or, on the CPU, ids that the table does not have.
+            ValueError: no ``token_ids``, or, on the CPU, ids that the table does not have.
         """
-        chosen = self.table(token_ids, token_mask) if expert_indices is None else expert_indices
-        if token_mask is not None:
-            chosen = chosen.masked_fill(~token_mask.unsqueeze(1), self.config.num_experts)
-        top_k = self.config.top_k
-        weights = x.new_full((x.shape[0], top_k), self.config.gate_scale / top_k, dtype=accumulate_dtype(x.dtype))
-        plan = plan_of_choices(chosen, weights, self, num_sequences)
-        return Routing(plan=plan, gate_weights=weights, expert_indices=chosen, token_mask=token_mask)
+        return self.table(token_ids, token_mask)
 
-    def update_selection_bias(self) -> None:
-        """No bias to move."""
+    @property
+    def gate_weight(self) -> float:
+        """What every choice weighs."""
+        return self.config.gate_scale / self.config.top_k
 
     def extra_repr(self) -> str:
         """For ``print(model)``."""

@@ -54,8 +54,6 @@ def losses_of_noise(
             anything, that loss is left out.
     """
     found: dict[str, Tensor] = {}
-    if not config.has_loss("importance", "load", "load_importance"):
-        return found
     if config.has_loss("importance"):
         wide = torch.promote_types(clean.dtype, torch.float32)
         probs = scores if clean is noisy else torch.softmax(clean.to(wide), -1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.config import MoEConfig
+from dmoe.losses import NOISE_LOSSES
 from dmoe.ops.sinkhorn import sinkhorn
 from dmoe.ops.topk_indices import topk_indices
 from dmoe.router_family import RouterFamily, register
@@ -28,7 +29,7 @@ class Sinkhorn(RouterFamily):
     """
 
     looks_ahead: ClassVar[bool] = True
-    lacks_losses: ClassVar[tuple[str, ...]] = ("importance", "load", "load_importance")
+    lacks_losses: ClassVar[tuple[str, ...]] = NOISE_LOSSES
 
     tolerance: float = 1e-4
     max_iterations: int = 200

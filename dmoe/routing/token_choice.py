@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.config import MoEConfig
-from dmoe.losses import gshard_loss
+from dmoe.losses import BALANCE_LOSSES, NOISE_LOSSES, gshard_loss
 from dmoe.ops.gate_weights import gate_weights
 from dmoe.ops.histogram import histogram
 from dmoe.ops.router_scores import router_scores
@@ -66,14 +66,14 @@ class TopK(RouterFamily):
         self.require(
             noisy, "logit_noise", "'gaussian' with the losses 'load' and 'load_importance', which are about it"
         )
-        plain = config.score_function == "softmax" or not config.has_loss("importance", "load", "load_importance")
+        plain = config.score_function == "softmax" or not config.has_loss(*NOISE_LOSSES)
         if not plain:
             raise ValueError(
                 "MoEConfig: score_function: expected 'softmax' with the losses 'importance', 'load' and "
                 f"'load_importance', got {config.score_function!r}"
             )
         of_gshard = config.load_balancing_choices == "first" and config.token_groups == 1
-        balanced = config.has_loss("load_balancing", "sequence", "global")
+        balanced = config.has_loss(*BALANCE_LOSSES)
         fits = not balanced or (of_gshard and not config.has_loss("sequence", "global"))
         self.require(
             self.masked_tokens == "absent" or fits,
@@ -120,7 +120,7 @@ class TopKRouter(LinearRouter):
         self.ranks, self.reads_masked = ranks, self.options.masked_tokens == "unrouted"
         super().__init__(config, device=device, dtype=dtype)  # which makes parameters as the options say
         self.rule = rule_of(config)
-        self.has_own_losses = self.reads_masked or config.has_loss("importance", "load", "load_importance")
+        self.has_own_losses = self.reads_masked or config.has_loss(*NOISE_LOSSES)
         self.by_quantile = config.selection_bias and config.selection_bias_rule == "quantile"
         if config.selection_bias:
             counted = config.num_experts + int(self.by_quantile)
@@ -251,7 +251,7 @@ class TopKRouter(LinearRouter):
     def _plain_choices(self, scores: Tensor, token_mask: Tensor | None) -> Tensor | None:
         """What the balance losses count with ``load_balancing_choices="plain"``."""
         config = self.config
-        if config.load_balancing_choices != "plain" or not config.has_loss("load_balancing", "sequence", "global"):
+        if config.load_balancing_choices != "plain" or not config.has_loss(*BALANCE_LOSSES):
             return None
         plain = topk_indices(scores.detach(), config.top_k)
         return plain if token_mask is None else plain.masked_fill(~token_mask.unsqueeze(1), config.num_experts)
