@@ -36,7 +36,7 @@ def draw(summary: dict[str, Any], path: Path) -> None:
     }  # fmt: skip
     with rc_context(style):
         height = 1.95 + 2.5 * rows
-        figure = Figure(figsize=(13, height), dpi=120, facecolor="white")
+        figure = Figure(figsize=(13, height), dpi=100, facecolor="white")
         FigureCanvasAgg(figure)
         _title(figure, summary, height)
         grid = figure.add_gridspec(
