@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dmoe import checkpoint, functional, losses, metrics, ops, parallel, presets, routing
+from dmoe.adapters import Adapters, LowRank
 from dmoe.config import MoEConfig
 from dmoe.expert_weights import ExpertWeights
 from dmoe.functional import run_experts
@@ -24,7 +25,9 @@ from dmoe.routing import Routing
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adapters",
     "ExpertWeights",
+    "LowRank",
     "MoE",
     "MoEConfig",
     "ResidualMoE",

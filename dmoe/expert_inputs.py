@@ -11,6 +11,7 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from dmoe.adapters import Adapters, check_adapters
 from dmoe.config import Backend, GateWeightOn
 from dmoe.expert_weights import ExpertWeights
 from dmoe.ops._checks import check_tensors
@@ -33,6 +34,7 @@ class Options(NamedTuple):
     residual: Tensor | None
     main_grads: Sequence[Tensor | None] | None
     recompute: bool
+    adapters: Adapters | None
 
 
 def check_choices(x: Tensor, expert_indices: Tensor, gate_weights: Tensor, weights: ExpertWeights) -> None:
@@ -119,6 +121,8 @@ def check_call(
         )
     if options.residual is not None:
         _check_residual(options.residual, x)
+    if options.adapters is not None:
+        check_adapters(options.adapters, weights)
     if options.main_grads is not None:
         _check_main_grads(options.main_grads, weights)
 
@@ -144,6 +148,16 @@ def _check_options(options: Options) -> None:
         name, allowed = ("recompute", "False") if recompute else ("main_grads", "None")
         raise ValueError(
             f"moe_mlp: {name}: expected {allowed} with backend={backend!r}, whose backward has no such option"
+        )
+    if options.adapters is not None and (backend is not None or recompute or options.main_grads is not None):
+        given = [
+            f"backend={backend!r}",
+            f"recompute={recompute}",
+            f"main_grads={'None' if options.main_grads is None else 'given'}",
+        ]
+        raise ValueError(
+            "moe_mlp: adapters: expected backend=None, recompute=False and main_grads=None beside them, got "
+            + ", ".join(given)
         )
 
 

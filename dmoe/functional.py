@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmoe.adapters import Adapters
 from dmoe.config import Activation, DropOrder, GateWeightOn
 from dmoe.expert_inputs import Options, check_call, check_choices, check_planned
 from dmoe.expert_weights import ExpertWeights
@@ -16,6 +17,7 @@ from dmoe.ops.activation import accumulate_dtype
 from dmoe.ops.block_sparse import block_size_for
 from dmoe.ops.block_sparse_mlp import block_sparse_mlp
 from dmoe.ops.moe_mlp import moe_mlp as moe_mlp_op
+from dmoe.ops.moe_mlp_adapted import Factors, moe_mlp_adapted
 from dmoe.ops.moe_mlp_deferred import moe_mlp_deferred
 from dmoe.ops.philox import draw_seed
 from dmoe.outputs import as_output
@@ -41,6 +43,7 @@ def moe_mlp(
     residual: Tensor | None = None,
     main_grads: Sequence[Tensor | None] | None = None,
     recompute: bool = False,
+    adapters: Adapters | None = None,
 ) -> Tensor:
     """``y_t = sum_k w_tk * expert_{i_tk}(x_t)``: every token through its experts, weighted and summed.
 
@@ -55,7 +58,7 @@ def moe_mlp(
         capacity: the most rows one expert takes; None drops nothing.
         drop_order: which choices come first where the capacity binds; see :class:`dmoe.MoEConfig`.
         backend: who computes; see :class:`dmoe.MoEConfig`.
-        residual, main_grads, recompute: see :func:`run_experts`; ``residual`` is ``(..., H)``.
+        residual, main_grads, recompute, adapters: see :func:`run_experts`; ``residual`` is ``(..., H)``.
 
     Returns:
         ``(..., H)``. Gradients flow to x, gate_weights and the weights; saved for backward are x, the up projection's
@@ -67,7 +70,15 @@ def moe_mlp(
         RuntimeError: on the CPU, an expert id outside [0, E].
     """
     options = Options(
-        activation, gate_weight_on, activation_dropout, expert_dropout, backend, residual, main_grads, recompute
+        activation,
+        gate_weight_on,
+        activation_dropout,
+        expert_dropout,
+        backend,
+        residual,
+        main_grads,
+        recompute,
+        adapters,
     )
     check_choices(x, expert_indices, gate_weights, weights)
     check_call(x, x.shape[:-1], expert_indices, gate_weights, weights, options)
@@ -100,6 +111,7 @@ def run_experts(
     residual: Tensor | None = None,
     main_grads: Sequence[Tensor | None] | None = None,
     recompute: bool = False,
+    adapters: Adapters | None = None,
 ) -> Tensor:
     """Every token through its experts, weighted and summed.
 
@@ -118,6 +130,8 @@ def run_experts(
         recompute: save x only, not the pre-activation, and compute that again in backward: ``R * F`` numbers (gated:
             ``R * 2 F``) less memory, a sixth of a training step's products (gated: 22%) more. Only with the default
             backend.
+        adapters: low-rank ones beside the projections (:class:`dmoe.Adapters`), multiplied factor by factor. Weights
+            that are frozen then cost backward no gradient. Only with the default backend.
 
     Returns:
         ``(T, H)`` in x's dtype (autocast's under autocast).
@@ -127,7 +141,15 @@ def run_experts(
         ValueError: sizes, dtypes, devices or options that do not fit together.
     """
     options = Options(
-        activation, gate_weight_on, activation_dropout, expert_dropout, backend, residual, main_grads, recompute
+        activation,
+        gate_weight_on,
+        activation_dropout,
+        expert_dropout,
+        backend,
+        residual,
+        main_grads,
+        recompute,
+        adapters,
     )
     check_planned(plan, gate_weights, weights)
     check_call(x, (plan.num_tokens,), plan.token_rows, gate_weights, weights, options)
@@ -163,6 +185,8 @@ def _compute(x: Tensor, plan: RoutingPlan, gate_weights: Tensor, weights: Expert
         options.activation_dropout,
         options.expert_dropout,
     )
+    if options.adapters is not None:
+        return moe_mlp_adapted(*_factors(options.adapters), *arguments, options.residual)
     backend, residual, recompute = options.backend, options.residual, options.recompute
     plain = options.main_grads is None and not recompute
     if backend == "block_sparse" or (backend is None and plain and _block_sparse_by_default(x, weights)):
@@ -183,6 +207,15 @@ def _compute(x: Tensor, plan: RoutingPlan, gate_weights: Tensor, weights: Expert
     if weights.later is not None and backend in (None, "grouped") and torch.is_grad_enabled():
         return moe_mlp_deferred(weights.later, *arguments, recompute=recompute)
     return moe_mlp_op(*arguments, backend=backend, recompute=recompute)
+
+
+def _factors(adapters: Adapters) -> tuple[Factors | None, Factors | None]:
+    """As the operation takes them: the columns of the pre-activation in one dimension."""
+    up, down = adapters.up, adapters.down
+    return (
+        None if up is None else Factors(up.a, up.b.flatten(1, -2), up.scale),
+        None if down is None else Factors(down.a, down.b, down.scale),
+    )
 
 
 def _in_one_piece(arguments: tuple[Any, ...], weights: ExpertWeights) -> tuple[Any, ...]:

@@ -50,8 +50,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "expert_slice": set(),
     "expert_states": set(),
     "expert_weights": {"ops"},
-    "expert_inputs": {"ops", "plan", "config", "expert_weights", "strides"},
-    "functional": {"ops", "plan", "config", "expert_inputs", "expert_weights", "outputs", "strides"},
+    "adapters": {"ops", "expert_weights"},
+    "expert_inputs": {"ops", "plan", "config", "adapters", "expert_weights", "strides"},
+    "functional": {"ops", "plan", "config", "adapters", "expert_inputs", "expert_weights", "outputs", "strides"},
     "expert_init": {"expert_slice", "expert_weights", "initial"},
     "experts": {
         "ops",

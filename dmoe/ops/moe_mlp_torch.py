@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -43,16 +43,49 @@ def _chunks(rows: int, width: int, device: torch.device) -> Iterator[slice]:
     return (slice(begin, min(begin + step, rows)) for begin in range(0, rows, step))
 
 
-class _Pass:
-    """One call, and what both of its directions derive from it."""
+class Products(Protocol):
+    """Every expert's products over the rows of one plan; :class:`dmoe.ops.expert_products.ExpertProducts`, say."""
 
-    def __init__(self, arguments: tuple[Any, ...]) -> None:
-        self.call = Call(*arguments)
-        call = self.call
+    def rows(self, a: Tensor, b: Tensor) -> Tensor:
+        """``out[r] = a[r] @ b[e]``."""
+
+    def sums(self, a: Tensor, b: Tensor, *, columns_first: bool = False) -> Tensor:
+        """``out[e] = a_e^T @ b_e``."""
+
+    def row_sums(self, a: Tensor) -> Tensor:
+        """Of each expert's rows."""
+
+
+class Pass:
+    """One call, and what both of its directions derive from it.
+
+    The products with the projections are methods, for :mod:`dmoe.ops.moe_mlp_adapted` to add to.
+    """
+
+    def __init__(self, call: Call, products: Products | None = None) -> None:
+        self.call = call
         self.weights: Stacked = stacked_weights(call)
         self.real, self.expert, self.assignment, self.gate = row_values(call)
-        self.products = ExpertProducts(call.expert_offsets, call.x, *self.weights.up, self.weights.down)
+        operands = (call.x, *self.weights.up, self.weights.down)
+        self.products = ExpertProducts(call.expert_offsets, *operands) if products is None else products
         self.wide = accumulate_dtype(call.x.dtype)
+
+    def through_up(self, rows: Tensor) -> Tensor:
+        """Rows of x to rows of the pre-activation, without bias."""
+        return beside([self.products.rows(rows, up.mT) for up in self.weights.up])
+
+    def through_down(self, hidden: Tensor) -> Tensor:
+        """Rows of the hidden layer to the experts' results, without bias."""
+        return self.products.rows(hidden, self.weights.down.mT)
+
+    def back_through_down(self, grad_out: Tensor) -> Tensor:
+        """The gradient of the hidden layer."""
+        return self.products.rows(grad_out, self.weights.down)
+
+    def back_through_up(self, grad_pre: Tensor) -> Tensor:
+        """The gradient of the rows of x."""
+        parts = zip(grad_pre.split(self.weights.widths, 1), self.weights.up, strict=True)
+        return functools.reduce(operator.add, (self.products.rows(part, up) for part, up in parts))
 
     def gathered(self, source: Tensor) -> Tensor:
         """Its token's row for each row of the plan, zeros where it holds none; ``(T, H)`` to ``(R, H)``."""
@@ -111,23 +144,26 @@ class _Pass:
 
 def moe_mlp_torch(*arguments: Any) -> tuple[Tensor, Tensor]:
     """y and the pre-activation; rows of the latter behind the last expert's have any values."""
-    now = _Pass(arguments)
+    return forward_of(Pass(Call(*arguments)))
+
+
+def forward_of(now: Pass) -> tuple[Tensor, Tensor]:
+    """The same of a pass."""
     pre = _pre_activation(now)
     return _from_pre_activation(now, pre), pre
 
 
 def pre_activation_torch(*arguments: Any) -> Tensor:
     """The pre-activation alone."""
-    return _pre_activation(_Pass(arguments))
+    return _pre_activation(Pass(Call(*arguments)))
 
 
-def _pre_activation(now: _Pass) -> Tensor:
-    rows = now.inputs()
-    pre = beside([now.products.rows(rows, up.mT) for up in now.weights.up])
+def _pre_activation(now: Pass) -> Tensor:
+    pre = now.through_up(now.inputs())
     return pre if now.weights.up_bias is None else pre.add_(bias_rows(now.weights.up_bias, now.expert, now.real))
 
 
-def _from_pre_activation(now: _Pass, pre: Tensor) -> Tensor:
+def _from_pre_activation(now: Pass, pre: Tensor) -> Tensor:
     call = now.call
     hidden = pre.new_empty(pre.shape[0], call.width)
     for part in now.chunks(call.pre_width):
@@ -137,7 +173,7 @@ def _from_pre_activation(now: _Pass, pre: Tensor) -> Tensor:
         if call.gate_weight_on == "activation":
             value *= now.gate[part]
         hidden[part] = value
-    out = now.products.rows(hidden, now.weights.down.mT)
+    out = now.through_down(hidden)
     if call.down_bias is not None:
         out.add_(bias_rows(call.down_bias, now.expert, now.real))
     return now.summed(now.drop_outputs(out), call.gate_weight_on == "output", call.residual)
@@ -153,10 +189,14 @@ def backward_torch(grad_y: Tensor, pre: Tensor, of_weights: bool, *arguments: An
 
 def backward_data_torch(grad_y: Tensor, pre: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """See :func:`dmoe.ops.moe_mlp_ref.moe_mlp_backward_data_ref`."""
-    now = _Pass(arguments)
-    call, weights = now.call, now.weights
+    return backward_data_of(Pass(Call(*arguments)), grad_y, pre)
+
+
+def backward_data_of(now: Pass, grad_y: Tensor, pre: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same of a pass."""
+    call = now.call
     grad_out = now.drop_outputs(now.gathered(grad_y))
-    grad_hidden = now.products.rows(grad_out, weights.down)
+    grad_hidden = now.back_through_down(grad_out)
     grad_pre, hidden = torch.empty_like(pre), torch.empty_like(grad_hidden)
     row_grads = pre.new_empty(pre.shape[0], dtype=now.wide)
     for part in now.chunks(call.pre_width):
@@ -181,8 +221,7 @@ def backward_data_torch(grad_y: Tensor, pre: Tensor, *arguments: Any) -> tuple[T
             row_grads[part] += (bias.to(now.wide) * grad_out[part]).sum(1)
     del grad_out
 
-    parts = zip(grad_pre.split(weights.widths, 1), weights.up, strict=True)
-    grad_rows = functools.reduce(operator.add, (now.products.rows(part, up) for part, up in parts))
+    grad_rows = now.back_through_up(grad_pre)
     if call.gate_weight_on == "input":
         rows = now.gathered(call.x)
         for part in now.chunks(rows.shape[1]):
@@ -194,7 +233,11 @@ def backward_data_torch(grad_y: Tensor, pre: Tensor, *arguments: Any) -> tuple[T
 
 def backward_weights_torch(grad_y: Tensor, grad_pre: Tensor, hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """See :func:`dmoe.ops.moe_mlp_ref.moe_mlp_backward_weights_ref`."""
-    now = _Pass(arguments)
+    return backward_weights_of(Pass(Call(*arguments)), grad_y, grad_pre, hidden)
+
+
+def backward_weights_of(now: Pass, grad_y: Tensor, grad_pre: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:
+    """The same of a pass."""
     call, weights, products = now.call, now.weights, now.products
     grad_out = now.drop_outputs(now.gathered(grad_y))
     grad_down = products.sums(grad_out, hidden, columns_first=is_transposed(weights.down))
