@@ -1,0 +1,105 @@
+"""PEFT's adapters of expert weights, read as factors: ``W + s B A`` is never formed.
+
+PEFT adapts a parameter of the experts (``LoraConfig(target_parameters=...)``) by wrapping the module that holds it and,
+while that runs, making the parameter a computed one. Its parametrization holds the two factors where one adapter is
+active, and computes the sum when the parameter is read (PEFT 0.21, ``_LoraFactorsProxy``). Here the factors are taken
+from it instead. Where there is something else, a second adapter say, the parameter is read like any other: then PEFT
+itself makes the sum, and the result is the same.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+import dmoe
+
+# Where a wrapper that hands its factors over leaves them while it runs, by parameter.
+HANDED = "_dmoe_factors"
+
+
+class Adapted(NamedTuple):
+    """One projection of all experts as it lies in the module, and what is added to it.
+
+    ``lhs (E, rows, r)`` times ``rhs (E, r, columns)`` times ``scale`` has the weight's own order.
+    """
+
+    weight: Tensor
+    lhs: Tensor | None = None
+    rhs: Tensor | None = None
+    scale: float = 1.0
+
+    @property
+    def transposed(self) -> Adapted:
+        """The same of the transposed matrices: views."""
+        lhs, rhs = (None if f is None else f.mT for f in (self.rhs, self.lhs))
+        return Adapted(self.weight.mT, lhs, rhs, self.scale)
+
+    def low_rank(self, *rows: int) -> dmoe.LowRank | None:
+        """Of a weight whose rows are results, cut into ``rows`` (say ``(2, F)``); None without an adapter."""
+        if self.lhs is None or self.rhs is None:
+            return None
+        b = self.lhs.unflatten(1, rows) if rows else self.lhs
+        return dmoe.LowRank(self.rhs, b, self.scale)
+
+
+def adapted(module: nn.Module, name: str) -> Adapted:
+    """A parameter of the experts with its adapter's factors, if it has one whose factors are there.
+
+    Args:
+        module: the experts; a parameter may have been parametrized by PEFT.
+        name: ``gate_up_proj``, say.
+    """
+    handed = getattr(module, HANDED, None)
+    if handed and name in handed:
+        return Adapted(getattr(module, name), *handed[name])
+    computed = getattr(module, "parametrizations", None)
+    if computed is None or name not in computed:
+        return Adapted(getattr(module, name))
+    steps = computed[name]
+    factors = _factors_of(steps[0]) if len(steps) == 1 else None
+    if factors is None:
+        return Adapted(getattr(module, name))
+    return Adapted(steps.original, *factors)
+
+
+def _factors_of(step: nn.Module) -> tuple[Tensor, Tensor, float] | None:
+    lhs, rhs, scale = (getattr(step, field, None) for field in ("lhs", "rhs", "scaling"))
+    if not isinstance(lhs, Tensor) or not isinstance(rhs, Tensor) or not isinstance(scale, int | float):
+        return None
+    return lhs, rhs, float(scale)
+
+
+def hand_over(model: nn.Module) -> list[str]:
+    """Let PEFT's wrappers of single parameters hand their factors over, without computing the sum to check its shape.
+
+    Returns:
+        Names of the wrappers; none where PEFT is not there, or too old to have factors.
+    """
+    wrapper = _wrapper_classes()
+    if wrapper is None:
+        return []
+    plain, ours = wrapper
+    found = [(name, module) for name, module in model.named_modules() if type(module) is plain]
+    for _, module in found:
+        module.__class__ = ours  # not a method of the instance: copies and pickles of the model keep it
+    return [name for name, _ in found]
+
+
+def take_back(model: nn.Module) -> None:
+    """Undo :func:`hand_over`; nothing where it was not done."""
+    wrapper = _wrapper_classes()
+    for module in model.modules() if wrapper else ():
+        if wrapper and type(module) is wrapper[1]:
+            module.__class__ = wrapper[0]
+
+
+def _wrapper_classes() -> tuple[type, type] | None:
+    """PEFT's, and ours; None without PEFT's."""
+    try:
+        from dmoe.integrations.transformers.peft_wrapper import FactorsWrapper
+    except ImportError:
+        return None
+    plain = FactorsWrapper.__base__
+    return (plain, FactorsWrapper) if hasattr(plain, "get_delta_factors") else None
