@@ -10,7 +10,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from dmoe.integrations.transformers.lora import HANDED
 
 
-class FactorsWrapper(ParamWrapper):  # type: ignore[misc]
+class FactorsWrapper(ParamWrapper):
     """The class that :func:`dmoe.integrations.transformers.lora.hand_over` gives to wrappers that exist."""
 
     @contextmanager
