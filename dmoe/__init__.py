@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dmoe import checkpoint, functional, losses, metrics, ops, parallel, presets, routing
+from dmoe.activations import ClampedSwiGLU, SoftcappedSwiGLU
 from dmoe.adapters import Adapters, LowRank
 from dmoe.config import MoEConfig
 from dmoe.expert_weights import ExpertWeights
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Adapters",
+    "ClampedSwiGLU",
     "ExpertWeights",
     "LowRank",
     "MoE",
@@ -33,6 +35,7 @@ __all__ = [
     "ResidualMoE",
     "Routing",
     "RoutingPlan",
+    "SoftcappedSwiGLU",
     "aux_loss",
     "checkpoint",
     "device_tile_rows",

@@ -4,14 +4,14 @@ Per row, with the names of :mod:`dmoe.ops.moe_mlp` (``b`` biases)::
 
     pre = W_up x + s B_up (A_up x) + b_up        o = W_down a + s B_down (A_down a) + b_down
 
-Saved for backward is what ``moe_mlp`` saves: x, pre, the plan and the gate weights; the r numbers of ``A x`` and
-``A a`` are computed again. A projection that is frozen costs backward one product, not two, and has no gradient that
+Saved for backward is what ``moe_mlp`` saves (x, pre, the plan, the gate weights) and the r numbers a row of ``A x`` and
+``A a``. A projection that is frozen costs backward one product, not two, and has no gradient that
 would be as large as all experts. It is :mod:`dmoe.ops.moe_mlp_torch`'s composition on this library's grouped products.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,9 @@ from torch.autograd.function import once_differentiable
 from dmoe.ops._moe_mlp_call import WEIGHTS, Call
 from dmoe.ops.grouped_gemm import grouped_gemm, grouped_gemm_weight
 from dmoe.ops.moe_mlp import under_autocast
-from dmoe.ops.moe_mlp_torch import Pass, backward_data_of, backward_weights_of, forward_of
+from dmoe.ops.moe_mlp_torch import Pass, Products, backward_data_of, backward_weights_of, forward_of
+from dmoe.ops.permute import permute, unpermute
+from dmoe.ops.row_activation import row_activation, row_activation_backward
 
 
 class Factors(NamedTuple):
@@ -30,19 +32,6 @@ class Factors(NamedTuple):
     a: Tensor
     b: Tensor
     scale: float
-
-    def after(self, products: GroupedProducts, rows: Tensor) -> Tensor:
-        """``s (rows A^T) B^T``."""
-        return products.rows(products.rows(rows, self.a.mT).mul_(self.scale), self.b.mT)
-
-    def before(self, products: GroupedProducts, grads: Tensor) -> Tensor:
-        """The gradient of those rows: ``s (grads B) A``."""
-        return products.rows(products.rows(grads, self.b).mul_(self.scale), self.a)
-
-    def grads(self, products: GroupedProducts, rows: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradients of a and b, given the projection's rows and the gradient of its results."""
-        of_a = products.sums(products.rows(grads, self.b).mul_(self.scale), rows)
-        return of_a, products.sums(grads, products.rows(rows, self.a.mT).mul_(self.scale))
 
 
 class GroupedProducts:
@@ -68,38 +57,86 @@ class AdaptedPass(Pass):
     """A pass whose projections have adapters."""
 
     def __init__(self, call: Call, up: Factors | None, down: Factors | None) -> None:
-        self.ours = GroupedProducts(call.expert_offsets)
-        super().__init__(call, self.ours)
-        self.up, self.down = up, down
+        super().__init__(call, GroupedProducts(call.expert_offsets))
+        self.up, self.down = _Adapter(up, self.products), _Adapter(down, self.products)
+
+    def gathered(self, source: Tensor) -> Tensor:
+        """In one operation."""
+        return permute(source, self.call.row_to_token, self.call.token_offsets, self.call.token_rows)
+
+    def summed(self, rows: Tensor, weigh: bool, residual: Tensor | None = None) -> Tensor:
+        """In one operation."""
+        call = self.call
+        gates = call.gate_weights if weigh else None
+        y = unpermute(rows, gates, call.row_to_token, call.row_to_slot, call.token_offsets, call.token_rows)
+        return y if residual is None else y.add_(residual)
+
+    def hidden_of(self, pre: Tensor) -> Tensor:
+        """In one operation, where nothing is dropped."""
+        if self.call.activation_dropout:
+            return super().hidden_of(pre)
+        scale = self.gate.flatten() if self.call.gate_weight_on == "activation" else None
+        return row_activation(pre, scale, self.call.activation, self.call.gated)
+
+    def back_through_activation(self, grad_hidden: Tensor, pre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """In one operation, where nothing is dropped: rows without a token are zeros, as these products make them."""
+        if self.call.activation_dropout:
+            return super().back_through_activation(grad_hidden, pre)
+        scale = None if self.call.gate_weight_on == "input" else self.gate.flatten()
+        grad_pre, *others = row_activation_backward(grad_hidden, pre, scale, self.call.activation, self.call.gated)
+        return self.weights.as_multiplied(grad_pre), *others
 
     def through_up(self, rows: Tensor) -> Tensor:
         """With the adapter's share."""
-        out = super().through_up(rows)
-        return out if self.up is None else out.add_(self.up.after(self.ours, rows))
+        return self.up.add(super().through_up(rows), rows)
 
     def through_down(self, hidden: Tensor) -> Tensor:
         """With the adapter's share."""
-        out = super().through_down(hidden)
-        return out if self.down is None else out.add_(self.down.after(self.ours, hidden))
+        return self.down.add(super().through_down(hidden), hidden)
 
     def back_through_down(self, grad_out: Tensor) -> Tensor:
         """With the adapter's share."""
-        out = super().back_through_down(grad_out)
-        return out if self.down is None else out.add_(self.down.before(self.ours, grad_out))
+        return self.down.add_back(super().back_through_down(grad_out), grad_out)
 
     def back_through_up(self, grad_pre: Tensor) -> Tensor:
         """With the adapter's share."""
-        out = super().back_through_up(grad_pre)
-        return out if self.up is None else out.add_(self.up.before(self.ours, grad_pre))
+        return self.up.add_back(super().back_through_up(grad_pre), grad_pre)
 
-    def factor_grads(self, grad_y: Tensor, grad_pre: Tensor, hidden: Tensor) -> list[Tensor | None]:
-        """Of both projections' a and b; None where there is no adapter."""
-        grads: list[Tensor | None] = [None] * 4
-        if self.up is not None:
-            grads[:2] = self.up.grads(self.ours, self.inputs(), grad_pre)
-        if self.down is not None:
-            grads[2:] = self.down.grads(self.ours, hidden, self.drop_outputs(self.gathered(grad_y)))
-        return grads
+    def factor_grads(self, grad_y: Tensor, grad_pre: Tensor, hidden: Tensor) -> tuple[Tensor | None, ...]:
+        """Of both projections' a and b, after the ways back; None where there is no adapter."""
+        if self.down.inner is not None and self.call.gate_weight_on == "output":  # forward's was not weighed yet
+            self.down.inner = (self.down.inner * self.gate).to(hidden.dtype)
+        up = self.up.grads(self.inputs, lambda: grad_pre)
+        return *up, *self.down.grads(lambda: hidden, lambda: self.drop_outputs(self.gathered(grad_y)))
+
+
+class _Adapter:
+    """One projection's factors, or none, and the r numbers a row that both directions make of them."""
+
+    def __init__(self, factors: Factors | None, products: Products) -> None:
+        self.factors, self.products = factors, products
+        self.inner: Tensor | None = None  # s A times the projection's rows
+        self.back: Tensor | None = None  # s B^T times the gradients of its results
+
+    def add(self, out: Tensor, rows: Tensor) -> Tensor:
+        """``out += s (rows A^T) B^T``."""
+        if self.factors is None:
+            return out
+        self.inner = self.products.rows(rows, self.factors.a.mT).mul_(self.factors.scale)
+        return out.add_(self.products.rows(self.inner, self.factors.b.mT))
+
+    def add_back(self, out: Tensor, grads: Tensor) -> Tensor:
+        """``out += s (grads B) A``."""
+        if self.factors is None:
+            return out
+        self.back = self.products.rows(grads, self.factors.b).mul_(self.factors.scale)
+        return out.add_(self.products.rows(self.back, self.factors.a))
+
+    def grads(self, rows: Callable[[], Tensor], grads: Callable[[], Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        """Of a and b, from the projection's rows and the gradients of its results, which are made only if needed."""
+        if self.back is None or self.inner is None:
+            return None, None
+        return self.products.sums(self.back, rows()), self.products.sums(grads(), self.inner)
 
 
 class _AdaptedMLP(torch.autograd.Function):
@@ -108,12 +145,15 @@ class _AdaptedMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scales: tuple[float, float], *arguments: Any) -> Tensor:
         """``(T, H)``."""
-        y, pre = forward_of(_pass(scales, arguments))
+        now = _pass(scales, arguments)
+        y, pre = forward_of(now)
         # As moe_mlp: y is linear in the residual, which backward does not read.
         kept = [*arguments[:4], *Call(*arguments[4:])._replace(residual=None)]
         ctx.are_tensors = [isinstance(value, Tensor) for value in kept]
         ctx.others = [None if isinstance(value, Tensor) else value for value in kept]
-        ctx.save_for_backward(pre, *(value for value in kept if isinstance(value, Tensor)))
+        ctx.save_for_backward(
+            pre, now.up.inner, now.down.inner, *(value for value in kept if isinstance(value, Tensor))
+        )
         ctx.scales = scales
         ctx.set_materialize_grads(False)
         return y
@@ -124,17 +164,18 @@ class _AdaptedMLP(torch.autograd.Function):
         """Gradients of what is trained."""
         if grad_y is None:
             return (None,) * len(ctx.needs_input_grad)
-        pre, *given = ctx.saved_tensors
+        pre, inner_up, inner_down, *given = ctx.saved_tensors
         tensors = iter(given)
         kept = [next(tensors) if is_one else v for is_one, v in zip(ctx.are_tensors, ctx.others, strict=True)]
         now, grad_y = _pass(ctx.scales, kept), grad_y.contiguous()
+        now.up.inner, now.down.inner = inner_up, inner_down
         grad_x, grad_gate, grad_pre, hidden = backward_data_of(now, grad_y, pre)
         wanted = dict(zip(Call._fields, ctx.needs_input_grad[5:], strict=False))
         grads: dict[str, Tensor | None] = {"x": grad_x, "gate_weights": grad_gate, "residual": grad_y}
         if any(wanted[name] for name in WEIGHTS):
             of_weights = backward_weights_of(now, grad_y, grad_pre, hidden)
             grads.update(zip(WEIGHTS, of_weights, strict=True))
-        factors = now.factor_grads(grad_y, grad_pre, hidden) if any(ctx.needs_input_grad[1:5]) else [None] * 4
+        factors = now.factor_grads(grad_y, grad_pre, hidden) if any(ctx.needs_input_grad[1:5]) else (None,) * 4
         return None, *factors, *(grads.get(name) if want else None for name, want in wanted.items())
 
 

@@ -110,6 +110,41 @@ class Pass:
         assignment = self.assignment[part]
         return dropout_mask(call, ACTIVATION_DROPOUT, call.activation_dropout, assignment, call.width, self.wide)
 
+    def hidden_of(self, pre: Tensor) -> Tensor:
+        """The activation, masked, and weighed where that is its place."""
+        call = self.call
+        hidden = pre.new_empty(pre.shape[0], call.width)
+        for part in self.chunks(call.pre_width):
+            value, mask = activate(pre[part], call.activation, call.gated), self.activation_mask(part)
+            if mask is not None:
+                value *= mask
+            if call.gate_weight_on == "activation":
+                value *= self.gate[part]
+            hidden[part] = value
+        return hidden
+
+    def back_through_activation(self, grad_hidden: Tensor, pre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradient of the pre-activation as products take it, the hidden layer again, weighed, and row grads."""
+        call = self.call
+        grad_pre, hidden = torch.empty_like(pre), torch.empty_like(grad_hidden)
+        row_grads = pre.new_empty(pre.shape[0], dtype=self.wide)
+        for part in self.chunks(call.pre_width):
+            hole = ~self.real[part].unsqueeze(1)  # what lies behind the last expert's rows may be anything
+            grad = grad_hidden[part].to(self.wide).masked_fill(hole, 0)
+            here = pre[part].masked_fill(hole, 0)
+            value, mask = activate(here, call.activation, call.gated), self.activation_mask(part)
+            if mask is not None:
+                grad *= mask
+            row_grads[part] = (value * grad).sum(1)
+            if mask is not None:
+                value *= mask
+            if call.gate_weight_on != "input":
+                value *= self.gate[part]
+                grad *= self.gate[part]
+            hidden[part] = value
+            grad_pre[part] = self.weights.as_multiplied(activate_backward(grad, here, call.activation, call.gated))
+        return grad_pre, hidden, row_grads
+
     def drop_outputs(self, rows: Tensor) -> Tensor:
         """Dropout of the experts' outputs, or of their gradient, in place."""
         call = self.call
@@ -160,20 +195,14 @@ def pre_activation_torch(*arguments: Any) -> Tensor:
 
 def _pre_activation(now: Pass) -> Tensor:
     pre = now.through_up(now.inputs())
-    return pre if now.weights.up_bias is None else pre.add_(bias_rows(now.weights.up_bias, now.expert, now.real))
+    if now.weights.up_bias is not None:
+        pre.add_(bias_rows(now.weights.up_bias, now.expert, now.real))
+    return now.weights.half_beside_half(pre)
 
 
 def _from_pre_activation(now: Pass, pre: Tensor) -> Tensor:
     call = now.call
-    hidden = pre.new_empty(pre.shape[0], call.width)
-    for part in now.chunks(call.pre_width):
-        value, mask = activate(pre[part], call.activation, call.gated), now.activation_mask(part)
-        if mask is not None:
-            value *= mask
-        if call.gate_weight_on == "activation":
-            value *= now.gate[part]
-        hidden[part] = value
-    out = now.through_down(hidden)
+    out = now.through_down(now.hidden_of(pre))
     if call.down_bias is not None:
         out.add_(bias_rows(call.down_bias, now.expert, now.real))
     return now.summed(now.drop_outputs(out), call.gate_weight_on == "output", call.residual)
@@ -197,23 +226,7 @@ def backward_data_of(now: Pass, grad_y: Tensor, pre: Tensor) -> tuple[Tensor, Te
     call = now.call
     grad_out = now.drop_outputs(now.gathered(grad_y))
     grad_hidden = now.back_through_down(grad_out)
-    grad_pre, hidden = torch.empty_like(pre), torch.empty_like(grad_hidden)
-    row_grads = pre.new_empty(pre.shape[0], dtype=now.wide)
-    for part in now.chunks(call.pre_width):
-        hole = ~now.real[part].unsqueeze(1)  # what lies behind the last expert's rows may be anything
-        grad = grad_hidden[part].to(now.wide).masked_fill(hole, 0)
-        here = pre[part].masked_fill(hole, 0)
-        value, mask = activate(here, call.activation, call.gated), now.activation_mask(part)
-        if mask is not None:
-            grad *= mask
-        row_grads[part] = (value * grad).sum(1)
-        if mask is not None:
-            value *= mask
-        if call.gate_weight_on != "input":
-            value *= now.gate[part]
-            grad *= now.gate[part]
-        hidden[part] = value
-        grad_pre[part] = activate_backward(grad, here, call.activation, call.gated)
+    grad_pre, hidden, row_grads = now.back_through_activation(grad_hidden, pre)
     del grad_hidden
     if call.down_bias is not None and call.gate_weight_on == "output":
         for part in now.chunks(grad_out.shape[1]):
