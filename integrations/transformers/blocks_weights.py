@@ -90,14 +90,18 @@ def rename_to_theirs(state: MutableMapping[str, Any], weights: Iterable[Weight],
             state.update({prefix + name: tensor for name, tensor in zip(weight.theirs, tensors, strict=True)})
 
 
-_ROUTERS, _SHARED = ("gate", "router"), ("shared_expert", "shared_experts", "shared_mlp")
+_ROUTERS = ("gate.weight", "router.weight", "router.gate.weight", "gate.wg.weight")
+_SELECTION_BIASES = ("gate.e_score_correction_bias", "e_score_correction_bias", "expert_bias")
+_SHARED = ("shared_expert", "shared_experts", "shared_mlp")
 
 
 def _known(up: Layout, down: Layout, up_bias: Layout) -> list[Weight]:
     """Every name that a block of some family gives a tensor which dmoe has."""
-    weights = [Weight("router.weight", (f"{router}.weight",), SAME) for router in _ROUTERS]
-    weights += [Weight("router.bias", (f"{router}.bias",), SAME) for router in _ROUTERS]
+    weights = [Weight("router.weight", (name,), SAME) for name in _ROUTERS]
+    weights += [Weight("router.bias", (name,), SAME) for name in ("gate.bias", "router.bias")]
+    weights += [Weight("router.selection_bias", (name,), SAME) for name in _SELECTION_BIASES]
     weights += [
+        Weight("router.selection_bias", ("gate.moe_statics.e_score_correction_bias",), ROW),
         Weight("experts.gate_up_proj", ("experts.gate_up_proj",), up),
         Weight("experts.gate_up_bias", ("experts.gate_up_proj_bias",), up_bias),
         Weight("experts.down_proj", ("experts.down_proj",), down),
