@@ -214,6 +214,20 @@ def family_of(block: nn.Module) -> Family | None:
     return FAMILIES.get(kind.__name__)
 
 
+def known_family(block: nn.Module) -> Family:
+    """The family of a block.
+
+    Raises:
+        ValueError: a module of none.
+    """
+    family = family_of(block)
+    if family is None:
+        raise ValueError(
+            f"to_dmoe: expected a MoE block of Transformers that the table names, got {type(block).__name__}"
+        )
+    return family
+
+
 def block_weights(block: nn.Module, family: Family) -> list[Weight]:
     """The map of a block's tensors to those of the :class:`dmoe.MoE` that it is.
 
@@ -244,11 +258,7 @@ def config_of(block: nn.Module, **options: Any) -> dmoe.MoEConfig:
         TypeError: options that are no fields.
         ValueError: options that the block itself settles.
     """
-    family = family_of(block)
-    if family is None:
-        raise ValueError(
-            f"to_dmoe: expected a MoE block of Transformers that the table names, got {type(block).__name__}"
-        )
+    family = known_family(block)
     for path, value in family.requires.items():
         got = Read(path).of(block)
         if got != value:
