@@ -62,11 +62,11 @@ def to_dmoe(model: nn.Module, *, ep_group: Any = None, loss_group: Any = None, *
             return []
         raise ValueError(f"to_dmoe: expected a model with MoE blocks, got {type(model).__name__} without any")
     options = {"num_moe_layers": len(blocks), **options}
-    _check_alone(model, blocks)
     new: dict[str, MoEBlock] = {}
     for name, block in blocks.items():
         moe = dmoe.MoE(config_of(block, **options), ep_group=ep_group, loss_group=loss_group, device="meta")
         new[name] = MoEBlock(block, moe)
+    _check_alone(model, blocks)
     taken: list[MoEBlock] = []
     try:
         for made in new.values():
