@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import dmoe
 from dmoe.integrations.transformers.composed import composed_experts
 from dmoe.integrations.transformers.gates import Gate, apply_gate, gate_of
+from dmoe.integrations.transformers.lora import adapted
 from dmoe.integrations.transformers.versions import Layout, layout_of
 
 
@@ -44,10 +45,12 @@ def dmoe_experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, to
         TypeError: weights that are no plain tensors.
         RuntimeError: on the CPU, an expert id outside [0, E].
     """
-    layout = layout_of(self)
-    return run_experts(
-        self, layout, gate_of(self), projections_of(self, layout), hidden_states, top_k_index, top_k_weights
-    )
+    layout, gate = layout_of(self), gate_of(self)
+    if gate is None or layout.post_norm:
+        projections, adapters = projections_of(self, layout), None
+    else:
+        projections, adapters = factored(self, layout, gate.interleaved)
+    return run_experts(self, layout, gate, projections, hidden_states, top_k_index, top_k_weights, adapters)
 
 
 def run_experts(
@@ -58,6 +61,7 @@ def run_experts(
     hidden_states: Tensor,
     index: Tensor,
     gate_weights: Tensor,
+    adapters: dmoe.Adapters | None = None,
 ) -> Tensor:
     """:func:`dmoe_experts` of weights that have been read: as one operation where that knows the gate."""
     x = in_dtype_of(projections.up, hidden_states)
@@ -67,30 +71,55 @@ def run_experts(
         y = composed_experts(x, index, gate_weights, *projections, own, norm, transposed=layout.transposed)
     else:
         weights = as_expert_weights(projections, layout, gate.interleaved)
-        y = dmoe.functional.moe_mlp(x, index, gate_weights, weights, activation=gate.activation)
+        y = dmoe.functional.moe_mlp(x, index, gate_weights, weights, activation=gate.activation, adapters=adapters)
     return y.to(hidden_states.dtype)
 
 
 def projections_of(experts: nn.Module, layout: Layout) -> Projections:
     """A module's weights, each read once: reading a parametrized one computes it."""
-    up, down = ("gate_up_proj" if layout.gated else "up_proj"), "down_proj"
-    biases = (getattr(experts, f"{name}_bias") if layout.biased else None for name in (up, down))
-    return Projections(weight_of(experts, up), weight_of(experts, down), *biases)
+    names, biases = _names(layout), _biases(experts, layout)
+    return Projections(*(weight_of(experts, name) for name in names), *biases)
+
+
+def factored(experts: nn.Module, layout: Layout, interleaved: bool) -> tuple[Projections, dmoe.Adapters | None]:
+    """The same with PEFT's factors beside the weights that have some, instead of added up."""
+    up, down = (adapted(experts, name) for name in _names(layout))
+    for name, read in zip(_names(layout), (up, down), strict=True):
+        _check_plain(experts, name, read.weight)
+    projections = Projections(up.weight, down.weight, *_biases(experts, layout))
+    if up.lhs is None and down.lhs is None:
+        return projections, None
+    if layout.transposed:
+        up, down = up.transposed, down.transposed
+    halves = up.low_rank(lambda b: _halves(b, interleaved) if layout.gated else b)
+    return projections, dmoe.Adapters(halves, down.low_rank(lambda b: b))
 
 
 def weight_of(experts: nn.Module, name: str) -> Tensor:
-    """One weight of all experts, as products can read it.
+    """One weight of all experts, as products can read it: with what an adapter adds to it.
 
     Raises:
         TypeError: a tensor that only stands for its numbers: quantised by torchao, say, or a DTensor.
     """
-    weight: Tensor = getattr(experts, name)
+    read = adapted(experts, name)
+    _check_plain(experts, name, read.weight)
+    return read.total
+
+
+def _names(layout: Layout) -> tuple[str, str]:
+    return ("gate_up_proj" if layout.gated else "up_proj"), "down_proj"
+
+
+def _biases(experts: nn.Module, layout: Layout) -> tuple[Tensor | None, ...]:
+    return tuple(getattr(experts, f"{name}_bias") if layout.biased else None for name in _names(layout))
+
+
+def _check_plain(experts: nn.Module, name: str, weight: Tensor) -> None:
     if hasattr(weight, "__tensor_flatten__"):
         raise TypeError(
             f"dmoe: {type(experts).__name__}.{name}: expected a plain tensor, got {type(weight).__name__}; load the "
             'experts unquantised and as local tensors, or choose experts_implementation="eager" for this model'
         )
-    return weight
 
 
 def in_dtype_of(weight: Tensor, x: Tensor) -> Tensor:

@@ -9,8 +9,10 @@ itself makes the sum, and the result is the same.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 import dmoe
@@ -31,17 +33,24 @@ class Adapted(NamedTuple):
     scale: float = 1.0
 
     @property
+    def total(self) -> Tensor:
+        """The weight itself, or the sum, which is as large."""
+        if self.lhs is None or self.rhs is None:
+            return self.weight
+        with torch.autocast(self.weight.device.type, enabled=False):  # a parameter keeps its dtype
+            return torch.baddbmm(self.weight, self.lhs, self.rhs, alpha=self.scale)
+
+    @property
     def transposed(self) -> Adapted:
         """The same of the transposed matrices: views."""
         lhs, rhs = (None if f is None else f.mT for f in (self.rhs, self.lhs))
         return Adapted(self.weight.mT, lhs, rhs, self.scale)
 
-    def low_rank(self, *rows: int) -> dmoe.LowRank | None:
-        """Of a weight whose rows are results, cut into ``rows`` (say ``(2, F)``); None without an adapter."""
+    def low_rank(self, as_shaped: Callable[[Tensor], Tensor]) -> dmoe.LowRank | None:
+        """Of a weight whose rows are results, which ``as_shaped`` cuts into halves, say; None without an adapter."""
         if self.lhs is None or self.rhs is None:
             return None
-        b = self.lhs.unflatten(1, rows) if rows else self.lhs
-        return dmoe.LowRank(self.rhs, b, self.scale)
+        return dmoe.LowRank(self.rhs, as_shaped(self.lhs), self.scale)
 
 
 def adapted(module: nn.Module, name: str) -> Adapted:

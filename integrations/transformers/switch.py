@@ -12,6 +12,7 @@ from torch import nn
 
 from dmoe.integrations.transformers.experts import dmoe_experts
 from dmoe.integrations.transformers.fp8 import dmoe_fp8_experts
+from dmoe.integrations.transformers.lora import hand_over, take_back
 from dmoe.integrations.transformers.patches import FORWARDS, forward_for
 from dmoe.integrations.transformers.versions import check_version, on_interface, registries
 
@@ -45,8 +46,8 @@ def use(model: nn.Module) -> list[str]:
     """Let dmoe compute the experts of a model that is there, whether Transformers' switch reaches them or not.
 
     Experts with a switch get the word; the blocks of Llama 4, LongCat-Flash, DBRX, JetMoE and Step-3.7 another
-    ``forward``, on the modules themselves. Parameters and their names stay, and so does what is saved. Doing it again
-    changes nothing.
+    ``forward``, on the modules themselves; PEFT's adapters of experts hand their
+    factors over. Parameters and their names stay, and so does what is saved. Doing it again changes nothing.
 
     Args:
         model: a model, adapted by PEFT or not, or a part of one.
@@ -75,6 +76,7 @@ def use(model: nn.Module) -> list[str]:
             setattr(module, _WAS, module.config._experts_implementation)
     for module in switched.values():
         _name_implementation(module, "dmoe")
+    hand_over(model)
     for module, forward in patched.values():
         vars(module)[_slot(module)] = functools.partial(forward, module)
     return [name for name, _ in model.named_modules() if name in switched or name in patched]
@@ -90,6 +92,7 @@ def restore(model: nn.Module) -> list[str]:
         Names of the modules that dmoe does not compute any more.
     """
     restored = []
+    take_back(model)
     for name, module in model.named_modules():
         if hasattr(module, _WAS):
             _name_implementation(module, getattr(module, _WAS))
