@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -14,6 +15,7 @@
 
 #include "check.h"
 #include "gemm.h"
+#include "pages.h"
 
 namespace dmoe {
 namespace {
@@ -29,6 +31,10 @@ bool has_dense_rows(const Tensor& tensor, int64_t row_dim, int64_t column_dim) {
 
 Tensor with_dense_rows(const Tensor& matrix) {
   return has_dense_rows(matrix, 0, 1) ? matrix : torch::stable::contiguous(matrix);
+}
+
+Tensor with_dense_experts(const Tensor& b) {
+  return has_dense_rows(b, 1, 2) || has_dense_rows(b, 2, 1) ? b : torch::stable::contiguous(b);
 }
 
 void check_product_dtype(const char* op, const Tensor& a, const Tensor& b) {
@@ -77,8 +83,13 @@ void copy_padded(void* to, const char* from, int64_t rows, int64_t padded_rows, 
   std::memset(bytes + rows * row_bytes, 0, (padded_rows - rows) * row_bytes);
 }
 
-Tensor grouped_gemm(const Tensor& a, const Tensor& b, const Tensor& expert_offsets, bool trans_b) {
-  constexpr const char* kOp = "grouped_gemm";
+// What is added to a product while its rows are in cache: another, usually thin one.
+struct Addend {
+  Tensor a, b;  // rows and experts of the first's; b with the same order
+};
+
+Tensor grouped_gemm_of(const char* kOp, const Tensor& a, const Tensor& b, const Tensor& expert_offsets, bool trans_b,
+                       const std::optional<Addend>& addend) {
   check_dim(kOp, "a", a, 2);
   check_dim(kOp, "b", b, 3);
   check_product_dtype(kOp, a, b);
@@ -88,16 +99,22 @@ Tensor grouped_gemm(const Tensor& a, const Tensor& b, const Tensor& expert_offse
              trans_b ? "(E, N, Kd)" : "(E, Kd, N)", " with Kd = ", inner, " for a of shape ", shape_of(a), ", got ",
              shape_of(b));
   const std::vector<int64_t> offsets = read_offsets(kOp, expert_offsets, num_experts, rows);
-  Tensor out = torch::stable::new_empty(a, {rows, columns});
+  if (addend) {
+    check_product_dtype(kOp, a, addend->a), check_product_dtype(kOp, a, addend->b);
+    check_dim(kOp, "a2", addend->a, 2), check_dim(kOp, "b2", addend->b, 3);
+    DMOE_CHECK(addend->a.size(0) == rows && addend->b.size(0) == num_experts &&
+                   addend->b.size(trans_b ? 1 : 2) == columns && addend->b.size(trans_b ? 2 : 1) == addend->a.size(1),
+               kOp, ": expected a2 and b2 of ", rows, " rows, ", num_experts, " experts and ", columns,
+               " columns, got shapes ", shape_of(addend->a), " and ", shape_of(addend->b));
+  }
+  Tensor out = large_empty(a, {rows, columns});
   const ScalarType dtype = a.scalar_type();
   const auto item = static_cast<int64_t>(a.element_size());
-  const Tensor left = with_dense_rows(a);
-  const Tensor right = has_dense_rows(b, 1, 2) || has_dense_rows(b, 2, 1) ? b : torch::stable::contiguous(b);
+  const Tensor left = with_dense_rows(a), right = with_dense_experts(b);
+  const Tensor left2 = addend ? with_dense_rows(addend->a) : left;
+  const Tensor right2 = addend ? with_dense_experts(addend->b) : right;
 
-  const auto* a_data = static_cast<const char*>(left.data_ptr());
-  const auto* b_data = static_cast<const char*>(right.data_ptr());
   auto* out_data = static_cast<char*>(out.data_ptr());
-  const int64_t a_stride = left.stride(0);
 
   struct Task {
     int64_t expert, first_row, rows, begin, end;  // columns [begin, end) of these rows
@@ -119,30 +136,44 @@ Tensor grouped_gemm(const Tensor& a, const Tensor& b, const Tensor& expert_offse
       }
     }
   }
+  // The rows of a task as its product takes them: where they are, or where that would read beyond the last, a copy.
+  const auto rows_of = [&](const Tensor& from, const Task& task, int64_t padded, Scratch& scratch) {
+    const int64_t stride = from.stride(0), width = from.size(1);
+    const char* first = static_cast<const char*>(from.data_ptr()) + task.first_row * stride * item;
+    if (task.first_row + padded <= rows) return row_major(first, padded, width, stride);  // any row does as padding
+    const Matrix copy = row_major(scratch.get(padded * width * item), padded, width, width);
+    copy_padded(copy.data, first, task.rows, padded, stride * item, width * item);
+    return copy;
+  };
+  const auto columns_of_expert = [&](const Tensor& of, const Task& task) {
+    const char* first = static_cast<const char*>(of.data_ptr()) + task.expert * of.stride(0) * item;
+    const Matrix weight{const_cast<char*>(first), of.size(1), of.size(2), of.stride(1), of.stride(2)};
+    return columns_of(trans_b ? transposed(weight) : weight, task.begin, task.end, item);
+  };
   parallel_tasks(static_cast<int64_t>(tasks.size()), [&](int64_t index) {
     const Task& task = tasks[index];
-    const Matrix weight{const_cast<char*>(b_data) + task.expert * right.stride(0) * item, right.size(1), right.size(2),
-                        right.stride(1), right.stride(2)};
-    const char* from = a_data + task.first_row * a_stride * item;
     char* to = out_data + (task.first_row * columns + task.begin) * item;
     const int64_t padded = round_up_rows(task.rows, dtype), width = task.end - task.begin;
-    Matrix in = row_major(from, padded, inner, a_stride);
+    TaskScratch& scratch = task_scratch();
     Matrix result = row_major(to, padded, width, columns);
-    if (padded != task.rows) {
-      TaskScratch& scratch = task_scratch();
-      if (task.first_row + padded > rows) {  // otherwise the rows behind, whosever they are, do as padding
-        in = row_major(scratch.first.get(padded * inner * item), padded, inner, inner);
-        copy_padded(in.data, from, task.rows, padded, a_stride * item, inner * item);
-      }
-      result = row_major(scratch.second.get(padded * width * item), padded, width, width);
-    }
-    mm_out(result, in, columns_of(trans_b ? transposed(weight) : weight, task.begin, task.end, item), dtype);
+    if (padded != task.rows) result = row_major(scratch.second.get(padded * width * item), padded, width, width);
+    mm_out(result, rows_of(left, task, padded, scratch.first), columns_of_expert(right, task), dtype);
+    if (addend) mm_out(result, rows_of(left2, task, padded, scratch.first), columns_of_expert(right2, task), dtype, true);
     for (int64_t row = 0; result.data != to && row < task.rows; ++row) {
       std::memcpy(to + row * columns * item, static_cast<char*>(result.data) + row * width * item, width * item);
     }
   });
   if (used < rows && columns > 0) std::memset(out_data + used * columns * item, 0, (rows - used) * columns * item);
   return out;
+}
+
+Tensor grouped_gemm(const Tensor& a, const Tensor& b, const Tensor& expert_offsets, bool trans_b) {
+  return grouped_gemm_of("grouped_gemm", a, b, expert_offsets, trans_b, std::nullopt);
+}
+
+Tensor grouped_gemm_sum(const Tensor& a, const Tensor& b, const Tensor& a2, const Tensor& b2,
+                        const Tensor& expert_offsets, bool trans_b) {
+  return grouped_gemm_of("grouped_gemm_sum", a, b, expert_offsets, trans_b, Addend{a2, b2});
 }
 
 Tensor grouped_gemm_weight(const Tensor& a, const Tensor& b, const Tensor& expert_offsets, int64_t num_experts) {
@@ -154,7 +185,7 @@ Tensor grouped_gemm_weight(const Tensor& a, const Tensor& b, const Tensor& exper
   DMOE_CHECK(b.size(0) == rows, kOp, ": b: expected as many rows as a, ", rows, ", got shape ", shape_of(b));
   DMOE_CHECK(num_experts >= 0, kOp, ": num_experts: expected 0 or more, got ", num_experts);
   const std::vector<int64_t> offsets = read_offsets(kOp, expert_offsets, num_experts, rows);
-  Tensor out = torch::stable::new_empty(a, {num_experts, height, columns});
+  Tensor out = large_empty(a, {num_experts, height, columns});
   const ScalarType dtype = a.scalar_type();
   const auto item = static_cast<int64_t>(a.element_size());
   const Tensor left = with_dense_rows(a), right = with_dense_rows(b);
@@ -207,5 +238,6 @@ Tensor grouped_gemm_weight(const Tensor& a, const Tensor& b, const Tensor& exper
 
 STABLE_TORCH_LIBRARY_IMPL(dmoe, CPU, m) {
   m.impl("grouped_gemm", TORCH_BOX(&dmoe::grouped_gemm));
+  m.impl("grouped_gemm_sum", TORCH_BOX(&dmoe::grouped_gemm_sum));
   m.impl("grouped_gemm_weight", TORCH_BOX(&dmoe::grouped_gemm_weight));
 }

@@ -262,16 +262,6 @@ struct Problem {
   }
 };
 
-// An uninitialised tensor that is about to be written as a whole.
-Tensor in_huge_pages(Tensor out) {
-  prefer_huge_pages(out.mutable_data_ptr(), out.numel() * static_cast<int64_t>(out.element_size()));
-  return out;
-}
-Tensor large_empty(const Tensor& like, const vector<int64_t>& sizes) {
-  return in_huge_pages(torch::stable::new_empty(like, sizes));
-}
-Tensor large_empty_like(const Tensor& tensor) { return in_huge_pages(torch::stable::empty_like(tensor)); }
-
 thread_local Scratch scratch_a, scratch_b, scratch_c, scratch_d;
 
 // ---------------------------------------------------------------------------------------------------------- forward

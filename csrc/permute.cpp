@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "check.h"
+#include "pages.h"
 
 namespace dmoe {
 namespace {
@@ -21,7 +22,7 @@ Tensor permute(const Tensor& x, const Tensor& row_to_token, const Tensor& token_
   const Tensor index = torch::stable::contiguous(row_to_token);
   const int64_t tokens = x.size(0), rows = row_to_token.size(0);
   const int64_t row_bytes = x.size(1) * static_cast<int64_t>(x.element_size());
-  Tensor out = torch::stable::new_empty(source, {rows, x.size(1)});
+  Tensor out = large_empty(source, {rows, x.size(1)});
   if (row_bytes == 0) return out;
 
   const auto* from = static_cast<const char*>(source.data_ptr());

@@ -12,6 +12,7 @@
 
 #include "check.h"
 #include "moe_rows.h"
+#include "pages.h"
 
 namespace dmoe {
 namespace {
@@ -60,7 +61,7 @@ int64_t grain(const Shape& shape) { return std::max<int64_t>(1, 16384 / std::max
 
 Tensor row_activation(Tensor pre, optional<Tensor> row_scale, string activation, bool gated) {
   const Shape shape = check("row_activation", pre, row_scale, gated);
-  Tensor hidden = torch::stable::new_empty(pre, {shape.rows, shape.width});
+  Tensor hidden = large_empty(pre, {shape.rows, shape.width});
   dispatch("row_activation", pre, [&](auto zero) {
     using T = decltype(zero);
     using A = Accumulate<T>;
@@ -86,7 +87,7 @@ std::tuple<Tensor, Tensor, Tensor> row_activation_backward(Tensor grad_hidden, T
   check_contiguous(op, "grad_hidden", grad_hidden), check_dtype(op, "grad_hidden", grad_hidden, pre.scalar_type());
   DMOE_CHECK(grad_hidden.numel() == shape.rows * shape.width, op, ": grad_hidden: expected (", shape.rows, ", ",
              shape.width, "), got ", shape_of(grad_hidden));
-  Tensor grad_pre = torch::stable::empty_like(pre), hidden = torch::stable::empty_like(grad_hidden), dots;
+  Tensor grad_pre = large_empty_like(pre), hidden = large_empty_like(grad_hidden), dots;
   dispatch(op, pre, [&](auto zero) {
     using T = decltype(zero);
     using A = Accumulate<T>;

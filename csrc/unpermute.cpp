@@ -15,6 +15,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include "check.h"
+#include "pages.h"
 #include "unpermute.h"
 
 namespace dmoe {
@@ -54,7 +55,7 @@ Tensor unpermute(const Tensor& rows, const std::optional<Tensor>& gate_weights, 
   const int64_t tokens = offsets.size(0) - 1;
   std::optional<Tensor> weights;
   if (gate_weights) weights = prepare_weights("unpermute", *gate_weights, assignments, sum_type(rows));
-  Tensor out = torch::stable::new_empty(source, {tokens, hidden});
+  Tensor out = large_empty(source, {tokens, hidden});
 
   const auto* offset = static_cast<const int32_t*>(offsets.data_ptr());
   const auto* row_of = static_cast<const int32_t*>(rows_of.data_ptr());
@@ -114,7 +115,7 @@ std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad, const Tensor& 
              "got ", shape_of(grad), ", ", shape_of(rows), ", ", shape_of(row_to_token), ", ",
              shape_of(row_to_slot), ", ", shape_of(token_offsets));
   const Tensor weights = prepare_weights(kOp, gate_weights, assignments, sum_type(rows));
-  Tensor grad_rows = torch::stable::new_empty(source, {num_rows, hidden});
+  Tensor grad_rows = large_empty(source, {num_rows, hidden});
   Tensor grad_weights = torch::stable::new_zeros(weights, {assignments});  // zero is what a dropped assignment keeps
 
   const auto* token_of = static_cast<const int32_t*>(tokens_of.data_ptr());

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dmoe.ops._checks import check_index_tensors
-from dmoe.ops._library import compiled, count_flops, define, has_triton, register_autograd
+from dmoe.ops._library import compiled, count_flops, define, has_triton, refuse_double_backward, register_autograd
 from dmoe.ops._trust import Subject, kind_of, precision
 from dmoe.ops.tile_table import preferred_tile_rows, tile_table
 from dmoe.strides import is_transposed
@@ -141,6 +141,15 @@ _grouped_gemm = define(
     subjects=_subjects("grouped_gemm"),
     autocast=_autocast,
 )
+
+# ``a b + a2 b2``, of the same rows, experts and columns, in one pass: a thin second product is added in cache. Not
+# differentiable, for those who know its gradient.
+grouped_gemm_sum = define(
+    "grouped_gemm_sum(Tensor a, Tensor b, Tensor a2, Tensor b2, Tensor expert_offsets, bool trans_b) -> Tensor",
+    lambda a, b, a2, b2, *rest: _grouped_gemm(a, b, *rest).add_(_grouped_gemm(a2, b2, *rest)),
+    fake=lambda a, b, a2, b2, *rest: _fake(a, b, *rest),
+)
+refuse_double_backward(grouped_gemm_sum)
 
 _grouped_gemm_weight = define(
     "grouped_gemm_weight(Tensor a, Tensor b, Tensor expert_offsets, SymInt num_experts) -> Tensor",

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dmoe.ops._moe_mlp_call import WEIGHTS, Call
-from dmoe.ops.grouped_gemm import grouped_gemm, grouped_gemm_weight
+from dmoe.ops.grouped_gemm import grouped_gemm, grouped_gemm_sum, grouped_gemm_weight
 from dmoe.ops.moe_mlp import under_autocast
-from dmoe.ops.moe_mlp_torch import Pass, Products, backward_data_of, backward_weights_of, forward_of
+from dmoe.ops.moe_mlp_torch import Pass, backward_data_of, backward_weights_of, forward_of
 from dmoe.ops.permute import permute, unpermute
 from dmoe.ops.row_activation import row_activation, row_activation_backward
 
@@ -57,8 +57,9 @@ class AdaptedPass(Pass):
     """A pass whose projections have adapters."""
 
     def __init__(self, call: Call, up: Factors | None, down: Factors | None) -> None:
-        super().__init__(call, GroupedProducts(call.expert_offsets))
-        self.up, self.down = _Adapter(up, self.products), _Adapter(down, self.products)
+        products = GroupedProducts(call.expert_offsets)
+        super().__init__(call, products)
+        self.up, self.down = _Adapter(up, products), _Adapter(down, products)
 
     def gathered(self, source: Tensor) -> Tensor:
         """In one operation."""
@@ -88,19 +89,19 @@ class AdaptedPass(Pass):
 
     def through_up(self, rows: Tensor) -> Tensor:
         """With the adapter's share."""
-        return self.up.add(super().through_up(rows), rows)
+        return self.up.through(rows, self.weights.up, super().through_up)
 
     def through_down(self, hidden: Tensor) -> Tensor:
         """With the adapter's share."""
-        return self.down.add(super().through_down(hidden), hidden)
+        return self.down.through(hidden, (self.weights.down,), super().through_down)
 
     def back_through_down(self, grad_out: Tensor) -> Tensor:
         """With the adapter's share."""
-        return self.down.add_back(super().back_through_down(grad_out), grad_out)
+        return self.down.back_through(grad_out, (self.weights.down,), super().back_through_down)
 
     def back_through_up(self, grad_pre: Tensor) -> Tensor:
         """With the adapter's share."""
-        return self.up.add_back(super().back_through_up(grad_pre), grad_pre)
+        return self.up.back_through(grad_pre, self.weights.up, super().back_through_up)
 
     def factor_grads(self, grad_y: Tensor, grad_pre: Tensor, hidden: Tensor) -> tuple[Tensor | None, ...]:
         """Of both projections' a and b, after the ways back; None where there is no adapter."""
@@ -113,24 +114,28 @@ class AdaptedPass(Pass):
 class _Adapter:
     """One projection's factors, or none, and the r numbers a row that both directions make of them."""
 
-    def __init__(self, factors: Factors | None, products: Products) -> None:
+    def __init__(self, factors: Factors | None, products: GroupedProducts) -> None:
         self.factors, self.products = factors, products
         self.inner: Tensor | None = None  # s A times the projection's rows
         self.back: Tensor | None = None  # s B^T times the gradients of its results
 
-    def add(self, out: Tensor, rows: Tensor) -> Tensor:
-        """``out += s (rows A^T) B^T``."""
+    def through(self, rows: Tensor, weights: Sequence[Tensor], plain: Callable[[Tensor], Tensor]) -> Tensor:
+        """``rows W^T + s (rows A^T) B^T``; ``plain`` makes the first, where W is no single matrix or there is no A."""
         if self.factors is None:
-            return out
+            return plain(rows)
         self.inner = self.products.rows(rows, self.factors.a.mT).mul_(self.factors.scale)
-        return out.add_(self.products.rows(self.inner, self.factors.b.mT))
+        if len(weights) > 1:
+            return plain(rows).add_(self.products.rows(self.inner, self.factors.b.mT))
+        return grouped_gemm_sum(rows, weights[0], self.inner, self.factors.b, self.products.expert_offsets, True)
 
-    def add_back(self, out: Tensor, grads: Tensor) -> Tensor:
-        """``out += s (grads B) A``."""
+    def back_through(self, grads: Tensor, weights: Sequence[Tensor], plain: Callable[[Tensor], Tensor]) -> Tensor:
+        """``grads W + s (grads B) A``."""
         if self.factors is None:
-            return out
+            return plain(grads)
         self.back = self.products.rows(grads, self.factors.b).mul_(self.factors.scale)
-        return out.add_(self.products.rows(self.back, self.factors.a))
+        if len(weights) > 1:
+            return plain(grads).add_(self.products.rows(self.back, self.factors.a))
+        return grouped_gemm_sum(grads, weights[0], self.back, self.factors.a, self.products.expert_offsets, False)
 
     def grads(self, rows: Callable[[], Tensor], grads: Callable[[], Tensor]) -> tuple[Tensor | None, Tensor | None]:
         """Of a and b, from the projection's rows and the gradients of its results, which are made only if needed."""

@@ -16,6 +16,7 @@ from dmoe.ops.grouped_gemm import (
     grouped_gemm,
     grouped_gemm_cuda,
     grouped_gemm_ref,
+    grouped_gemm_sum,
     grouped_gemm_weight,
     grouped_gemm_weight_cuda,
     grouped_gemm_weight_ref,
@@ -312,3 +313,21 @@ def test_bad_input():
             grouped_gemm(a, b, torch.tensor(bad, dtype=torch.int32))
         with pytest.raises(RuntimeError, match=message):
             grouped_gemm_weight(a, a, torch.tensor(bad, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("trans_b", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_two_products_in_one_pass_are_their_sum(trans_b, dtype):
+    offsets = torch.tensor([0, 5, 5, 22, 27], dtype=torch.int32)  # 3 rows belong to no expert
+    a, a2 = torch.randn(30, 12).to(dtype), torch.randn(30, 3).to(dtype)
+    b, b2 = torch.randn(4, 10, 12).to(dtype), torch.randn(4, 10, 3).to(dtype)
+    b, b2 = (b, b2) if trans_b else (b.mT.contiguous(), b2.mT)
+    factors = a, b, a2, b2, offsets, trans_b
+    exact = grouped_gemm_ref(a.double(), b.double(), offsets, trans_b) + grouped_gemm_ref(
+        a2.double(), b2.double(), offsets, trans_b
+    )
+    error = (grouped_gemm_sum(*factors).double() - exact).abs().max()
+    assert error <= 4 * torch.finfo(dtype).eps * exact.abs().max()
+    torch.library.opcheck(torch.ops.dmoe.grouped_gemm_sum.default, factors)
+    with pytest.raises(RuntimeError, match="grouped_gemm_sum|size|shape"):
+        grouped_gemm_sum(a, b, a2[:29], b2, offsets, trans_b)
