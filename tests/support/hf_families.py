@@ -50,7 +50,9 @@ _SMALL = [
     (r"num_kv_shared_layers|num_nextn_predict_layers", 0),
 ]
 # Some releases leave these to be None, whose meaning is none that runs.
-_NEVER_NONE = r"head_dim|\w*num_experts|n_(routed|shared)_experts|num_experts_per_tok|top_k_experts|moe_intermediate_size"
+_NEVER_NONE = (
+    r"head_dim|\w*num_experts|n_(routed|shared)_experts|num_experts_per_tok|top_k_experts|moe_intermediate_size"
+)
 # Of two layers the second has experts, whatever else the family does.
 _LISTS = {"mlp_layer_types": ["dense", "sparse"], "mlp_only_layers": [0]}
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
@@ -91,7 +93,7 @@ def shrunk(kind, **given):
         elif name in _LISTS and value is not None:
             small[name] = _LISTS[name]
         elif (type(value) in (int, float) and value) or (value is None and re.fullmatch(_NEVER_NONE, name)):
-            small |= {name: size for pattern, size in _SMALL if re.fullmatch(pattern, name) and name not in small}
+            small |= dict([(name, size) for pattern, size in _SMALL if re.fullmatch(pattern, name)][:1])
     return small | {name: value for name, value in given.items() if name in vars(kind())}
 
 
@@ -124,7 +126,7 @@ def tiny_model(family, **given):
                 continue
             for parameter in model.parameters():
                 if parameter.dim() > 1:
-                    torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+                    torch.nn.init.normal_(parameter, std=0.7 * parameter.shape[-1] ** -0.5)
             set_implementation(model, "eager")
             run(model)
             return model
