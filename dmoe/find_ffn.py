@@ -71,8 +71,8 @@ def read_block(model: nn.Module, name: str, module: nn.Module, *, ignore_functio
         return read_ffn(module, ignore_functional_dropout=ignore_functional_dropout)
     except UnrecognisedFFNError as error:
         raise ValueError(
-            f"{what} is not recognised as a feed-forward block: it {error}. {_instead(module)}Recognised: {RECOGNISED}. "
-            + _could_select(model)
+            f"{what} is not recognised as a feed-forward block: it {error}. {_instead(module)}"
+            f"Recognised: {RECOGNISED}. {_could_select(model)}"
         ) from error
 
 

@@ -127,7 +127,7 @@ def test_what_does_not_fit_is_refused_by_what_it_is():
     from transformers import LlamaConfig, LlamaForCausalLM, SwitchTransformersConfig, SwitchTransformersEncoderModel
 
     dense = LlamaForCausalLM(LlamaConfig(**hf_families.shrunk(LlamaConfig)))
-    with pytest.raises(ValueError, match="use: expected a model with experts .* LlamaForCausalLM, which is dense"):
+    with pytest.raises(ValueError, match=r"use: expected a model with experts .* LlamaForCausalLM, which is dense"):
         on_transformers.use(dense)
     small = hf_families.shrunk(SwitchTransformersConfig, num_layers=2, num_sparse_encoder_layers=1)
     sparse = SwitchTransformersEncoderModel(SwitchTransformersConfig(**{**small, "d_kv": 8, "d_ff": 16}))
