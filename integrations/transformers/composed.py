@@ -62,9 +62,8 @@ def composed_experts(
         out = out if norm is None else norm(out).to(dtype)
         return unpermute(out, gate_weights, plan.row_to_token, plan.row_to_slot, *where)
 
-    pre = add(
-        _Up.apply(x, up, not transposed, plan.expert_offsets, plan.row_to_token, plan.row_to_slot, *where), up_bias
-    )
+    indices = plan.expert_offsets, plan.row_to_token, plan.row_to_slot, *where
+    pre = add(_Up.apply(x, up, not transposed, *indices), up_bias)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # a compiler decides itself what to keep
         return checkpoint(rest, pre, gate_weights, use_reentrant=False)
     return rest(pre, gate_weights)
