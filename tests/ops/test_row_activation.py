@@ -87,5 +87,5 @@ def test_opcheck_and_what_does_not_fit():
         row_activation(pre[:, :7].contiguous(), scale, "silu", True)
     with pytest.raises(RuntimeError, match=r"row_activation_backward: grad_hidden: expected \(5, 4\), got \(5, 3\)"):
         row_activation_backward(grad[:, :3].contiguous(), pre, scale, "silu", True)
-    with pytest.raises(RuntimeError, match="activation: expected .* got swish"):
+    with pytest.raises(RuntimeError, match=r"activation: expected .* got swish"):
         row_activation(pre, scale, "swish", True)
