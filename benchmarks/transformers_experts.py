@@ -1,0 +1,220 @@
+"""How fast are the experts of Hugging Face's models with each implementation, and what do they keep for backward?
+
+    python benchmarks/transformers_experts.py [--quick] [--cases "gpt_oss fwd bf16"] [--models mixtral,llama4]
+
+Each line is a module of Transformers (llama4: the whole block, whose experts the interface does not reach) with new
+tokens and a new routing in every turn. Outputs and gradients are first compared with the module's own loop over experts
+in float64. ``lora`` is a training step of PEFT's adapters (r = 8) on both projections of frozen experts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from parts.harness import (
+    COLOURS,
+    CheckError,
+    arguments,
+    available_memory,
+    checked,
+    describe,
+    environment,
+    interleave,
+    markdown_table,
+    milliseconds,
+    new_figure,
+    publish,
+    relative_error,
+    require_close,
+    save_figure,
+    stopwatch,
+)
+from parts.hf_experts import Case, Contestant, exact, field
+from tqdm import tqdm
+
+MODELS = ("mixtral", "gpt_oss", "aria", "llama4", "lora")
+SMALL = (1, 8, 64, 128)
+# Relative norms against float64, as in layer_cpu; eager itself adds experts up in bfloat16.
+TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2}
+
+
+def cases_of(model: str) -> list[Case]:
+    """The lines of one model."""
+    if model == "lora":
+        return [Case(model, 2048, dtype, backward=True) for dtype in TOLERANCE]
+    lines = []
+    for dtype in TOLERANCE:
+        for backward in (False, True):
+            sizes: dict[str, Any] = {"dtype": dtype, "backward": backward}
+            if model == "llama4":
+                lines += [Case(model, t, **sizes, experts=16, top_k=1) for t in (*SMALL, 1024)]
+            else:
+                lines += [Case(model, t, **sizes) for t in (*SMALL, 2048)]
+    return lines
+
+
+def main() -> None:
+    """Run, check, time, write."""
+    parser = arguments(__doc__.split("\n")[0] if __doc__ else "", rounds=41)
+    parser.add_argument("--models", default=",".join(MODELS), help="separated by commas")
+    parser.add_argument("--memory-gib", type=float, default=0.3 * available_memory() / 2**30, help="most for one")
+    args = checked(parser)
+    unknown = set(args.models.split(",")) - set(MODELS)
+    if unknown:
+        parser.error(f"--models: expected some of {', '.join(MODELS)}, got {', '.join(sorted(unknown))}")
+    words = args.cases.split()
+    lines = [case for model in args.models.split(",") for case in cases_of(model)]
+    lines = [case for case in lines if all(word in case.label.split() for word in words)]
+    if not lines:
+        parser.error(f"--cases {args.cases!r}: no such case; labels are like {cases_of('mixtral')[0].label!r}")
+    if args.quick:
+        args.rounds, args.seconds = min(args.rounds, 3), min(args.seconds, 1.0)
+        lines = [case for case in lines if case.tokens <= 64]
+    results = []
+    with tqdm(total=len(lines) * args.rounds, unit="round", mininterval=1) as bar:
+        for case in lines:
+            bar.set_postfix_str(case.label)
+            results.append(run_case(case, args, bar))
+    env = environment(args.threads)
+    publish(
+        "transformers_experts",
+        env,
+        args,
+        results,
+        report=lambda name: report(results, env, name),
+        plot=lambda path: plot(results, env, path),
+    )
+
+
+def run_case(case: Case, args: Any, bar: Any) -> dict[str, Any]:
+    """Build, check and time one line."""
+    contestants, reasons = field(case, int(args.memory_gib * 2**30))
+    truth = exact(case, contestants[0], seed=0)
+    errors = {}
+    for contestant in contestants:
+        got = contestant.results(0)
+        if got.keys() != truth.keys():
+            raise CheckError(f"{case.label}: {contestant.name}: gradients of {sorted(got)}, not of {sorted(truth)}")
+        errors[contestant.name] = {name: relative_error(got[name], truth[name]) for name in got}
+        require_close(f"{case.label}, {contestant.name}", errors[contestant.name], TOLERANCE[case.dtype])
+    del truth
+
+    def turn(contestant: Contestant, i: int) -> float:
+        contestant.clear()
+        inputs = contestant.inputs(100 + args.warmup + i)
+        return stopwatch(lambda: contestant.run(inputs))
+
+    timings = interleave(
+        {c.name: (lambda i, c=c: turn(c, i)) for c in contestants},  # type: ignore[misc]
+        rounds=args.rounds,
+        warmup=args.warmup,
+        seconds_each=args.seconds,
+        seed=args.seed,
+        tick=bar.update,
+    )
+    saved = {c.name: c.saved_bytes() for c in contestants} if case.backward else {}
+    return {
+        "case": {**vars(case), "label": case.label},
+        "timings": timings,
+        "saved_bytes": saved,
+        "errors": errors,
+        "not_run": reasons,
+    }
+
+
+def report(results: list[dict[str, Any]], env: dict[str, Any], name: str) -> str:
+    """All tables as Markdown."""
+    parts = [
+        "# Experts of Hugging Face's models, by implementation",
+        describe(env),
+        f"![times over dmoe's]({name}.png)",
+        "Median milliseconds of a turn with new tokens and a new routing; in brackets, how many times dmoe's. Bold: "
+        "the fastest. Saved: MiB kept for backward beside parameters and inputs. Before timing, outputs and gradients "
+        "of each agreed with the module's own loop over experts in float64, within a relative norm of "
+        + " and ".join(f"{bound:.0e} ({dtype})" for dtype, bound in TOLERANCE.items())
+        + ". Percentiles and errors are in the JSON.",
+    ]
+    for model in dict.fromkeys(entry["case"]["model"] for entry in results):
+        entries = [entry for entry in results if entry["case"]["model"] == model]
+        names = list(dict.fromkeys(n for entry in entries for n in (*entry["timings"], *entry["not_run"])))
+        parts += [f"## {model}", _table(entries, names)]
+        behind = [
+            f"- {entry['case']['label']}: behind {n} ({t.median / entry['timings']['dmoe'].median:.2f})"
+            for entry in entries
+            for n, t in entry["timings"].items()
+            if "dmoe" in entry["timings"] and t.median < entry["timings"]["dmoe"].median
+        ]
+        if model != "lora":
+            parts.append("Behind:\n\n" + "\n".join(behind) if behind else "First on every line.")
+    reasons = dict.fromkeys(f"- {n}: {why}" for entry in results for n, why in entry["not_run"].items())
+    if reasons:
+        parts += ["## Not run", "\n".join(reasons)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _mine(entry: dict[str, Any]) -> str:
+    return "dmoe" if "dmoe" in entry["timings"] else "PEFT's sum, dmoe"
+
+
+def _table(entries: list[dict[str, Any]], names: list[str]) -> str:
+    rows = []
+    for entry in entries:
+        timings, saved, mine = entry["timings"], entry["saved_bytes"], _mine(entry)
+        first = min(timings, key=lambda n: timings[n].median)
+        cells = []
+        for n in names:
+            if n not in timings:
+                cells.append("not run")
+                continue
+            shown = milliseconds(timings[n].median)
+            shown = f"**{shown}**" if n == first else shown
+            cells.append(shown if n == mine else f"{shown} ({timings[n].median / timings[mine].median:.2f})")
+        kept = [f"{saved[n] / 2**20:.2f}" if n in saved else "-" for n in names]
+        case = entry["case"]
+        label = f"{'fwd+bwd' if case['backward'] else 'fwd'} {case['dtype']} T={case['tokens']}"
+        rows.append([label, *cells, " / ".join(kept)])
+    case = entries[0]["case"]
+    sizes = f"H={case['hidden']} F={case['ffn']} E={case['experts']} K={case['top_k']}"
+    return markdown_table([sizes, *names, "saved, MiB"], rows)
+
+
+def plot(results: list[dict[str, Any]], env: dict[str, Any], path: Path) -> None:
+    """Times over dmoe's, a panel for each model, a bar for each rival on each line."""
+    shown = [m for m in dict.fromkeys(entry["case"]["model"] for entry in results) if m != "lora"]
+    if not shown:
+        shown = ["lora"]
+    figure, axes = new_figure(len(shown), width=4.6 * len(shown), height=6.4)
+    for axis, model in zip(axes, shown, strict=True):
+        entries = [entry for entry in results if entry["case"]["model"] == model][::-1]
+        names = list(dict.fromkeys(n for entry in entries for n in entry["timings"]))
+        for i, n in enumerate(names):
+            points = [
+                (y, entry["timings"][n].median / entry["timings"][_mine(entry)].median)
+                for y, entry in enumerate(entries)
+                if n in entry["timings"]
+            ]
+            axis.scatter([x for _, x in points], [y for y, _ in points], s=34, color=COLOURS[i], label=n, zorder=3)
+        axis.axvline(1, color="#888888", lw=0.8, zorder=1)
+        axis.set_xscale("log")
+        axis.set_yticks(
+            range(len(entries)),
+            [
+                f"{'f+b' if e['case']['backward'] else 'fwd'} {e['case']['dtype']} {e['case']['tokens']}"
+                for e in entries
+            ],
+            fontsize=8,
+        )
+        axis.set_title(model)
+        axis.set_xlabel("time over dmoe's")
+        axis.legend(fontsize=8, frameon=False, loc="upper right")
+    figure.suptitle(f"Experts by implementation, {env['hardware']}, {env['threads']} threads (right of 1: slower)")
+    figure.subplots_adjust(wspace=0.45)
+    save_figure(figure, path)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except CheckError as error:
+        raise SystemExit(f"nothing is reported: {error}") from error
