@@ -13,6 +13,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "check.h"
+#include "few_rows.h"
 #include "gemm.h"
 
 namespace dmoe {
@@ -125,7 +126,7 @@ Tensor grouped_gemm(const Tensor& a, const Tensor& b, const Tensor& expert_offse
                         right.stride(1), right.stride(2)};
     const char* from = a_data + task.first_row * a_stride * item;
     char* to = out_data + (task.first_row * columns + task.begin) * item;
-    const int64_t padded = round_up_rows(task.rows, dtype), width = task.end - task.begin;
+    const int64_t padded = rows_to_give(task.rows, dtype), width = task.end - task.begin;
     Matrix in = row_major(from, padded, inner, a_stride);
     Matrix result = row_major(to, padded, width, columns);
     if (padded != task.rows) {
@@ -136,7 +137,7 @@ Tensor grouped_gemm(const Tensor& a, const Tensor& b, const Tensor& expert_offse
       }
       result = row_major(scratch.second.get(padded * width * item), padded, width, width);
     }
-    mm_out(result, in, columns_of(trans_b ? transposed(weight) : weight, task.begin, task.end, item), dtype);
+    multiply(result, in, columns_of(trans_b ? transposed(weight) : weight, task.begin, task.end, item), dtype);
     for (int64_t row = 0; result.data != to && row < task.rows; ++row) {
       std::memcpy(to + row * columns * item, static_cast<char*>(result.data) + row * width * item, width * item);
     }
@@ -187,7 +188,7 @@ Tensor grouped_gemm_weight(const Tensor& a, const Tensor& b, const Tensor& exper
     }
     const char* a_from = a_data + (first * left.stride(0) + task.first_column) * item;
     const char* b_from = b_data + first * right.stride(0) * item;
-    const int64_t padded = round_up_rows(count, dtype);
+    const int64_t padded = rows_to_give(count, dtype);
     Matrix a_block = row_major(a_from, padded, task.columns, left.stride(0));
     Matrix b_block = row_major(b_from, padded, columns, right.stride(0));
     if (padded != count) {
@@ -197,7 +198,7 @@ Tensor grouped_gemm_weight(const Tensor& a, const Tensor& b, const Tensor& exper
       copy_padded(a_block.data, a_from, count, padded, left.stride(0) * item, task.columns * item);
       copy_padded(b_block.data, b_from, count, padded, right.stride(0) * item, columns * item);
     }
-    mm_out(row_major(to, task.columns, columns, columns), transposed(a_block), b_block, dtype);
+    multiply(row_major(to, task.columns, columns, columns), transposed(a_block), b_block, dtype);
   });
   return out;
 }
