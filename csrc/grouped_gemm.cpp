@@ -14,6 +14,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "check.h"
+#include "few_rows.h"
 #include "gemm.h"
 #include "pages.h"
 
@@ -153,12 +154,12 @@ Tensor grouped_gemm_of(const char* kOp, const Tensor& a, const Tensor& b, const 
   parallel_tasks(static_cast<int64_t>(tasks.size()), [&](int64_t index) {
     const Task& task = tasks[index];
     char* to = out_data + (task.first_row * columns + task.begin) * item;
-    const int64_t padded = round_up_rows(task.rows, dtype), width = task.end - task.begin;
+    const int64_t padded = rows_to_give(task.rows, dtype), width = task.end - task.begin;
     TaskScratch& scratch = task_scratch();
     Matrix result = row_major(to, padded, width, columns);
     if (padded != task.rows) result = row_major(scratch.second.get(padded * width * item), padded, width, width);
-    mm_out(result, rows_of(left, task, padded, scratch.first), columns_of_expert(right, task), dtype);
-    if (addend) mm_out(result, rows_of(left2, task, padded, scratch.first), columns_of_expert(right2, task), dtype, true);
+    multiply(result, rows_of(left, task, padded, scratch.first), columns_of_expert(right, task), dtype);
+    if (addend) multiply(result, rows_of(left2, task, padded, scratch.first), columns_of_expert(right2, task), dtype, true);
     for (int64_t row = 0; result.data != to && row < task.rows; ++row) {
       std::memcpy(to + row * columns * item, static_cast<char*>(result.data) + row * width * item, width * item);
     }
@@ -218,7 +219,7 @@ Tensor grouped_gemm_weight(const Tensor& a, const Tensor& b, const Tensor& exper
     }
     const char* a_from = a_data + (first * left.stride(0) + task.first_column) * item;
     const char* b_from = b_data + first * right.stride(0) * item;
-    const int64_t padded = round_up_rows(count, dtype);
+    const int64_t padded = rows_to_give(count, dtype);
     Matrix a_block = row_major(a_from, padded, task.columns, left.stride(0));
     Matrix b_block = row_major(b_from, padded, columns, right.stride(0));
     if (padded != count) {
@@ -228,7 +229,7 @@ Tensor grouped_gemm_weight(const Tensor& a, const Tensor& b, const Tensor& exper
       copy_padded(a_block.data, a_from, count, padded, left.stride(0) * item, task.columns * item);
       copy_padded(b_block.data, b_from, count, padded, right.stride(0) * item, columns * item);
     }
-    mm_out(row_major(to, task.columns, columns, columns), transposed(a_block), b_block, dtype);
+    multiply(row_major(to, task.columns, columns, columns), transposed(a_block), b_block, dtype);
   });
   return out;
 }

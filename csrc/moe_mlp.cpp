@@ -21,6 +21,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "check.h"
+#include "few_rows.h"
 #include "gemm.h"
 #include "moe_rows.h"
 #include "moe_weights.h"
@@ -282,16 +283,16 @@ void forward_up(const Problem<T>& p, const Activation& activation, const Block& 
   const int64_t f = p.experts[block.expert].width, f_max = p.width, begin = columns.begin, count = columns.count();
   const Matrix x_rows = row_major(at.x, at.padded, p.hidden, p.hidden);
   if (p.interleaved()) {
-    mm_out(row_major(at.pre + 2 * begin, at.padded, 2 * count, p.pre_width), x_rows,
-           transposed(p.up_matrix(p.weights, block.expert, 0, 2 * begin, 2 * columns.end)), p.kType);
+    multiply(row_major(at.pre + 2 * begin, at.padded, 2 * count, p.pre_width), x_rows,
+             transposed(p.up_matrix(p.weights, block.expert, 0, 2 * begin, 2 * columns.end)), p.kType);
   } else if (count == f) {
     for (int64_t part = 0; part < p.up_parts(); ++part) {
       const Matrix out = row_major(at.pre + part * f_max, at.padded, p.up_rows(block.expert), p.pre_width);
-      mm_out(out, x_rows, transposed(p.up_matrix(block.expert, part)), p.kType);
+      multiply(out, x_rows, transposed(p.up_matrix(block.expert, part)), p.kType);
     }
   } else {
     for (int64_t half = 0; half < p.halves(); ++half) {
-      mm_out(row_major(at.pre + half * f_max + begin, at.padded, count, p.pre_width), x_rows,
+      multiply(row_major(at.pre + half * f_max + begin, at.padded, count, p.pre_width), x_rows,
              transposed(p.half_matrix(block.expert, half, begin, columns.end)), p.kType);
     }
   }
@@ -331,7 +332,7 @@ void forward_down(const Problem<T>& p, const Block& block, const Columns& column
   using A = Accumulate<T>;
   const int64_t f = p.experts[block.expert].width, begin = columns.begin, count = columns.count();
   const Matrix weight = transposed(p.down_matrix(block.expert));
-  mm_out(row_major(at.out + begin, at.padded, count, p.hidden), row_major(at.hidden, at.padded, f, f),
+  multiply(row_major(at.out + begin, at.padded, count, p.hidden), row_major(at.hidden, at.padded, f, f),
          columns_of(weight, begin, columns.end, sizeof(T)), p.kType);
   vector<A> mask(p.args.expert_dropout > 0 ? p.hidden : 0);
   for (int64_t r = 0; r < block.rows && (p.down_bias != nullptr || !mask.empty()); ++r) {
@@ -349,7 +350,7 @@ void forward_down(const Problem<T>& p, const Block& block, const Columns& column
 // One block of rows as one task: pre-activation (kept when `pre` is given), hidden, and the down projection's rows.
 template <typename T, typename Activation>
 void forward_block(const Problem<T>& p, const Activation& activation, const Block& block, T* pre, T* rows_out) {
-  const int64_t padded = round_up_rows(block.rows, p.kType), f = p.experts[block.expert].width;
+  const int64_t padded = rows_to_give(block.rows, p.kType), f = p.experts[block.expert].width;
   const bool whole = padded == block.rows;
   // The rounded-up rows belong to the next expert, so the products may write them only into scratch.
   const bool pre_in_place = pre != nullptr && whole && !p.interleaved();
@@ -374,13 +375,13 @@ template <typename T, typename Activation>
 void forward_in_columns(const Problem<T>& p, const Activation& activation, const vector<Block>& blocks,
                         const vector<Piece>& of_width, T* pre, T* rows_out) {
   int64_t padded_rows = 0;
-  for (const Block& block : blocks) padded_rows += round_up_rows(block.rows, p.kType);
+  for (const Block& block : blocks) padded_rows += rows_to_give(block.rows, p.kType);
   Tensor buffer = large_empty(p.args.x, {padded_rows * (2 * p.hidden + p.pre_width + p.width)});
   T* next = static_cast<T*>(buffer.mutable_data_ptr());
   const auto take = [&next](int64_t numbers) { return std::exchange(next, next + numbers); };
   vector<ForwardRows<T>> at;
   for (const Block& block : blocks) {
-    const int64_t padded = round_up_rows(block.rows, p.kType);
+    const int64_t padded = rows_to_give(block.rows, p.kType);
     at.push_back({padded, take(padded * p.hidden), take(padded * p.pre_width), take(padded * p.width),
                   take(padded * p.hidden),
                   pre != nullptr && p.interleaved() ? pre + block.begin * p.pre_width : nullptr});
@@ -426,7 +427,7 @@ void forward(const Arguments& args, T* y, T* pre) {
 // Rows of an expert's backward buffers. Where products are generated per shape, the number of rows summed over by the
 // weight gradients is rounded up to one of 16 steps an octave, with zeros, so that few shapes ever occur.
 int64_t padded_rows(int64_t rows, ScalarType dtype) {
-  if (rows == 0 || round_up_rows(1, dtype) == 1) return rows;
+  if (rows_to_give(rows, dtype) == rows) return rows;
   int64_t step = 16;
   while (step * 16 < rows) step *= 2;
   return (rows + step - 1) / step * step;
@@ -459,7 +460,7 @@ template <typename T>
 BackwardRows<T> backward_rows(const Problem<T>& p, const Block& block, const Wave<T>& wave) {
   const Expert& expert = p.experts[block.expert];
   const int64_t local = block.begin - expert.begin, place = expert.padded_begin + local, f = expert.width;
-  return {round_up_rows(block.rows, p.kType), wave.x + place * p.hidden, wave.grad_out + place * p.hidden,
+  return {rows_to_give(block.rows, p.kType), wave.x + place * p.hidden, wave.grad_out + place * p.hidden,
           wave.hidden + expert.padded_begin * p.width + local * f,
           wave.grad_pre + expert.padded_begin * p.pre_width + local * p.halves() * f, nullptr};
 }
@@ -487,7 +488,7 @@ void backward_down(const Problem<T>& p, const Activation& activation, const Bloc
   const int64_t f = p.experts[block.expert].width, halves = p.halves(), begin = columns.begin, count = columns.count();
   vector<A> mask(p.args.activation_dropout > 0 ? f : 0), room(count);
   vector<T> apart(p.interleaved() ? 2 * count : 0);  // a row's gradients of gate and up
-  mm_out(row_major(at.hidden + begin, at.padded, count, f), row_major(at.grad_out, at.padded, p.hidden, p.hidden),
+  multiply(row_major(at.hidden + begin, at.padded, count, f), row_major(at.grad_out, at.padded, p.hidden, p.hidden),
          columns_of(p.down_matrix(block.expert), begin, columns.end, sizeof(T)), p.kType);
 
   // Rows that fill the block up are summed over by the weight gradients: they must be zero, like holes.
@@ -524,7 +525,7 @@ template <typename T>
 void backward_up(const Problem<T>& p, const Block& block, const Columns& columns, const BackwardRows<T>& at) {
   const int64_t f = p.experts[block.expert].width, inner = p.up_rows(block.expert);
   for (int64_t part = 0; part < p.up_parts(); ++part) {
-    mm_out(row_major(at.out + columns.begin, at.padded, columns.count(), p.hidden),
+    multiply(row_major(at.out + columns.begin, at.padded, columns.count(), p.hidden),
            row_major(at.grad_pre + part * f, at.padded, inner, p.halves() * f),
            columns_of(p.up_matrix(block.expert, part), columns.begin, columns.end, sizeof(T)), p.kType, part > 0);
   }
@@ -568,7 +569,7 @@ void backward_in_columns(const Problem<T>& p, const Activation& activation, cons
                          const vector<Piece>& of_width, const T* grad_y, const T* pre, const Wave<T>& wave, T* grad_rows, Accumulate<T>* row_gate) {
   using A = Accumulate<T>;
   int64_t padded_rows = 0;
-  for (const Block& block : blocks) padded_rows += round_up_rows(block.rows, p.kType);
+  for (const Block& block : blocks) padded_rows += rows_to_give(block.rows, p.kType);
   Tensor buffer = large_empty(p.args.x, {padded_rows * p.hidden});
   T* next = static_cast<T*>(buffer.mutable_data_ptr());
   vector<BackwardRows<T>> at;
@@ -630,9 +631,9 @@ constexpr int64_t kDownPart = 2, kBiasPart = 3;
 // out = a @ b for an `out` whose rows or whose columns are contiguous. Products are fast where its rows are.
 void product(const Matrix& out, const Matrix& a, const Matrix& b, ScalarType dtype) {
   if (out.col_stride != 1 && out.row_stride == 1) {
-    mm_out(transposed(out), transposed(b), transposed(a), dtype);
+    multiply(transposed(out), transposed(b), transposed(a), dtype);
   } else {
-    mm_out(out, a, b, dtype);
+    multiply(out, a, b, dtype);
   }
 }
 

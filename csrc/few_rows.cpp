@@ -1,0 +1,177 @@
+// Products of few rows: which kernel of few_rows_kernels.h and few_rows_bf16.h, on factors laid out for it.
+//
+// Who decides is the processor, asked once; ATEN_CPU_CAPABILITY (PyTorch's) and ONEDNN_MAX_CPU_ISA (oneDNN's) lower the
+// level here as they do there, so that one machine shows what others do.
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed between functions that are inlined
+#include "few_rows.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <type_traits>
+
+#include "few_rows_bf16.h"
+#include "few_rows_kernels.h"
+
+namespace dmoe {
+namespace few {
+
+enum class Level { kPortable, kAvx2, kAvx512, kAvx512Bf16 };
+
+inline bool is_one_of(const char* value, std::initializer_list<const char*> names) {
+  for (const char* name : names) {
+    if (value != nullptr && std::strcmp(value, name) == 0) return true;
+  }
+  return false;
+}
+
+inline Level find_level() {
+  Level level = Level::kPortable;
+#ifdef DMOE_X86_LEVELS
+  if (__builtin_cpu_supports("x86-64-v3")) level = Level::kAvx2;
+  if (__builtin_cpu_supports("x86-64-v4")) level = Level::kAvx512;
+  if (level == Level::kAvx512 && __builtin_cpu_supports("avx512bf16")) level = Level::kAvx512Bf16;
+  const char *aten = std::getenv("ATEN_CPU_CAPABILITY"), *onednn = std::getenv("ONEDNN_MAX_CPU_ISA");
+  if (is_one_of(onednn, {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI"})) {
+    level = std::min(level, Level::kAvx512);
+  }
+  if (is_one_of(aten, {"avx2"})) level = std::min(level, Level::kAvx2);
+  if (is_one_of(aten, {"default"})) level = Level::kPortable;
+#endif
+  return level;
+}
+inline Level level() {
+  static const Level found = find_level();
+  return found;
+}
+
+#ifdef DMOE_X86_LEVELS
+template <typename T>
+__attribute__((target("arch=x86-64-v4"))) void dot_avx512(const Product<T>& p) {
+  dot<16, T>(p);
+}
+template <typename T>
+__attribute__((target("arch=x86-64-v3"))) void dot_avx2(const Product<T>& p) {
+  dot<8, T>(p);
+}
+template <typename T>
+__attribute__((target("arch=x86-64-v4"))) void axpy_avx512(const Product<T>& p) {
+  axpy<16, T>(p);
+}
+template <typename T>
+__attribute__((target("arch=x86-64-v3"))) void axpy_avx2(const Product<T>& p) {
+  axpy<8, T>(p);
+}
+#endif
+
+template <typename T>
+void run(const Product<T>& p, bool columns_are_dense) {
+#ifdef DMOE_X86_LEVELS
+  if (level() >= Level::kAvx512) return columns_are_dense ? dot_avx512<T>(p) : axpy_avx512<T>(p);
+  if (level() == Level::kAvx2) return columns_are_dense ? dot_avx2<T>(p) : axpy_avx2<T>(p);
+#endif
+  columns_are_dense ? dot<4, T>(p) : axpy<4, T>(p);
+}
+
+// Element (row, k) of a matrix of T.
+template <typename T>
+const T* at(const Matrix& m, int64_t row, int64_t k) {
+  return static_cast<const T*>(m.data) + row * m.row_stride + k * m.col_stride;
+}
+
+// Row after row, with zeros behind it.
+template <typename T>
+void pack_rows(const Matrix& a, float* to) {
+  const int64_t stride = packed_inner(a.cols);
+  for (int64_t row = 0; row < a.rows; ++row, to += stride) {
+    for (int64_t k = 0; k < a.cols; ++k) to[k] = load(at<T>(a, row, k));
+    std::fill(to + a.cols, to + stride, 0.0f);
+  }
+}
+// By chunks of rows: for each k, one number of each row of the chunk.
+template <typename T>
+void pack_columns(const Matrix& a, float* to) {
+  for (int64_t chunk = 0; chunk < chunks(a.rows); ++chunk) {
+    const int64_t begin = chunk_begin(a.rows, chunk), end = chunk_begin(a.rows, chunk + 1);
+    for (int64_t k = 0; k < a.cols; ++k) {
+      for (int64_t row = begin; row < end; ++row) *to++ = load(at<T>(a, row, k));
+    }
+  }
+}
+
+// The same of pairs (k, k + 1), the first in the lower half.
+inline uint32_t pair_at(const Matrix& a, int64_t row, int64_t k) {
+  const auto bits = [&](int64_t column) -> uint32_t {
+    return column < a.cols ? bits_of<uint16_t>(*at<BFloat16>(a, row, column)) : 0;
+  };
+  return bits(k) | bits(k + 1) << 16;
+}
+inline void pack_row_pairs(const Matrix& a, uint32_t* to) {
+  const int64_t pairs = round_up(a.cols, 32) / 2;
+  for (int64_t row = 0; row < a.rows; ++row) {
+    for (int64_t k = 0; k < pairs; ++k) *to++ = pair_at(a, row, 2 * k);
+  }
+}
+inline void pack_column_pairs(const Matrix& a, uint32_t* to) {
+  for (int64_t chunk = 0; chunk < chunks(a.rows); ++chunk) {
+    const int64_t begin = chunk_begin(a.rows, chunk), end = chunk_begin(a.rows, chunk + 1);
+    for (int64_t k = 0; k < a.cols; k += 2) {
+      for (int64_t row = begin; row < end; ++row) *to++ = pair_at(a, row, k);
+    }
+  }
+}
+
+inline void* scratch(size_t bytes) {
+  static thread_local Scratch memory;
+  return memory.get(bytes);
+}
+
+template <typename T>
+void multiply(const Matrix& out, const Matrix& a, const Matrix& b, bool accumulate) {
+  const bool columns_are_dense = b.col_stride != 1;
+  const int64_t w_stride = columns_are_dense ? b.col_stride : b.row_stride;
+  void* packed = scratch(a.rows * packed_inner(a.cols) * sizeof(float));
+  T* to = static_cast<T*>(out.data);
+  const T* w = static_cast<const T*>(b.data);
+#ifdef DMOE_X86_LEVELS
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    // One or two rows wait for memory in any case, and streams of it are then what is fast.
+    if (level() == Level::kAvx512Bf16 && a.rows > 2) {
+      auto* pairs = static_cast<uint32_t*>(packed);
+      const PairProduct p{to, out.row_stride, pairs, w, w_stride, out.rows, a.cols, out.cols, accumulate};
+      columns_are_dense ? pack_row_pairs(a, pairs) : pack_column_pairs(a, pairs);
+      return columns_are_dense ? pair_dot(p) : pair_axpy(p);
+    }
+  }
+#endif
+  auto* numbers = static_cast<float*>(packed);
+  columns_are_dense ? pack_rows<T>(a, numbers) : pack_columns<T>(a, numbers);
+  run<T>({to, out.row_stride, numbers, w, w_stride, out.rows, a.cols, out.cols, accumulate}, columns_are_dense);
+}
+
+}  // namespace few
+
+// Whether `rows` are few. float64 goes to the BLAS library, whose sums are as wide as they get.
+bool few_rows(int64_t rows, ScalarType dtype) {
+  static const char* forced = std::getenv("DMOE_FEW");
+  if (forced) return rows <= std::atoi(forced) && dtype != ScalarType::Double;
+  if (dtype == ScalarType::Double) return false;
+  return rows <= 16;
+}
+
+void multiply(const Matrix& out, const Matrix& a, const Matrix& b, ScalarType dtype, bool accumulate) {
+  const bool of_rows = few_rows(out.rows, dtype);
+  const bool of_sums = few_rows(a.cols, dtype) && a.row_stride == 1 && b.col_stride == 1;  // a weight gradient
+  const bool readable = b.row_stride == 1 || b.col_stride == 1;
+  if (!(of_rows || of_sums) || !readable || out.col_stride != 1 || out.cols == 0) {
+    return mm_out(out, a, b, dtype, accumulate);
+  }
+  switch (dtype) {
+    case ScalarType::Float: return few::multiply<float>(out, a, b, accumulate);
+    case ScalarType::BFloat16: return few::multiply<BFloat16>(out, a, b, accumulate);
+    default: return few::multiply<Half>(out, a, b, accumulate);
+  }
+}
+
+}  // namespace dmoe

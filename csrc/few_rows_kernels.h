@@ -1,0 +1,355 @@
+// Products of few rows with one weight, for one instruction set: what few_rows.h chooses from.
+//
+// At few rows the work is the reading of the weight, so each element is read once from memory and used for all rows
+// from registers or the innermost cache. `dot` is for weights whose columns are contiguous (lanes run along the sum),
+// `axpy` for those whose rows are (lanes run along the output); the latter also makes weight gradients of few rows.
+//
+// An element of the result is added up in an order that depends on the length of its sum alone: not on how many rows or
+// columns are computed with it, nor on which tile it lies in.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "simd.h"
+
+// Where kernels for several levels of x86 stand in one library, and the processor decides; as DMOE_SIMD has it.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define DMOE_X86_LEVELS 1
+#endif
+
+// Four numbers of two vectors of four.
+#if defined(__clang__)
+#define DMOE_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define DMOE_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, typename LanesOf<int32_t, 4>::type{__VA_ARGS__})
+#endif
+
+namespace dmoe {
+namespace few {
+
+// W numbers that one instruction, or a few, works on.
+template <typename S, int W>
+struct LanesOf {
+  typedef S type __attribute__((vector_size(W * sizeof(S))));
+};
+template <int W>
+using Lanes = typename LanesOf<float, W>::type;
+template <int W>
+using Bits = typename LanesOf<uint32_t, W>::type;
+template <int W>
+using HalfBits = typename LanesOf<uint16_t, W>::type;
+
+template <int W>
+DMOE_INLINE Lanes<W> load_lanes(const float* p) {
+  Lanes<W> out;
+  std::memcpy(&out, p, sizeof(out));
+  return out;
+}
+template <int W>
+DMOE_INLINE Bits<W> load_halves(const void* p) {
+  HalfBits<W> bits;
+  std::memcpy(&bits, p, sizeof(bits));
+  return __builtin_convertvector(bits, Bits<W>);
+}
+template <int W>
+DMOE_INLINE Lanes<W> load_lanes(const BFloat16* p) {
+  return (Lanes<W>)(load_halves<W>(p) << 16);
+}
+template <int W>
+DMOE_INLINE Lanes<W> load_lanes(const Half* p) {
+  const Bits<W> bits = load_halves<W>(p), magnitude = (bits & 0x7fff) << 13;
+  const Lanes<W> scaled = (Lanes<W>)magnitude * 0x1p112f;  // to float's bias; subnormal numbers become normal ones
+  const Bits<W> special = (Bits<W>)(magnitude >= Bits<W>{} + 0x0f800000u) & 0x7f800000u;  // infinity, NaN
+  return (Lanes<W>)((Bits<W>)scaled | special | (bits & 0x8000) << 16);
+}
+
+// The first `count` of W numbers, and zeros.
+template <int W, typename T>
+DMOE_INLINE Lanes<W> load_some(const T* p, int64_t count) {
+  T padded[W];
+  std::memset(static_cast<void*>(padded), 0, sizeof(padded));
+  std::memcpy(static_cast<void*>(padded), p, count * sizeof(T));
+  return load_lanes<W>(padded);
+}
+
+template <int W>
+DMOE_INLINE void store_lanes(float* p, Lanes<W> value) {
+  std::memcpy(p, &value, sizeof(value));
+}
+template <int W>
+DMOE_INLINE void store_lanes(BFloat16* p, Lanes<W> value) {  // as store() in simd.h
+  const Bits<W> bits = (Bits<W>)value;
+  const Bits<W> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Bits<W> real = (Bits<W>)(value == value);
+  const HalfBits<W> out = __builtin_convertvector((rounded & real) | (~real & 0x7fc0), HalfBits<W>);
+  std::memcpy(static_cast<void*>(p), &out, sizeof(out));
+}
+template <int W>
+DMOE_INLINE void store_lanes(Half* p, Lanes<W> value) {
+  for (int i = 0; i < W; ++i) store(p + i, value[i]);
+}
+
+// The sums of the lanes of four vectors; each in the same order.
+template <int W>
+DMOE_INLINE Lanes<4> sum_four(const Lanes<W>& a, const Lanes<W>& b, const Lanes<W>& c, const Lanes<W>& d) {
+  if constexpr (W > 4) {
+    constexpr int H = W / 2;
+    Lanes<H> low[4], high[4];
+    const Lanes<W> from[4] = {a, b, c, d};
+    for (int i = 0; i < 4; ++i) {
+      std::memcpy(&low[i], &from[i], sizeof(low[i]));
+      std::memcpy(&high[i], reinterpret_cast<const char*>(&from[i]) + sizeof(low[i]), sizeof(high[i]));
+    }
+    return sum_four<H>(low[0] + high[0], low[1] + high[1], low[2] + high[2], low[3] + high[3]);
+  } else {
+    const Lanes<4> ab = DMOE_SHUFFLE(a, b, 0, 4, 1, 5) + DMOE_SHUFFLE(a, b, 2, 6, 3, 7);
+    const Lanes<4> cd = DMOE_SHUFFLE(c, d, 0, 4, 1, 5) + DMOE_SHUFFLE(c, d, 2, 6, 3, 7);
+    return DMOE_SHUFFLE(ab, cd, 0, 1, 4, 5) + DMOE_SHUFFLE(ab, cd, 2, 3, 6, 7);
+  }
+}
+
+// One product: out (rows, columns) = a (rows, inner) @ w (inner, columns), or out += a @ w.
+template <typename T>
+struct Product {
+  T* out;
+  int64_t out_stride;
+  const float* a;  // packed: see pack_rows(), pack_columns()
+  const T* w;
+  int64_t w_stride;  // between columns for dot, between rows for axpy
+  int64_t rows, inner, columns;
+  bool accumulate;
+};
+
+constexpr int kChunk = 4;         // rows that share one reading of the weight from the innermost cache
+constexpr int64_t kAhead = 32;  // rows of the weight that axpy asks for in advance
+constexpr int64_t kLine = 64;           // bytes of a cache line
+constexpr int64_t kStream = 1024;       // columns whose sums stay in the innermost cache
+constexpr int64_t kDotColumns = 8;      // that stay in the innermost cache for all chunks of rows
+constexpr int64_t kManyRowsOfOne = 64;  // from here on axpy writes row after row: a weight gradient, whose sums are short
+constexpr int64_t kSumBlock = 256;  // numbers that axpy adds up one after the other before it adds that to the rest
+
+constexpr int64_t round_up(int64_t number, int64_t to) { return (number + to - 1) / to * to; }
+
+// Chunk number i of `rows` rows, cut into as many of at most kChunk as it takes, equally large.
+DMOE_INLINE int64_t chunks(int64_t rows) { return (rows + kChunk - 1) / kChunk; }
+DMOE_INLINE int64_t chunk_begin(int64_t rows, int64_t i) { return rows * i / chunks(rows); }
+
+// -------------------------------------------------------------------------------------------------------------- dot
+
+// Rows one after the other, `inner` rounded up to a multiple of 16 with zeros.
+inline int64_t packed_inner(int64_t inner) { return round_up(inner, 16); }
+
+template <int W, typename T, int R, int N, bool kFetch>
+DMOE_INLINE void dot_tile(const Product<T>& p, int64_t row, int64_t column) {
+  const int64_t a_stride = packed_inner(p.inner), whole = p.inner / W * W;
+  const float* a = p.a + row * a_stride;
+  const T* w = p.w + column * p.w_stride;
+  constexpr int kSums = round_up(R * N, 4);
+  Lanes<W> sums[kSums] = {};
+  const auto step = [&](int64_t k, const auto& load) __attribute__((always_inline)) {
+    Lanes<W> weight[N];
+    if (kFetch && k * sizeof(T) % kLine == 0) {  // the tile to come: streams of one column's length are too short
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) __builtin_prefetch(w + (N + n) * p.w_stride + k, 0, 2);
+    }
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) weight[n] = load(w + n * p.w_stride + k);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const Lanes<W> x = load_lanes<W>(a + r * a_stride + k);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) sums[r * N + n] += x * weight[n];
+    }
+  };
+  for (int64_t k = 0; k < whole; k += W) {
+    step(k, [](const T* from) __attribute__((always_inline)) { return load_lanes<W>(from); });
+  }
+  if (whole < p.inner) {
+    const int64_t rest = p.inner - whole;
+    step(whole, [rest](const T* from) __attribute__((always_inline)) { return load_some<W>(from, rest); });
+  }
+  float result[kSums];
+#pragma GCC unroll 4
+  for (int i = 0; i < kSums; i += 4) {
+    store_lanes<4>(result + i, sum_four<W>(sums[i], sums[i + 1], sums[i + 2], sums[i + 3]));
+  }
+  for (int r = 0; r < R; ++r) {
+    T* out = p.out + (row + r) * p.out_stride + column;
+    for (int n = 0; n < N; ++n) store(out + n, p.accumulate ? load(out + n) + result[r * N + n] : result[r * N + n]);
+  }
+}
+
+template <int W, typename T, int R, int N>
+DMOE_INLINE void dot_tiles(const Product<T>& p, int64_t row, int64_t begin, int64_t end) {
+  int64_t column = begin;
+  if (row == 0) {
+    for (; column + N <= end && column + 2 * N <= p.columns; column += N) dot_tile<W, T, R, N, true>(p, row, column);
+  }
+  for (; column + N <= end; column += N) dot_tile<W, T, R, N, false>(p, row, column);
+  for (; column < end; ++column) dot_tile<W, T, R, 1, false>(p, row, column);
+}
+
+template <int W, typename T>
+DMOE_INLINE void dot(const Product<T>& p) {
+  for (int64_t begin = 0; begin < p.columns; begin += kDotColumns) {
+    const int64_t end = std::min(p.columns, begin + kDotColumns);
+    for (int64_t chunk = 0; chunk < chunks(p.rows); ++chunk) {
+      const int64_t row = chunk_begin(p.rows, chunk);
+      switch (chunk_begin(p.rows, chunk + 1) - row) {
+        case 1: dot_tiles<W, T, 1, 8>(p, row, begin, end); break;
+        case 2: dot_tiles<W, T, 2, 4>(p, row, begin, end); break;
+        case 3: dot_tiles<W, T, 3, W == 16 ? 4 : 2>(p, row, begin, end); break;
+        default: dot_tiles<W, T, 4, W == 16 ? 4 : 2>(p, row, begin, end);
+      }
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------------- axpy
+
+template <int W, typename T, int R, int N, bool kFetch>
+DMOE_INLINE void axpy_tile(const Product<T>& p, const float* a, int64_t row, int64_t column) {
+  const T* w = p.w + column;
+  Lanes<W> total[R * N] = {};
+  for (int64_t first = 0; first < p.inner; first += kSumBlock) {
+    const int64_t last = std::min(p.inner, first + kSumBlock);
+    Lanes<W> sums[R * N] = {};
+    for (int64_t k = first; k < last; ++k) {
+      Lanes<W> weight[N];
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) weight[n] = load_lanes<W>(w + k * p.w_stride + n * W);
+      if (kFetch && k + kAhead < p.inner) {
+#pragma GCC unroll 8
+        for (int n = 0; n < N * W; n += kLine / sizeof(T)) __builtin_prefetch(w + (k + kAhead) * p.w_stride + n, 0, 2);
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const float x = a[k * R + r];
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) sums[r * N + n] += x * weight[n];
+      }
+    }
+    for (int i = 0; i < R * N; ++i) total[i] = first == 0 ? sums[i] : total[i] + sums[i];
+  }
+  for (int r = 0; r < R; ++r) {
+    T* out = p.out + (row + r) * p.out_stride + column;
+    for (int n = 0; n < N; ++n) {
+      const Lanes<W> sum = total[r * N + n];
+      store_lanes<W>(out + n * W, p.accumulate ? load_lanes<W>(out + n * W) + sum : sum);
+    }
+  }
+}
+
+// The same sums for one or two rows, which only wait for the weight: long pieces of several of its rows at a time, with
+// the sums in the innermost cache, as memory is fastest at what follows each other.
+template <int W, typename T, int R>
+DMOE_INLINE void axpy_streams(const Product<T>& p, const float* a, int64_t row, int64_t begin, int64_t end) {
+  constexpr int64_t kRows = 8;
+  alignas(64) float sums[R][kStream], total[R][kStream];
+  const int64_t width = end - begin;
+  for (int64_t first = 0; first < p.inner; first += kSumBlock) {
+    const int64_t last = std::min(p.inner, first + kSumBlock);
+    for (int r = 0; r < R; ++r) std::fill_n(sums[r], width, 0.0f);
+    for (int64_t k = first; k < last; k += kRows) {
+      const int count = static_cast<int>(std::min(kRows, last - k));
+      const T* w = p.w + k * p.w_stride + begin;
+      const float* x = a + k * R;
+      const bool fetch = k + 2 * kRows <= p.inner;
+      const auto add = [&](const int rows) __attribute__((always_inline)) {
+        for (int64_t n = 0; n < width; n += W) {
+          if (fetch && n * sizeof(T) % kLine == 0) {
+#pragma GCC unroll 8
+            for (int j = 0; j < kRows; ++j) __builtin_prefetch(w + (kRows + j) * p.w_stride + n, 0, 2);
+          }
+          Lanes<W> sum[R];
+          for (int r = 0; r < R; ++r) sum[r] = load_lanes<W>(sums[r] + n);
+#pragma GCC unroll 8
+          for (int j = 0; j < rows; ++j) {
+            const Lanes<W> weight = load_lanes<W>(w + j * p.w_stride + n);
+            for (int r = 0; r < R; ++r) sum[r] += x[j * R + r] * weight;
+          }
+          for (int r = 0; r < R; ++r) store_lanes<W>(sums[r] + n, sum[r]);
+        }
+      };
+      count == kRows ? add(kRows) : add(count);
+    }
+    for (int r = 0; r < R; ++r) {
+      for (int64_t n = 0; n < width; n += W) {
+        const Lanes<W> sum = load_lanes<W>(sums[r] + n);
+        store_lanes<W>(total[r] + n, first == 0 ? sum : load_lanes<W>(total[r] + n) + sum);
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    T* out = p.out + (row + r) * p.out_stride + begin;
+    for (int64_t n = 0; n < width; n += W) {
+      const Lanes<W> sum = load_lanes<W>(total[r] + n);
+      store_lanes<W>(out + n, p.accumulate ? load_lanes<W>(out + n) + sum : sum);
+    }
+  }
+}
+
+// Columns [begin, end), fewer than W.
+template <typename T, int R>
+DMOE_INLINE void axpy_rest(const Product<T>& p, const float* a, int64_t row, int64_t begin, int64_t end) {
+  for (int64_t column = begin; column < end; ++column) {
+    for (int r = 0; r < R; ++r) {
+      float total = 0;
+      for (int64_t first = 0; first < p.inner; first += kSumBlock) {
+        float sum = 0;
+        for (int64_t k = first; k < std::min(p.inner, first + kSumBlock); ++k) {
+          sum += a[k * R + r] * load(p.w + k * p.w_stride + column);
+        }
+        total = first == 0 ? sum : total + sum;
+      }
+      T* out = p.out + (row + r) * p.out_stride + column;
+      store(out, p.accumulate ? load(out) + total : total);
+    }
+  }
+}
+
+template <int W, typename T, int R, int N>
+DMOE_INLINE void axpy_tiles(const Product<T>& p, int64_t row, int64_t begin, int64_t end) {
+  const float* a = p.a + row * p.inner;
+  int64_t column = begin;
+  if (row == 0) {
+    for (; column + N * W <= end; column += N * W) axpy_tile<W, T, R, N, true>(p, a, row, column);
+  } else {
+    for (; column + N * W <= end; column += N * W) axpy_tile<W, T, R, N, false>(p, a, row, column);
+  }
+  for (; column + W <= end; column += W) axpy_tile<W, T, R, 1, false>(p, a, row, column);
+  axpy_rest<T, R>(p, a, row, column, end);
+}
+
+template <int W, typename T>
+DMOE_INLINE void axpy(const Product<T>& p) {
+  if (p.rows <= 2 && p.inner > 8) {
+    const int64_t whole = p.columns / W * W;
+    for (int64_t begin = 0; begin < whole; begin += kStream) {
+      const int64_t end = std::min(whole, begin + kStream);
+      p.rows == 1 ? axpy_streams<W, T, 1>(p, p.a, 0, begin, end) : axpy_streams<W, T, 2>(p, p.a, 0, begin, end);
+    }
+    p.rows == 1 ? axpy_rest<T, 1>(p, p.a, 0, whole, p.columns) : axpy_rest<T, 2>(p, p.a, 0, whole, p.columns);
+    return;
+  }
+  // Few rows: the weight is read once, tile by tile. Many rows (of a weight gradient, whose `inner` is small): they are
+  // written one after the other.
+  const int64_t width = p.rows <= kManyRowsOfOne ? 8 * W : p.columns;
+  for (int64_t begin = 0; begin < p.columns; begin += width) {
+    const int64_t end = std::min(p.columns, begin + width);
+    for (int64_t chunk = 0; chunk < chunks(p.rows); ++chunk) {
+      const int64_t row = chunk_begin(p.rows, chunk);
+      switch (chunk_begin(p.rows, chunk + 1) - row) {
+        case 1: axpy_tiles<W, T, 1, 8>(p, row, begin, end); break;
+        case 2: axpy_tiles<W, T, 2, 4>(p, row, begin, end); break;
+        case 3: axpy_tiles<W, T, 3, W == 16 ? 4 : 2>(p, row, begin, end); break;
+        default: axpy_tiles<W, T, 4, W == 16 ? 4 : 2>(p, row, begin, end);
+      }
+    }
+  }
+}
+
+}  // namespace few
+}  // namespace dmoe
