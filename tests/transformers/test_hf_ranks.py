@@ -1,4 +1,4 @@
-"""Two gloo ranks under Transformers' own plans equal one process: FSDP2, tensor parallel, expert parallel in three modes."""
+"""Two gloo ranks under Transformers' own plans equal one process: FSDP2, tensor parallel, experts in all modes."""
 
 from __future__ import annotations
 
