@@ -50,15 +50,15 @@ class MoEBlock(nn.Module):
         self.train(theirs.training)
 
     def forward(self, hidden_states: Tensor) -> Tensor | tuple[Tensor | None, ...]:
-        """``(B, S, H)`` to the same shape and dtype; with what the family returns beside it, a tuple.
+        """``(B, S, H)`` to the same shape and dtype, or ``(B * S, H)``; a tuple with what the family returns beside it.
 
         Router logits, and weights, are float32 where the block's may be in the model's dtype.
         """
         y, routing = self.moe(hidden_states, return_routing=True)
-        found = {"logits": routing.router_logits, "weights": routing.gate_weights, "indices": routing.expert_indices}
-        self.get_submodule(self.family.router)(*(found.get(name) for name in self.family.router_returns))
+        self.get_submodule(self.family.router)(*(_output(routing, name) for name in self.family.router_returns))
         y = y.to(hidden_states.dtype)
-        return (y, *(found[name] for name in self.family.returns)) if self.family.returns else y
+        y = y.flatten(0, -2) if self.family.flat else y
+        return (y, *(_output(routing, name) for name in self.family.returns)) if self.family.returns else y
 
     def take(self) -> None:
         """Move the block's tensors into the layer, which is on ``meta``: views, where nothing has to be moved.
@@ -111,6 +111,14 @@ class MoEBlock(nn.Module):
     def _fqn_modifiers(self) -> dict[str, str]:
         """For ``torch.distributed.checkpoint``, which looks up each name of the state dict as an attribute."""
         return {name.partition(".")[0]: "theirs" for weight in self.weights for name in weight.theirs}
+
+
+def _output(routing: Any, name: str) -> Tensor | None:
+    """What a router of Transformers returns under a name of :class:`Family`'s; None for what nobody reads."""
+    if name == "mean_weights":
+        return routing.gate_weights / routing.gate_weights.shape[1]
+    found = {"logits": routing.router_logits, "weights": routing.gate_weights, "indices": routing.expert_indices}
+    return found.get(name)
 
 
 def _nothing() -> str:

@@ -38,8 +38,10 @@ class Family:
         options: fields of :class:`dmoe.MoEConfig` as values, or as :class:`Read`.
         experts: how the experts' weights lie, a key of ``blocks_weights.EXPERTS``.
         router: the block's child that scores; models record the logits by its class.
-        router_returns: what a call of that child returns, by the names of ``block_module.OUTPUTS``.
+        router_returns: what a call of that child returns: ``logits`` (T, E), ``weights`` and ``indices`` (T, K),
+            ``mean_weights``: those over K; any other name is something that nobody reads, and None here.
         returns: what a call of the block returns beside the output, by the same names.
+        flat: whether the output is ``(B * S, H)`` for an input of ``(B, S, H)``.
         requires: attributes of the block that have to have a value: with another it computes something else.
     """
 
@@ -48,6 +50,7 @@ class Family:
     router: str = "gate"
     router_returns: tuple[str, ...] = ("logits", "weights", "indices")
     returns: tuple[str, ...] = ()
+    flat: bool = False
     requires: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -132,7 +135,7 @@ FAMILIES: dict[str, Family] = {
         {**_OVER_CHOSEN, "activation": Read("experts", lambda e: dmoe.ClampedSwiGLU(e.limit, e.alpha))},
         router="router",
         experts="halves_transposed",
-        returns=("weights",),
+        returns=("mean_weights",),
     ),
     # sigmoid
     "FlintSparseMoeBlock": Family({"score_function": "sigmoid", **_NORMALIZED_IF_ASKED}),
@@ -142,6 +145,7 @@ FAMILIES: dict[str, Family] = {
         experts="halves_transposed",
         router_returns=("scores", "logits"),
         returns=("logits",),
+        flat=True,
     ),
     # ... and a bias that only chooses
     "MiniMaxM2SparseMoeBlock": Family({**_SIGMOID, **_JITTER}),
@@ -165,7 +169,10 @@ FAMILIES: dict[str, Family] = {
             "activation": Read("experts", lambda e: dmoe.ClampedSwiGLU(e.swiglu_limit, e.swiglu_alpha)),
         }
     ),
-    "NemotronHMoE": Family(_DEEPSEEK_V3, requires={"config.moe_latent_size": None}),
+    "NemotronHMoE": Family(
+        {**_DEEPSEEK_V3, "activation": "relu_squared"},
+        requires={"config.moe_latent_size": None, "config.mlp_hidden_act": "relu2"},
+    ),
     "Inkling2SparseMoeBlock": Family({**_SCORED, **_NORMALIZED, **_SCALED, **_SOFTCAPPED}),
     "Inkling2LoopSparseMoeBlock": Family({**_SCORED, **_NORMALIZED, **_SCALED, **_SOFTCAPPED}),
     "DeepseekV4SparseMoeBlock": Family(
