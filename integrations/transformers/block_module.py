@@ -12,8 +12,15 @@ from dmoe.integrations.transformers.blocks_table import block_weights, known_fam
 from dmoe.integrations.transformers.blocks_weights import rename_to_ours, rename_to_theirs
 
 _OURS = "moe."
-_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks")
-_HOOKS = (*_HOOKS, "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks")
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
 
 
 class MoEBlock(nn.Module):
@@ -131,13 +138,14 @@ def _as_given(*outputs: Any) -> tuple[Any, ...]:
 
 def _recorded(router: nn.Module) -> nn.Module:
     """A module of the router's class, without parameters, that returns what it is given: hooks find it by its class."""
-    recorded = type(router).__new__(type(router))
+    recorded: Any = type(router).__new__(type(router))
     nn.Module.__init__(recorded)
     recorded.forward = _as_given
     recorded.extra_repr = _nothing
     recorded._is_hf_initialized = True  # there is nothing that Transformers could initialise
     _share_hooks(router, recorded)
-    return recorded
+    made: nn.Module = recorded
+    return made
 
 
 def _share_hooks(one: nn.Module, other: nn.Module) -> None:

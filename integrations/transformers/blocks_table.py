@@ -124,7 +124,7 @@ def _sizes(block: nn.Module, family: Family) -> dict[str, Any]:
     }
 
 
-def _activation(block: nn.Module) -> Any:
+def _activation(block: Any) -> Any:
     """What the experts apply, which the shared expert has to apply as well."""
     found = gate_of(block.experts)
     if found is None:

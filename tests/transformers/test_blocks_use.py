@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+import rank_jobs_blocks
 import torch
 from hf_blocks import (
     assert_near,
@@ -205,6 +206,18 @@ def test_jitter_reaches_the_whole_block():
     y = model["mlp"](x)
     assert not torch.equal(y, y[:, :1].expand(-1, 5, -1))
     torch.testing.assert_close(model["mlp"].eval()(x), block.eval()(x))
+
+
+@pytest.mark.parametrize("name", ["Qwen2MoeSparseMoeBlock", "GptOssMLP"])
+def test_over_two_ranks(name, ranks):
+    shares = [torch.randn(1, tokens, 32, generator=torch.Generator().manual_seed(tokens)) for tokens in (5, 9)]
+    plain, before = rank_jobs_blocks.plain_block(name, shares)
+    found = ranks.run(rank_jobs_blocks.block_over_ranks, name, shares, ranks=2)
+    for (y, grad, here, state, after), expected in zip(found, plain, strict=True):
+        assert_near({"y": y, "x": grad}, dict(zip("yx", expected, strict=True)), 3e-6)
+        assert here == 2
+        assert_same_state(dict(sorted(state.items())), dict(sorted(before.items())))
+        assert_same_state(after, {name: tensor * 2 for name, tensor in before.items()})
 
 
 # --------------------------------------------------------------------------------------------------------- other dtypes
