@@ -40,7 +40,8 @@ def to_dmoe(model: nn.Module, *, ep_group: Any = None, loss_group: Any = None, *
     computes in float32, unless ``router_dtype="input"``). Weights keep their values, dtypes, devices and
     ``requires_grad``; parameters are new ones, so the optimizer is to be made afterwards, and gradients that wait are
     dropped. ``save_pretrained`` and ``state_dict`` keep the model's own names. The model's own auxiliary loss
-    (``output_router_logits=True``) is computed as before; dmoe's losses are off unless ``options`` say otherwise.
+    (``output_router_logits=True``) is computed as before, and dmoe's losses are off unless ``options`` say otherwise;
+    old releases' Llama 4, which looks for router logits at the block itself, finds none.
 
     Args:
         model: of Transformers, in one piece: not offloaded, quantised, sharded or with adapters.

@@ -27,6 +27,7 @@ from dmoe.integrations.transformers.block_module import MoEBlock
 from dmoe.integrations.transformers.blocks import from_dmoe, to_dmoe
 from dmoe.integrations.transformers.blocks_families import FAMILIES, REFUSED
 from dmoe.integrations.transformers.blocks_table import config_of
+from dmoe.integrations.transformers.versions import check_version
 
 HERE = [name for name in FAMILIES if home_of(name) is not None]
 
@@ -43,6 +44,11 @@ def test_a_block_as_dmoe(name):
 
     outputs, grads = results(model, call)
     grads["x"] = x.grad
+    if check_version() < (5, 24):  # releases that build it otherwise are refused, and compute nothing wrong
+        try:
+            config_of(model["mlp"])
+        except ValueError as error:
+            pytest.skip(str(error))
     assert to_dmoe(model) == ["mlp"]
     assert isinstance(model["mlp"], MoEBlock)
     assert_same_state(dict(sorted(model.state_dict().items())), dict(sorted(before.items())))

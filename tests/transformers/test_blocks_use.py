@@ -32,6 +32,7 @@ from torch.distributed.checkpoint import state_dict as dcp
 import dmoe
 from dmoe.integrations.transformers.block_module import MoEBlock
 from dmoe.integrations.transformers.blocks import from_dmoe, to_dmoe
+from dmoe.integrations.transformers.versions import check_version
 
 IDS = token_ids()
 
@@ -152,6 +153,8 @@ def test_trained_and_put_back_is_trained_plain(family):
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "minimax", "llama4"])
 @pytest.mark.parametrize("before", [False, True], ids=["hooked later", "hooked before"])
 def test_router_logits_and_the_models_own_loss(family, before):
+    if family in ("llama4", "deepseek_v3") and check_version() < (5, 20):
+        pytest.skip("this release records the block itself, or nothing")
     model = tiny_llama4() if family == "llama4" else model_of(family)
     recorded = model if family in ("mixtral", "minimax") else model.model
     options = {"input_ids": IDS, "use_cache": False, "output_router_logits": True}
@@ -395,7 +398,7 @@ BAD = [
         adapted,
         {},
         ValueError,
-        r"expected a MixtralSparseMoeBlock as Transformers builds it, got one with experts.param",
+        r"expected a MixtralSparseMoeBlock without adapters and .*, got one with experts.param",
     ),
     (
         quantised,
