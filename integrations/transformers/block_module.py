@@ -12,6 +12,7 @@ from dmoe.integrations.transformers.blocks_table import block_weights, known_fam
 from dmoe.integrations.transformers.blocks_weights import rename_to_ours, rename_to_theirs
 
 _OURS = "moe."
+_FLOAT32 = ("router.selection_bias",)
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -88,19 +89,27 @@ class MoEBlock(nn.Module):
 
         Experts that are spread over ranks are gathered, so all ranks have to call this.
         """
-        state = self.moe.state_dict(keep_vars=True)
+        state, kept = self.moe.state_dict(keep_vars=True), self._in_their_dtype()
         for weight in self.weights:
             ours = state[weight.ours]
             whole = ours.detach().full_tensor() if hasattr(ours, "full_tensor") else ours.detach()
             for name, tensor in zip(weight.theirs, weight.to_theirs(whole), strict=True):
-                _put(self.theirs, name, tensor, trained=ours.requires_grad)
+                _put(self.theirs, name, tensor.to(kept.get(name, tensor.dtype)), trained=ours.requires_grad)
         return self.theirs.train(self.training)
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """The block's own names and shapes, in its own dtypes."""
         state = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
         rename_to_theirs(state, self.weights, prefix, prefix + _OURS)
+        for name, dtype in self._in_their_dtype().items():
+            if prefix + name in state:
+                state[prefix + name] = state[prefix + name].to(dtype)
         return state
+
+    def _in_their_dtype(self) -> dict[str, torch.dtype]:
+        """What dmoe keeps in float32 whatever a model is cast to, and the dtypes that the block had it in."""
+        theirs = self.theirs.state_dict(keep_vars=True)
+        return {name: theirs[name].dtype for each in self.weights if each.ours in _FLOAT32 for name in each.theirs}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         rename_to_ours(state_dict, self.weights, prefix, prefix + _OURS)  # the dict is load_state_dict's own
@@ -159,7 +168,7 @@ def _put(block: nn.Module, name: str, tensor: Tensor, *, trained: bool) -> None:
     owner = block.get_submodule(path)
     old = getattr(owner, leaf)
     if leaf in owner._buffers:
-        owner._buffers[leaf] = tensor.to(old.dtype)  # ours is float32, whatever the model was cast to
+        owner._buffers[leaf] = tensor
     elif torch._has_compatible_shallow_copy_type(old, tensor):
         old.data = tensor
         old.requires_grad_(trained)
