@@ -17,8 +17,10 @@ import importlib
 from typing import Any
 
 _HOME = {
+    "from_dmoe": "blocks",
     "register": "switch",
     "restore": "switch",
+    "to_dmoe": "blocks",
     "use": "switch",
 }
 
