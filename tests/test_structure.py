@@ -141,6 +141,7 @@ TESTED = {
     "gpu": "dmoe",
     "megatron": "integrations/megatron",
     "fairseq": "integrations/fairseq_moe",
+    "transformers": "integrations/transformers",
     "examples": "examples",
     "benchmarks": "benchmarks",
 }
