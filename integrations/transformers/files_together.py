@@ -64,7 +64,9 @@ class SharedFiles:
                 cut.append({})
             cut[-1][name] = tensor
         several = len(cut) > 1
-        self.names = [f"model-{n:05d}-of-{len(cut):05d}.safetensors" if several else SINGLE for n in range(1, len(cut) + 1)]
+        self.names = [
+            f"model-{n:05d}-of-{len(cut):05d}.safetensors" if several else SINGLE for n in range(1, len(cut) + 1)
+        ]
         self._headers: dict[str, bytes] = {}
         self._sizes: dict[str, int] = {}
         self._places: dict[str, tuple[str, int, Tensor]] = {}

@@ -1,0 +1,122 @@
+"""The ranks of a parallel model: a grid of replicas ("fsdp") by ranks that share the experts ("ep")."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+_T = TypeVar("_T")
+DIMS = ("fsdp", "ep")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Which ranks hold what.
+
+    Attributes:
+        fsdp, ep: sizes.
+        mesh: of both dimensions; None for one process without a group.
+        everyone: the same ranks in one dimension; None likewise.
+    """
+
+    fsdp: int = 1
+    ep: int = 1
+    mesh: DeviceMesh | None = None
+    everyone: DeviceMesh | None = None
+
+    def __deepcopy__(self, memo: Any) -> Grid:
+        return self
+
+    @property
+    def group(self) -> ProcessGroup | None:
+        """All of these ranks; None for one alone."""
+        return None if self.everyone is None else self.everyone.get_group()
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank speaks for all."""
+        return self.everyone is None or self.everyone.get_local_rank() == 0
+
+    def of(self, name: str) -> DeviceMesh | None:
+        """One dimension of the mesh."""
+        return None if self.mesh is None else self.mesh[name]
+
+    def together(self, step: Callable[[], _T]) -> list[_T]:
+        """What a step, which talks to nobody, gives on each rank; where it raises on one rank, all ranks raise.
+
+        Raises:
+            Exception: what the step raised here; on the other ranks a RuntimeError with its type and text, and its rank.
+        """
+        if self.group is None:
+            return [step()]
+        given, error = None, None
+        try:
+            given = step()
+        except Exception as problem:
+            error = problem
+        told: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(told, (given, error and f"{type(error).__name__}: {error}"), group=self.group)
+        if error is not None:
+            raise error
+        for rank, (_, text) in enumerate(told):
+            if text is not None:
+                raise RuntimeError(f"rank {rank} failed, and so all ranks stop: {text}")
+        return [answer for answer, _ in told]
+
+
+def grid_of(ep: int | None, fsdp: int | None, mesh: DeviceMesh | None, device: torch.device) -> Grid:
+    """The grid that sizes or a mesh describe.
+
+    Args:
+        ep, fsdp: sizes; None is what the mesh, or the number of ranks, leaves.
+        mesh: of dimensions named "fsdp" and "ep", or None to make one of all ranks.
+        device: where the ranks compute.
+
+    Raises:
+        ValueError: sizes that do not fit the ranks, or a mesh of other dimensions.
+        RuntimeError: several ranks without a process group.
+    """
+    for name, size in (("ep", ep), ("fsdp", fsdp)):
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise ValueError(f"parallelize: {name}: expected an integer of at least 1, got {size!r}")
+    if mesh is not None:
+        return _of_mesh(ep, fsdp, mesh)
+    started = dist.is_available() and dist.is_initialized()
+    if not started and (ep or 1) * (fsdp or 1) > 1:
+        raise RuntimeError(
+            f"parallelize: expected a process group of ep * fsdp = {ep or 1} * {fsdp or 1} ranks, got none: call "
+            "torch.distributed.init_process_group first, under torchrun"
+        )
+    world = dist.get_world_size() if started else 1
+    ep = ep or 1
+    fsdp = fsdp or max(world // ep, 1)
+    if ep * fsdp != world:
+        raise ValueError(
+            f"parallelize: expected ep * fsdp to be the {world} ranks of the process group, got ep={ep} * fsdp={fsdp}"
+        )
+    if world == 1:
+        return Grid()
+    from torch.distributed.device_mesh import init_device_mesh
+
+    made = init_device_mesh(device.type, (fsdp, ep), mesh_dim_names=DIMS)
+    return Grid(fsdp, ep, made, made._flatten("fsdp_ep"))
+
+
+def _of_mesh(ep: int | None, fsdp: int | None, mesh: DeviceMesh) -> Grid:
+    names = tuple(mesh.mesh_dim_names or ())
+    if names != DIMS:
+        raise ValueError(f'parallelize: mesh: expected the dimensions ("fsdp", "ep"), got {names or mesh.ndim}')
+    sizes = (mesh.size(0), mesh.size(1))
+    if (fsdp or sizes[0], ep or sizes[1]) != sizes:
+        raise ValueError(
+            f"parallelize: mesh: expected fsdp={fsdp} by ep={ep}, as you say, got {sizes[0]} by {sizes[1]}"
+        )
+    return Grid(*sizes, mesh, mesh._flatten("fsdp_ep"))
