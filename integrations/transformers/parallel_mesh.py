@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from dmoe.parallel import mesh_group
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
@@ -53,7 +55,7 @@ class Grid:
         """What a step, which talks to nobody, gives on each rank; where it raises on one rank, all ranks raise.
 
         Raises:
-            Exception: what the step raised here; on the other ranks a RuntimeError with its type and text, and its rank.
+            Exception: what the step raised here; where it did not, a RuntimeError with the rank, type and text of another.
         """
         if self.group is None:
             return [step()]
@@ -107,7 +109,7 @@ def grid_of(ep: int | None, fsdp: int | None, mesh: DeviceMesh | None, device: t
     from torch.distributed.device_mesh import init_device_mesh
 
     made = init_device_mesh(device.type, (fsdp, ep), mesh_dim_names=DIMS)
-    return Grid(fsdp, ep, made, made._flatten("fsdp_ep"))
+    return Grid(fsdp, ep, made, _in_one_dimension(made))
 
 
 def _of_mesh(ep: int | None, fsdp: int | None, mesh: DeviceMesh) -> Grid:
@@ -119,4 +121,10 @@ def _of_mesh(ep: int | None, fsdp: int | None, mesh: DeviceMesh) -> Grid:
         raise ValueError(
             f"parallelize: mesh: expected fsdp={fsdp} by ep={ep}, as you say, got {sizes[0]} by {sizes[1]}"
         )
-    return Grid(*sizes, mesh, mesh._flatten("fsdp_ep"))
+    return Grid(*sizes, mesh, _in_one_dimension(mesh))
+
+
+def _in_one_dimension(mesh: DeviceMesh) -> DeviceMesh:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    return DeviceMesh.from_group(mesh_group(mesh), mesh.device_type, mesh_dim_names=("ranks",))
