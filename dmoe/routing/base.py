@@ -43,6 +43,8 @@ class Routing:
         counted_choices: ``(T, K)``, E where masked, that the balance losses count instead of the plan's assignments;
             None for these.
         losses: what the family computed of the losses that the config names, by name: scalars without coefficients.
+        router_logits: ``(T, E)``, before noise, that the choice was made of; None when there are none. Carries the
+            gradient.
     """
 
     plan: RoutingPlan
@@ -55,6 +57,7 @@ class Routing:
     counted_choices: Tensor | None = None
     losses: Mapping[str, Tensor] = field(default_factory=dict)
     chosen_indices: Tensor | None = None
+    router_logits: Tensor | None = None
 
 
 class Router(Protocol):

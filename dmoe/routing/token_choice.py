@@ -201,6 +201,7 @@ class TopKRouter(LinearRouter):
             token_mask=counted,
             counted_choices=self._plain_choices(scores, token_mask),
             losses=self._losses(router_logits, logits, scores, groups, counted, first),
+            router_logits=router_logits,
         )
 
     def _with_noise(self, logits: Tensor) -> Tensor:

@@ -367,6 +367,28 @@ def test_shared_output_bias_is_added_or_returned():
     assert torch.equal(added(x), y + bias)
 
 
+@pytest.mark.parametrize("fields", [{}, {"router": "expert_choice", "causal": False}, {"router": "cosine"}], ids=str)
+def test_routing_is_returned_with_logits_that_carry_their_gradient(fields):
+    torch.manual_seed(0)
+    layer, x = MoE(**SIZES, **fields).eval(), torch.randn(2, 3, 16)
+    y, routing = layer(x, return_routing=True)
+    assert torch.equal(y, layer(x))
+    tokens = x.flatten(0, 1)
+    assert torch.equal(routing.router_logits, layer.router.logits(tokens))
+    assert torch.equal(routing.gate_weights, layer.router(tokens).gate_weights)
+    (expected,) = torch.autograd.grad(layer.router.logits(tokens).square().sum(), layer.router.weight)
+    (grad,) = torch.autograd.grad(routing.router_logits.square().sum(), layer.router.weight)
+    torch.testing.assert_close(grad, expected)
+
+
+def test_routing_comes_behind_the_bias():
+    layer = MoE(**SIZES, bias="output", return_bias=True)
+    y, bias, routing = layer(torch.randn(0, 3, 16), return_routing=True)
+    assert (y.shape, bias.shape, routing.router_logits.shape) == ((0, 3, 16), (16,), (0, 4))
+    unlearned = MoE(**SIZES, router="uniform", load_balancing_coefficient=0.0)
+    assert unlearned(y, return_routing=True)[1].router_logits is None
+
+
 # ---------------------------------------------------------------------------------------------- shapes and bad input
 
 
