@@ -1,7 +1,7 @@
 """What the tensors of Hugging Face's models are called in files, and which of them one is made of there.
 
-In the model a layer's experts are stacked, ``model.layers.0.mlp.experts.gate_up_proj (E, 2 F, H)``. In files they are so
-too, or one by one: ``model.layers.0.mlp.experts.3.gate_proj.weight (F, H)``, ``...block_sparse_moe.experts.3.w1.weight``.
+In the model a layer's experts are stacked, ``model.layers.0.mlp.experts.gate_up_proj (E, 2 F, H)``. In files they are
+so too, or one by one: ``...mlp.experts.3.gate_proj.weight (F, H)``, ``...block_sparse_moe.experts.3.w1.weight``.
 Transformers has a table of renamings and conversions for each family, which PEFT reads as well
 (``transformers.conversion_mapping.get_model_conversion_mapping``); it is followed here for some of the experts alone.
 
@@ -60,10 +60,24 @@ class Source:
         return tensor[(slice(None), *box[1:]) if self.by_expert else box]
 
 
-def find_sources(model: Any, keys: Iterable[str], native: Mapping[str, Tensor]) -> tuple[dict[str, Source], list[str]]:
-    """Where each native tensor comes from, of those that the files hold; and keys that are nobody's.
+@dataclass(frozen=True)
+class Found:
+    """What files hold of a model.
 
-    The conversions that were needed are kept on the model, where Transformers keeps them: it is saved as it came.
+    Attributes:
+        sources: where each native tensor comes from, of those that the files hold.
+        unknown: keys that are nobody's.
+        conversions: those of Transformers' that were needed. Transformers keeps them as ``_weight_conversions`` on the
+            model, which is then saved in the form in which it came.
+    """
+
+    sources: dict[str, Source]
+    unknown: list[str]
+    conversions: list[Any]
+
+
+def find_sources(model: Any, keys: Iterable[str], native: Mapping[str, Tensor]) -> Found:
+    """Where native tensors come from.
 
     Args:
         model: Hugging Face's.
@@ -111,8 +125,7 @@ def find_sources(model: Any, keys: Iterable[str], native: Mapping[str, Tensor]) 
         by_expert = stacked and all(map(_is_by_expert, converter.operations))
         for name in _targets(target, converter):
             made[name] = Source(in_order, converter, target, by_expert)
-    model._weight_conversions = [each for each in conversions if id(each) in used]
-    return made, unknown
+    return Found(made, unknown, [each for each in conversions if id(each) in used])
 
 
 class Keys:
@@ -124,6 +137,7 @@ class Keys:
 
     Attributes:
         of: the keys of each native tensor, with empty tensors of their shapes on ``meta``.
+        tensors: all of these, in the order of the native ones.
 
     Raises:
         ValueError: files of this model have tensors for which several native ones have to be joined.
@@ -140,8 +154,9 @@ class Keys:
         ]
         meta = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in native.items()}
         self.of: dict[str, dict[str, Tensor]] = {name: self._made(name, tensor) for name, tensor in meta.items()}
-        alone = {key: value.shape for made in self.of.values() for key, value in made.items()}
-        if {key: value.shape for key, value in revert_weight_conversion(model, meta).items()} != alone:
+        self.tensors = {key: tensor for made in self.of.values() for key, tensor in made.items()}
+        together = revert_weight_conversion(model, meta)
+        if {key: t.shape for key, t in together.items()} != {key: t.shape for key, t in self.tensors.items()}:
             raise ValueError(
                 f"save_pretrained: expected a model whose tensors are written one by one, got {type(model).__name__}, "
                 "for whose files several have to be joined"

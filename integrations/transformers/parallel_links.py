@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.integrations.transformers.block_module import MoEBlock
-from dmoe.integrations.transformers.blocks_weights import Weight
+from dmoe.integrations.transformers.blocks_weights import SAME, Weight
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Link:
     """A parameter or saved buffer of a model, and what it is in Hugging Face's.
 
     Attributes:
-        name: in the model; without a :attr:`weight` in Hugging Face's model, too.
+        name: in the model.
         native: the names in Hugging Face's model.
         weight: how the shapes differ, inside a block; None for the same shape.
     """
@@ -77,8 +77,9 @@ def links_of(model: nn.Module) -> list[Link]:
             prefix = f"{name}." if name else ""
             prefixes.append(prefix)
             for weight in module.weights:
-                ours = f"{prefix}moe.{weight.ours}"
-                of_blocks[ours] = Link(ours, tuple(prefix + each for each in weight.theirs), weight)
+                ours, native = f"{prefix}moe.{weight.ours}", tuple(prefix + each for each in weight.theirs)
+                same = weight.layout is SAME and not weight.ours.startswith("experts.")
+                of_blocks[ours] = Link(ours, native, None if same else weight)
     links = []
     for name in tensors_of(model):
         if name in of_blocks:
@@ -93,9 +94,7 @@ def box_of(tensor: Tensor) -> tuple[slice, ...]:
     if not hasattr(tensor, "to_local"):
         return tuple(slice(0, size) for size in tensor.shape)
     (chunk,) = tensor.__create_chunk_list__()  # as torch.distributed.checkpoint asks
-    return tuple(
-        slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True)
-    )
+    return tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
 
 
 def here(tensor: Tensor) -> Tensor:
@@ -104,19 +103,18 @@ def here(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def whole_shape(tensor: Tensor) -> Tensor:
-    """An empty tensor on ``meta`` of the whole's shape and dtype."""
+def cut_dims(tensor: Any) -> set[int]:
+    """Along which of its dimensions a ``DTensor`` is cut."""
+    return {placement.dim for placement in tensor.placements if not placement.is_replicate()}
+
+
+def native_shapes(links: Iterable[Link], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every tensor of Hugging Face's model by its native name, empty on ``meta``."""
+    found: dict[str, Tensor] = {}
+    for link in links:
+        found |= link.natives(_empty(tensors[link.name]))
+    return found
+
+
+def _empty(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-
-
-def module_and_leaf(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """Where a parameter of this name is registered."""
-    path, _, leaf = name.rpartition(".")
-    return model.get_submodule(path), leaf
-
-
-def replaced(parameter: nn.Parameter, value: Tensor) -> Any:
-    """A new parameter with the marks of an old one."""
-    new = nn.Parameter(value, requires_grad=parameter.requires_grad)
-    new.__dict__.update(parameter.__dict__)
-    return new

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from dmoe.parallel import mesh_group
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 _T = TypeVar("_T")
-DIMS = ("fsdp", "ep")
+DIMS, _KEPT = ("fsdp", "ep"), "_dmoe_grid"
 
 
 @dataclass(frozen=True)
@@ -51,27 +52,49 @@ class Grid:
         """One dimension of the mesh."""
         return None if self.mesh is None else self.mesh[name]
 
-    def together(self, step: Callable[[], _T]) -> list[_T]:
-        """What a step, which talks to nobody, gives on each rank; where it raises on one rank, all ranks raise.
+    def together(self, step: Callable[[], _T], *, first_alone: bool = False) -> _T:
+        """What a step gives, which talks to nobody; where it raises on one rank, all ranks raise.
+
+        Args:
+            step: what each rank does.
+            first_alone: only the first rank does it, and all get what it gave.
 
         Raises:
-            Exception: what the step raised here; where it did not, a RuntimeError with the rank, type and text of another.
+            Exception: what the step raised here; where it did not, a RuntimeError with another's type and text.
         """
         if self.group is None:
-            return [step()]
+            return step()
         given, error = None, None
         try:
-            given = step()
+            given = step() if self.first or not first_alone else None
         except Exception as problem:
             error = problem
         told: list[Any] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(told, (given, error and f"{type(error).__name__}: {error}"), group=self.group)
+        text = None if error is None else f"{type(error).__name__}: {error}"
+        dist.all_gather_object(told, (text, given if first_alone else None), group=self.group)
         if error is not None:
             raise error
-        for rank, (_, text) in enumerate(told):
+        for rank, (text, _) in enumerate(told):
             if text is not None:
                 raise RuntimeError(f"rank {rank} failed, and so all ranks stop: {text}")
-        return [answer for answer, _ in told]
+        return cast("_T", told[0][1] if first_alone else given)
+
+
+def keep_grid(model: nn.Module, grid: Grid) -> None:
+    """Let a model know its ranks."""
+    model.__dict__[_KEPT] = grid
+
+
+def grid_of_model(model: nn.Module) -> Grid:
+    """The ranks that a model is spread over.
+
+    Raises:
+        ValueError: it is none of :func:`parallelize`'s.
+    """
+    grid = model.__dict__.get(_KEPT)
+    if not isinstance(grid, Grid):
+        raise ValueError(f"expected a model that parallelize returned, got {type(model).__name__} of another origin")
+    return grid
 
 
 def grid_of(ep: int | None, fsdp: int | None, mesh: DeviceMesh | None, device: torch.device) -> Grid:
