@@ -22,7 +22,7 @@ from dmoe.auxiliary import AuxiliaryLosses
 from dmoe.buffers import Float32Buffers
 from dmoe.config import MoEConfig
 from dmoe.experts import Experts
-from dmoe.inputs import check_copied, check_inputs, check_parts, config_of, flatten_inputs
+from dmoe.inputs import check_copied, check_inputs, check_parts, config_of, flatten_inputs, jittered
 from dmoe.metrics import RoutingMetrics, metrics_of
 from dmoe.parallel import AllToAllDispatcher, Dispatched, as_group
 from dmoe.parallel.agreement import check_layers
@@ -159,6 +159,8 @@ class MoE(Float32Buffers):
             check_layers(self, x.dtype)
             self._ranks_agree = True
         tokens, about = flatten_inputs(self.router, x, token_mask, token_ids, expert_indices)
+        if self.training and self.config.input_jitter_on == "layer":
+            tokens = jittered(tokens, self.config.input_jitter)
         routing = self.router(tokens, **about)
         y, arrived, kept = self._through_experts(tokens, routing)
         y = self.auxiliary.hand_over(

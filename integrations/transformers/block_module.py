@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import dmoe
-from dmoe.integrations.transformers.blocks_table import Family
-from dmoe.integrations.transformers.blocks_weights import Weight, rename_to_ours, rename_to_theirs
+from dmoe.integrations.transformers.blocks_table import block_weights, known_family
+from dmoe.integrations.transformers.blocks_weights import rename_to_ours, rename_to_theirs
 
 _OURS = "moe."
 _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks")
@@ -26,24 +26,25 @@ class MoEBlock(nn.Module):
     them (``output_router_logits``): a child of the router's name and class that computes nothing.
 
     Args:
-        theirs: the block, which is kept for :func:`from_dmoe`, without its tensors.
-        family: its family.
-        weights: the map of its tensors.
+        theirs: the block, which is kept for :func:`from_dmoe`; :meth:`take` takes its tensors.
         moe: the layer.
 
     Attributes:
         moe: the layer.
         theirs: the block, whose parameters are empty; not a child.
+        family: its family.
+        weights: the map of its tensors.
     """
 
     theirs: nn.Module
 
-    def __init__(self, theirs: nn.Module, family: Family, weights: list[Weight], moe: dmoe.MoE) -> None:
+    def __init__(self, theirs: nn.Module, moe: dmoe.MoE) -> None:
         super().__init__()
-        self.family, self.weights = family, tuple(weights)
+        self.family = known_family(theirs)
+        self.weights = tuple(block_weights(theirs, self.family))
         self.moe = moe
         object.__setattr__(self, "theirs", theirs)  # no child: its tensors are nobody's
-        self.add_module(family.router, _recorded(getattr(theirs, family.router)))
+        self.add_module(self.family.router, _recorded(getattr(theirs, self.family.router)))
         _share_hooks(theirs, self)
         self._is_hf_initialized = True
         self.train(theirs.training)
@@ -59,6 +60,35 @@ class MoEBlock(nn.Module):
         y = y.to(hidden_states.dtype)
         return (y, *(found[name] for name in self.family.returns)) if self.family.returns else y
 
+    def take(self) -> None:
+        """Move the block's tensors into the layer, which is on ``meta``: views, where nothing has to be moved.
+
+        A rank of an expert-parallel layer keeps its own experts only.
+        """
+        state = self.theirs.state_dict(keep_vars=True)
+        with torch.no_grad():
+            ours = {each.ours: each.to_ours([state[name].detach() for name in each.theirs]) for each in self.weights}
+            self.moe.load_state_dict(ours, assign=True)
+        trained = {each.ours: state[each.theirs[0]].requires_grad for each in self.weights}
+        for name, parameter in self.moe.named_parameters():
+            parameter.requires_grad_(trained[name])
+        for tensor in state.values():
+            tensor.grad = None
+            tensor.data = tensor.data.new_empty(0)
+
+    def give_back(self) -> nn.Module:
+        """The block with the layer's tensors, in its own parameter objects where these are on the same device.
+
+        Experts that are spread over ranks are gathered, so all ranks have to call this.
+        """
+        state = self.moe.state_dict(keep_vars=True)
+        for weight in self.weights:
+            ours = state[weight.ours]
+            whole = ours.detach().full_tensor() if hasattr(ours, "full_tensor") else ours.detach()
+            for name, tensor in zip(weight.theirs, weight.to_theirs(whole), strict=True):
+                _put(self.theirs, name, tensor, trained=ours.requires_grad)
+        return self.theirs.train(self.training)
+
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """The block's own names and shapes, in its own dtypes."""
         state = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
@@ -68,6 +98,15 @@ class MoEBlock(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         rename_to_ours(state_dict, self.weights, prefix, prefix + _OURS)  # the dict is load_state_dict's own
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the family, whose functions no file can hold: it is found again by the block's class."""
+        return {name: value for name, value in super().__getstate__().items() if name not in ("family", "weights")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.family = known_family(self.theirs)
+        self.weights = tuple(block_weights(self.theirs, self.family))
 
     def _fqn_modifiers(self) -> dict[str, str]:
         """For ``torch.distributed.checkpoint``, which looks up each name of the state dict as an attribute."""
@@ -97,36 +136,6 @@ def _share_hooks(one: nn.Module, other: nn.Module) -> None:
     """Hooks of either are hooks of both, now and later."""
     for name in _HOOKS:
         other.__dict__[name] = one.__dict__[name]
-
-
-def take_tensors(block: nn.Module, weights: list[Weight], moe: dmoe.MoE) -> None:
-    """Move a block's tensors into a layer on ``meta``: views where nothing has to be moved; then the block has none.
-
-    A rank of an expert-parallel layer keeps its own experts only.
-    """
-    state = block.state_dict(keep_vars=True)
-    with torch.no_grad():
-        ours = {each.ours: each.to_ours([state[name].detach() for name in each.theirs]) for each in weights}
-        moe.load_state_dict(ours, assign=True)
-    trained = {each.ours: state[each.theirs[0]].requires_grad for each in weights}
-    for name, parameter in moe.named_parameters():
-        parameter.requires_grad_(trained[name])
-    for tensor in state.values():
-        tensor.grad = None
-        tensor.data = tensor.data.new_empty(0)
-
-
-def give_tensors(block: nn.Module, weights: tuple[Weight, ...], moe: dmoe.MoE) -> None:
-    """Move a layer's tensors back into its block, which keeps its parameter objects where their device is the same.
-
-    Experts that are spread over ranks are gathered, so all ranks have to call this.
-    """
-    state = moe.state_dict(keep_vars=True)
-    for weight in weights:
-        ours = state[weight.ours]
-        whole = ours.detach().full_tensor() if hasattr(ours, "full_tensor") else ours.detach()
-        for name, tensor in zip(weight.theirs, weight.to_theirs(whole), strict=True):
-            _put(block, name, tensor, trained=ours.requires_grad)
 
 
 def _put(block: nn.Module, name: str, tensor: Tensor, *, trained: bool) -> None:

@@ -6,13 +6,14 @@ experts' computation is wanted, ``experts_implementation="dmoe"`` changes less.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 import dmoe
-from dmoe.integrations.transformers.block_module import MoEBlock, give_tensors, take_tensors
-from dmoe.integrations.transformers.blocks_table import block_weights, config_of, family_of
+from dmoe.integrations.transformers.block_module import MoEBlock
+from dmoe.integrations.transformers.blocks_table import config_of, family_of
 
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -61,25 +62,21 @@ def to_dmoe(model: nn.Module, *, ep_group: Any = None, loss_group: Any = None, *
             return []
         raise ValueError(f"to_dmoe: expected a model with MoE blocks, got {type(model).__name__} without any")
     options = {"num_moe_layers": len(blocks), **options}
-    _check_alone(model, blocks)
     new: dict[str, MoEBlock] = {}
     for name, block in blocks.items():
-        config = config_of(block, **options)
-        family = family_of(block)
-        assert family is not None
-        moe = dmoe.MoE(config, ep_group=ep_group, loss_group=loss_group, device="meta")
-        new[name] = MoEBlock(block, family, block_weights(block, family), moe)
-    done: dict[nn.Module, nn.Module] = {}
+        moe = dmoe.MoE(config_of(block, **options), ep_group=ep_group, loss_group=loss_group, device="meta")
+        new[name] = MoEBlock(block, moe)
+    _check_alone(model, blocks)
+    taken: list[MoEBlock] = []
     try:
-        for name, block in blocks.items():
-            take_tensors(block, list(new[name].weights), new[name].moe)
-            done[block] = new[name]
+        for made in new.values():
+            made.take()
+            taken.append(made)
     except BaseException:
-        for made in done.values():
-            assert isinstance(made, MoEBlock)
-            give_tensors(made.theirs, made.weights, made.moe)
+        for made in taken:
+            made.give_back()
         raise
-    _swap(model, done)
+    _swap(model, {made.theirs: made for made in taken})
     return list(blocks)
 
 
@@ -101,16 +98,11 @@ def from_dmoe(model: nn.Module) -> list[str]:
         raise ValueError(
             f"from_dmoe: expected a model that to_dmoe changed, got {type(model).__name__} without its blocks"
         )
-    done: dict[nn.Module, nn.Module] = {}
-    for made in blocks.values():
-        give_tensors(made.theirs, made.weights, made.moe)
-        made.theirs.train(made.training)
-        done[made] = made.theirs
-    _swap(model, done)
+    _swap(model, {made: made.give_back() for made in blocks.values()})
     return list(blocks)
 
 
-def _swap(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
+def _swap(model: nn.Module, new: Mapping[Any, nn.Module]) -> None:
     """Replace children wherever they stand."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):

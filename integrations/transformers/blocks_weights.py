@@ -47,6 +47,10 @@ INTERLEAVED = _of_one(
 INTERLEAVED_TRANSPOSED = _of_one(
     lambda theirs: theirs.mT.unflatten(1, (-1, 2)).transpose(1, 2), lambda ours: ours.transpose(1, 2).flatten(1, 2).mT
 )
+# a single expert's (2F, H), the gate first
+SINGLE_HALVES = _of_one(
+    lambda theirs: theirs.unflatten(0, (2, -1)).unsqueeze(0), lambda ours: ours.squeeze(0).flatten(0, 1)
+)
 # a gate's and an up projection's (F, H) beside a single expert's (1, 2, F, H)
 PAIR = Layout(lambda tensors: torch.stack(list(tensors)).unsqueeze(0), lambda ours: ours.squeeze(0).unbind(0))
 
@@ -90,24 +94,33 @@ def rename_to_theirs(state: MutableMapping[str, Any], weights: Iterable[Weight],
             state.update({prefix + name: tensor for name, tensor in zip(weight.theirs, tensors, strict=True)})
 
 
-_ROUTERS, _SHARED = ("gate", "router"), ("shared_expert", "shared_experts", "shared_mlp")
+_ROUTERS = ("gate.weight", "router.weight", "router.gate.weight", "gate.wg.weight")
+_SELECTION_BIASES = ("gate.e_score_correction_bias", "e_score_correction_bias", "expert_bias")
+SHARED = ("shared_expert", "shared_experts", "shared_mlp")
 
 
 def _known(up: Layout, down: Layout, up_bias: Layout) -> list[Weight]:
     """Every name that a block of some family gives a tensor which dmoe has."""
-    weights = [Weight("router.weight", (f"{router}.weight",), SAME) for router in _ROUTERS]
-    weights += [Weight("router.bias", (f"{router}.bias",), SAME) for router in _ROUTERS]
+    weights = [Weight("router.weight", (name,), SAME) for name in _ROUTERS]
+    weights += [Weight("router.bias", (name,), SAME) for name in ("gate.bias", "router.bias")]
+    weights += [Weight("router.selection_bias", (name,), SAME) for name in _SELECTION_BIASES]
     weights += [
+        Weight("router.selection_bias", ("gate.moe_statics.e_score_correction_bias",), ROW),
         Weight("experts.gate_up_proj", ("experts.gate_up_proj",), up),
+        Weight("experts.up_proj", ("experts.up_proj",), SAME),
         Weight("experts.gate_up_bias", ("experts.gate_up_proj_bias",), up_bias),
         Weight("experts.down_proj", ("experts.down_proj",), down),
         Weight("experts.down_bias", ("experts.down_proj_bias",), SAME),
         Weight("shared_expert.gate.weight", ("shared_expert_gate.weight",), SAME),
     ]
     for kind, ours in (("weight", "proj"), ("bias", "bias")):
-        for shared in _SHARED:
+        for shared in SHARED:
             pair = (f"{shared}.gate_proj.{kind}", f"{shared}.up_proj.{kind}")
             weights.append(Weight(f"shared_expert.mlp.gate_up_{ours}", pair, PAIR))
+            weights.append(
+                Weight(f"shared_expert.mlp.gate_up_{ours}", (f"{shared}.gate_up_proj.{kind}",), SINGLE_HALVES)
+            )
+            weights.append(Weight(f"shared_expert.mlp.up_{ours}", (f"{shared}.up_proj.{kind}",), SINGLE))
             weights.append(Weight(f"shared_expert.mlp.down_{ours}", (f"{shared}.down_proj.{kind}",), SINGLE))
     return weights
 
