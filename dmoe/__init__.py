@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dmoe import checkpoint, functional, losses, metrics, ops, parallel, presets, routing
+from dmoe import checkpoint, dense_copies, functional, losses, metrics, ops, parallel, presets, routing
 from dmoe.config import MoEConfig
 from dmoe.expert_weights import ExpertWeights
 from dmoe.functional import run_experts
@@ -32,6 +32,7 @@ __all__ = [
     "RoutingPlan",
     "aux_loss",
     "checkpoint",
+    "dense_copies",
     "device_tile_rows",
     "functional",
     "info",
