@@ -123,7 +123,7 @@ def upcycle(
                 f"upcycle: granularity: expected a divisor of intermediate_size {dense.config.intermediate_size}, "
                 f"got {granularity}"
             )
-        family = choose_family(dense.config, dense.traits, every, to)
+        family = choose_family(dense.traits, every, to)
         config = _moe_config(dense, family, recipe, dtype)
         dense.check_target(config, recipe)
         builder = _Experts(others or [dense], family, recipe, perturb, reinit, router_std, seed)

@@ -70,7 +70,7 @@ class MoeFamily:
     fields: Callable[[Any, Traits, Recipe], dict[str, Any]]
     idle: Callable[[int], dict[str, tuple[int, int]]] = lambda hidden: {}
 
-    def refusal(self, dense: str, traits: Traits, every: int) -> str | None:
+    def refusal(self, traits: Traits, every: int) -> str | None:
         """Which field of a dense model it cannot preserve, in a sentence; None where it preserves all."""
         for field, wanted, offered in (
             ("norms", traits.norm, {self.norm}),
@@ -79,18 +79,23 @@ class MoeFamily:
             ("sliding_window", traits.windows, self.windows),
         ):
             if wanted not in offered:
-                told = " or ".join(sorted(offered))
-                return f"{field}: {self.model_type} has {_TOLD[field].format(told)}, {dense} {wanted}"
+                told = " or ".join(_TOLD[kind] for kind in sorted(offered))
+                return f"{field}: expected {told}, as {self.model_type} has, got {_TOLD[wanted]}"
         if every > 1 and not self.dense_layers:
-            return f"every: {self.model_type} has experts in every layer, expected 1, got {every}"
+            return f"every: expected 1, as {self.model_type} has experts in every layer, got {every}"
         return None
 
 
 _TOLD = {
-    "norms": "its norms {} attention and FFN",
-    "q_norm and k_norm": "norms of queries and keys for {}",
-    "attention_bias": "biases for {}",
-    "sliding_window": "windows in {} of the layers",
+    "before": "norms before attention and FFN",
+    "behind": "norms behind attention and FFN",
+    "head": "norms of each head",
+    "width": "norms over the whole width",
+    "qkv": "biases of q, k and v",
+    "qkvo": "biases of q, k, v and o",
+    "some": "some layers with it",
+    "all": "all layers with it",
+    "none": "none",
 }
 
 
@@ -207,12 +212,11 @@ MOE_FAMILIES = {
 }
 
 
-def choose_family(config: Any, traits: Traits, every: int, to: str | None = None) -> MoeFamily:
+def choose_family(traits: Traits, every: int, to: str | None = None) -> MoeFamily:
     """The family that a dense model becomes.
 
     Args:
-        config: the dense model's.
-        traits: of it.
+        traits: of the dense model.
         every: N of :class:`Recipe`.
         to: which is wanted; None takes the first that preserves the model.
 
@@ -221,8 +225,9 @@ def choose_family(config: Any, traits: Traits, every: int, to: str | None = None
     """
     if to is not None and to not in MOE_FAMILIES:
         raise ValueError(f"to: expected one of {', '.join(MOE_FAMILIES)}, got {to}")
-    candidates = [MOE_FAMILIES[to]] if to is not None else list(MOE_FAMILIES.values())
-    refusals = [family.refusal(config.model_type, traits, every) for family in candidates]
+    alike = [f for f in MOE_FAMILIES.values() if (f.norm, f.qk_norm) == (traits.norm, traits.qk_norm)]
+    candidates = [MOE_FAMILIES[to]] if to is not None else alike
+    refusals = [family.refusal(traits, every) for family in candidates]
     for family, refusal in zip(candidates, refusals, strict=True):
         if refusal is None:
             return family
