@@ -95,8 +95,9 @@ struct Problem {
 
   const Arguments& args;
   int64_t tokens, hidden, experts_count, rows_bound, assignments, width, total_width, pre_width;
-  const T *x, *up_bias, *down_bias;
-  Weights<T> weights;  // only read
+  const T *x, *down_bias;
+  Weights<T> weights;  // only read, and so is
+  UpBias<T> up_bias;
   const A* gates;
   const int32_t *offsets, *row_to_token, *row_to_slot, *token_offsets, *token_rows;
   uint64_t seed = 0;
@@ -110,7 +111,7 @@ struct Problem {
     width = widest(a);
     pre_width = halves() * width;
     x = data(a.x), weights = Weights<T>(a.gated, packed(), a.up_proj, a.gate_proj, a.down_proj);
-    up_bias = a.up_bias ? data(*a.up_bias) : nullptr;
+    if (a.up_bias) up_bias = UpBias<T>(*a.up_bias, a.gated, packed());
     down_bias = a.down_bias ? data(*a.down_bias) : nullptr;
     gates = static_cast<const A*>(a.gate_weights.const_data_ptr());
     offsets = index(a.expert_offsets), row_to_token = index(a.row_to_token), row_to_slot = index(a.row_to_slot);
@@ -129,12 +130,21 @@ struct Problem {
 
   bool packed() const { return !args.ffn_sizes.empty(); }
 
-  // How many matrices an expert's up projection is: 2 where gate and up lie apart from each other.
+  // How many matrices an expert's up projection is: 2 where gate and up lie apart from each other. Where their rows take
+  // turns it is one, and so do the columns of what it makes; the pre-activation has them one beside the other all the same.
   int64_t up_parts() const { return args.gated && !weights.halves_are_one ? 2 : 1; }
+  bool interleaved() const { return weights.interleaved; }
   int64_t up_rows(int64_t e) const { return args.gated && up_parts() == 1 ? pre_width : experts[e].width; }
   int64_t halves() const { return args.halves(); }
-  int64_t up_bias_at(int64_t e, int64_t part) const {
-    return packed() ? part * total_width + experts[e].start : e * pre_width + part * width;
+  // An expert's bias of the up projection, half after half, each F numbers; empty without one.
+  vector<T> up_bias_of(int64_t e) const {
+    const int64_t f = experts[e].width;
+    vector<T> bias(up_bias.data == nullptr ? 0 : halves() * f);
+    for (int64_t half = 0; half < halves() && !bias.empty(); ++half) {
+      const T* first = up_bias.at(e, half, experts[e].start);
+      for (int64_t c = 0; c < f; ++c) bias[half * f + c] = first[c * up_bias.f_stride];
+    }
+    return bias;
   }
 
   // Rows [begin, end) of part `part` of expert e's up projection, or of its gradient.
@@ -264,31 +274,27 @@ Tensor large_empty_like(const Tensor& tensor) { return in_huge_pages(torch::stab
 
 thread_local Scratch scratch_a, scratch_b, scratch_c, scratch_d;
 
-template <typename Function>
-auto with_activation(const string& name, const Function& fn) {
-  if (name == "silu") return fn(Silu{});
-  if (name == "gelu") return fn(Gelu{});
-  if (name == "gelu_tanh") return fn(GeluTanh{});
-  DMOE_CHECK(name == "relu", "moe_mlp: activation: expected gelu, gelu_tanh, relu or silu, got ", name);
-  return fn(Relu{});
-}
-
 // ---------------------------------------------------------------------------------------------------------- forward
 
 // Where the rows of a block are on their way: `padded` rows of x, pre-activation, hidden layer (F columns) and result.
+// Where the weights are interleaved so is `pre`, and `kept` has it half beside half; null where nobody keeps it.
 template <typename T>
 struct ForwardRows {
   int64_t padded;
-  T *x, *pre, *hidden, *out;
+  T *x, *pre, *hidden, *out, *kept = nullptr;
 };
 
 // Columns of F: the up projection of the gathered rows and the activation.
 template <typename T, typename Activation>
-void forward_up(const Problem<T>& p, const Block& block, const Columns& columns, const ForwardRows<T>& at) {
+void forward_up(const Problem<T>& p, const Activation& activation, const Block& block, const Columns& columns,
+                const ForwardRows<T>& at) {
   using A = Accumulate<T>;
   const int64_t f = p.experts[block.expert].width, f_max = p.width, begin = columns.begin, count = columns.count();
   const Matrix x_rows = row_major(at.x, at.padded, p.hidden, p.hidden);
-  if (count == f) {
+  if (p.interleaved()) {
+    mm_out(row_major(at.pre + 2 * begin, at.padded, 2 * count, p.pre_width), x_rows,
+           transposed(p.up_matrix(p.weights, block.expert, 0, 2 * begin, 2 * columns.end)), p.kType);
+  } else if (count == f) {
     for (int64_t part = 0; part < p.up_parts(); ++part) {
       const Matrix out = row_major(at.pre + part * f_max, at.padded, p.up_rows(block.expert), p.pre_width);
       mm_out(out, x_rows, transposed(p.up_matrix(block.expert, part)), p.kType);
@@ -301,13 +307,21 @@ void forward_up(const Problem<T>& p, const Block& block, const Columns& columns,
   }
 
   vector<A> mask(p.args.activation_dropout > 0 ? f : 0);
+  const vector<T> bias = p.up_bias_of(block.expert);
+  vector<T> apart(p.interleaved() && at.kept == nullptr ? p.pre_width : 0);  // one row
   for (int64_t r = 0; r < block.rows; ++r) {
     const int64_t row = block.begin + r;
     const bool real = p.row_to_token[row] >= 0;
-    T* gate_part = at.pre + r * p.pre_width + begin;
+    T* pre_row = at.pre + r * p.pre_width;
+    if (p.interleaved()) {
+      const T* both = pre_row + 2 * begin;
+      pre_row = at.kept == nullptr ? apart.data() : at.kept + r * p.pre_width;
+      split_row<T>(both, pre_row + begin, pre_row + begin + f_max, count);
+    }
+    T* gate_part = pre_row + begin;
     T* up_part = p.args.gated ? gate_part + f_max : nullptr;
-    for (int64_t half = 0; half < p.halves() && p.up_bias != nullptr && real; ++half) {
-      add_row<T>(gate_part + half * f_max, p.up_bias + p.up_bias_at(block.expert, half) + begin, count);
+    for (int64_t half = 0; half < p.halves() && !bias.empty() && real; ++half) {
+      add_row<T>(gate_part + half * f_max, bias.data() + half * f + begin, count);
     }
     for (int64_t half = 0; half < p.halves() && columns.end == f && f < f_max; ++half) {
       std::fill(gate_part + half * f_max + count, gate_part + (half + 1) * f_max - begin, T(0.0f));
@@ -316,8 +330,8 @@ void forward_up(const Problem<T>& p, const Block& block, const Columns& columns,
       dropout_row<A>(p.seed, p.assignment(row), kActivationDropout, p.args.activation_dropout, f, mask.data());
     }
     const A scale = p.args.gate_on == GateOn::kActivation && real ? p.gate(row) : A(1);
-    activate_row<T, Activation>(gate_part, up_part, scale, mask.empty() ? nullptr : mask.data() + begin,
-                                at.hidden + r * f + begin, count);
+    activate_row<T>(activation, gate_part, up_part, scale, mask.empty() ? nullptr : mask.data() + begin,
+                    at.hidden + r * f + begin, count);
   }
 }
 
@@ -344,21 +358,22 @@ void forward_down(const Problem<T>& p, const Block& block, const Columns& column
 
 // One block of rows as one task: pre-activation (kept when `pre` is given), hidden, and the down projection's rows.
 template <typename T, typename Activation>
-void forward_block(const Problem<T>& p, const Block& block, T* pre, T* rows_out) {
+void forward_block(const Problem<T>& p, const Activation& activation, const Block& block, T* pre, T* rows_out) {
   const int64_t padded = round_up_rows(block.rows, p.kType), f = p.experts[block.expert].width;
   const bool whole = padded == block.rows;
   // The rounded-up rows belong to the next expert, so the products may write them only into scratch.
-  const bool pre_in_place = pre != nullptr && whole;
+  const bool pre_in_place = pre != nullptr && whole && !p.interleaved();
   const ForwardRows<T> at{
       padded, static_cast<T*>(scratch_a.get(padded * p.hidden * sizeof(T))),
       pre_in_place ? pre + block.begin * p.pre_width
                    : static_cast<T*>(scratch_b.get(padded * p.pre_width * sizeof(T))),
       static_cast<T*>(scratch_c.get(padded * f * sizeof(T))),
-      whole ? rows_out + block.begin * p.hidden : static_cast<T*>(scratch_d.get(padded * p.hidden * sizeof(T)))};
+      whole ? rows_out + block.begin * p.hidden : static_cast<T*>(scratch_d.get(padded * p.hidden * sizeof(T))),
+      pre != nullptr && p.interleaved() ? pre + block.begin * p.pre_width : nullptr};
   p.gather(p.x, block, p.args.gate_on == GateOn::kInput, at.x);
-  forward_up<T, Activation>(p, block, {0, f}, at);
+  forward_up<T>(p, activation, block, {0, f}, at);
   forward_down<T>(p, block, {0, p.hidden}, at);
-  if (pre != nullptr && !pre_in_place) {
+  if (pre != nullptr && !pre_in_place && at.kept == nullptr) {
     std::memcpy(pre + block.begin * p.pre_width, at.pre, block.rows * p.pre_width * sizeof(T));
   }
   if (!whole) std::memcpy(rows_out + block.begin * p.hidden, at.out, block.rows * p.hidden * sizeof(T));
@@ -366,8 +381,8 @@ void forward_block(const Problem<T>& p, const Block& block, T* pre, T* rows_out)
 
 // Few blocks: all of F, by columns, then all of H.
 template <typename T, typename Activation>
-void forward_in_columns(const Problem<T>& p, const vector<Block>& blocks, const vector<Piece>& of_width, T* pre,
-                        T* rows_out) {
+void forward_in_columns(const Problem<T>& p, const Activation& activation, const vector<Block>& blocks,
+                        const vector<Piece>& of_width, T* pre, T* rows_out) {
   int64_t padded_rows = 0;
   for (const Block& block : blocks) padded_rows += round_up_rows(block.rows, p.kType);
   Tensor buffer = large_empty(p.args.x, {padded_rows * (2 * p.hidden + p.pre_width + p.width)});
@@ -377,12 +392,13 @@ void forward_in_columns(const Problem<T>& p, const vector<Block>& blocks, const 
   for (const Block& block : blocks) {
     const int64_t padded = round_up_rows(block.rows, p.kType);
     at.push_back({padded, take(padded * p.hidden), take(padded * p.pre_width), take(padded * p.width),
-                  take(padded * p.hidden)});
+                  take(padded * p.hidden),
+                  pre != nullptr && p.interleaved() ? pre + block.begin * p.pre_width : nullptr});
   }
   p.each_block(blocks, [&](int64_t i) { p.gather(p.x, blocks[i], p.args.gate_on == GateOn::kInput, at[i].x); });
   parallel_tasks(static_cast<int64_t>(of_width.size()), [&](int64_t task) {
     const Piece& piece = of_width[task];
-    forward_up<T, Activation>(p, blocks[piece.block], piece.columns, at[piece.block]);
+    forward_up<T>(p, activation, blocks[piece.block], piece.columns, at[piece.block]);
   });
   const vector<Piece> of_hidden = p.pieces_of_hidden(blocks, 1);
   parallel_tasks(static_cast<int64_t>(of_hidden.size()), [&](int64_t task) {
@@ -391,7 +407,9 @@ void forward_in_columns(const Problem<T>& p, const vector<Block>& blocks, const 
   });
   p.each_block(blocks, [&](int64_t i) {
     const Block& block = blocks[i];
-    if (pre != nullptr) std::memcpy(pre + block.begin * p.pre_width, at[i].pre, block.rows * p.pre_width * sizeof(T));
+    if (pre != nullptr && at[i].kept == nullptr) {
+      std::memcpy(pre + block.begin * p.pre_width, at[i].pre, block.rows * p.pre_width * sizeof(T));
+    }
     std::memcpy(rows_out + block.begin * p.hidden, at[i].out, block.rows * p.hidden * sizeof(T));
   });
 }
@@ -402,13 +420,11 @@ void forward(const Arguments& args, T* y, T* pre) {
   Tensor rows_out = large_empty(args.x, {p.rows_bound, p.hidden});
   T* rows = static_cast<T*>(rows_out.mutable_data_ptr());
   const vector<Block> blocks = p.blocks(0, p.experts_count);
-  with_activation(args.activation, [&](auto activation) {
+  with_activation(args.activation, args.gated, [&](const auto& activation) {
     const vector<Piece> of_width = p.pieces_of_width(blocks, p.halves());
-    if (of_width.size() > blocks.size()) {
-      return forward_in_columns<T, decltype(activation)>(p, blocks, of_width, pre, rows);
-    }
+    if (of_width.size() > blocks.size()) return forward_in_columns<T>(p, activation, blocks, of_width, pre, rows);
     parallel_tasks(static_cast<int64_t>(blocks.size()), [&](int64_t task) {
-      forward_block<T, decltype(activation)>(p, blocks[task], pre, rows);
+      forward_block<T>(p, activation, blocks[task], pre, rows);
     });
   });
   if (pre != nullptr) p.clear_unused(pre, p.pre_width);
@@ -428,9 +444,10 @@ int64_t padded_rows(int64_t rows, ScalarType dtype) {
 
 template <typename T>
 struct Gradients {
-  T *x, *up_bias, *down_bias;
+  T *x, *down_bias;
   Accumulate<T>* gate;
   Weights<T> weights = {};
+  UpBias<T> up_bias = {};
   T *pre = nullptr, *hidden = nullptr;  // by row of the plan, for the weights' half of a backward in two
 };
 
@@ -441,6 +458,7 @@ struct Wave {
 };
 
 // Where the rows of a block are in a wave; hidden and grad_pre have room for the widest expert, this one's lie f apart.
+// The columns of grad_pre are in the order of the up projection's rows.
 template <typename T>
 struct BackwardRows {
   int64_t padded;
@@ -473,11 +491,12 @@ void backward_gather(const Problem<T>& p, const Block& block, const T* grad_y, c
 // Columns of F: through the down projection and the activation. `row_gate`, one number a row of the block, receives
 // what these columns add to the gradients of the gate weights.
 template <typename T, typename Activation>
-void backward_down(const Problem<T>& p, const Block& block, const Columns& columns, const T* pre,
-                   const BackwardRows<T>& at, Accumulate<T>* row_gate) {
+void backward_down(const Problem<T>& p, const Activation& activation, const Block& block, const Columns& columns,
+                   const T* pre, const BackwardRows<T>& at, Accumulate<T>* row_gate) {
   using A = Accumulate<T>;
   const int64_t f = p.experts[block.expert].width, halves = p.halves(), begin = columns.begin, count = columns.count();
   vector<A> mask(p.args.activation_dropout > 0 ? f : 0), room(count);
+  vector<T> apart(p.interleaved() ? 2 * count : 0);  // a row's gradients of gate and up
   mm_out(row_major(at.hidden + begin, at.padded, count, f), row_major(at.grad_out, at.padded, p.hidden, p.hidden),
          columns_of(p.down_matrix(block.expert), begin, columns.end, sizeof(T)), p.kType);
 
@@ -485,10 +504,16 @@ void backward_down(const Problem<T>& p, const Block& block, const Columns& colum
   for (int64_t r = 0; r < at.padded; ++r) {
     const int64_t row = block.begin + r;
     T* hidden_row = at.hidden + r * f + begin;
-    T* grad_gate_part = at.grad_pre + r * halves * f + begin;
+    T* both = at.grad_pre + r * halves * f + 2 * begin;  // where they take turns
+    T* grad_gate_part = p.interleaved() ? apart.data() : at.grad_pre + r * halves * f + begin;
+    T* grad_up_part = grad_gate_part + (p.interleaved() ? count : f);
     if (r >= block.rows || p.row_to_token[row] < 0) {
       std::fill_n(hidden_row, count, T(0.0f));
-      for (int64_t half = 0; half < halves; ++half) std::fill_n(grad_gate_part + half * f, count, T(0.0f));
+      if (p.interleaved()) {
+        std::fill_n(both, 2 * count, T(0.0f));
+      } else {
+        for (int64_t half = 0; half < halves; ++half) std::fill_n(grad_gate_part + half * f, count, T(0.0f));
+      }
       if (r < block.rows) row_gate[r] = A(0);
       continue;
     }
@@ -497,9 +522,10 @@ void backward_down(const Problem<T>& p, const Block& block, const Columns& colum
     }
     const T* gate_part = pre + row * p.pre_width + begin;
     const T* up_part = p.args.gated ? gate_part + p.width : nullptr;
-    row_gate[r] = activate_row_backward<T, Activation>(
-        gate_part, up_part, hidden_row, p.args.gate_on == GateOn::kInput ? A(1) : p.gate(row),
-        mask.empty() ? nullptr : mask.data() + begin, grad_gate_part, grad_gate_part + f, hidden_row, room.data(), count);
+    row_gate[r] = activate_row_backward<T>(
+        activation, gate_part, up_part, hidden_row, p.args.gate_on == GateOn::kInput ? A(1) : p.gate(row),
+        mask.empty() ? nullptr : mask.data() + begin, grad_gate_part, grad_up_part, hidden_row, room.data(), count);
+    if (p.interleaved()) interleave_row<T>(grad_gate_part, grad_up_part, both, count);
   }
 }
 
@@ -533,14 +559,14 @@ void finish_row_gate(const Problem<T>& p, const Block& block, const BackwardRows
 
 // One block of rows as one task.
 template <typename T, typename Activation>
-void backward_block(const Problem<T>& p, const Block& block, const T* grad_y, const T* pre, const Wave<T>& wave,
-                    T* grad_rows, Accumulate<T>* row_gate) {
+void backward_block(const Problem<T>& p, const Activation& activation, const Block& block, const T* grad_y,
+                    const T* pre, const Wave<T>& wave, T* grad_rows, Accumulate<T>* row_gate) {
   BackwardRows<T> at = backward_rows(p, block, wave);
   const bool whole = at.padded == block.rows;
   at.out = whole ? grad_rows + block.begin * p.hidden
                  : static_cast<T*>(scratch_d.get(at.padded * p.hidden * sizeof(T)));
   backward_gather<T>(p, block, grad_y, at);
-  backward_down<T, Activation>(p, block, {0, p.experts[block.expert].width}, pre, at, row_gate + block.begin);
+  backward_down<T>(p, activation, block, {0, p.experts[block.expert].width}, pre, at, row_gate + block.begin);
   backward_up<T>(p, block, {0, p.hidden}, at);
   finish_row_gate<T>(p, block, at, row_gate + block.begin);
   if (!whole) std::memcpy(grad_rows + block.begin * p.hidden, at.out, block.rows * p.hidden * sizeof(T));
@@ -548,8 +574,8 @@ void backward_block(const Problem<T>& p, const Block& block, const T* grad_y, co
 
 // Few blocks: all of F, by columns, then all of H.
 template <typename T, typename Activation>
-void backward_in_columns(const Problem<T>& p, const vector<Block>& blocks, const vector<Piece>& of_width,
-                         const T* grad_y, const T* pre, const Wave<T>& wave, T* grad_rows, Accumulate<T>* row_gate) {
+void backward_in_columns(const Problem<T>& p, const Activation& activation, const vector<Block>& blocks,
+                         const vector<Piece>& of_width, const T* grad_y, const T* pre, const Wave<T>& wave, T* grad_rows, Accumulate<T>* row_gate) {
   using A = Accumulate<T>;
   int64_t padded_rows = 0;
   for (const Block& block : blocks) padded_rows += round_up_rows(block.rows, p.kType);
@@ -566,7 +592,7 @@ void backward_in_columns(const Problem<T>& p, const vector<Block>& blocks, const
   parallel_tasks(static_cast<int64_t>(of_width.size()), [&](int64_t task) {
     const Piece& piece = of_width[task];
     parts[task].resize(blocks[piece.block].rows);
-    backward_down<T, Activation>(p, blocks[piece.block], piece.columns, pre, at[piece.block], parts[task].data());
+    backward_down<T>(p, activation, blocks[piece.block], piece.columns, pre, at[piece.block], parts[task].data());
   });
   for (size_t task = 0; task < of_width.size(); ++task) {
     const Block& block = blocks[of_width[task].block];
@@ -635,10 +661,12 @@ void weight_gradient(const Problem<T>& p, const GradTask& task, const Wave<T>& w
   } else if (task.part == kBiasPart) {
     const bool weighted = p.args.gate_on == GateOn::kOutput;
     vector<A> sum(std::max(p.hidden, parts * f), A(0));
-    if (p.up_bias != nullptr) {
+    if (p.up_bias.data != nullptr) {
       for (int64_t r = 0; r < expert.rows; ++r) accumulate_row<T>(sum.data(), A(1), grad_pre + r * parts * f, parts * f);
+      const int64_t step = p.interleaved() ? 2 : 1, half_step = p.interleaved() ? 1 : f;
       for (int64_t half = 0; half < parts; ++half) {
-        store_row<T>(sum.data() + half * f, grads.up_bias + p.up_bias_at(task.expert, half), f);
+        T* first = grads.up_bias.at(task.expert, half, expert.start);
+        for (int64_t c = 0; c < f; ++c) store(first + c * grads.up_bias.f_stride, sum[half * half_step + c * step]);
       }
     }
     if (p.down_bias != nullptr) {
@@ -674,7 +702,7 @@ vector<GradTask> gradient_tasks(const Problem<T>& p, int64_t first, int64_t last
     const double rows = static_cast<double>(p.experts[e].padded) * p.experts[e].width;
     for (int64_t part = 0; part < p.up_parts(); ++part) cut(e, part, p.up_rows(e), rows * parts / p.up_parts());
     cut(e, kDownPart, p.hidden, rows);
-    if (p.up_bias != nullptr || p.down_bias != nullptr) tasks.push_back({e, kBiasPart, 0, 0});
+    if (p.up_bias.data != nullptr || p.down_bias != nullptr) tasks.push_back({e, kBiasPart, 0, 0});
   }
   return tasks;
 }
@@ -706,7 +734,7 @@ void backward(const Arguments& args, const T* grad_y, const T* pre, bool of_weig
   const Wave<T> wave{static_cast<T*>(x_rows.mutable_data_ptr()), static_cast<T*>(grad_out.mutable_data_ptr()),
                      static_cast<T*>(hidden.mutable_data_ptr()), static_cast<T*>(grad_pre.mutable_data_ptr())};
 
-  with_activation(args.activation, [&](auto activation) {
+  with_activation(args.activation, args.gated, [&](const auto& activation) {
     for (const auto& [first, last] : waves) {
       for (int64_t e = first; e < last; ++e) {  // the rows that only the rounding adds are zero
         const Expert& expert = p.experts[e];
@@ -722,12 +750,11 @@ void backward(const Arguments& args, const T* grad_y, const T* pre, bool of_weig
       const vector<Block> blocks = p.blocks(first, last);
       const vector<Piece> of_width = p.pieces_of_width(blocks, 1);
       if (of_width.size() > blocks.size()) {
-        backward_in_columns<T, decltype(activation)>(p, blocks, of_width, grad_y, pre, wave, grad_rows,
-                                                     row_gate.data());
+        backward_in_columns<T>(p, activation, blocks, of_width, grad_y, pre, wave, grad_rows, row_gate.data());
         if (grads.pre != nullptr) p.each_block(blocks, [&](int64_t i) { keep_block<T>(p, blocks[i], wave, grads); });
       } else {
         parallel_tasks(static_cast<int64_t>(blocks.size()), [&](int64_t task) {
-          backward_block<T, decltype(activation)>(p, blocks[task], grad_y, pre, wave, grad_rows, row_gate.data());
+          backward_block<T>(p, activation, blocks[task], grad_y, pre, wave, grad_rows, row_gate.data());
           if (grads.pre != nullptr) keep_block<T>(p, blocks[task], wave, grads);
         });
       }
@@ -769,7 +796,7 @@ void check(const Arguments& a) {
   contiguous("x", a.x), contiguous("gate_weights", a.gate_weights);
   same_dtype("up_proj", a.up_proj), same_dtype("down_proj", a.down_proj);
   if (a.gate_proj) same_dtype("gate_proj", *a.gate_proj);
-  if (a.up_bias) contiguous("up_bias", *a.up_bias), same_dtype("up_bias", *a.up_bias);
+  if (a.up_bias) same_dtype("up_bias", *a.up_bias);
   if (a.down_bias) contiguous("down_bias", *a.down_bias), same_dtype("down_bias", *a.down_bias);
   if (a.residual) contiguous("residual", *a.residual), same_dtype("residual", *a.residual);
   check_dtype("moe_mlp", "gate_weights", a.gate_weights,
@@ -792,16 +819,17 @@ void check(const Arguments& a) {
   int64_t columns = 0;  // of all experts together
   for (const int64_t size : a.ffn_sizes) columns += size;
   if (given == 0) columns = experts * widest(a);
-  const int64_t parts = a.halves();
   using Shape = vector<int64_t>;
   Shape up = given == 0 ? Shape{experts, widest(a), hidden} : Shape{columns, hidden};
   DMOE_CHECK(a.gated || !a.gate_proj, "moe_mlp: gate_proj: expected None without a gate, got shape ",
              shape_of(*a.gate_proj));
   if (a.gate_proj) shaped("gate_proj", *a.gate_proj, up);
+  Shape up_bias(up.begin(), up.end() - 1);
+  if (a.gated) up_bias.insert(up_bias.end() - 1, 2);
   if (a.gated && !a.gate_proj) up.insert(up.end() - 2, 2);
   shaped("up_proj", a.up_proj, up);
   shaped("down_proj", a.down_proj, given == 0 ? Shape{experts, hidden, widest(a)} : Shape{hidden, columns});
-  if (a.up_bias) sized("up_bias", *a.up_bias, parts * columns);
+  if (a.up_bias) shaped("up_bias", *a.up_bias, up_bias);
   if (a.down_bias) sized("down_bias", *a.down_bias, experts * hidden);
   if (a.residual) sized("residual", *a.residual, a.x.numel());
   sized("row_to_slot", a.row_to_slot, a.row_to_token.numel());
@@ -888,10 +916,12 @@ Gradients7 moe_mlp_backward(Tensor grad_y, Tensor pre_activation, bool of_weight
   Tensor grad_up_bias = wanted(up_bias), grad_down_bias = wanted(down_bias), grad_gate_proj = wanted(gate_proj);
   dispatch(args, [&](auto zero) {
     using T = decltype(zero);
-    Gradients<T> grads{out<T>(grad_x), out<T>(grad_up_bias), out<T>(grad_down_bias), out<Accumulate<T>>(grad_gate)};
+    Gradients<T> grads{out<T>(grad_x), out<T>(grad_down_bias), out<Accumulate<T>>(grad_gate)};
     if (of_weights) {
+      const bool packed = !args.ffn_sizes.empty();
       const optional<Tensor> gate = gate_proj ? optional<Tensor>(grad_gate_proj) : std::nullopt;
-      grads.weights = Weights<T>(gated, !args.ffn_sizes.empty(), grad_up, gate, grad_down);
+      grads.weights = Weights<T>(gated, packed, grad_up, gate, grad_down);
+      if (up_bias) grads.up_bias = UpBias<T>(grad_up_bias, gated, packed);
     }
     backward<T>(args, static_cast<const T*>(grad_y.const_data_ptr()),
                 static_cast<const T*>(pre_activation.const_data_ptr()), of_weights, grads);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "activation.h"
 #include "simd.h"
@@ -76,14 +77,47 @@ Accumulate<T> dot(const T* a, const T* b, Accumulate<T>* room, int64_t width) {
   return fold(room, width);
 }
 
+// Columns that lie a, b, a, b ... and those of a and of b, apart. As integers: GCC vectorises these only.
+template <typename Bits>
+DMOE_SIMD void split_bits(const Bits* both, Bits* a, Bits* b, int64_t width) {
+#pragma GCC ivdep
+  for (int64_t c = 0; c < width; ++c) {
+    a[c] = both[2 * c];
+    b[c] = both[2 * c + 1];
+  }
+}
+template <typename Bits>
+DMOE_SIMD void interleave_bits(const Bits* a, const Bits* b, Bits* both, int64_t width) {
+#pragma GCC ivdep
+  for (int64_t c = 0; c < width; ++c) {
+    both[2 * c] = a[c];
+    both[2 * c + 1] = b[c];
+  }
+}
+template <typename T>
+using BitsOf = std::conditional_t<sizeof(T) == 2, uint16_t, T>;
+template <typename T>
+void split_row(const T* both, T* a, T* b, int64_t width) {
+  using Bits = BitsOf<T>;
+  split_bits(reinterpret_cast<const Bits*>(both), reinterpret_cast<Bits*>(a), reinterpret_cast<Bits*>(b), width);
+}
+template <typename T>
+void interleave_row(const T* a, const T* b, T* both, int64_t width) {
+  using Bits = BitsOf<T>;
+  interleave_bits(reinterpret_cast<const Bits*>(a), reinterpret_cast<const Bits*>(b), reinterpret_cast<Bits*>(both),
+                  width);
+}
+
 // hidden = act(gate) * up * scale * mask; `up` and `mask` may be null.
 template <typename T, typename Activation>
-DMOE_SIMD void activate_row(const T* gate, const T* up, Accumulate<T> scale, const Accumulate<T>* mask, T* hidden,
-                            int64_t width) {
+DMOE_SIMD void activate_row(const Activation act, const T* gate, const T* up, Accumulate<T> scale,
+                            const Accumulate<T>* mask, T* hidden, int64_t width) {
   if (up != nullptr) {
-    for (int64_t c = 0; c < width; ++c) store(hidden + c, Activation::value(load(gate + c)) * load(up + c) * scale);
+    for (int64_t c = 0; c < width; ++c) {
+      store(hidden + c, act.value(load(gate + c)) * act.up_value(load(up + c)) * scale);
+    }
   } else {
-    for (int64_t c = 0; c < width; ++c) store(hidden + c, Activation::value(load(gate + c)) * scale);
+    for (int64_t c = 0; c < width; ++c) store(hidden + c, act.value(load(gate + c)) * scale);
   }
   if (mask != nullptr) {
     for (int64_t c = 0; c < width; ++c) store(hidden + c, load(hidden + c) * mask[c]);
@@ -94,20 +128,22 @@ DMOE_SIMD void activate_row(const T* gate, const T* up, Accumulate<T> scale, con
 // row times scale, and the terms of <hidden, g>, the gradient of scale. `hidden` may be `g`'s own memory: an element is
 // read before it is written. One plain loop with everything known at compile time, or GCC does not vectorise it.
 template <typename T, typename Activation, bool kGated, bool kMasked>
-DMOE_SIMD void backward_terms(const T* gate, const T* up, const T* g, Accumulate<T> scale, const Accumulate<T>* mask,
-                              T* grad_gate, T* grad_up, T* hidden, Accumulate<T>* terms, int64_t width) {
+DMOE_SIMD void backward_terms(const Activation act, const T* gate, const T* up, const T* g, Accumulate<T> scale,
+                              const Accumulate<T>* mask, T* grad_gate, T* grad_up, T* hidden, Accumulate<T>* terms,
+                              int64_t width) {
   using A = Accumulate<T>;
 #pragma GCC ivdep
   for (int64_t c = 0; c < width; ++c) {
     A grad = load(g + c), value, slope, keep = scale;
     if constexpr (kMasked) grad *= mask[c], keep *= mask[c];
-    Activation::both(load(gate + c), value, slope);
+    act.both(load(gate + c), value, slope);
     const A scaled = scale * grad;
     if constexpr (kGated) {
-      const A u = load(up + c);
-      store(grad_up + c, scaled * value);
-      slope *= u;
-      value *= u;
+      A factor, up_slope;
+      act.up_both(load(up + c), factor, up_slope);
+      store(grad_up + c, scaled * value * up_slope);
+      slope *= factor;
+      value *= factor;
     }
     terms[c] = value * grad;
     store(grad_gate + c, scaled * slope);
@@ -117,10 +153,10 @@ DMOE_SIMD void backward_terms(const T* gate, const T* up, const T* g, Accumulate
 
 // The same for a row whose options are known at run time only; returns <hidden, g>. `room` holds width numbers.
 template <typename T, typename Activation>
-Accumulate<T> activate_row_backward(const T* gate, const T* up, const T* g, Accumulate<T> scale,
+Accumulate<T> activate_row_backward(const Activation& act, const T* gate, const T* up, const T* g, Accumulate<T> scale,
                                     const Accumulate<T>* mask, T* grad_gate, T* grad_up, T* hidden,
                                     Accumulate<T>* room, int64_t width) {
-  const auto run = [&](auto kernel) { kernel(gate, up, g, scale, mask, grad_gate, grad_up, hidden, room, width); };
+  const auto run = [&](auto kernel) { kernel(act, gate, up, g, scale, mask, grad_gate, grad_up, hidden, room, width); };
   if (up != nullptr) {
     mask != nullptr ? run(backward_terms<T, Activation, true, true>) : run(backward_terms<T, Activation, true, false>);
   } else {

@@ -39,11 +39,12 @@ struct Weight {
 };
 
 // All projections, or their gradients. The gate's half of up comes first; where both halves are one matrix of 2 F rows,
-// as in contiguous weights of experts of one width, that is up[0].
+// as in contiguous weights of experts of one width, that is up[0]. So it is where their rows take turns (gate 0, up 0,
+// gate 1 ...), in this order.
 template <typename T>
 struct Weights {
   Weight<T> up[2], down;
-  bool halves_are_one = false;
+  bool halves_are_one = false, interleaved = false;
 
   Weights() = default;
   Weights(bool gated, bool packed, const Tensor& up_proj, const std::optional<Tensor>& gate_proj,
@@ -56,6 +57,28 @@ struct Weights {
     const int64_t half = Weight<T>::stride_of(up_proj, -3);
     up[1].data += half;
     halves_are_one = !packed && half == up_proj.size(up_proj.dim() - 2) * up[0].f_stride;
+    interleaved = !packed && !halves_are_one && up[0].f_stride == 2 * half;
+    if (interleaved) halves_are_one = true, up[0].f_stride = half;
+  }
+};
+
+// The up projection's bias, (E, 2, F) or (E, F), or flat among packed experts; or its gradient. Any strides.
+template <typename T>
+struct UpBias {
+  T* data = nullptr;
+  int64_t expert_stride = 0, packed_stride = 0, half_stride = 0, f_stride = 1;
+
+  UpBias() = default;
+  UpBias(const Tensor& tensor, bool gated, bool packed)
+      : data(static_cast<T*>(const_cast<void*>(tensor.const_data_ptr()))),
+        expert_stride(packed ? 0 : Weight<T>::stride_of(tensor, -tensor.dim())),
+        packed_stride(packed ? Weight<T>::stride_of(tensor, -1) : 0),
+        half_stride(gated ? Weight<T>::stride_of(tensor, -2) : 0),
+        f_stride(Weight<T>::stride_of(tensor, -1)) {}
+
+  // Of an expert's half, `start` being its first column among packed ones.
+  T* at(int64_t expert, int64_t half, int64_t start) const {
+    return data + expert * expert_stride + half * half_stride + start * packed_stride;
   }
 };
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dmoe import checkpoint, dense_copies, functional, losses, metrics, ops, parallel, presets, routing
+from dmoe.activations import ClampedSwiGLU, SoftcappedSwiGLU
 from dmoe.config import MoEConfig
 from dmoe.expert_weights import ExpertWeights
 from dmoe.functional import run_experts
@@ -24,12 +25,14 @@ from dmoe.routing import Routing
 __version__ = "0.1.0"
 
 __all__ = [
+    "ClampedSwiGLU",
     "ExpertWeights",
     "MoE",
     "MoEConfig",
     "ResidualMoE",
     "Routing",
     "RoutingPlan",
+    "SoftcappedSwiGLU",
     "aux_loss",
     "checkpoint",
     "dense_copies",

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from dmoe.activations import Activation, activation_of
 from dmoe.capacity import CapacityFormula, capacity_rows, round_up
 from dmoe.config_checks import check_config
 from dmoe.router_family import RouterFamily, family_of
 from dmoe.sizes import larger, smaller
 
-Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 GateWeightOn = Literal["output", "activation", "input"]
 Backend = Literal["grouped", "block_sparse", "torch", "reference"]
 DropOrder = Literal[
@@ -29,7 +29,10 @@ class MoEConfig:
         hidden_size: H, the last dimension of input and output.
         ffn_hidden_size: F, the inner width of each expert; a list gives every expert its own.
         num_experts: E.
-        activation: ``silu``, ``gelu`` (exact), ``gelu_tanh`` or ``relu``.
+        activation: ``silu``, ``gelu`` (exact), ``gelu_tanh``, ``relu`` or ``relu_squared`` (Primer, Nemotron); with a
+            gate also a :class:`dmoe.ClampedSwiGLU` (GPT-OSS, DeepSeek-V4) or :class:`dmoe.SoftcappedSwiGLU`
+            (Inkling-2), or such a one as text, ``str(dmoe.ClampedSwiGLU())``, or as ``dataclasses.asdict`` makes it,
+            which a file may hold. Either becomes the object.
         gated: ``act(x @ gate) * (x @ up)`` (SwiGLU and its kin, Shazeer 2020) instead of ``act(x @ up)``.
         bias: ``none``; ``expert``: one per expert and projection; ``output``: a single (H,) vector for the whole layer,
             as in MegaBlocks and Megatron.
@@ -217,6 +220,7 @@ class MoEConfig:
             object.__setattr__(self, "ffn_hidden_size", tuple(self.ffn_hidden_size))
         if isinstance(self.losses, Mapping):
             object.__setattr__(self, "losses", tuple(self.losses.items()))
+        object.__setattr__(self, "activation", activation_of(self.activation, "MoEConfig", self.gated))
         object.__setattr__(self, "router", family_of(self.router))
         check_config(self)
         # What forwards ask for again and again is settled here.

@@ -17,7 +17,7 @@ def check_config(c: MoEConfig) -> None:
     Raises:
         ValueError: naming the field, what was expected and what it is.
     """
-    check_types(c, "MoEConfig", skip=("ffn_hidden_size", "losses", "router", "token_groups"))
+    check_types(c, "MoEConfig", skip=("activation", "ffn_hidden_size", "losses", "router", "token_groups"))
     _check_experts(c)
     _check_router(c)
     _check_capacity(c)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from dmoe.config import Activation
+from dmoe.activations import ActivationName
 from dmoe.known_activations import match_activation
 
 RECOGNISED = (
@@ -52,7 +52,7 @@ class DenseFFN:
     down: nn.Module
     gated: bool
     fused: str | None
-    activation: Activation | None
+    activation: ActivationName | None
     activation_dropout: float
     output_dropout: float
 

@@ -11,13 +11,13 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from dmoe.activations import Activation, activation_of
 from dmoe.config import Backend, GateWeightOn
 from dmoe.expert_weights import ExpertWeights
 from dmoe.ops._checks import check_tensors
-from dmoe.ops.activation import ACTIVATIONS
 from dmoe.ops.moe_mlp import has_tangent
 from dmoe.plan import RoutingPlan
-from dmoe.strides import is_transposed
+from dmoe.strides import is_interleaved, is_transposed
 
 _GATE_WEIGHT_ON, _BACKENDS = get_args(GateWeightOn), get_args(Backend)
 
@@ -25,7 +25,7 @@ _GATE_WEIGHT_ON, _BACKENDS = get_args(GateWeightOn), get_args(Backend)
 class Options(NamedTuple):
     """One call beside its tokens, routing and weights; the fields are described at :func:`dmoe.run_experts`."""
 
-    activation: str
+    activation: Activation
     gate_weight_on: str
     activation_dropout: float
     expert_dropout: float
@@ -93,6 +93,7 @@ def check_call(
         ValueError: sizes, dtypes, devices or options that do not fit together.
         RuntimeError: forward-mode differentiation.
     """
+    activation_of(options.activation, "moe_mlp", weights.gated)
     _check_options(options)
     if not x.is_floating_point():
         raise TypeError(f"moe_mlp: x: expected a floating-point tensor, got {x.dtype}")
@@ -125,9 +126,7 @@ def check_call(
 
 def _check_options(options: Options) -> None:
     """Those that are no tensors."""
-    activation, backend, recompute = options.activation, options.backend, options.recompute
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"moe_mlp: activation: expected gelu, gelu_tanh, relu or silu, got {activation!r}")
+    backend, recompute = options.backend, options.recompute
     if options.gate_weight_on not in _GATE_WEIGHT_ON:
         raise ValueError(
             f"moe_mlp: gate_weight_on: expected output, activation or input, got {options.gate_weight_on!r}"
@@ -173,7 +172,8 @@ def _check_main_grads(main_grads: Sequence[Tensor | None], weights: ExpertWeight
             continue
         if not isinstance(buffer, Tensor):
             raise TypeError(f"moe_mlp: main_grads: {name}: expected a tensor, got {type(buffer).__name__}")
-        dense = buffer.is_contiguous() or (buffer.stride() == weight.stride() and is_transposed(weight))
+        alike = buffer.stride() == weight.stride() and (is_transposed(weight) or is_interleaved(weight))
+        dense = buffer.is_contiguous() or alike
         fits = buffer.shape == weight.shape and buffer.device == weight.device and dense
         if not fits or buffer.dtype != torch.float32:
             strided = "" if buffer.is_contiguous() else f" with strides {buffer.stride()}"

@@ -22,7 +22,10 @@ class ExpertWeights:
     Projections are read as they lie in memory, as long as one of their last two dimensions is contiguous: a transposed
     view costs no copy, and its gradient comes in the same order (that of ``torch.empty_like``). MegaBlocks' weights of
     shape ``(E * F, H)``, say, are ``gate_proj=w1.view(E, F, H)``, ``up_proj=v1.view(E, F, H)`` and
-    ``down_proj=w2.view(E, F, H).transpose(1, 2)``. Block-sparse products alone copy them into one piece in every call.
+    ``down_proj=w2.view(E, F, H).transpose(1, 2)``. Rows of gate and up may take turns (gate 0, up 0, gate 1 ...):
+    GPT-OSS's ``w (E, H, 2 F)`` and ``b (E, 2 F)`` are ``up_proj=w.mT.unflatten(1, (F, 2)).transpose(1, 2)`` and
+    ``up_bias=b.unflatten(1, (F, 2)).transpose(1, 2)``. Block-sparse products alone copy them into one piece in every
+    call.
 
     Attributes:
         up_proj: ``(E, 2, F, H)`` gate then up when ``gated``, else ``(E, F, H)``. With ``ffn_sizes`` the experts stand

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmoe.config import Activation, DropOrder, GateWeightOn
+from dmoe.activations import Activation, activation_of
+from dmoe.config import DropOrder, GateWeightOn
 from dmoe.expert_inputs import Options, check_call, check_choices, check_planned
 from dmoe.expert_weights import ExpertWeights
 from dmoe.ops._library import has_triton
@@ -20,7 +21,7 @@ from dmoe.ops.moe_mlp_deferred import moe_mlp_deferred
 from dmoe.ops.philox import draw_seed
 from dmoe.outputs import as_output
 from dmoe.plan import RoutingPlan, device_tile_rows, plan_token_choice
-from dmoe.strides import readable
+from dmoe.strides import bias_beside, readable
 
 __all__ = ["ExpertWeights", "moe_mlp", "run_experts"]
 
@@ -49,7 +50,8 @@ def moe_mlp(
         expert_indices: ``(..., K)`` int32 or int64 in [0, E]; E marks a choice that takes no expert.
         gate_weights: ``(..., K)`` floating point, usually float32. Used as given; a dropped choice adds nothing.
         weights: the experts' :class:`dmoe.ExpertWeights`, in x's dtype.
-        activation: ``silu``, ``gelu``, ``gelu_tanh`` or ``relu``.
+        activation: ``silu``, ``gelu``, ``gelu_tanh``, ``relu`` or ``relu_squared``; with a gate also a
+            :class:`dmoe.ClampedSwiGLU` or :class:`dmoe.SoftcappedSwiGLU`.
         gate_weight_on: what the weight multiplies: ``output``, ``activation`` (not ``down_bias``) or ``input``.
         activation_dropout, expert_dropout: dropout probabilities; masks are drawn anew in each call when above 0.
         capacity: the most rows one expert takes; None drops nothing.
@@ -148,7 +150,7 @@ def _compute(x: Tensor, plan: RoutingPlan, gate_weights: Tensor, weights: Expert
         gate_weights.contiguous(),
         up_proj,
         down_proj,
-        None if weights.up_bias is None else weights.up_bias.contiguous(),
+        None if weights.up_bias is None else bias_beside(weights.up_bias, up_proj),
         None if weights.down_bias is None else weights.down_bias.contiguous(),
         plan.expert_offsets,
         plan.row_to_token,
@@ -157,7 +159,7 @@ def _compute(x: Tensor, plan: RoutingPlan, gate_weights: Tensor, weights: Expert
         plan.token_rows,
         seed,
         list(weights.ffn_sizes) or None,  # an empty list is what AOTInductor's runtime cannot read back
-        options.activation,
+        str(activation_of(options.activation, "moe_mlp", weights.gated)),
         weights.gated,
         options.gate_weight_on,
         options.activation_dropout,
@@ -186,11 +188,12 @@ def _compute(x: Tensor, plan: RoutingPlan, gate_weights: Tensor, weights: Expert
 
 
 def _in_one_piece(arguments: tuple[Any, ...], weights: ExpertWeights) -> tuple[Any, ...]:
-    """The same with contiguous projections, gate and up in one: block-sparse products know no other layout."""
-    up, down = weights.up_proj, weights.down_proj
+    """The same in contiguous memory, gate and up in one: block-sparse products know no other layout."""
+    up, down, up_bias = weights.up_proj, weights.down_proj, weights.up_bias
     if weights.gate_proj is not None:
         up = torch.stack([weights.gate_proj, up], 0 if weights.ffn_sizes else 1)
-    return *arguments[:2], up.contiguous(), down.contiguous(), *arguments[4:]
+    up_bias = None if up_bias is None else up_bias.contiguous()
+    return *arguments[:2], up.contiguous(), down.contiguous(), up_bias, *arguments[5:]
 
 
 def _block_sparse_by_default(x: Tensor, weights: ExpertWeights) -> bool:

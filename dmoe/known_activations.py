@@ -9,17 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmoe.config import Activation
+from dmoe.activations import ActivationName
 
-ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[ActivationName, Callable[[Tensor], Tensor]] = {
     "silu": nn.functional.silu,
     "gelu": nn.functional.gelu,
     "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
     "relu": nn.functional.relu,
+    "relu_squared": lambda x: nn.functional.relu(x).square(),
 }
 
 
-def read_activation(function: Callable[[Tensor], Any]) -> tuple[Activation | None, float]:
+def read_activation(function: Callable[[Tensor], Any]) -> tuple[ActivationName | None, float]:
     """The activation that a function computes of a few hundred numbers, elementwise, and what it drops afterwards.
 
     Args:
@@ -71,13 +72,15 @@ def _dropouts_off(seen: list[tuple[float, Tensor]]) -> Iterator[None]:
             module.training = training
 
 
-def match_activation(observed: Tensor, first: Tensor, second: Tensor, gated: bool) -> tuple[Activation | None, bool]:
+def match_activation(
+    observed: Tensor, first: Tensor, second: Tensor, gated: bool
+) -> tuple[ActivationName | None, bool]:
     """The activation that leads to what the last linear saw, and whether ``first`` is under it; None if none does.
 
     Tolerance: 2 ulp of the block's dtype, plus 32 float32 ulp of the largest value, for formulas that cancel in the
     tail (the two gelus are 4e-4 apart). Of several the closest wins.
     """
-    best: tuple[float, Activation | None, bool] = (float("inf"), None, True)
+    best: tuple[float, ActivationName | None, bool] = (float("inf"), None, True)
     for name, function in ACTIVATIONS.items():
         for gate_first in (True, False) if gated else (True,):
             gate, up = (first, second) if gate_first else (second, first)

@@ -18,8 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Room -> rooms it may import from, besides itself. One line for each row of the design.
 MAY_IMPORT: dict[str, set[str]] = {
-    "kernels": {"strides"},
-    "config": {"sizes", "capacity", "config_checks", "router_family"},
+    "activations": set(),
+    "kernels": {"activations", "strides"},
+    "config": {"activations", "sizes", "capacity", "config_checks", "router_family"},
     "config_checks": {"config", "router_family"},
     "capacity": set(),
     "router_family": {"config"},
@@ -33,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "metrics": {"routing", "parallel", "sums"},
     "inputs": {"config"},
     "auxiliary": {"config", "losses", "ops", "outputs", "routing", "parallel"},
-    "ops": {"kernels", "sizes", "strides", "sums"},
+    "ops": {"activations", "kernels", "sizes", "strides", "sums"},
     "plan": {"ops", "config"},
     "routing": {
         "ops",
@@ -50,8 +51,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "expert_slice": set(),
     "expert_states": set(),
     "expert_weights": {"ops"},
-    "expert_inputs": {"ops", "plan", "config", "expert_weights", "strides"},
-    "functional": {"ops", "plan", "config", "expert_inputs", "expert_weights", "outputs", "strides"},
+    "expert_inputs": {"activations", "ops", "plan", "config", "expert_weights", "strides"},
+    "functional": {"activations", "ops", "plan", "config", "expert_inputs", "expert_weights", "outputs", "strides"},
     "expert_init": {"expert_slice", "expert_weights", "initial"},
     "experts": {
         "ops",
@@ -80,15 +81,15 @@ MAY_IMPORT: dict[str, set[str]] = {
         "parallel",
     },
     "model_tools": {"layer", "config", "parallel", "metrics"},
-    "checkpoint": {"layer", "config", "parallel", "router_family"},
-    "known_activations": {"config"},
-    "dense_ffn": {"config", "known_activations"},
+    "checkpoint": {"activations", "layer", "config", "parallel", "router_family"},
+    "known_activations": {"activations"},
+    "dense_ffn": {"activations", "known_activations"},
     "find_ffn": {"layer", "dense_ffn"},
     "dense_copies": set(),
     "upcycle": {"layer", "config", "dense_copies", "dense_ffn", "expert_init", "experts"},
     "replace": {"layer", "config", "dense_ffn", "find_ffn", "residual", "upcycle"},
     "residual": {"config"},
-    "presets": {"config", "routing", "router_family"},
+    "presets": {"activations", "config", "routing", "router_family"},
     # A command inside a room, with a row for each of its files: nothing that the layer needs may import as much.
     "routing.show": {"config", "presets", "router_family", "routing"},
     "routing.view": {"auxiliary", "config", "metrics", "routing"},
@@ -99,6 +100,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "certify": {"kernels", "ops"},
     "tune": {"kernels", "ops", "plan", "functional", "expert_weights"},
     "compat": {
+        "activations",
         "layer",
         "config",
         "ops",

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from dmoe.activations import ClampedSwiGLU, SoftcappedSwiGLU
 from dmoe.checkpoint.together import finish_writing, write_together
 from dmoe.config import MoEConfig
 from dmoe.router_family import registered
@@ -37,7 +38,7 @@ def read_file(path: str | os.PathLike[str], *, mapped: bool = False) -> dict[str
     """
     finish_writing(Path(path).parent)
     try:
-        with torch.serialization.safe_globals([MoEConfig, *registered()]):
+        with torch.serialization.safe_globals([MoEConfig, ClampedSwiGLU, SoftcappedSwiGLU, *registered()]):
             try:
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
             except RuntimeError as error:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dmoe.ops._moe_mlp_call import PROJECTIONS, WEIGHTS, Call
 from dmoe.ops.philox import dropout_scale
-from dmoe.strides import in_layout_of, matrices
+from dmoe.strides import half_by_half, in_layout_of, in_memory_order, is_interleaved, matrices
 
 
 def _stack(packed: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
@@ -32,17 +32,28 @@ def _unstack(stacked: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
 class Stacked(NamedTuple):
     """Weights as grouped_gemm takes them: up (E, C, H) with C the pre-activation's width, down (E, H, F).
 
-    Where gate and up lie apart from each other in memory, ``up`` is the two, ``(E, F, H)`` each.
+    Where gate and up lie apart from each other in memory, ``up`` is the two, ``(E, F, H)`` each. Where they are
+    ``interleaved``, its C rows, the C numbers of ``up_bias``, and the columns of whatever is multiplied by them, are in
+    the order of memory.
     """
 
     up: tuple[Tensor, ...]
     down: Tensor
     up_bias: Tensor | None
+    interleaved: bool
 
     @property
     def widths(self) -> list[int]:
         """Columns of the pre-activation that each of ``up`` makes."""
         return [up.shape[1] for up in self.up]
+
+    def half_beside_half(self, columns: Tensor) -> Tensor:
+        """The pre-activation's columns ``(R, C)`` as the rest of a call has them, all of the gate's first."""
+        return columns.unflatten(1, (-1, 2)).mT.flatten(1) if self.interleaved else columns
+
+    def as_multiplied(self, columns: Tensor) -> Tensor:
+        """The inverse of :meth:`half_beside_half`."""
+        return columns.unflatten(1, (2, -1)).mT.flatten(1) if self.interleaved else columns
 
 
 def stacked_weights(call: Call) -> Stacked:
@@ -52,8 +63,10 @@ def stacked_weights(call: Call) -> Stacked:
         up, down = _stack(up, call.ffn_sizes, -2), _stack(down, call.ffn_sizes, -1)
         gate = None if gate is None else _stack(gate, call.ffn_sizes, -2)
         up_bias = None if up_bias is None else _stack(up_bias, call.ffn_sizes, -1)
-    bias = None if up_bias is None else up_bias.reshape(down.shape[0], -1)
-    return Stacked(matrices(up, gate, call.gated), down, bias)
+    interleaved = call.gated and gate is None and is_interleaved(up)
+    if up_bias is not None:
+        up_bias = in_memory_order(up_bias) if interleaved else up_bias.reshape(down.shape[0], -1)
+    return Stacked(matrices(up, gate, call.gated), down, up_bias, interleaved)
 
 
 def row_values(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -110,15 +123,21 @@ def grads_as_given(
         grads_up, grad_down: of :class:`Stacked`'s ``up`` and ``down``.
         up_bias, down_bias: of the biases, ``(E, C)`` and ``(E, H)``.
     """
+
+    def halves_of(rows: Tensor) -> Tensor:
+        return half_by_half(rows) if interleaved else rows.unflatten(1, (2, -1))
+
+    interleaved = call.gated and call.gate_proj is None and not call.ffn_sizes and is_interleaved(call.up_proj)
     grad_up, grad_gate = grads_up[-1], call.x.new_empty(0)  # results do not share memory: each its own empty one
     if call.gate_proj is not None:
         grad_gate = _as_given(call, grads_up[0], call.gate_proj, -2)
+    elif len(grads_up) == 2:
+        grad_up = torch.stack(list(grads_up), 1)
     elif call.gated:
-        grad_up = grads_up[0].unflatten(1, (2, -1)) if len(grads_up) == 1 else torch.stack(list(grads_up), 1)
+        grad_up = halves_of(grad_up)
     grad_up, grad_down = _as_given(call, grad_up, call.up_proj, -2), _as_given(call, grad_down, call.down_proj, -1)
     if call.up_bias is not None and up_bias is not None:
-        halves = (2, call.width) if call.gated else (call.width,)
-        up_bias = _as_given(call, up_bias.view(-1, *halves), call.up_bias, -1)
+        up_bias = _as_given(call, halves_of(up_bias) if call.gated else up_bias, call.up_bias, -1)
     up_bias, down_bias = (call.x.new_empty(0) if bias is None else bias for bias in (up_bias, down_bias))
     return grad_up, grad_down, up_bias, down_bias, grad_gate
 

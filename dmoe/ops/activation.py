@@ -1,17 +1,20 @@
 """The expert's activation and its derivative, in plain PyTorch; ``csrc/activation.h`` is the compiled twin.
 
-Low-precision input is computed in float32 and rounded once.
+Every activation of experts with a gate is ``gate_factor(gate) * up_factor(up)``; ``up_factor`` is the identity but for
+those of :mod:`dmoe.activations` that have numbers. Low-precision input is computed in float32 and rounded once.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
+from dmoe.activations import kind_and_numbers
 
 
 def _gelu_slope(x: Tensor) -> Tensor:
@@ -30,12 +33,56 @@ def _silu_slope(x: Tensor) -> Tensor:
     return s * (1 + x * (1 - s))
 
 
-_TABLE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "gelu": (torch.nn.functional.gelu, _gelu_slope),
-    "gelu_tanh": (lambda x: torch.nn.functional.gelu(x, approximate="tanh"), _gelu_tanh_slope),
-    "relu": (torch.relu, lambda x: (x > 0).to(x.dtype)),
-    "silu": (torch.nn.functional.silu, _silu_slope),
+class _Factor(NamedTuple):
+    """A function of one number, and its derivative."""
+
+    value: Callable[[Tensor], Tensor]
+    slope: Callable[[Tensor], Tensor]
+
+
+def _clamped_silu(limit: float, alpha: float) -> _Factor:
+    def slope(x: Tensor) -> Tensor:
+        z = alpha * x.clamp(max=limit)
+        return _silu_slope(z).masked_fill(x > limit, 0)  # NaN stays NaN
+
+    return _Factor(lambda x: x.clamp(max=limit) * torch.sigmoid(alpha * x.clamp(max=limit)), slope)
+
+
+def _clamped(limit: float, offset: float) -> _Factor:
+    return _Factor(lambda x: x.clamp(-limit, limit) + offset, lambda x: 1 - (x.abs() > limit).to(x.dtype))
+
+
+def _softcapped(cap: float) -> _Factor:
+    return _Factor(lambda x: cap * torch.tanh(x / cap), lambda x: 1 - torch.tanh(x / cap).square())
+
+
+def _softcapped_silu(cap: float) -> _Factor:
+    def slope(x: Tensor) -> Tensor:
+        t, s = torch.tanh(x / cap), torch.sigmoid(x)
+        return (1 - t * t) * s + cap * t * s * torch.sigmoid(-x)
+
+    return _Factor(lambda x: cap * torch.tanh(x / cap) * torch.sigmoid(x), slope)
+
+
+_TABLE: dict[str, _Factor] = {
+    "gelu": _Factor(torch.nn.functional.gelu, _gelu_slope),
+    "gelu_tanh": _Factor(lambda x: torch.nn.functional.gelu(x, approximate="tanh"), _gelu_tanh_slope),
+    "relu": _Factor(torch.relu, lambda x: (x > 0).to(x.dtype)),
+    "relu_squared": _Factor(lambda x: torch.relu(x).square(), lambda x: 2 * torch.relu(x)),  # So et al. 2021 (Primer)
+    "silu": _Factor(torch.nn.functional.silu, _silu_slope),
 }
+
+
+@functools.lru_cache(maxsize=64)
+def _factors(activation: str) -> tuple[_Factor, _Factor | None]:
+    """Of the gate and of up, where that is not up itself."""
+    kind, numbers = kind_and_numbers(activation)
+    if kind == "clamped_swiglu":
+        limit, alpha, offset = numbers
+        return _clamped_silu(limit, alpha), _clamped(limit, offset)
+    if kind == "softcapped_swiglu":
+        return _softcapped_silu(numbers[0]), _softcapped(numbers[1])
+    return _TABLE[kind], None
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -45,19 +92,21 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def activate(pre: Tensor, activation: str, gated: bool) -> Tensor:
     """``act(pre)``, or ``act(gate) * up`` with the halves of the last dimension; accumulation dtype."""
-    function = _TABLE[activation][0]
+    of_gate, of_up = _factors(activation)
     pre = pre.to(accumulate_dtype(pre.dtype))
     if not gated:
-        return function(pre)
+        return of_gate.value(pre)
     gate, up = pre.chunk(2, dim=-1)
-    return function(gate) * up
+    return of_gate.value(gate) * (up if of_up is None else of_up.value(up))
 
 
 def activate_backward(grad: Tensor, pre: Tensor, activation: str, gated: bool) -> Tensor:
     """Gradient of ``pre``, given the gradient of :func:`activate`'s result; accumulation dtype."""
-    function, slope = _TABLE[activation]
+    of_gate, of_up = _factors(activation)
     pre = pre.to(accumulate_dtype(pre.dtype))
     if not gated:
-        return grad * slope(pre)
+        return grad * of_gate.slope(pre)
     gate, up = pre.chunk(2, dim=-1)
-    return torch.cat((grad * up * slope(gate), grad * function(gate)), dim=-1)
+    factor = up if of_up is None else of_up.value(up)
+    grad_up = grad * of_gate.value(gate)
+    return torch.cat((grad * factor * of_gate.slope(gate), grad_up if of_up is None else grad_up * of_up.slope(up)), -1)

@@ -60,6 +60,7 @@ def _expert_rows(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     pre = beside([grouped_gemm(rows, up, call.expert_offsets) for up in weights.up])
     if weights.up_bias is not None:
         pre = pre + bias_rows(weights.up_bias, expert, real)
+    pre = weights.half_beside_half(pre)
 
     hidden = activate(pre, call.activation, call.gated)
     mask = dropout_mask(call, ACTIVATION_DROPOUT, call.activation_dropout, assignment, call.width, hidden.dtype)
@@ -99,7 +100,8 @@ def moe_mlp_backward_data_ref(grad_y: Tensor, pre: Tensor, *arguments: Any) -> t
     """Gradients of x and gate weights; and what those of the weights are made of, besides x and grad_y.
 
     That is the gradient of the pre-activation and the activations as the down projection saw them, a row of the plan
-    each, ``(R, pre_width)`` and ``(R, width)``; zeros beyond the width of an expert that is not the widest.
+    each, ``(R, pre_width)`` and ``(R, width)``; zeros beyond the width of an expert that is not the widest. Columns of
+    the former are in the order of the up projection's rows in memory.
     """
     call = Call(*arguments)
     weights = stacked_weights(call)
@@ -120,7 +122,7 @@ def moe_mlp_backward_data_ref(grad_y: Tensor, pre: Tensor, *arguments: Any) -> t
         grad_gate = grad_gate + (bias_rows(call.down_bias, expert, real).to(wide) * grad_out).sum(1)
 
     # Through the activation and the up projection.
-    grad_pre = activate_backward(grad_hidden, pre, call.activation, call.gated).to(dtype)
+    grad_pre = weights.as_multiplied(activate_backward(grad_hidden, pre, call.activation, call.gated).to(dtype))
     parts = zip(grad_pre.split(weights.widths, 1), weights.up, strict=True)
     products = (grouped_gemm(part, up, call.expert_offsets, trans_b=False) for part, up in parts)
     grad_rows = functools.reduce(operator.add, products)

@@ -124,7 +124,9 @@ def pre_activation_torch(*arguments: Any) -> Tensor:
 def _pre_activation(now: _Pass) -> Tensor:
     rows = now.inputs()
     pre = beside([now.products.rows(rows, up.mT) for up in now.weights.up])
-    return pre if now.weights.up_bias is None else pre.add_(bias_rows(now.weights.up_bias, now.expert, now.real))
+    if now.weights.up_bias is not None:
+        pre.add_(bias_rows(now.weights.up_bias, now.expert, now.real))
+    return now.weights.half_beside_half(pre)
 
 
 def _from_pre_activation(now: _Pass, pre: Tensor) -> Tensor:
@@ -173,7 +175,7 @@ def backward_data_torch(grad_y: Tensor, pre: Tensor, *arguments: Any) -> tuple[T
             value *= now.gate[part]
             grad *= now.gate[part]
         hidden[part] = value
-        grad_pre[part] = activate_backward(grad, here, call.activation, call.gated)
+        grad_pre[part] = weights.as_multiplied(activate_backward(grad, here, call.activation, call.gated))
     del grad_hidden
     if call.down_bias is not None and call.gate_weight_on == "output":
         for part in now.chunks(grad_out.shape[1]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from dmoe.activations import ClampedSwiGLU
 from dmoe.config import MoEConfig
 from dmoe.presets.building import Width, config_of
 from dmoe.routing import Hash
@@ -112,7 +113,6 @@ def deepseek_v4(
         **overrides: fields of :class:`dmoe.MoEConfig`.
 
     Differs from the original:
-        - Its experts' SwiGLU is clamped (gate to at most 10, up to 10 either way); here it is not.
         - How the hash table was made is not published; whether layers that hash have the balance loss is not, either:
           here they do.
         - Anticipatory routing (choices of earlier parameters, after a spike of the loss) is not here.
@@ -123,6 +123,7 @@ def deepseek_v4(
         "ffn_hidden_size": ffn_hidden_size,
         "num_experts": num_experts,
         "top_k": 6,
+        "activation": ClampedSwiGLU(limit=10.0, alpha=1.0, up_offset=0.0),
         "gate_weight_on": "activation",
         "shared_ffn_hidden_size": 2048,
         "init_std": 0.006,

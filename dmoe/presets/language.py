@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dmoe.activations import ClampedSwiGLU
 from dmoe.config import MoEConfig
 from dmoe.presets.building import Width, config_of
 
@@ -121,7 +122,7 @@ def gpt_oss(
     router_aux_loss_coef: float = 0.001,
     **overrides: Any,
 ) -> MoEConfig:
-    """gpt-oss-120b: four experts by the softmax of their logits, biases everywhere (OpenAI 2025).
+    """gpt-oss-120b: four experts by the softmax of their logits, a clamped SwiGLU, biases everywhere (OpenAI 2025).
 
     Source: the model card, arXiv 2508.10925; Transformers 5.24.0, models/gpt_oss (``GptOssExperts``,
     ``GptOssTopKRouter``). gpt-oss-20b: ``gpt_oss(num_experts=32)``.
@@ -133,10 +134,8 @@ def gpt_oss(
         **overrides: fields of :class:`dmoe.MoEConfig`.
 
     Differs from the original:
-        - Its experts compute (up + 1) * gate * sigmoid(1.702 gate) of values that are clamped, up to 7 either way and
-          gate to at most 7. GELU, which x sigmoid(1.702 x) approximates to 0.02, is the nearest here; the clamps and
-          the + 1 are missing, so its checkpoints do not give its results.
-        - Its projections lie interleaved (gate, up, gate, up): a file has to be put in order first.
+        - Its projections lie interleaved (gate, up, gate, up), and the layer's do not: a file has to be put in order
+          first. (:class:`dmoe.ExpertWeights` takes them as they lie.)
         - Transformers draws the router's bias from N(0, 0.02); here it begins at 0.
         - How it was trained is not published: the coefficient is Transformers'.
     """
@@ -145,7 +144,7 @@ def gpt_oss(
         "ffn_hidden_size": ffn_hidden_size,
         "num_experts": num_experts,
         "top_k": top_k,
-        "activation": "gelu",
+        "activation": ClampedSwiGLU(limit=7.0, alpha=1.702, up_offset=1.0),
         "bias": "expert",
         "init_std": 0.02,
         "softmax_order": "after_topk",

@@ -1,1 +1,38 @@
-"""Hugging Face Transformers on dmoe: every MoE model by one word, and whole blocks with expert parallelism."""
+"""Hugging Face Transformers on dmoe: every MoE model by one word, and whole blocks with expert parallelism.
+
+::
+
+    import dmoe.integrations.transformers as on_transformers
+
+    on_transformers.register()
+    model = AutoModelForCausalLM.from_pretrained(..., experts_implementation="dmoe")
+
+or, for a model that is there already, ``on_transformers.use(model)``, which also knows the models that Transformers' own
+switch does not reach. Names are found when they are asked for: importing this imports no transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOME = {
+    "register": "switch",
+    "restore": "switch",
+    "upcycle": "upcycle",
+    "use": "switch",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -14,9 +14,10 @@ from kernel_cases import expert_mlp
 from moe_mlp_kernel_cases import NAMES, calls, in_reference, small_blocks, tilings, widened
 
 from dmoe import MoE, plan_expert_choice
+from dmoe.activations import NAMES as ACTIVATIONS
 from dmoe.experts import Experts
 from dmoe.ops._moe_mlp_call import Call
-from dmoe.ops.activation import ACTIVATIONS, activate_backward
+from dmoe.ops.activation import activate_backward
 from dmoe.ops.moe_mlp import moe_mlp_cuda, moe_mlp_inference_cuda, moe_mlp_pre_activation_cuda
 from dmoe.ops.moe_mlp_cuda import moe_mlp_backward_cuda
 

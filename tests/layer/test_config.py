@@ -11,7 +11,7 @@ from helpers import small_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmoe import MoE, MoEConfig
+from dmoe import ClampedSwiGLU, MoE, MoEConfig
 
 BAD = [
     ({"hidden_size": 0}, "hidden_size: expected at least 1, got 0"),
@@ -23,7 +23,14 @@ BAD = [
     ({"ffn_hidden_size": [4, 4, 0, 4]}, "ffn_hidden_size: expected num_experts = 4 widths of at least 1"),
     ({"top_k": 5}, "top_k: expected at most num_experts = 4, got 5"),
     ({"top_k": 0}, "top_k: expected at least 1, got 0"),
-    ({"activation": "swish"}, "activation: expected one of 'gelu', 'gelu_tanh', 'relu', 'silu', got 'swish'"),
+    ({"activation": "swish"}, "activation: expected gelu, gelu_tanh, relu, relu_squared or silu, a dmoe.Clamp.*got 'sw"),
+    ({"activation": None}, "activation: expected gelu, gelu_tanh, relu, relu_squared or silu, a dmoe.Clamp.*got None"),
+    ({"activation": "clamped_swiglu(7,1.0,0.0)"}, r"activation: expected gelu, .* got 'clamped_swiglu\(7,1.0,0.0\)'"),
+    ({"activation": {"limit": 7.0}}, r"activation: expected gelu, .* got {'limit': 7.0}"),
+    (
+        {"activation": ClampedSwiGLU(), "gated": False},
+        r"activation: expected one of gelu, .*, silu with gated=False, got ClampedSwiGLU\(limit=7.0, .*\)",
+    ),
     ({"gated": 1}, "gated: expected True or False, got 1"),
     ({"expert_dropout": 1.0}, "expert_dropout: expected 0 <= p < 1, got 1.0"),
     ({"activation_dropout": "x"}, "activation_dropout: expected a number, got 'x'"),

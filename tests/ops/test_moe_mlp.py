@@ -12,9 +12,10 @@ from hypothesis import example, given, settings
 from moe_mlp_cases import build, cases, summands, truth
 
 from dmoe import ExpertWeights, plan_expert_choice, plan_token_choice
+from dmoe.activations import NAMES as ACTIVATIONS
 from dmoe.functional import run_experts
 from dmoe.ops import moe_mlp as module
-from dmoe.ops.activation import ACTIVATIONS, activate, activate_backward
+from dmoe.ops.activation import activate, activate_backward
 
 IMPLEMENTATIONS = {
     "operation": (torch.ops.dmoe.moe_mlp, torch.ops.dmoe.moe_mlp_backward),
@@ -230,7 +231,11 @@ def test_inference_operation_equals_the_training_one():
 @pytest.mark.parametrize(
     ("position", "value", "message"),
     [
-        (13, "tanh", "moe_mlp: activation: expected gelu, gelu_tanh, relu or silu, got tanh"),
+        (13, "tanh", r"expected gelu, gelu_tanh, relu, relu_squared, silu, clamped_swiglu\(.*\) or .*, got tanh"),
+        (13, "clamped_swiglu(7.0,1.0)", r"moe_mlp: activation: expected gelu, .*, got clamped_swiglu\(7.0,1.0\)"),
+        (13, "clamped_swiglu(7.0,1.0,nan)", "moe_mlp: activation: expected gelu, .*, got clamped_swiglu"),
+        (13, "clamped_swiglu(7.0,1.0,0.0) ", "moe_mlp: activation: expected gelu, .*, got clamped_swiglu"),
+        (13, "softcapped_swiglu(7.0;1.0)", "moe_mlp: activation: expected gelu, .*, got softcapped_swiglu"),
         (15, "nowhere", "moe_mlp: gate_weight_on: expected output, activation or input, got nowhere"),
         (1, torch.ones(6, 2, dtype=torch.float64), "moe_mlp: gate_weights: expected dtype Float, got Double"),
         (6, torch.zeros(4, dtype=torch.int64), "moe_mlp: expert_offsets: expected dtype Int, got Long"),

@@ -7,19 +7,21 @@ import torch
 from hypothesis import strategies as st
 
 from dmoe import ExpertWeights, plan_token_choice
+from dmoe.activations import NAMES as ACTIVATIONS
 from dmoe.ops._moe_mlp_call import Call
-from dmoe.ops.activation import ACTIVATIONS
 
 # How projections lie in memory: contiguous; each matrix transposed; (E, H, 2 F), as some models of Hugging Face's; gate
-# and up as two tensors.
-LAYOUTS = ("plain", "transposed", "merged", "apart", "apart, transposed")
+# and up as two tensors; rows of gate and up that take turns, with the bias; the same as (E, H, 2 F), GPT-OSS's.
+LAYOUTS = ("plain", "transposed", "merged", "apart", "apart, transposed", "interleaved", "interleaved, transposed")
+# Activations with numbers, for experts with a gate: limits that some of the tests' values exceed.
+WITH_NUMBERS = ("clamped_swiglu(1.5,1.702,1.0)", "clamped_swiglu(2.0,1.0,0.0)", "softcapped_swiglu(1.0,2.5)")
 
 
 @st.composite
 def cases(draw):
     experts = draw(st.integers(1, 5))
     top_k = draw(st.integers(1, experts))
-    uniform = draw(st.booleans())
+    uniform, gated = draw(st.booleans()), draw(st.booleans())
     return {
         "tokens": draw(st.integers(0, 12)),
         "experts": experts,
@@ -28,8 +30,8 @@ def cases(draw):
         "sizes": draw(
             st.integers(1, 19) if uniform else st.lists(st.integers(1, 9), min_size=experts, max_size=experts)
         ),
-        "activation": draw(st.sampled_from(ACTIVATIONS)),
-        "gated": draw(st.booleans()),
+        "activation": draw(st.sampled_from((*ACTIVATIONS, *WITH_NUMBERS) if gated else ACTIVATIONS)),
+        "gated": gated,
         "bias": draw(st.booleans()),
         "gate_on": draw(st.sampled_from(["output", "activation", "input"])),
         "layout": draw(st.sampled_from(["packed", "capacity", "padded", "binned"])),
@@ -81,7 +83,11 @@ def relaid(arguments, layout):
         return arguments
     call = Call(*arguments)
     halves = 0 if call.ffn_sizes else 1
-    up, down, gate = call.up_proj, transposed(call.down_proj), None
+    up, down, gate, bias = call.up_proj, transposed(call.down_proj), None, call.up_bias
+    if "interleaved" in layout and call.gated and not call.ffn_sizes:
+        up = interleaved(up) if layout == "interleaved" else interleaved(up, columns_first=True)
+        bias = None if bias is None else interleaved(bias)
+        return list(call._replace(up_proj=up, down_proj=down, up_bias=bias))
     if "apart" in layout and call.gated:
         gate, up = (half.contiguous() for half in up.unbind(halves))
     if layout == "merged" and call.gated:
@@ -94,6 +100,13 @@ def relaid(arguments, layout):
 def transposed(weight):
     """The same numbers, columns first."""
     return weight.mT.contiguous().mT
+
+
+def interleaved(weight, *, columns_first=False):
+    """The same numbers of ``(E, 2, F, ...)``, gate 0, up 0, gate 1 and so on, and then with contiguous columns."""
+    rows = weight.transpose(1, 2).flatten(1, 2).contiguous()
+    rows = transposed(rows) if columns_first else rows
+    return rows.unflatten(1, (-1, 2)).transpose(1, 2)
 
 
 def truth(case, arguments, grad, indices, kept, dtype, wide):

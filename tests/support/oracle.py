@@ -14,22 +14,46 @@ import torch.nn.functional as F
 ACT = {
     "silu": F.silu,
     "relu": F.relu,
+    "relu_squared": lambda x: F.relu(x) ** 2,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
 
 
+def clamped_swiglu(gate, up, limit, alpha, up_offset):
+    """GPT-OSS's with 7, 1.702, 1; DeepSeek-V4's with 10, 1, 0."""
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (up + up_offset) * (gate * torch.sigmoid(gate * alpha))
+
+
+def softcapped_swiglu(gate, up, gate_cap, up_cap):
+    """Inkling-2's."""
+    return torch.tanh(gate / gate_cap) * gate_cap * torch.sigmoid(gate) * (torch.tanh(up / up_cap) * up_cap)
+
+
+GATED = {"clamped_swiglu": clamped_swiglu, "softcapped_swiglu": softcapped_swiglu}
+
+
+def gated_hidden(activation, gate, up):
+    """What an activation, written as the operation takes it, makes of gate and up."""
+    name, _, numbers = activation.partition("(")
+    if not numbers:
+        return ACT[name](gate) * up
+    wide = torch.float64 if gate.dtype == torch.float64 else torch.float32  # rounded once, like dmoe's
+    numbers = [float(number) for number in numbers.removesuffix(")").split(",")]
+    return GATED[name](gate.to(wide), up.to(wide), *numbers).to(gate.dtype)
+
+
 def expert_forward(x, up, down, up_bias, down_bias, *, activation, gated, hidden_scale=None):
     """One token (H,) through one expert: up is (2, F, H) or (F, H), down (H, F)."""
-    act = ACT[activation]
     if gated:
         gate, value = up[0] @ x, up[1] @ x
         if up_bias is not None:
             gate, value = gate + up_bias[0], value + up_bias[1]
-        hidden = act(gate) * value
+        hidden = gated_hidden(activation, gate, value)
     else:
         value = up @ x
-        hidden = act(value if up_bias is None else value + up_bias)
+        hidden = ACT[activation](value if up_bias is None else value + up_bias)
     if hidden_scale is not None:
         hidden = (hidden * hidden_scale).to(down.dtype)
     out = down @ hidden

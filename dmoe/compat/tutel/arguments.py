@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, fields
 from typing import Any
 
-from dmoe.config import Activation
+from dmoe.activations import ActivationName
 from dmoe.known_activations import read_activation
 
 # Keys of the experts' dictionary: of both types, of "ffn", and those that are refused, each with the reason.
@@ -52,7 +52,7 @@ class ExpertOptions:
     gated: bool
     per_device: int
     hidden_size: int
-    activation: Activation
+    activation: ActivationName
     dropout: float
     bias1: bool
     bias2: bool
@@ -154,14 +154,14 @@ def _per_device(count: Any) -> int:
     return count
 
 
-def _activation(function: Callable[..., Any] | None, default: Activation) -> tuple[Activation, float]:
+def _activation(function: Callable[..., Any] | None, default: ActivationName) -> tuple[ActivationName, float]:
     if function is None:
         return default, 0.0
     name, dropout = read_activation(function) if callable(function) else (None, 0.0)
     if name is None:
         raise ValueError(
-            "moe_layer: experts: activation_fn: expected a function that computes relu, gelu (erf or tanh) or silu, "
-            f"got {function!r:.80}, which computes another one, or draws random numbers other than by an nn.Dropout on "
-            "its result"
+            "moe_layer: experts: activation_fn: expected a function that computes relu, its square, gelu (erf or tanh) "
+            f"or silu, got {function!r:.80}, which computes another one, or draws random numbers other than by an "
+            "nn.Dropout on its result"
         )
     return name, dropout

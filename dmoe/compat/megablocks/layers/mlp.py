@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dmoe.activations import ActivationName
 from dmoe.compat._not_offered import attributes_of
 from dmoe.compat.megablocks.layers import common
 from dmoe.compat.megablocks.layers.arguments import Arguments
@@ -22,7 +23,6 @@ from dmoe.compat.megablocks.layers.weights import (
     resolve_dtensor,
     scale_gradient,
 )
-from dmoe.config import Activation
 from dmoe.expert_weights import ExpertWeights
 from dmoe.functional import run_experts
 from dmoe.ops.cumsum import inclusive_cumsum
@@ -46,7 +46,7 @@ __all__ = [
 __getattr__ = attributes_of(__name__)
 
 
-def fused_activation(function: Callable[..., Any] | None) -> Activation | None:
+def fused_activation(function: Callable[..., Any] | None) -> ActivationName | None:
     """dmoe's name of an activation function or module; None for one that its fused operation does not have."""
     approximate: str | None = None
     if isinstance(function, partial):

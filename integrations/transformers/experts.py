@@ -1,0 +1,115 @@
+"""What Transformers calls for ``experts_implementation="dmoe"``: the experts of any model, on dmoe's operations."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import dmoe
+from dmoe.integrations.transformers.composed import composed_experts
+from dmoe.integrations.transformers.gates import Gate, apply_gate, gate_of
+from dmoe.integrations.transformers.versions import Layout, layout_of
+
+
+class Projections(NamedTuple):
+    """A module's weights as it has them.
+
+    Attributes:
+        up: ``(E, 2 F, H)``, without a gate ``(E, F, H)``; transposed ``(E, H, 2 F)``.
+        down: ``(E, H, F)``; transposed ``(E, F, H)``.
+        up_bias, down_bias: ``(E, 2 F)`` and ``(E, H)``, or None.
+    """
+
+    up: Tensor
+    down: Tensor
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+
+
+def dmoe_experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Every token through its experts, weighted and summed: Transformers' contract for an implementation of experts.
+
+    Args:
+        self: the experts module, with its weights and the flags of ``use_experts_implementation``.
+        hidden_states: ``(T, H)``; cast to the weights' dtype, as ``grouped_mm`` does, or to autocast's.
+        top_k_index: ``(T, K)`` integers; ``num_experts`` marks a choice that takes no expert.
+        top_k_weights: ``(T, K)``, used as given.
+
+    Returns:
+        ``(T, H)`` in the dtype of ``hidden_states``.
+
+    Raises:
+        TypeError: weights that are no plain tensors.
+        RuntimeError: on the CPU, an expert id outside [0, E].
+    """
+    layout = layout_of(self)
+    return run_experts(
+        self, layout, gate_of(self), projections_of(self, layout), hidden_states, top_k_index, top_k_weights
+    )
+
+
+def run_experts(
+    experts: Any,
+    layout: Layout,
+    gate: Gate | None,
+    projections: Projections,
+    hidden_states: Tensor,
+    index: Tensor,
+    gate_weights: Tensor,
+) -> Tensor:
+    """:func:`dmoe_experts` of weights that have been read: as one operation where that knows the gate."""
+    x = in_dtype_of(projections.up, hidden_states)
+    if gate is None or layout.post_norm:
+        norm = experts.post_expert_norm if layout.post_norm else None
+        own = apply_gate(experts, layout)
+        y = composed_experts(x, index, gate_weights, *projections, own, norm, transposed=layout.transposed)
+    else:
+        weights = as_expert_weights(projections, layout, gate.interleaved)
+        y = dmoe.functional.moe_mlp(x, index, gate_weights, weights, activation=gate.activation)
+    return y.to(hidden_states.dtype)
+
+
+def projections_of(experts: nn.Module, layout: Layout) -> Projections:
+    """A module's weights, each read once: reading a parametrized one computes it."""
+    up, down = ("gate_up_proj" if layout.gated else "up_proj"), "down_proj"
+    biases = (getattr(experts, f"{name}_bias") if layout.biased else None for name in (up, down))
+    return Projections(weight_of(experts, up), weight_of(experts, down), *biases)
+
+
+def weight_of(experts: nn.Module, name: str) -> Tensor:
+    """One weight of all experts, as products can read it.
+
+    Raises:
+        TypeError: a tensor that only stands for its numbers: quantised by torchao, say, or a DTensor.
+    """
+    weight: Tensor = getattr(experts, name)
+    if hasattr(weight, "__tensor_flatten__"):
+        raise TypeError(
+            f"dmoe: {type(experts).__name__}.{name}: expected a plain tensor, got {type(weight).__name__}; load the "
+            'experts unquantised and as local tensors, or choose experts_implementation="eager" for this model'
+        )
+    return weight
+
+
+def in_dtype_of(weight: Tensor, x: Tensor) -> Tensor:
+    """x in the weights' dtype; as it is under autocast, which says itself in which dtype products run."""
+    autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    return x if autocast else x.to(weight.dtype)
+
+
+def as_expert_weights(projections: Projections, layout: Layout, interleaved: bool = False) -> dmoe.ExpertWeights:
+    """The same memory as :class:`dmoe.ExpertWeights` describes it: views, nothing is copied."""
+    up, down, up_bias, down_bias = projections
+    if layout.transposed:
+        up, down = up.mT, down.mT
+    if layout.gated:
+        up = _halves(up, interleaved)
+        up_bias = None if up_bias is None else _halves(up_bias, interleaved)
+    return dmoe.ExpertWeights(up, down, up_bias, down_bias, gated=layout.gated)
+
+
+def _halves(columns: Tensor, interleaved: bool) -> Tensor:
+    """``(E, 2 F, ...)`` as gate and up, ``(E, 2, F, ...)``."""
+    return columns.unflatten(1, (-1, 2)).transpose(1, 2) if interleaved else columns.unflatten(1, (2, -1))

@@ -1,0 +1,84 @@
+"""Experts in fp8, as the fine-grained quantiser of Transformers keeps them: dequantised as they are needed.
+
+Numbers are those of the weights, ``w * scale`` in each block, and of activations as they are: Transformers' own kernels
+round activations to fp8 as well.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from dmoe.integrations.transformers.experts import Projections, dmoe_experts, run_experts
+from dmoe.integrations.transformers.gates import gate_of
+from dmoe.integrations.transformers.versions import layout_of
+
+_AT_ONCE = 2**28  # bytes of weights that are dequantised at a time
+
+
+def dmoe_fp8_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """:func:`dmoe.integrations.transformers.experts.dmoe_experts` for weights in fp8, which get no gradient.
+
+    Experts that somebody chose are dequantised to x's dtype, a few at a time, and again in backward.
+
+    Raises:
+        TypeError: weights that are packed in four bits.
+    """
+    layout, gate = layout_of(self), gate_of(self)
+    names = "gate_up_proj" if layout.gated else "up_proj", "down_proj"
+    weights = [(getattr(self, name), getattr(self, f"{name}_scale_inv")) for name in names]
+    for name, (weight, _) in zip(names, weights, strict=True):
+        if weight.element_size() == 1 and not weight.is_floating_point():
+            raise TypeError(
+                f"dmoe: {type(self).__name__}.{name}: expected weights in fp8, got {weight.dtype}, as fp4 is packed; load "
+                'the model with dequantize=True, or choose experts_implementation="eager"'
+            )
+    if weights[0][0].element_size() > 1:  # dequantised when they were loaded
+        return dmoe_experts(self, hidden_states, top_k_index, top_k_weights)
+
+    def part_of(experts: Tensor, x: Tensor, index: Tensor, gate_weights: Tensor) -> Tensor:
+        read = (dequantised(weight[experts], scale[experts], self.block_size, x.dtype) for weight, scale in weights)
+        return run_experts(self, layout, gate, Projections(*read), x, index, gate_weights)
+
+    num_experts = weights[0][0].shape[0]
+    each = sum(weight[0].numel() for weight, _ in weights) * hidden_states.element_size()
+    y = torch.zeros_like(hidden_states, dtype=torch.float32)
+    for experts in _chosen(top_k_index, num_experts).split(max(1, _AT_ONCE // max(each, 1))):
+        place = torch.full((num_experts + 1,), experts.numel(), device=experts.device)
+        place[experts] = torch.arange(experts.numel(), device=experts.device)
+        given = experts, hidden_states, place[top_k_index], top_k_weights
+        keep = not torch.is_grad_enabled() or torch.compiler.is_compiling()
+        y = y + (part_of(*given) if keep else checkpoint(part_of, *given, use_reentrant=False))
+    return y.to(hidden_states.dtype)
+
+
+def _chosen(top_k_index: Tensor, num_experts: int) -> Tensor:
+    """Experts that have a token, ascending; all of them for a compiler, which may not look; never none."""
+    if torch.compiler.is_compiling() or top_k_index.is_meta:
+        return torch.arange(num_experts, device=top_k_index.device)
+    found = top_k_index.unique()
+    found = found[found < num_experts]
+    return found if found.numel() else found.new_zeros(1)
+
+
+def dequantised(weight: Tensor, scale: Tensor, block_size: Any, dtype: torch.dtype) -> Tensor:
+    """``w * scale`` of its block, in ``dtype``.
+
+    Args:
+        weight: ``(E, rows, columns)`` in fp8.
+        scale: ``(E, blocks, blocks)``, one number for each block, or for all rows or columns where there is one block.
+        block_size: rows and columns of a block; None where the blocks are what the scales' shape says.
+        dtype: of the result.
+    """
+    scale = scale.to(torch.float32)
+    for dim in (-2, -1):
+        size, blocks = weight.shape[dim], scale.shape[dim]
+        each = math.ceil(size / blocks)
+        if block_size is not None and math.ceil(size / block_size[dim]) == blocks:
+            each = block_size[dim]
+        scale = scale.repeat_interleave(each, dim=dim).narrow(dim, 0, size)
+    return (weight.to(torch.float32) * scale).to(dtype)
