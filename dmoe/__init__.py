@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dmoe import checkpoint, functional, losses, metrics, ops, parallel, presets, routing
+from dmoe import checkpoint, dense_copies, functional, losses, metrics, ops, parallel, presets, routing
 from dmoe.activations import ClampedSwiGLU, SoftcappedSwiGLU
 from dmoe.config import MoEConfig
 from dmoe.expert_weights import ExpertWeights
@@ -35,6 +35,7 @@ __all__ = [
     "SoftcappedSwiGLU",
     "aux_loss",
     "checkpoint",
+    "dense_copies",
     "device_tile_rows",
     "functional",
     "info",

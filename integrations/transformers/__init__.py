@@ -19,6 +19,7 @@ from typing import Any
 _HOME = {
     "register": "switch",
     "restore": "switch",
+    "upcycle": "upcycle",
     "use": "switch",
 }
 

@@ -74,6 +74,25 @@ def read_index(folder: str | os.PathLike[str]) -> dict[str, str]:
     return weight_map
 
 
+def local_folder(model: str | os.PathLike[str]) -> Path:
+    """The folder of a model: itself, or that of an id of the hub in the hub's cache. Nothing is fetched.
+
+    Raises:
+        FileNotFoundError: neither is there.
+    """
+    if os.path.isdir(model):
+        return Path(model)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(model), local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"{model}: expected a folder, or a model that is in the hub's cache (hf download {model}), got neither"
+        ) from error
+
+
 class HubFolder:
     """The tensors of a folder by name, each read when it is asked for. A context manager, which closes the files.
 
