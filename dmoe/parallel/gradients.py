@@ -195,11 +195,11 @@ class ExpertGradients:
 
 
 def average_in_backward(model: nn.Module, process_group: ProcessGroup | None = None) -> list[Any]:
-    """Let every backward leave the mean over all ranks in the gradients of what every rank has, without a wrapper.
+    """Let every backward leave the mean over ranks in the gradients of what every rank has, without a wrapper.
 
-    For models that cannot be wrapped, as their methods are called (``generate``) and their names are saved. It waits for
-    the end of backward, then averages all at once: :func:`data_parallel` averages while backward still runs. Several
-    backwards may add up before a step: what is averaged already is equal on all ranks, and stays what it is.
+    For models that cannot be wrapped, as their methods are called (``generate``) and their names are saved. It waits
+    for the end of backward, then averages all at once: :func:`data_parallel` averages while backward still runs.
+    Several backwards may add up before a step: what is averaged already is equal on all ranks, and stays what it is.
 
     Experts of expert-parallel layers are left alone: their gradients cover the tokens of all their ranks already. None
     of them may be held twice: of those :func:`data_parallel` and :func:`fully_shard_experts` know.
@@ -219,8 +219,9 @@ def average_in_backward(model: nn.Module, process_group: ProcessGroup | None = N
         for _, dispatcher in dispatchers(model):
             if dispatcher.num_ranks != dist.get_world_size(process_group):
                 raise ValueError(
-                    f"average_in_backward: expected experts that are shared by all {dist.get_world_size(process_group)} "
-                    f"ranks, got {dispatcher.num_ranks} that share them: wrap the model by data_parallel"
+                    "average_in_backward: expected experts that are shared by all "
+                    f"{dist.get_world_size(process_group)} ranks, got {dispatcher.num_ranks} that share them: wrap the "
+                    "model by data_parallel"
                 )
 
     def finish() -> None:

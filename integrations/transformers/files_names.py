@@ -24,6 +24,12 @@ from transformers.core_model_loading import PrefixChange, WeightConverter, rever
 from dmoe.integrations.transformers.hub_folder import HubFolder
 
 _NUMBER = re.compile(r"(experts\.)(\d+)(\.)")
+_KEPT = "_dmoe_conversions"
+
+
+def class_name(model: Any) -> str:
+    """That of a model, which FSDP changes."""
+    return type(model).__name__.removeprefix("FSDP")
 
 
 @dataclass(frozen=True)
@@ -35,18 +41,20 @@ class Source:
         converter: Transformers' ``WeightConverter``; None where the file's tensor is the native one.
         target: the first of the native tensors that the converter makes.
         by_expert: whether each key is an expert, and some experts' keys make those rows of the native tensor.
+        by_row: whether rows of the keys' tensors make those rows of the native one.
     """
 
     keys: Mapping[str, tuple[str, ...]]
     converter: Any
     target: str
     by_expert: bool
+    by_row: bool
 
     def read(self, files: HubFolder, native: str, box: tuple[slice, ...], model: Any) -> Tensor:
         """The part of the native tensor that a slice of each dimension takes.
 
-        No more of the files is read where their tensor is the native one; where experts are keys, those experts;
-        otherwise all of it.
+        No more of the files is read where their tensor is the native one; where experts are keys, or stacked, those
+        experts; otherwise all of it.
         """
         if self.converter is None:
             (key,) = self.keys[""]
@@ -54,10 +62,10 @@ class Source:
         converter = deepcopy(self.converter)
         for pattern, keys in self.keys.items():
             for key in keys[box[0]] if self.by_expert else keys:
-                converter.add_tensor(self.target, key, pattern, files.read(key))
+                converter.add_tensor(self.target, key, pattern, files.read(key, *(box[:1] if self.by_row else ())))
         made = converter.convert(self.target, model=model, config=model.config)[native]
         tensor = made[0] if isinstance(made, list) else made
-        return tensor[(slice(None), *box[1:]) if self.by_expert else box]
+        return tensor[(slice(None), *box[1:]) if self.by_expert or self.by_row else box]
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,15 @@ class Found:
     conversions: list[Any]
 
 
+def keep_conversions(model: Any) -> None:
+    """Let a model know its conversions, while its class has the name that they are listed under: FSDP changes it."""
+    model.__dict__.setdefault(_KEPT, get_model_conversion_mapping(model))
+    if getattr(model, "_weight_conversions", None) is None:
+        # As Transformers has it: of prefixes, only the model that was loaded knows whether they were there.
+        every = get_model_conversion_mapping(model, add_legacy=False)
+        model._weight_conversions = [each for each in every if not isinstance(each, PrefixChange)]
+
+
 def find_sources(model: Any, keys: Iterable[str], native: Mapping[str, Tensor]) -> Found:
     """Where native tensors come from.
 
@@ -87,7 +104,7 @@ def find_sources(model: Any, keys: Iterable[str], native: Mapping[str, Tensor]) 
     Raises:
         ValueError: an expert that is missing, or a tensor that is there twice.
     """
-    conversions = get_model_conversion_mapping(model)
+    conversions = model.__dict__.get(_KEPT) or get_model_conversion_mapping(model)
     renamings = [each for each in conversions if not isinstance(each, WeightConverter)]
     converters = [each for each in conversions if isinstance(each, WeightConverter)]
     used: set[int] = set()
@@ -122,9 +139,9 @@ def find_sources(model: Any, keys: Iterable[str], native: Mapping[str, Tensor]) 
         if stacked:
             _check_experts(target, converter, patterns, native[target])
         in_order = {pattern: tuple(of[n] for n in sorted(of)) for pattern, of in patterns.items()}
-        by_expert = stacked and all(map(_is_by_expert, converter.operations))
+        alone = converter is not None and all(map(_is_by_expert, converter.operations))
         for name in _targets(target, converter):
-            made[name] = Source(in_order, converter, target, by_expert)
+            made[name] = Source(in_order, converter, target, stacked and alone, not stacked and alone)
     return Found(made, unknown, [each for each in conversions if id(each) in used])
 
 
@@ -144,10 +161,7 @@ class Keys:
     """
 
     def __init__(self, model: Any, native: Mapping[str, Tensor]) -> None:
-        if getattr(model, "_weight_conversions", None) is None:
-            # As Transformers has it: of prefixes, only the model that was loaded knows whether they were there.
-            every = get_model_conversion_mapping(model, add_legacy=False)
-            model._weight_conversions = [each for each in every if not isinstance(each, PrefixChange)]
+        keep_conversions(model)
         self._model = model
         self._back = [
             each.reverse_transform() for each in model._weight_conversions[::-1] if isinstance(each, WeightConverter)
@@ -158,7 +172,7 @@ class Keys:
         together = revert_weight_conversion(model, meta)
         if {key: t.shape for key, t in together.items()} != {key: t.shape for key, t in self.tensors.items()}:
             raise ValueError(
-                f"save_pretrained: expected a model whose tensors are written one by one, got {type(model).__name__}, "
+                f"save_pretrained: expected a model whose tensors are written one by one, got {class_name(model)}, "
                 "for whose files several have to be joined"
             )
         self._how = {name: self._kind(name) for name in native}
@@ -166,10 +180,6 @@ class Keys:
     def takes_rows(self, native: str) -> bool:
         """Whether :meth:`parts` can do with some rows of a tensor, so that nobody needs all of it."""
         return self._how[native] != "whole"
-
-    def is_plain(self, native: str) -> bool:
-        """Whether the tensor is written as it is, perhaps under another name."""
-        return self._how[native] == "plain"
 
     def parts(self, native: str, tensor: Tensor, first: int = 0) -> dict[str, tuple[int, Tensor]]:
         """A native tensor, or consecutive rows of it, as parts of what is written.
@@ -187,6 +197,8 @@ class Keys:
             (key,) = self.of[native]
             return {key: (first, tensor)}
         made = self._made(native, tensor)
+        if how == "rows":
+            return {key: (first, part) for key, part in made.items()}
         if how == "experts":
             made = {_NUMBER.sub(lambda m: f"{m[1]}{int(m[2]) + first}{m[3]}", key): part for key, part in made.items()}
         return {key: (0, part) for key, part in made.items()}
@@ -199,10 +211,13 @@ class Keys:
         converter = next((each for each in self._back if each.rename_source_key(native)[1] is not None), None)
         if converter is None:
             return "plain"
-        split = any(type(operation).__name__ == "SplitModulelist" for operation in converter.operations)
+        if not all(map(_is_by_expert, converter.operations)):
+            return "whole"
+        if not any(type(operation).__name__ == "SplitModulelist" for operation in converter.operations):
+            return "rows"
         numbers = {int(match[2]) for key in whole if (match := _NUMBER.search(key))}
-        fine = split and all(map(_is_by_expert, converter.operations)) and all(map(_NUMBER.search, whole))
-        return "experts" if fine and numbers == set(range(len(numbers))) else "whole"
+        fine = all(map(_NUMBER.search, whole)) and numbers == set(range(len(numbers)))
+        return "experts" if fine else "whole"
 
 
 def _is_by_expert(operation: Any) -> bool:
@@ -210,7 +225,7 @@ def _is_by_expert(operation: Any) -> bool:
     kind = type(operation).__name__
     if kind in ("MergeModulelist", "SplitModulelist"):
         return operation.dim == 0
-    if kind in ("Concatenate", "Chunk"):
+    if kind in ("Concatenate", "Chunk", "Interleave"):
         return operation.dim > 0 and getattr(operation, "num_shards_attribute", None) is None
     return kind == "Transpose" and operation.dim0 > 0 and operation.dim1 > 0
 

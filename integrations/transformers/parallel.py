@@ -16,8 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dmoe.integrations.transformers.blocks import find_blocks, to_dmoe
 from dmoe.integrations.transformers.blocks_table import config_of
+from dmoe.integrations.transformers.files_names import keep_conversions
+from dmoe.integrations.transformers.hub_folder import local_folder
 from dmoe.integrations.transformers.parallel_load import CountedFolder, fill
 from dmoe.integrations.transformers.parallel_mesh import Grid, grid_of, keep_grid
+from dmoe.integrations.transformers.parallel_save import save_pretrained
 from dmoe.integrations.transformers.parallel_shard import spread
 
 if TYPE_CHECKING:
@@ -77,7 +80,7 @@ def parallelize(
             times the config's ``router_aux_loss_coef``; or 0, where the model adds its own (``output_router_logits``).
 
     Returns:
-        The model, in evaluation mode where it came from files.
+        The model, in evaluation mode where it came from files. Its ``save_pretrained`` is :func:`save_pretrained`.
 
     Raises:
         ValueError: sizes that do not fit the ranks or the experts, a family that ``to_dmoe`` does not know, a tensor
@@ -100,6 +103,8 @@ def parallelize(
             grid.together(lambda: fill(model, files, progress=progress and grid.first))
         model.eval()
     keep_grid(model, grid)
+    if grid.group is not None:
+        model.__dict__["save_pretrained"] = functools.partial(save_pretrained, model)  # theirs knows of no ranks
     return model
 
 
@@ -126,18 +131,7 @@ def folder_of(path: Any) -> Path:
     """
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"parallelize: expected a path or a model of Transformers, got {type(path).__name__}")
-    folder = Path(path)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-        try:
-            folder = Path(snapshot_download(str(path), local_files_only=True))
-        except (LocalEntryNotFoundError, HFValidationError, OSError) as error:
-            raise FileNotFoundError(
-                f"parallelize: {path}: expected a folder, or a hub model in the local cache (hf download {path}), got "
-                "neither"
-            ) from error
+    folder = local_folder(path)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"parallelize: {folder}: expected a config.json, got none")
     return folder
@@ -159,7 +153,7 @@ def parameters_on_meta() -> Iterator[None]:
             parameter = new
         register(module, name, parameter)
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
@@ -184,6 +178,7 @@ def _exchange_blocks(model: Any, grid: Grid, options: dict[str, Any]) -> None:
         options = {**_losses(model.config.get_text_config(), config.top_k, grid), **options}
     ranks = {} if grid.ep == 1 else {"ep_group": grid.of("ep")}
     to_dmoe(model, loss_group=grid.everyone, **ranks, **options)
+    keep_conversions(model)
 
 
 def _losses(config: Any, top_k: int, grid: Grid) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def links_of(model: nn.Module) -> list[Link]:
     return links
 
 
-def box_of(tensor: Tensor) -> tuple[slice, ...]:
+def box_of(tensor: Any) -> tuple[slice, ...]:
     """Which part of a ``DTensor`` is on this rank, a slice of each dimension; of any other tensor, all of it."""
     if not hasattr(tensor, "to_local"):
         return tuple(slice(0, size) for size in tensor.shape)

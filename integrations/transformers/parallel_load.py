@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dmoe.integrations.transformers.files_names import Found, Source, find_sources
+from dmoe.integrations.transformers.files_names import Found, Source, class_name, find_sources
 from dmoe.integrations.transformers.hub_folder import HubFolder
 from dmoe.integrations.transformers.parallel_links import Link, box_of, here, links_of, native_shapes, tensors_of
 
@@ -84,7 +84,7 @@ def load(
     if missing:
         more = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
         raise ValueError(
-            f"{files.folder}: expected {missing[0]} {tuple(native[missing[0]].shape)} for {type(model).__name__}, got "
+            f"{files.folder}: expected {missing[0]} {tuple(native[missing[0]].shape)} for {class_name(model)}, got "
             f"no such tensor{more}"
         )
     if not may_have_more:
@@ -116,7 +116,7 @@ def _tell_unknown(keys: Iterable[str], model: Any, files: HubFolder) -> None:
     left = [key for key in keys if not any(re.search(pattern, key) for pattern in patterns)]
     if left:
         warnings.warn(
-            f"{files.folder}: {len(left)} tensors are none of {type(model).__name__}'s, and left out: "
+            f"{files.folder}: {len(left)} tensors are none of {class_name(model)}'s, and left out: "
             f"{', '.join(left[:3])}{', ...' if len(left) > 3 else ''}",
             stacklevel=2,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -14,8 +13,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dmoe.integrations.transformers.files_names import Keys
+from dmoe.integrations.transformers.files_names import Keys, class_name
 from dmoe.integrations.transformers.files_together import PartWriter, SharedFiles
+from dmoe.integrations.transformers.hub_beside import copy_beside
 from dmoe.integrations.transformers.hub_writer import MAX_SHARD_BYTES, new_folder, write_json
 from dmoe.integrations.transformers.parallel_links import (
     Link,
@@ -30,11 +30,6 @@ from dmoe.integrations.transformers.parallel_mesh import Grid, grid_of_model
 from dmoe.integrations.transformers.parallel_optimizer import FOLDER, STATE, Moments, moments_of
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-# What goes along unchanged: files of tokenizers and processors, by how their names begin.
-_BESIDE = re.compile(
-    r"(tokenizer|vocab|merges|spiece|sentencepiece|special_tokens|added_tokens|chat_template|preprocessor|processor|"
-    r"tekken)[\w.-]*\.(json|txt|model|jinja)"
-)
 
 
 def save_pretrained(
@@ -48,11 +43,11 @@ def save_pretrained(
 ) -> None:
     """Write a model of :func:`parallelize` as Transformers' ``save_pretrained`` would; every rank calls this.
 
-    Weights, their index, ``config.json``, ``generation_config.json``, and the tokenizer's files where the model came
-    from a folder that has them. Each rank writes what it holds into the files, where it belongs, so that nobody gathers
-    experts: only those that FSDP cuts across, as there are more replicas than experts of a rank, are put together, one
-    rank's of one layer at a time. The files do not depend on the number of ranks. They become the folder, all at once,
-    when every rank is done.
+    Weights, their index, ``config.json``, ``generation_config.json``, and the tokenizer's and the licence's files where
+    the model came from a folder that has them. Each rank writes what it holds into the files, where it belongs, so that
+    nobody gathers experts: only those that FSDP cuts across, where there are more replicas than experts of a rank, are
+    put together, one rank's of one layer at a time. The files do not depend on the number of ranks. They become the
+    folder, all at once, when every rank is done.
 
     Args:
         model: :func:`parallelize`'s.
@@ -127,15 +122,14 @@ def _begin(model: Any, plans: list[_Plan], folder: Path) -> None:
             (folder / FOLDER).mkdir(exist_ok=True)
             write_json(folder / FOLDER / STATE, plan.state)
     config = model.config
+    source = Path(getattr(config, "_name_or_path", "") or "-")
+    if source.is_dir():
+        copy_beside(source, folder)
     config.dtype = str(model.dtype).removeprefix("torch.")
-    config.architectures = [type(model).__name__.removeprefix("FSDP")]
+    config.architectures = [class_name(model)]
     config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
-    source = Path(getattr(config, "_name_or_path", "") or "/nowhere")
-    for file in sorted(source.iterdir()) if source.is_dir() else ():
-        if file.is_file() and _BESIDE.fullmatch(file.name):
-            shutil.copyfile(file, folder / file.name)
 
 
 def _write(plans: list[_Plan], folder: Path, grid: Grid, *, progress: bool) -> Exception | None:
@@ -165,10 +159,9 @@ def _write_parts(parts: Iterator[dict[str, tuple[int, Tensor]]], writer: PartWri
             writer.write(key, row, part)
 
 
-def _parts(link: Link, tensor: Tensor, keys: Keys, grid: Grid) -> Iterator[dict[str, tuple[int, Tensor]]]:
+def _parts(link: Link, tensor: Any, keys: Keys, grid: Grid) -> Iterator[dict[str, tuple[int, Tensor]]]:
     """What this rank has to write of a tensor. Ranks that hold parts of what has to be whole talk before it returns."""
-    by_row = all(keys.takes_rows(name) if link.by_expert else keys.is_plain(name) for name in link.native)
-    by_row &= link.by_expert or link.weight is None
+    by_row = (link.by_expert or link.weight is None) and all(map(keys.takes_rows, link.native))
     mine, first = here(tensor), 0
     if not hasattr(tensor, "to_local"):  # every rank has it
         return _of_rows(link, mine, 0, keys) if grid.first else iter(())
@@ -183,8 +176,9 @@ def _parts(link: Link, tensor: Tensor, keys: Keys, grid: Grid) -> Iterator[dict[
 
 
 def _of_rows(link: Link, mine: Tensor, first: int, keys: Keys) -> Iterator[dict[str, tuple[int, Tensor]]]:
-    """Rows of a tensor as parts of the files', experts one by one: what is copied on the way is never more than one."""
-    each = [mine[n : n + 1] for n in range(mine.shape[0])] if link.by_expert else [mine]
+    """Rows of a tensor as parts of the files', experts one by one where that can be: what is copied is one at most."""
+    one_by_one = link.by_expert and all(map(keys.takes_rows, link.native))
+    each = [mine[n : n + 1] for n in range(mine.shape[0])] if one_by_one else [mine]
     for n, some in enumerate(each):
         natives = link.natives(some)
         yield {key: part for name in natives for key, part in keys.parts(name, natives[name], first + n).items()}

@@ -10,7 +10,6 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-
 from hub_cases import model_of
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -122,9 +121,9 @@ def train(group, folder, grid, batches, save=None, resume=False, options=None):
     return losses, norms, {name: whole(tensor) for name, tensor in model.state_dict().items()}
 
 
-def save_fails(group, source, target, where, at):
+def save_fails(group, source, target, where, at, grid):
     """What each rank is told when one finds the disk full, and what is in the folder around."""
-    model, *_ = spread(source, (4, 1))
+    model, *_ = spread(source, grid)
     calls = []
 
     def full(*args):
@@ -142,6 +141,14 @@ def save_fails(group, source, target, where, at):
             told = f"{type(error).__name__}: {error}"
     dist.barrier(group)
     return told, sorted(os.listdir(Path(target).parent))
+
+
+def there_and_back(group, source, grid, ids, target):
+    """Outputs of a model from files, and the files that it becomes."""
+    model, *_ = spread(source, grid, {"dtype": "float32"})
+    y = model(input_ids=ids, use_cache=False)[0].detach()
+    save_pretrained(model, target, max_shard_size="50KB", progress=False)
+    return y
 
 
 def refused(group, call):
