@@ -163,7 +163,7 @@ class Keys:
     def __init__(self, model: Any, native: Mapping[str, Tensor]) -> None:
         keep_conversions(model)
         self._model = model
-        self._back = [
+        self._back: list[Any] = [
             each.reverse_transform() for each in model._weight_conversions[::-1] if isinstance(each, WeightConverter)
         ]
         meta = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in native.items()}
