@@ -50,6 +50,11 @@ class Source:
     by_expert: bool
     by_row: bool
 
+    @property
+    def takes_rows(self) -> bool:
+        """Whether no more of the files is read for some rows of the native tensor than those rows."""
+        return self.converter is None or self.by_expert or self.by_row
+
     def read(self, files: HubFolder, native: str, box: tuple[slice, ...], model: Any) -> Tensor:
         """The part of the native tensor that a slice of each dimension takes.
 
