@@ -20,6 +20,8 @@ from dmoe.integrations.transformers.parallel import parallelize
 from dmoe.integrations.transformers.parallel_optimizer import load_optimizer
 from dmoe.integrations.transformers.parallel_save import save_pretrained
 
+# Ranks import transformers, which takes them seconds: in one worker they do so once.
+pytestmark = pytest.mark.xdist_group("transformers")
 NO_LOSS = {"load_balancing_coefficient": 0.0}
 
 
