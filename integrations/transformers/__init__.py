@@ -19,7 +19,7 @@ from typing import Any
 _HOME = {
     "register": "switch",
     "restore": "switch",
-    "upcycle": "upcycle",
+    "upcycle": "upcycle_files",
     "use": "switch",
 }
 
