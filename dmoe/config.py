@@ -69,9 +69,14 @@ class MoEConfig:
         router_bias: learn a bias in the router's linear.
         router_dtype: ``float32``: the router computes in float32 whatever the model's dtype (float64 for float64
             input); ``input``: in the input's dtype.
-        input_jitter: in training the router's input is multiplied by U(1 - j, 1 + j) (Switch).
+        router_logit_softcap: logits go through ``c * tanh(logits / c)``, as Gemma 2 caps its own (Gemma Team 2024,
+            section 2; Laguna's router); None leaves them as they are.
+        input_jitter: in training the router's input is multiplied by U(1 - j, 1 + j), number by number (Switch).
+        input_jitter_on: whether only the ``router`` sees it (Switch), or the whole ``layer``, the experts too (Mixtral
+            in Transformers).
         selection_bias: choose experts by ``score + bias`` and weigh by the score alone; the bias follows the load
             without a loss (DeepSeek-V3), by :meth:`dmoe.MoE.update_selection_bias` after the optimizer step.
+        selection_bias_on: what it is added to for the choice: the ``scores`` (DeepSeek-V3) or the ``logits`` (Kolibri).
         selection_bias_rule: ``sign``: a step towards the mean load (DeepSeek-V3, V4); ``quantile``: to where the last
             batch would have been balanced (Su 2025; Megatron-Core's ``quantile_balancing``), the bias being one of the
             logits then.
@@ -177,8 +182,11 @@ class MoEConfig:
     gate_scale: float = 1.0
     router_bias: bool = False
     router_dtype: Literal["float32", "input"] = "float32"
+    router_logit_softcap: float | None = None
     input_jitter: float = 0.0
+    input_jitter_on: Literal["router", "layer"] = "router"
     selection_bias: bool = False
+    selection_bias_on: Literal["scores", "logits"] = "scores"
     selection_bias_rule: Literal["sign", "quantile"] = "sign"
     selection_bias_update_rate: float = 1e-3
     selection_bias_decay: float = 0.0

@@ -108,6 +108,12 @@ def _check_router(c: MoEConfig) -> None:
     reachable = (c.num_experts // c.num_groups) * (c.num_groups if groups is None else groups)
     _require(c, c.top_k <= reachable, "top_k", f"at most {reachable}, the experts in top_k_groups groups")
     _require(c, 0 < c.gate_scale < math.inf, "gate_scale", "a positive number")
+    softcap = c.router_logit_softcap
+    _require(c, softcap is None or 0 < softcap < math.inf, "router_logit_softcap", "a positive number, or None")
+    if c.selection_bias_on == "logits":
+        by_sign = c.selection_bias and c.selection_bias_rule == "sign"
+        _require(c, by_sign, "selection_bias_on", "'scores' without selection_bias=True and its rule 'sign'")
+        _require(c, c.num_groups == 1, "num_groups", "1 with selection_bias_on='logits', which ranks no groups")
 
 
 def _check_capacity(c: MoEConfig) -> None:

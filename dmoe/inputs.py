@@ -136,3 +136,8 @@ def flatten_inputs(
     if getattr(router, "by_sequence", False):
         about["num_sequences"] = math.prod(x.shape[:-2])
     return tokens, about
+
+
+def jittered(tokens: Tensor, jitter: float) -> Tensor:
+    """Tokens times U(1 - jitter, 1 + jitter), number by number, for the layer's input as a whole."""
+    return tokens * torch.empty_like(tokens).uniform_(1 - jitter, 1 + jitter) if jitter else tokens

@@ -22,7 +22,7 @@ from dmoe.auxiliary import AuxiliaryLosses
 from dmoe.buffers import Float32Buffers
 from dmoe.config import MoEConfig
 from dmoe.experts import Experts
-from dmoe.inputs import check_copied, check_inputs, check_parts, config_of, flatten_inputs
+from dmoe.inputs import check_copied, check_inputs, check_parts, config_of, flatten_inputs, jittered
 from dmoe.metrics import RoutingMetrics, metrics_of
 from dmoe.parallel import AllToAllDispatcher, Dispatched, as_group
 from dmoe.parallel.agreement import check_layers
@@ -132,7 +132,8 @@ class MoE(Float32Buffers):
         token_mask: Tensor | None = None,
         token_ids: Tensor | None = None,
         expert_indices: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        return_routing: bool = False,
+    ) -> Tensor | tuple[Any, ...]:
         """Send every token through its experts.
 
         Args:
@@ -142,9 +143,12 @@ class MoE(Float32Buffers):
                 ``TopK(masked_tokens="unrouted")`` they take no expert, and that is all.
             token_ids: integers with x's leading dimensions, for routers that look at them.
             expert_indices: ``(..., K)`` integers: replay this routing; gate weights come from the live scores.
+            return_routing: hand back the :class:`dmoe.routing.Routing` too, for models that report their choices, or
+                compute losses of their own from its ``router_logits`` (Transformers' ``output_router_logits``).
 
         Returns:
-            ``(..., H)`` in x's dtype (autocast's under autocast); with ``return_bias``, a pair of that and the bias.
+            ``(..., H)`` in x's dtype (autocast's under autocast); with ``return_bias`` or ``return_routing`` a tuple of
+            that, the bias, and the routing.
 
         Raises:
             ValueError, TypeError: x, mask, ids or indices of another shape, type or device than the layer expects.
@@ -155,6 +159,8 @@ class MoE(Float32Buffers):
             check_layers(self, x.dtype)
             self._ranks_agree = True
         tokens, about = flatten_inputs(self.router, x, token_mask, token_ids, expert_indices)
+        if self.training and self.config.input_jitter_on == "layer":
+            tokens = jittered(tokens, self.config.input_jitter)
         routing = self.router(tokens, **about)
         y, arrived, kept = self._through_experts(tokens, routing)
         y = self.auxiliary.hand_over(
@@ -166,9 +172,12 @@ class MoE(Float32Buffers):
             num_sequences=math.prod(x.shape[:-2]),
         )
         self.last_metrics = metrics_of(routing, arrived, kept)
-        if self.output_bias is None:
-            return y
-        return (y, self.output_bias) if self.config.return_bias else add_to_tokens(y, self.output_bias.to(y.dtype))
+        beside: tuple[Any, ...] = (routing,) if return_routing else ()
+        if self.output_bias is not None and self.config.return_bias:
+            beside = (self.output_bias, *beside)
+        elif self.output_bias is not None:
+            y = add_to_tokens(y, self.output_bias.to(y.dtype))
+        return (y, *beside) if beside else y
 
     def _through_experts(
         self, tokens: Tensor, routing: Routing

@@ -100,7 +100,13 @@ class BaseRouter(LinearRouter):
             chosen, scores.detach().gather(1, chosen.clamp(max=config.num_experts - 1)), self, num_sequences
         )
         weights = gate_weights(scores, chosen, plan.token_to_rows, scale=config.gate_scale, backend=config.backend)
-        return Routing(plan=plan, gate_weights=weights, expert_indices=chosen, token_mask=token_mask)
+        return Routing(
+            plan=plan,
+            gate_weights=weights,
+            expert_indices=chosen,
+            token_mask=token_mask,
+            router_logits=router_logits,
+        )
 
     def _scores_of_all(self, scores: Tensor) -> tuple[Tensor, int]:
         """All ranks' scores, ``(W, T, E)``, and which are this rank's; of different T they could not be gathered."""

@@ -43,6 +43,8 @@ class Routing:
         counted_choices: ``(T, K)``, E where masked, that the balance losses count instead of the plan's assignments;
             None for these.
         losses: what the family computed of the losses that the config names, by name: scalars without coefficients.
+        router_logits: ``(T, E)``, before noise, that the choice was made of; None when there are none. Carries the
+            gradient.
     """
 
     plan: RoutingPlan
@@ -55,6 +57,7 @@ class Routing:
     counted_choices: Tensor | None = None
     losses: Mapping[str, Tensor] = field(default_factory=dict)
     chosen_indices: Tensor | None = None
+    router_logits: Tensor | None = None
 
 
 class Router(Protocol):
@@ -119,14 +122,19 @@ class LinearRouter(Float32Buffers):
 
     def logits(self, x: Tensor) -> Tensor:
         """Router logits ``(T, E)`` in the router's dtype; jittered in training."""
-        return self.project(x, self.weight, self.bias)
+        return self.capped(self.project(x, self.weight, self.bias))
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """Logits through ``router_logit_softcap``, where the config has one."""
+        cap = self.config.router_logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def project(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """``x @ weight.T + bias`` in the router's dtype, whatever autocast says; x jittered in training."""
         check_plain("MoE.router", weight=weight)
         if x.device != weight.device:
             raise ValueError(f"MoE: expected x on the weights' device {weight.device}, got {x.device}")
-        jitter = self.config.input_jitter if self.training else 0.0
+        jitter = self.config.input_jitter if self.training and self.config.input_jitter_on == "router" else 0.0
         seed = draw_seed(x.device) if jitter else None
         return router_logits(
             x, weight, bias, dtype=self.dtype_of(x), jitter=jitter, seed=seed, backend=self.config.backend

@@ -88,4 +88,4 @@ class CosineRouter(TopKRouter):
         experts = F.normalize(self.weight.to(dtype), dim=1).to(dtype)
         scale = self.log_scale.to(accumulate_dtype(dtype)).clamp(max=math.log(self.options.max_scale)).exp()
         cosine = router_logits(tokens, experts, None, dtype=dtype, backend=backend)
-        return cosine * scale.to(dtype)
+        return self.capped(cosine * scale.to(dtype))

@@ -104,4 +104,5 @@ class ExpertChoiceRouter(LinearRouter):
             router_probs=self._probabilities(scores),
             log_z=log_z,
             token_mask=token_mask,
+            router_logits=router_logits,
         )

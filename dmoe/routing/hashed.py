@@ -71,7 +71,8 @@ class Hash(RouterFamily):
     def unread(self) -> tuple[str, ...]:  # type: ignore[override]
         """See :class:`dmoe.router_family.RouterFamily`."""
         of_choice = ("selection_bias", "num_groups")
-        of_scores = ("score_function", "softmax_order", "gate_normalization", "router_bias", "input_jitter")
+        of_logits = ("router_bias", "router_logit_softcap", "input_jitter")
+        of_scores = ("score_function", "softmax_order", "gate_normalization", *of_logits)
         return of_choice if self.weights == "learned" else (*of_choice, *of_scores)
 
     @property

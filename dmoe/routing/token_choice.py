@@ -201,6 +201,7 @@ class TopKRouter(LinearRouter):
             token_mask=counted,
             counted_choices=self._plain_choices(scores, token_mask),
             losses=self._losses(router_logits, logits, scores, groups, counted, first),
+            router_logits=router_logits,
         )
 
     def _with_noise(self, logits: Tensor) -> Tensor:
@@ -213,7 +214,7 @@ class TopKRouter(LinearRouter):
 
     def _score_bias(self, device: torch.device) -> Tensor | None:
         """What scores are raised by for the choice."""
-        biased = self.config.selection_bias and not self.by_quantile
+        biased = self.config.selection_bias and not self.by_quantile and self.config.selection_bias_on == "scores"
         return self.float32("selection_bias", device) if biased else None
 
     def _choose(self, logits: Tensor, token_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -222,6 +223,8 @@ class TopKRouter(LinearRouter):
             chosen, cutoff = quantile_choice(logits, self.float32("selection_bias", logits.device), self.rule.top_k)
             trains = self.training and torch.is_grad_enabled()
             return chosen, balanced_bias(logits, cutoff, self.rule.top_k, token_mask) if trains else None
+        if self.config.selection_bias_on == "logits":
+            return select_experts(logits, self.rule, self.float32("selection_bias", logits.device)), None
         if self.options.logit_noise != "gumbel" or not (self.training or self.options.noise_in_eval):
             return None, None
         scores, _ = router_scores(logits, self.rule.score_function, backend=self.config.backend)

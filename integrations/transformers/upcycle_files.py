@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,17 +21,10 @@ from torch import Tensor
 from dmoe.dense_copies import generator_of, redraw, router_rows, segments
 from dmoe.dense_copies import perturb as perturbed
 from dmoe.integrations.transformers.dense_model import DenseModel
+from dmoe.integrations.transformers.hub_beside import copy_beside
 from dmoe.integrations.transformers.hub_folder import local_folder
 from dmoe.integrations.transformers.hub_writer import MAX_SHARD_BYTES, ShardWriter, new_folder
 from dmoe.integrations.transformers.upcycle_families import MoeFamily, Recipe, choose_family, moe_fields
-
-# What lies beside the tensors and belongs to the new model too: its tokenizer, how it generates, its licence.
-_BESIDE = (
-    *("tokenizer*.json", "tokenizer.model*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
-    *("spiece.model", "*.tiktoken", "tekken.json", "chat_template.*", "generation_config.json", "LICENSE*", "NOTICE*"),
-    "USE_POLICY*",
-)
-_FOLDERS_BESIDE = ("additional_chat_templates",)
 
 
 @dataclass(frozen=True)
@@ -132,7 +124,7 @@ def upcycle(
                 for name, tensor in _tensors(dense, builder, progress):
                     writer.add(name, tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor)
             config.save_pretrained(folder)
-            _copy_beside(dense.folder, folder)
+            copy_beside(dense.folder, folder)
     power_of_2 = granularity & (granularity - 1) == 0  # else G times a number is rounded
     return Upcycled(
         folder=Path(dst),
@@ -208,15 +200,6 @@ def _moe_config(dense: DenseModel, family: MoeFamily, recipe: Recipe, dtype: tor
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.model_type]]
     config.dtype = dtype or dense.dtype
     return config
-
-
-def _copy_beside(source: Path, target: Path) -> None:
-    for path in sorted({path for pattern in _BESIDE for path in source.glob(pattern)}):
-        if path.is_file():
-            shutil.copyfile(path, target / path.name)
-    for name in _FOLDERS_BESIDE:
-        if (source / name).is_dir():
-            shutil.copytree(source / name, target / name)
 
 
 def _check_options(

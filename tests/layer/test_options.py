@@ -367,6 +367,82 @@ def test_shared_output_bias_is_added_or_returned():
     assert torch.equal(added(x), y + bias)
 
 
+@pytest.mark.parametrize("fields", [{}, {"router": "cosine"}, {"router": "expert_choice", "causal": False}], ids=str)
+def test_softcapped_logits(fields):
+    torch.manual_seed(0)
+    plain, capped = MoE(**SIZES, **fields).eval(), MoE(**SIZES, **fields, router_logit_softcap=0.5).eval()
+    capped.load_state_dict(plain.state_dict())
+    x = torch.randn(7, 16)
+    logits = plain(x, return_routing=True)[1].router_logits
+    found = capped(x, return_routing=True)[1]
+    assert found.router_logits.abs().max() < 0.5
+    torch.testing.assert_close(found.router_logits, torch.tanh(logits * 2) / 2)
+    assert torch.equal(found.router_probs, plain.router.route(found.router_logits).router_probs)
+
+
+def test_a_selection_bias_on_logits_chooses_by_them_and_weighs_without():
+    torch.manual_seed(0)
+    fields = {"score_function": "sigmoid", "gate_normalization": 1.0, "selection_bias": True}
+    layer, x = MoE(**SIZES, **fields, selection_bias_on="logits"), torch.randn(40, 16) * 4
+    layer.router.selection_bias.copy_(torch.tensor([0.0, 3.0, -3.0, 1.0]))
+    _, routing = layer(x, return_routing=True)
+    logits = layer.router.logits(x)
+    chosen = (logits + layer.router.selection_bias).topk(2).indices
+    assert torch.equal(routing.expert_indices, chosen)
+    assert not torch.equal(chosen, (logits.sigmoid() + layer.router.selection_bias).topk(2).indices)
+    weights = logits.sigmoid().gather(1, chosen)
+    torch.testing.assert_close(routing.gate_weights, weights / weights.sum(1, keepdim=True))
+    before = layer.router.selection_bias.clone()
+    layer(x).sum().backward()
+    layer.update_selection_bias()
+    moved = (layer.router.selection_bias - before).sign()
+    assert torch.equal(moved, (20 - torch.bincount(chosen.flatten(), minlength=4)).sign().float())
+
+
+@pytest.mark.parametrize("on", ["router", "layer"])
+def test_jitter_on_the_layer_reaches_the_experts(on):
+    torch.manual_seed(0)
+    layer = MoE(**SIZES, input_jitter=0.3, input_jitter_on=on)
+    x = torch.ones(5, 16)
+    indices = torch.tensor([[0, 1]]).expand(5, 2)
+    torch.nn.init.zeros_(layer.router.weight)  # weights of 1/4, whatever the router sees
+    y = layer(x, expert_indices=indices)
+    same = torch.equal(y, y[:1].expand(5, -1))
+    assert same == (on == "router")
+    layer.eval()
+    assert torch.equal(layer(x, expert_indices=indices), layer(x, expert_indices=indices)[:1].expand(5, -1))
+    if on == "layer":  # the router sees the same numbers as the experts, and no second jitter
+        layer.train()
+        torch.nn.init.normal_(layer.router.weight)
+        drawn = torch.get_rng_state()
+        _, routing = layer(x, return_routing=True)
+        torch.set_rng_state(drawn)
+        seen = x * torch.empty_like(x).uniform_(0.7, 1.3)
+        torch.testing.assert_close(routing.router_logits, seen @ layer.router.weight.mT)
+
+
+@pytest.mark.parametrize("fields", [{}, {"router": "expert_choice", "causal": False}, {"router": "cosine"}], ids=str)
+def test_routing_is_returned_with_logits_that_carry_their_gradient(fields):
+    torch.manual_seed(0)
+    layer, x = MoE(**SIZES, **fields).eval(), torch.randn(2, 3, 16)
+    y, routing = layer(x, return_routing=True)
+    assert torch.equal(y, layer(x))
+    tokens = x.flatten(0, 1)
+    assert torch.equal(routing.router_logits, layer.router.logits(tokens))
+    assert torch.equal(routing.gate_weights, layer.router(tokens).gate_weights)
+    (expected,) = torch.autograd.grad(layer.router.logits(tokens).square().sum(), layer.router.weight)
+    (grad,) = torch.autograd.grad(routing.router_logits.square().sum(), layer.router.weight)
+    torch.testing.assert_close(grad, expected)
+
+
+def test_routing_comes_behind_the_bias():
+    layer = MoE(**SIZES, bias="output", return_bias=True)
+    y, bias, routing = layer(torch.randn(0, 3, 16), return_routing=True)
+    assert (y.shape, bias.shape, routing.router_logits.shape) == ((0, 3, 16), (16,), (0, 4))
+    unlearned = MoE(**SIZES, router="uniform", load_balancing_coefficient=0.0)
+    assert unlearned(y, return_routing=True)[1].router_logits is None
+
+
 # ---------------------------------------------------------------------------------------------- shapes and bad input
 
 

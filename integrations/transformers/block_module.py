@@ -1,0 +1,153 @@
+"""What stands in a model in a Hugging Face MoE block's place: a :class:`dmoe.MoE` that speaks as the block did."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import dmoe
+from dmoe.integrations.transformers.blocks_table import block_weights, known_family
+from dmoe.integrations.transformers.blocks_weights import rename_to_ours, rename_to_theirs
+
+_OURS = "moe."
+_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks")
+_HOOKS = (*_HOOKS, "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks")
+
+
+class MoEBlock(nn.Module):
+    """A :class:`dmoe.MoE` in the place, and with the manners, of a MoE block of Transformers.
+
+    Parameters are dmoe's (``moe.router.weight``, ``moe.experts.gate_up_proj`` ...), as optimizers and expert
+    parallelism want them. ``state_dict()`` has the block's own names and shapes, and ``load_state_dict`` takes them (or
+    dmoe's), so ``save_pretrained`` writes a checkpoint that plain Transformers loads; with expert parallelism its
+    experts are ``DTensor``. A forward returns what the block's did, and shows the router's outputs to whatever records
+    them (``output_router_logits``): a child of the router's name and class that computes nothing.
+
+    Args:
+        theirs: the block, which is kept for :func:`from_dmoe`; :meth:`take` takes its tensors.
+        moe: the layer.
+
+    Attributes:
+        moe: the layer.
+        theirs: the block, whose parameters are empty; not a child.
+        family: its family.
+        weights: the map of its tensors.
+    """
+
+    theirs: nn.Module
+
+    def __init__(self, theirs: nn.Module, moe: dmoe.MoE) -> None:
+        super().__init__()
+        self.family = known_family(theirs)
+        self.weights = tuple(block_weights(theirs, self.family))
+        self.moe = moe
+        object.__setattr__(self, "theirs", theirs)  # no child: its tensors are nobody's
+        self.add_module(self.family.router, _recorded(getattr(theirs, self.family.router)))
+        _share_hooks(theirs, self)
+        self._is_hf_initialized = True
+        self.train(theirs.training)
+
+    def forward(self, hidden_states: Tensor) -> Tensor | tuple[Tensor | None, ...]:
+        """``(B, S, H)`` to the same shape and dtype; with what the family returns beside it, a tuple.
+
+        Router logits, and weights, are float32 where the block's may be in the model's dtype.
+        """
+        y, routing = self.moe(hidden_states, return_routing=True)
+        found = {"logits": routing.router_logits, "weights": routing.gate_weights, "indices": routing.expert_indices}
+        self.get_submodule(self.family.router)(*(found.get(name) for name in self.family.router_returns))
+        y = y.to(hidden_states.dtype)
+        return (y, *(found[name] for name in self.family.returns)) if self.family.returns else y
+
+    def take(self) -> None:
+        """Move the block's tensors into the layer, which is on ``meta``: views, where nothing has to be moved.
+
+        A rank of an expert-parallel layer keeps its own experts only.
+        """
+        state = self.theirs.state_dict(keep_vars=True)
+        with torch.no_grad():
+            ours = {each.ours: each.to_ours([state[name].detach() for name in each.theirs]) for each in self.weights}
+            self.moe.load_state_dict(ours, assign=True)
+        trained = {each.ours: state[each.theirs[0]].requires_grad for each in self.weights}
+        for name, parameter in self.moe.named_parameters():
+            parameter.requires_grad_(trained[name])
+        for tensor in state.values():
+            tensor.grad = None
+            tensor.data = tensor.data.new_empty(0)
+
+    def give_back(self) -> nn.Module:
+        """The block with the layer's tensors, in its own parameter objects where these are on the same device.
+
+        Experts that are spread over ranks are gathered, so all ranks have to call this.
+        """
+        state = self.moe.state_dict(keep_vars=True)
+        for weight in self.weights:
+            ours = state[weight.ours]
+            whole = ours.detach().full_tensor() if hasattr(ours, "full_tensor") else ours.detach()
+            for name, tensor in zip(weight.theirs, weight.to_theirs(whole), strict=True):
+                _put(self.theirs, name, tensor, trained=ours.requires_grad)
+        return self.theirs.train(self.training)
+
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """The block's own names and shapes, in its own dtypes."""
+        state = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+        rename_to_theirs(state, self.weights, prefix, prefix + _OURS)
+        return state
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        rename_to_ours(state_dict, self.weights, prefix, prefix + _OURS)  # the dict is load_state_dict's own
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the family, whose functions no file can hold: it is found again by the block's class."""
+        return {name: value for name, value in super().__getstate__().items() if name not in ("family", "weights")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.family = known_family(self.theirs)
+        self.weights = tuple(block_weights(self.theirs, self.family))
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """For ``torch.distributed.checkpoint``, which looks up each name of the state dict as an attribute."""
+        return {name.partition(".")[0]: "theirs" for weight in self.weights for name in weight.theirs}
+
+
+def _nothing() -> str:
+    return ""
+
+
+def _as_given(*outputs: Any) -> tuple[Any, ...]:
+    return outputs
+
+
+def _recorded(router: nn.Module) -> nn.Module:
+    """A module of the router's class, without parameters, that returns what it is given: hooks find it by its class."""
+    recorded = type(router).__new__(type(router))
+    nn.Module.__init__(recorded)
+    recorded.forward = _as_given
+    recorded.extra_repr = _nothing
+    recorded._is_hf_initialized = True  # there is nothing that Transformers could initialise
+    _share_hooks(router, recorded)
+    return recorded
+
+
+def _share_hooks(one: nn.Module, other: nn.Module) -> None:
+    """Hooks of either are hooks of both, now and later."""
+    for name in _HOOKS:
+        other.__dict__[name] = one.__dict__[name]
+
+
+def _put(block: nn.Module, name: str, tensor: Tensor, *, trained: bool) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner = block.get_submodule(path)
+    old = getattr(owner, leaf)
+    if leaf in owner._buffers:
+        owner._buffers[leaf] = tensor.to(old.dtype)  # ours is float32, whatever the model was cast to
+    elif torch._has_compatible_shallow_copy_type(old, tensor):
+        old.data = tensor
+        old.requires_grad_(trained)
+    else:
+        new = nn.Parameter(tensor, requires_grad=trained)
+        new.__dict__.update(old.__dict__)
+        owner.register_parameter(leaf, new)

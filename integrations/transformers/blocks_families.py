@@ -1,0 +1,225 @@
+"""Which MoE blocks of Transformers are exactly a :class:`dmoe.MoE`: an entry each; and which are not, and why.
+
+What a family computes is read from the sources of Transformers 5.24.0, and held to them by tests. Sizes, K, biases and
+shared experts are no options here: they are read from the block itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+import dmoe
+
+
+@dataclass(frozen=True)
+class Read:
+    """An option that is read from the block: the attribute at ``path``, through ``then``."""
+
+    path: str
+    then: Callable[[Any], Any] = lambda value: value
+
+    def of(self, block: nn.Module) -> Any:
+        """The option's value for this block."""
+        value: Any = block
+        for name in self.path.split("."):
+            value = getattr(value, name)
+        return self.then(value)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Blocks of one kind.
+
+    Attributes:
+        options: fields of :class:`dmoe.MoEConfig` as values, or as :class:`Read`.
+        experts: how the experts' weights lie, a key of ``blocks_weights.EXPERTS``.
+        router: the block's child that scores; models record the logits by its class.
+        router_returns: what a call of that child returns, by the names of ``block_module.OUTPUTS``.
+        returns: what a call of the block returns beside the output, by the same names.
+        requires: attributes of the block that have to have a value: with another it computes something else.
+    """
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    experts: str = "halves"
+    router: str = "gate"
+    router_returns: tuple[str, ...] = ("logits", "weights", "indices")
+    returns: tuple[str, ...] = ()
+    requires: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _if_asked(path: str) -> Read:
+    return Read(path, lambda on: 1.0 if on else None)
+
+
+_NORMALIZED = {"gate_normalization": 1.0}
+_NORMALIZED_IF_ASKED = {"gate_normalization": _if_asked("gate.norm_topk_prob")}
+_OVER_CHOSEN = {"softmax_order": "after_topk"}
+_JITTER = {"input_jitter": Read("jitter_noise"), "input_jitter_on": "layer"}
+_SIGMOID = {"score_function": "sigmoid", **_NORMALIZED}
+_GROUPS = {"num_groups": Read("gate.num_group"), "top_k_groups": Read("gate.topk_group"), "group_score": "top2_sum"}
+_SCALED = {"gate_scale": Read("gate.routed_scaling_factor")}
+_SCALED_OUTSIDE = {"gate_scale": Read("routed_scaling_factor")}
+_DEEPSEEK_V3 = {"score_function": "sigmoid", **_GROUPS, **_NORMALIZED_IF_ASKED, **_SCALED}
+
+
+def _clamped(limit: float) -> dmoe.ClampedSwiGLU:
+    return dmoe.ClampedSwiGLU(limit, alpha=1.0, up_offset=0.0)
+
+
+_SCORES = {"Sigmoid": "sigmoid", "SqrtSoftplusActivation": "sqrt_softplus"}
+_SCORED = {"score_function": Read("gate.score_fn", lambda function: _SCORES[type(function).__name__])}
+_SOFTCAPPED = {
+    "activation": Read("experts.act_fn", lambda f: dmoe.SoftcappedSwiGLU(f.gate_softcap.softcap, f.up_softcap.softcap))
+}
+_WHEN = {"softmax": "after", "sigmoid": "before"}  # Cohere's choice of scores
+
+
+def _v2(name: str, otherwise: Any) -> Read:
+    limited = "group_limited_greedy"
+    return Read("gate", lambda gate: getattr(gate, name) if gate.topk_method == limited else otherwise)
+
+
+_DEEPSEEK_V2 = {
+    "num_groups": _v2("num_group", 1),
+    "top_k_groups": _v2("topk_group", None),
+    "group_score": "max",
+    **_SCALED,
+}
+
+FAMILIES: dict[str, Family] = {
+    # softmax over all experts
+    "MixtralSparseMoeBlock": Family({**_NORMALIZED, **_JITTER}),
+    "MiniMaxSparseMoeBlock": Family({**_NORMALIZED, **_JITTER}),
+    "HunYuanMoEV1Moe": Family(_NORMALIZED),
+    "JambaSparseMoeBlock": Family(router="router"),
+    "Qwen2MoeSparseMoeBlock": Family(_NORMALIZED_IF_ASKED),
+    "Qwen3MoeSparseMoeBlock": Family(_NORMALIZED_IF_ASKED),
+    "Qwen3NextSparseMoeBlock": Family(_NORMALIZED_IF_ASKED),
+    "Qwen3VLMoeTextSparseMoeBlock": Family(_NORMALIZED),
+    "Qwen3OmniMoeThinkerTextSparseMoeBlock": Family(_NORMALIZED_IF_ASKED),
+    "Qwen3OmniMoeTalkerTextSparseMoeBlock": Family(_NORMALIZED_IF_ASKED),
+    "Qwen3_5MoeSparseMoeBlock": Family(_NORMALIZED),
+    "Qwen4ExpTextSparseMoeBlock": Family(_NORMALIZED_IF_ASKED),
+    "OlmoeSparseMoeBlock": Family(_NORMALIZED_IF_ASKED),
+    "FlexOlmoSparseMoeBlock": Family(_NORMALIZED_IF_ASKED),
+    "MellumSparseMoeBlock": Family(_NORMALIZED_IF_ASKED),
+    "LaraMiniSparseMoeBlock": Family(_NORMALIZED_IF_ASKED),
+    # ... and a bias that only chooses
+    "Ernie4_5_MoeSparseMoeBlock": Family(_NORMALIZED),
+    # ... in the best groups
+    "DeepseekV2Moe": Family(_DEEPSEEK_V2),
+    "DeepseekOcr2TextMoe": Family(_DEEPSEEK_V2),
+    "UnlimitedOcrTextMoe": Family(_DEEPSEEK_V2),
+    "Mistral4MoE": Family({**_GROUPS, **_NORMALIZED_IF_ASKED, **_SCALED}),
+    "MistralLarge4TextMoE": Family({**_GROUPS, **_NORMALIZED, **_SCALED}),
+    # softmax over the chosen ones
+    "GraniteMoeMoE": Family(_OVER_CHOSEN, router="router"),
+    "GraniteMoeSharedMoE": Family(_OVER_CHOSEN, router="router"),
+    "GraniteMoeHybridMoE": Family(_OVER_CHOSEN, router="router"),
+    "GraniteMoeSWAMoE": Family(_OVER_CHOSEN, router="router"),
+    "AriaTextMoELayer": Family(_OVER_CHOSEN, router="router", experts="halves_transposed"),
+    "GptOssMLP": Family(
+        {**_OVER_CHOSEN, "activation": Read("experts", lambda e: dmoe.ClampedSwiGLU(e.limit, e.alpha))},
+        router="router",
+        experts="interleaved_transposed",
+        returns=("weights",),
+    ),
+    "OpenAIPrivacyFilterMLP": Family(
+        {**_OVER_CHOSEN, "activation": Read("experts", lambda e: dmoe.ClampedSwiGLU(e.limit, e.alpha))},
+        router="router",
+        experts="halves_transposed",
+        returns=("weights",),
+    ),
+    # sigmoid
+    "FlintSparseMoeBlock": Family({"score_function": "sigmoid", **_NORMALIZED_IF_ASKED}),
+    "Llama4TextMoe": Family(
+        {"score_function": "sigmoid", "gate_weight_on": "input"},
+        router="router",
+        experts="halves_transposed",
+        router_returns=("scores", "logits"),
+        returns=("logits",),
+    ),
+    # ... and a bias that only chooses
+    "MiniMaxM2SparseMoeBlock": Family({**_SIGMOID, **_JITTER}),
+    "HYV3MoE": Family({**_SIGMOID, "gate_scale": Read("gate.router_scaling_factor")}),
+    "Dots3NoteVisionMoE": Family({**_SIGMOID, "gate_scale": Read("gate.router_scaling_factor")}),
+    "AfmoeSparseMoeBlock": Family({**_SIGMOID, "gate_scale": Read("router.route_scale")}, router="router"),
+    "LagunaSparseMoeBlock": Family(
+        {
+            **_SIGMOID,
+            **_SCALED_OUTSIDE,
+            "router_logit_softcap": Read("gate.router_logit_softcapping", lambda cap: cap if cap > 0 else None),
+        }
+    ),
+    "Kolibri1SparseMoeBlock": Family(
+        {"score_function": "sigmoid", "selection_bias_on": "logits", **_NORMALIZED_IF_ASKED}
+    ),
+    "MiniMaxM3VLSparseMoeBlock": Family(
+        {
+            **_SIGMOID,
+            **_SCALED_OUTSIDE,
+            "activation": Read("experts", lambda e: dmoe.ClampedSwiGLU(e.swiglu_limit, e.swiglu_alpha)),
+        }
+    ),
+    "NemotronHMoE": Family(_DEEPSEEK_V3, requires={"config.moe_latent_size": None}),
+    "Inkling2SparseMoeBlock": Family({**_SCORED, **_NORMALIZED, **_SCALED, **_SOFTCAPPED}),
+    "Inkling2LoopSparseMoeBlock": Family({**_SCORED, **_NORMALIZED, **_SCALED, **_SOFTCAPPED}),
+    "DeepseekV4SparseMoeBlock": Family(
+        {**_SCORED, **_NORMALIZED, **_SCALED, "activation": Read("experts.limit", _clamped)},
+        requires={"is_hash": False},
+    ),
+    # ... in the best groups
+    "Glm5NextTextMoE": Family({**_DEEPSEEK_V3, "activation": Read("experts.swiglu_limit", _clamped)}),
+    "DeepseekV3MoE": Family(_DEEPSEEK_V3),
+    "DeepseekV32MoE": Family(_DEEPSEEK_V3),
+    "Dots1MoE": Family(_DEEPSEEK_V3),
+    "Dots3NoteTextMoE": Family(_DEEPSEEK_V3),
+    "Glm4MoeMoE": Family(_DEEPSEEK_V3),
+    "Glm4MoeLiteMoE": Family(_DEEPSEEK_V3),
+    "Glm4vMoeTextMoE": Family(_DEEPSEEK_V3),
+    "GlmMoeDsaMoE": Family(_DEEPSEEK_V3),
+    "SolarOpenMoE": Family(_DEEPSEEK_V3),
+    "ExaoneMoeSparseMoEBlock": Family(_DEEPSEEK_V3),
+    "KimiLinearMoE": Family(_DEEPSEEK_V3),
+    "MiMoV2FlashMoE": Family(_DEEPSEEK_V3),
+    "BailingHybridMoE": Family(_DEEPSEEK_V3),
+    "BeamMoE": Family({"score_function": "sigmoid", **_GROUPS, **_NORMALIZED_IF_ASKED, **_SCALED_OUTSIDE}),
+    # either
+    "Cohere2MoeSparseMoeBlock": Family(
+        {
+            "score_function": Read("gate.expert_selection_fn"),
+            "softmax_order": Read("gate.expert_selection_fn", lambda of: f"{_WHEN[of]}_topk"),
+            "gate_normalization": _if_asked("gate.norm_topk_prob"),
+        },
+        requires={"shared_expert_combination_strategy": "sum"},
+    ),
+}
+
+# Blocks that look alike and are not the same: what dmoe has no option for.
+REFUSED: dict[str, str] = {
+    "PhimoeSparseMoeBlock": "its router is SparseMixer, which masks logits near the best and draws in training",
+    "Lfm2MoeSparseMoeBlock": "it divides gate weights by their sum plus 1e-6",
+    "AXK1MoE": "it norms its output",
+    "AXK2MoE": "it gives experts outside the best groups the score 0, so that a negative bias lets them be chosen",
+    "Gemma4TextDecoderLayer": "it norms what its router sees, and scales each expert by a learned number",
+    "DiffusionGemmaDecoderTextLayer": "it norms what its router sees, and scales each expert by a learned number",
+    "DiffusionGemmaEncoderTextLayer": "it norms what its router sees, and scales each expert by a learned number",
+    "InklingMoE": "its shared experts take part in the normalisation of gate weights",
+    "MuseSparkMoE": "its experts work in a space of their own, and norm their outputs",
+    "ZayaSparseMoeBlock": "its router is an MLP that hands its state to the next layer, and one expert is the identity",
+    "LongcatFlashMoE": "some of its experts are the identity",
+    "Ernie4_5_VLMoeMoeBlock": "it has two sets of experts, for text and for images",
+    "Ernie4_5_VLMoeSparseMoeBlock": "it is one of two sets of experts, for text and for images",
+    "JetMoeMoE": "its experts serve attention, too",
+    "DogeCDMoE": "its experts are single vectors, found by product keys",
+    "HYV4MoE": "its experts clamp their gate and its shared expert does not",
+    "HYV4VLMoE": "its experts clamp their gate and its shared expert does not",
+    "Step3p7SparseMoeBlock": "its experts clamp their gate after the activation",
+    "DbrxFFN": "its experts lie in one matrix, which dmoe.integrations.transformers.use computes as it is",
+    "NllbMoeSparseMLP": "its experts are modules of their own, and its capacity drops tokens",
+    "SwitchTransformersSparseMLP": "its experts are modules of their own, and its capacity drops tokens",
+}
