@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Fine-tunes a mixture of experts with Transformers' Trainer and PEFT's LoRA on the experts; dmoe computes them.
 
+    pip install '.[transformers,examples]' peft accelerate
     python examples/transformers/finetune_lora.py                                  # a minute on two cores
     python examples/transformers/finetune_lora.py --data notes/ --steps 500        # on text of your own
     python examples/transformers/finetune_lora.py --model Qwen/Qwen3-30B-A3B --data notes/ --dtype bfloat16 --batch 1
@@ -80,7 +81,8 @@ def run(options: argparse.Namespace) -> int:
     losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     picture = options.out / "finetune_lora.png"
     trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
-    note = f"{Path(str(start)).name}, rank {options.rank}: {trained:,} numbers trained on {text.name}"
+    whole = sum(parameter.numel() for parameter in adapted.parameters())
+    note = f"Rank {options.rank}: {trained:,} of {whole:,} numbers are trained, on {text.name}"
     draw(picture, "LoRA on the experts of a mixture", note, losses, (before[0], after[0]), (before[1], after[1]))
     print(f"held-out loss {before[0]:.3f} -> {after[0]:.3f} nats a token; {options.out / 'adapter'}, {picture}")
     return 0

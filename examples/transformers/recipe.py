@@ -25,12 +25,14 @@ from transformers import (
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # last: examples/transformers must not hide transformers
 
 from lm.data import load_corpus
+from lm.settings import UsageError as UsageError  # for the recipes
 
+from dmoe.integrations.transformers import register
 from dmoe.losses import load_balancing_loss
 
 BALANCE = 0.05  # coefficient of the balance loss while the small model is trained
 INK, FAINT, BLUE, ORANGE = "#222222", "#8a8a8a", "#0072B2", "#D55E00"
-# A Qwen3-MoE of bytes: 1.9 million parameters, of which 0.8 are at work on each byte.
+# A Qwen3-MoE of bytes: 1.8 million parameters, of which 0.6 are at work on each byte.
 SMALL: dict[str, Any] = {
     "vocab_size": 256,
     "hidden_size": 128,
@@ -122,6 +124,7 @@ def base_model(folder: Path, steps: int, seq_len: int, batch: int) -> Path:
     torch.manual_seed(0)
     model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SMALL, output_router_logits=True))  # type: ignore[arg-type]
     print(f"{folder}: training a model to begin with, on {corpus.name}")
+    register()
     model.set_experts_implementation("dmoe")
     windows = Windows(corpus.train.long(), seq_len, steps * batch)
     trainer_of(model, arguments(folder.parent, steps, batch, lr=3e-3), windows, compute_loss_func=_balanced).train()
@@ -157,7 +160,7 @@ class _Bar(ProgressCallback):
 
 def _balanced(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
     """Loss of the text and of each layer's balance; Transformers' own balances the mean over layers alone."""
-    loss = cross_entropy(outputs.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+    loss = loss_of(outputs.logits, labels)
     for logits in outputs.router_logits:
         probs = logits.float().softmax(-1)
         chosen = probs.topk(SMALL["num_experts_per_tok"], -1).indices.flatten().bincount(minlength=probs.shape[-1])
@@ -182,18 +185,33 @@ def held_out(model: PreTrainedModel, text: Text, seq_len: int, batch: int = 16) 
     """
     device, training = next(model.parameters()).device, model.training
     model.eval()
-    count = min(32, max(1, len(text.held_out) // seq_len))
-    sequences = text.held_out[: count * seq_len].view(count, -1) if count > 1 else text.held_out[None, :seq_len]
+    sequences = held_out_sequences(text, seq_len)
     loss, load = 0.0, None
     for ids in sequences.to(device).split(batch):
         out = model(input_ids=ids, output_router_logits=True)
-        loss += cross_entropy(out.logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()).item() * len(ids)
+        loss += loss_of(out.logits, ids).item() * len(ids)
         top_k, experts = model.config.num_experts_per_tok, out.router_logits[0].shape[-1]
         chosen = [logits.topk(top_k, -1).indices.flatten().bincount(minlength=experts) for logits in out.router_logits]
         load = torch.stack(chosen) + (0 if load is None else load)
     model.train(training)
     assert load is not None
-    return loss / len(sequences), (load * load.shape[1] / load.sum(1, keepdim=True)).cpu()
+    return loss / len(sequences), shares(load).cpu()
+
+
+def held_out_sequences(text: Text, seq_len: int) -> Tensor:
+    """Up to 32 of them, ``(S, L)``."""
+    count = max(1, min(32, len(text.held_out) // seq_len))
+    return text.held_out[: count * seq_len].view(count, -1)
+
+
+def loss_of(logits: Tensor, ids: Tensor) -> Tensor:
+    """Of each token's prediction from those before it, nats."""
+    return cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+def shares(counts: Tensor) -> Tensor:
+    """``(layers, E)`` counts as multiples of an even share."""
+    return counts * counts.shape[1] / counts.sum(1, keepdim=True)
 
 
 def draw(
@@ -234,14 +252,17 @@ def draw(
         curve.plot([0, losses[-1][0]], ends, "o", color=ORANGE, label="held-out text, before and after", clip_on=False)
         for step, loss, place in ((0, ends[0], (8, 6)), (losses[-1][0], ends[1], (-8, 10))):
             side = "left" if step == 0 else "right"
-            curve.annotate(f"{loss:.3f}", (step, loss), place, textcoords="offset points", ha=side, color=ORANGE)
+            box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+            how: dict[str, Any] = {"textcoords": "offset points", "ha": side, "color": ORANGE, "bbox": box}
+            curve.annotate(f"{loss:.3f}", (step, loss), place, **how)
+        curve.margins(y=0.12)
         curve.set_title("Loss, nats a token")
         curve.set_xlabel("steps")
         curve.legend(frameon=False)
         top = max(2.0, *(float(load.max()) for load in loads))
         for row, (when, load) in enumerate(zip(("before", "after"), loads, strict=True)):
             axes = figure.add_subplot(grid[row, 1])
-            image = axes.imshow(load, cmap="Blues", vmin=0, vmax=top, aspect="auto")
+            image = axes.imshow(load.numpy(), cmap="Blues", vmin=0, vmax=top, aspect="auto")
             axes.set_title(f"Load of the experts {when} (1 is even)")
             axes.set_xlabel("expert")
             axes.set_ylabel("layer")
