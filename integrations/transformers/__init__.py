@@ -24,7 +24,7 @@ _HOME = {
     "restore": "switch",
     "save_pretrained": "parallel_save",
     "to_dmoe": "blocks",
-    "upcycle": "upcycle",
+    "upcycle": "upcycle_files",
     "use": "switch",
 }
 

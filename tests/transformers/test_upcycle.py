@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from upcycle_cases import DENSE, LAYERS, WIDTH, apart, logits, save_dense, token_ids
 
 from dmoe.integrations.transformers.hub_folder import INDEX, HubFolder
-from dmoe.integrations.transformers.upcycle import upcycle
+from dmoe.integrations.transformers.upcycle_files import upcycle
 
 # fp32, relative to the largest logit: the bound that the issue of this piece names.
 BOUND = 1e-6

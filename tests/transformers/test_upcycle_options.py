@@ -15,8 +15,8 @@ from transformers import GemmaConfig, LlamaForSequenceClassification, PreTrained
 from upcycle_cases import FFN, LAYERS, WIDTH, dense_model, save_dense
 
 from dmoe.integrations.transformers.__main__ import main
-from dmoe.integrations.transformers.upcycle import upcycle
 from dmoe.integrations.transformers.upcycle_command import verify
+from dmoe.integrations.transformers.upcycle_files import upcycle
 from dmoe.integrations.transformers.upcycle_verify import compare
 
 FILE = "model.safetensors"
