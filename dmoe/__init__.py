@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dmoe import checkpoint, functional, losses, metrics, ops, parallel, presets, routing
+from dmoe import checkpoint, dense_copies, functional, losses, metrics, ops, parallel, presets, routing
 from dmoe.activations import ClampedSwiGLU, SoftcappedSwiGLU
 from dmoe.adapters import Adapters, LowRank
 from dmoe.config import MoEConfig
@@ -38,6 +38,7 @@ __all__ = [
     "SoftcappedSwiGLU",
     "aux_loss",
     "checkpoint",
+    "dense_copies",
     "device_tile_rows",
     "functional",
     "info",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.config import MoEConfig
+from dmoe.dense_copies import perturb as perturbed
 from dmoe.dense_ffn import DenseFFN
 from dmoe.expert_init import expert_generator
 from dmoe.experts import Experts
@@ -102,8 +103,7 @@ def copy_into_experts(ffn: DenseFFN, experts: Experts, perturb: float = 0.0) -> 
         for name, target in weights.of_expert(position).items():
             target.copy_(dense[name])
             if perturb and name.endswith("proj"):
-                noise = torch.randn(target.shape, generator=generator, device="cpu", dtype=torch.float32)
-                target.mul_((1 + perturb * noise).to(target.device, target.dtype))
+                target.copy_(perturbed(target, perturb, generator, relative=True))
 
 
 def copy_requires_grad(ffn: DenseFFN, experts: Experts) -> None:

@@ -15,7 +15,7 @@ from dmoe.parallel.collectives import Exchange, all_to_all_rows
 from dmoe.parallel.dispatch import AllToAllDispatcher
 from dmoe.parallel.fsdp import fully_shard_experts
 from dmoe.parallel.grad_scaler import GradScaler
-from dmoe.parallel.gradients import average_gradients, data_parallel, split_parameters
+from dmoe.parallel.gradients import average_gradients, average_in_backward, data_parallel, split_parameters
 from dmoe.parallel.interface import Dispatched, Dispatcher, LocalDispatcher, Returning, UnderWay
 from dmoe.parallel.overlap import Overlapped, chunk_of, run_overlapped
 from dmoe.parallel.placement import as_group, ffn_shard, local_experts
@@ -43,6 +43,7 @@ __all__ = [
     "all_to_all_rows",
     "as_group",
     "average_gradients",
+    "average_in_backward",
     "check_agreement",
     "chunk_of",
     "clip_grad_norm",

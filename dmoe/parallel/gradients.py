@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -136,6 +136,29 @@ class _SharedOverflow(torch.autograd.Function):
         return None, *grads
 
 
+class _EndOfBackward:
+    """Calls a function once at the end of every backward that gives one of some parameters a gradient.
+
+    Args:
+        parameters: those that are frozen now are not waited for.
+        finish: what is called, by the thread that runs the backward.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], finish: Callable[[], None]) -> None:
+        self._finish, self._last = finish, -1
+        self.handles = [
+            parameter.register_post_accumulate_grad_hook(self._on_gradient)
+            for parameter in parameters
+            if parameter.requires_grad
+        ]
+
+    def _on_gradient(self, parameter: Tensor) -> None:
+        backward = torch._C._current_graph_task_id()  # a flag would stay up where a backward breaks off
+        if backward != self._last:
+            self._last = backward
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+
+
 class ExpertGradients:
     """What the experts' gradients need at the end of every backward that DDP synchronises.
 
@@ -156,25 +179,64 @@ class ExpertGradients:
         replicas: ProcessGroup | None,
         everyone: ProcessGroup,
     ) -> None:
-        self._module, self._parameters, self._queued = module, parameters, False
+        self._module, self._parameters = module, parameters
         self._replicas, self._everyone = replicas, everyone
         self._plain = [parameter for parameter in parameters if not hasattr(parameter, "to_local")]
         if not self._plain and (replicas is None or dist.get_world_size(replicas) == 1):
             return
-        for parameter in parameters:
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(self._on_gradient)
-
-    def _on_gradient(self, parameter: Tensor) -> None:
-        if self._module.require_backward_grad_sync and not self._queued:
-            self._queued = True
-            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+        _EndOfBackward(parameters, self._finish)
 
     def _finish(self) -> None:
-        self._queued = False
+        if not self._module.require_backward_grad_sync:
+            return
         if self._replicas is not None:
             average_gradients(self._parameters, self._replicas)
         share_overflow((parameter.grad for parameter in self._plain), self._everyone)
+
+
+def average_in_backward(model: nn.Module, process_group: ProcessGroup | None = None) -> list[Any]:
+    """Let every backward leave the mean over ranks in the gradients of what every rank has, without a wrapper.
+
+    For models that cannot be wrapped, as their methods are called (``generate``) and their names are saved. It waits
+    for the end of backward, then averages all at once: :func:`data_parallel` averages while backward still runs.
+    Several backwards may add up before a step: what is averaged already is equal on all ranks, and stays what it is.
+
+    Experts of expert-parallel layers are left alone: their gradients cover the tokens of all their ranks already. None
+    of them may be held twice: of those :func:`data_parallel` and :func:`fully_shard_experts` know.
+
+    Args:
+        model: the same on all ranks but for its experts. Parameters that are frozen now do not begin a round.
+        process_group: all ranks that train it; None is all ranks.
+
+    Returns:
+        The hooks, each with ``remove()``.
+
+    Raises:
+        ValueError: experts that are on more than one of these ranks.
+    """
+    parameters, experts = split_parameters(model)
+    if experts:
+        for _, dispatcher in dispatchers(model):
+            if dispatcher.num_ranks != dist.get_world_size(process_group):
+                raise ValueError(
+                    "average_in_backward: expected experts that are shared by all "
+                    f"{dist.get_world_size(process_group)} ranks, got {dispatcher.num_ranks} that share them: wrap the "
+                    "model by data_parallel"
+                )
+
+    def finish() -> None:
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        if not trained:
+            return
+        there = torch.tensor([p.grad is not None for p in trained], dtype=torch.int32, device=trained[0].device)
+        all_reduce(there, "who has gradients", process_group, op=dist.ReduceOp.MAX)
+        # What no rank used keeps no gradient: an optimizer passes it over, as in one process.
+        average_gradients([p for p, used in zip(trained, there.tolist(), strict=True) if used], process_group)
+
+    for module in model.modules():
+        if hasattr(module, "bias_ranks") and module.bias_ranks is None:
+            module.bias_ranks = LoadOfRanks(dist.group.WORLD if process_group is None else process_group)
+    return _EndOfBackward(parameters, finish).handles
 
 
 def data_parallel(

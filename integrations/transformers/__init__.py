@@ -18,9 +18,13 @@ from typing import Any
 
 _HOME = {
     "from_dmoe": "blocks",
+    "load_optimizer": "parallel_optimizer",
+    "parallelize": "parallel",
     "register": "switch",
     "restore": "switch",
+    "save_pretrained": "parallel_save",
     "to_dmoe": "blocks",
+    "upcycle": "upcycle_files",
     "use": "switch",
 }
 

@@ -57,6 +57,23 @@ def test_steps_with_replicas_equal_one_process(ranks, replicas, tp, experts, mic
     assert (torch.stack(norms) > 0.5).all()  # clipping was at work
 
 
+@pytest.mark.parametrize("micro", [1, 2])
+def test_steps_without_a_wrapper_equal_one_process(ranks, micro):
+    """Backwards that add up are averaged each, which changes nothing; what nobody uses gets no gradient."""
+    batches = batches_for((6, 3, 0, 8), 2, micro)
+    model, norms = by_hand(FIELDS, batches, 0.5)
+    for rank, (values, norms_there, unused) in enumerate(ranks.run(jobs.train_unwrapped, FIELDS, batches, 0.5)):
+        close("norms", norms_there, torch.stack(norms))
+        assert unused is None
+        for name, value in model.state_dict().items():
+            close(name, values[name], share(model, name, value, rank, 4, 1))
+
+
+def test_without_a_wrapper_experts_that_are_held_twice_are_refused(ranks):
+    for told in ranks.run(jobs.held_twice, BASE):
+        assert "expected experts that are shared by all 4 ranks, got 2 that share them" in told
+
+
 @pytest.mark.parametrize(
     ("replicas", "message"),
     [

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from dmoe import MoE, aux_loss
-from dmoe.parallel import clip_grad_norm, data_parallel, grad_norm
+from dmoe.parallel import average_in_backward, clip_grad_norm, data_parallel, grad_norm
 
 GRIDS: dict[tuple[int, int], object] = {}
 
@@ -77,6 +77,37 @@ def train(group, fields, replicas, tp, batches, max_norm, micro=False):
     norms, _ = take_steps(model, inner, optimizer, mine, max_norm, clip_grad_norm, micro)
     values = {name: plain(value) for name, value in inner.state_dict().items()}
     return values, norms, grad_norm(inner, float("inf")), inner.moe.experts.owned.experts
+
+
+def train_unwrapped(group, fields, batches, max_norm):
+    """As :func:`train`, by hooks on the parameters; one of them is used by nobody, and a backward breaks off first."""
+    world = dist.get_world_size(group)
+    inner = Net(fields, ep_group=grid(1, world)["ep"])
+    inner.unused = nn.Parameter(torch.ones(2))
+    average_in_backward(inner, group)
+    y = inner.last(inner.first(batches[0][0][0][:1]))
+    try:
+        inner.first.weight.register_hook(_break_off)
+        y.sum().backward()
+    except ZeroDivisionError:
+        inner.first.weight._backward_hooks.clear()
+    optimizer = torch.optim.AdamW(inner.parameters(), lr=1e-3)
+    mine = [step[dist.get_rank(group)] for step in batches]
+    norms, _ = take_steps(inner, inner, optimizer, mine, max_norm, clip_grad_norm, micro=False)
+    values = {name: plain(value) for name, value in inner.state_dict().items() if name != "unused"}
+    return values, norms, inner.unused.grad
+
+
+def _break_off(grad):
+    raise ZeroDivisionError
+
+
+def held_twice(group, fields):
+    """What ``average_in_backward`` says about experts that it does not average."""
+    try:
+        average_in_backward(Net(fields, ep_group=grid(2, 2)["ep"]), group)
+    except ValueError as error:
+        return str(error)
 
 
 def wrongly_wrapped(group, fields, replicas):

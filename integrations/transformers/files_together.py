@@ -1,0 +1,169 @@
+"""Safetensors files that several processes fill: each writes the parts that it has where they belong.
+
+What a file holds, and where, follows from names, shapes and dtypes alone, so that everybody knows it beforehand and no
+tensor has to be anywhere as a whole. The files are the same whoever wrote which part.
+
+A file is the length of its header (8 bytes, little endian), the header in JSON, and the tensors in its order, each in
+C order, little endian.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmoe.integrations.transformers.hub_folder import INDEX, SINGLE
+from dmoe.integrations.transformers.hub_writer import write_json
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+class SharedFiles:
+    """The files of one model, the same for every process that writes some of it.
+
+    Args:
+        tensors: all of them, in the order of the files; shapes and dtypes only are looked at.
+        max_shard_bytes: of the tensors of one file; a larger tensor gets a file of its own.
+
+    Attributes:
+        names: of the files.
+
+    Raises:
+        ValueError: a dtype that the format does not have, no tensors, or a machine that is not little endian.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], max_shard_bytes: int) -> None:
+        if sys.byteorder != "little":
+            raise ValueError(f"save_pretrained: expected a little-endian machine, got {sys.byteorder}")
+        if not tensors or max_shard_bytes < 1:
+            raise ValueError(f"save_pretrained: expected tensors and at least 1 byte a file, got {max_shard_bytes}")
+        cut: list[dict[str, Tensor]] = [{}]
+        for name, tensor in tensors.items():
+            if tensor.dtype not in _DTYPES:
+                raise ValueError(f"save_pretrained: {name}: expected a dtype of safetensors, got {tensor.dtype}")
+            if cut[-1] and sum(held.nbytes for held in cut[-1].values()) + tensor.nbytes > max_shard_bytes:
+                cut.append({})
+            cut[-1][name] = tensor
+        several = len(cut) > 1
+        self.names = [
+            f"model-{n:05d}-of-{len(cut):05d}.safetensors" if several else SINGLE for n in range(1, len(cut) + 1)
+        ]
+        self._headers: dict[str, bytes] = {}
+        self._sizes: dict[str, int] = {}
+        self._places: dict[str, tuple[str, int, Tensor]] = {}
+        for file, held in zip(self.names, cut, strict=True):
+            self._plan(file, held)
+
+    def _plan(self, file: str, tensors: Mapping[str, Tensor]) -> None:
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        position = 0
+        for name, tensor in tensors.items():
+            ends = [position, position + tensor.nbytes]
+            header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": ends}
+            position = ends[1]
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._headers[file] = len(text).to_bytes(8, "little") + text
+        start = len(self._headers[file])
+        self._sizes[file] = start + position
+        for name, tensor in tensors.items():
+            self._places[name] = (file, start, tensor)
+            start += tensor.nbytes
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for _, _, tensor in self._places.values())
+
+    def create(self, folder: Path) -> None:
+        """Make the files, with their headers, at their sizes, and the index; one process does."""
+        for file, header in self._headers.items():
+            with open(folder / file, "xb") as stream:
+                stream.write(header)
+                stream.truncate(self._sizes[file])
+        if len(self.names) > 1:
+            weight_map = {name: file for name, (file, _, _) in sorted(self._places.items())}
+            write_json(folder / INDEX, {"metadata": {"total_size": self.num_bytes}, "weight_map": weight_map})
+
+    def writer(self, folder: Path) -> PartWriter:
+        """What writes parts into the files, once they are there."""
+        return PartWriter(folder, self._places)
+
+
+class PartWriter:
+    """Writes parts of tensors into files that :meth:`SharedFiles.create` made. A context manager: what is written is on
+    the disk when it is left without an error.
+
+    Args:
+        folder: with the files.
+        places: of each tensor its file, where it begins there, and its shape and dtype.
+
+    Attributes:
+        bytes_written: so far.
+    """
+
+    def __init__(self, folder: Path, places: Mapping[str, tuple[str, int, Tensor]]) -> None:
+        self._folder, self._places, self.bytes_written = folder, places, 0
+        self._open: dict[str, int] = {}
+
+    def __enter__(self) -> PartWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            for descriptor in self._open.values() if kind is None else ():
+                os.fsync(descriptor)
+        finally:
+            for descriptor in self._open.values():
+                os.close(descriptor)
+            self._open.clear()
+
+    def write(self, name: str, row: int, part: Tensor) -> None:
+        """Write consecutive rows of a tensor, or all of it.
+
+        Args:
+            name: of the tensor.
+            row: the first row, in the first dimension.
+            part: in the shape of the tensor, but for the first dimension.
+
+        Raises:
+            ValueError: a part that is none of this tensor.
+            OSError: the disk is full, and the like.
+        """
+        file, start, whole = self._places[name]
+        fits = part.dim() == whole.dim() and part.shape[1:] == whole.shape[1:] and part.dtype == whole.dtype
+        if not fits or (whole.dim() and row + part.shape[0] > whole.shape[0]):
+            raise ValueError(
+                f"save_pretrained: {name}: expected rows of {tuple(whole.shape)} {whole.dtype} from {row} on, got "
+                f"{tuple(part.shape)} {part.dtype}"
+            )
+        if part.numel() == 0:
+            return
+        if file not in self._open:
+            self._open[file] = os.open(self._folder / file, os.O_WRONLY)
+        position = start + (row * (whole.nbytes // whole.shape[0]) if whole.dim() else 0)
+        content: Any = memoryview(part.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        while content:
+            done = os.pwrite(self._open[file], content[: 1 << 28], position)
+            content, position = content[done:], position + done
+            self.bytes_written += done

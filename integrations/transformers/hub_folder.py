@@ -1,0 +1,171 @@
+"""Model folders in Hugging Face's format, read lazily: a tensor, or a part of one, when it is asked for.
+
+====================================  ==============================================================================
+file                                  what it is
+====================================  ==============================================================================
+``model.safetensors``                 all tensors, where they fit into one file
+``model-00001-of-00003.safetensors``  else a part of them, and beside the parts
+``model.safetensors.index.json``      ``{"metadata": {"total_size": bytes}, "weight_map": {tensor: file}}``
+====================================  ==============================================================================
+
+Safetensors and JSON only: nothing in a file is executed, and no file outside the folder is read.
+:mod:`dmoe.integrations.transformers.hub_writer` writes them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        OSError: no such file, or one that cannot be read.
+        ValueError: a file that holds something else.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: expected a JSON object, got: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def read_index(folder: str | os.PathLike[str]) -> dict[str, str]:
+    """Which file of a folder holds which tensor, ``{name: file}``; only the files' headers are read.
+
+    Raises:
+        OSError: no such folder, no safetensors file in it, or a file that the index names is missing.
+        ValueError: a damaged file, an index that leads out of the folder, or names tensors that its files do not have.
+    """
+    folder = Path(folder)
+    if not (folder / INDEX).exists():
+        if (folder / SINGLE).exists():
+            return dict.fromkeys(_names(folder / SINGLE), SINGLE)
+        pickled = [path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth")]
+        got = f"{pickled[0]} (convert it: a pickle can run code)" if pickled else "neither"
+        raise FileNotFoundError(f"{folder}: expected {SINGLE} or {INDEX}, got {got}")
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{folder / INDEX}: expected a weight_map of tensors and files, got {weight_map!r:.80}")
+    for file in {file: None for file in weight_map.values() if isinstance(file, str)} or [None]:
+        wanted = {name for name, of in weight_map.items() if of == file}
+        if file is None or Path(file).name != file or not file.endswith(".safetensors"):
+            raise ValueError(f"{folder / INDEX}: expected names of safetensors files in the same folder, got {file!r}")
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"{folder}: expected {file}, which {INDEX} names, got no such file")
+        if missing := sorted(wanted - _names(folder / file)):
+            raise ValueError(f"{folder / file}: expected {missing[0]}, as {INDEX} says, got no such tensor")
+    if wrong := [file for file in weight_map.values() if not isinstance(file, str)]:
+        raise ValueError(f"{folder / INDEX}: expected names of safetensors files, got {wrong[0]!r}")
+    return weight_map
+
+
+def local_folder(model: str | os.PathLike[str]) -> Path:
+    """The folder of a model: itself, or that of an id of the hub in the hub's cache. Nothing is fetched.
+
+    Raises:
+        FileNotFoundError: neither is there.
+    """
+    if os.path.isdir(model):
+        return Path(model)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(model), local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"{model}: expected a folder, or a model that is in the hub's cache (hf download {model}), got neither"
+        ) from error
+
+
+class HubFolder:
+    """The tensors of a folder by name, each read when it is asked for. A context manager, which closes the files.
+
+    What :meth:`read` returns may lie in the mapped file: it is good while the folder is open, and not to be written to.
+
+    Args:
+        folder: with ``config.json`` beside the tensors, or without.
+
+    Attributes:
+        folder: where it is.
+        files: ``{tensor: file}``, see :func:`read_index`, which says what raises.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder, self.files = Path(folder), read_index(folder)
+        self._open: dict[str, Any] = {}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __enter__(self) -> HubFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the files."""
+        for handle in self._open.values():
+            handle.__exit__(None, None, None)
+        self._open.clear()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, from the file's header."""
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """A tensor's dtype; no more than its first number is read."""
+        return self.read(name).dtype if self.shape(name) == () else self.read(name, slice(0, 0)).dtype
+
+    def read(self, name: str, *index: slice) -> Tensor:
+        """A tensor on the CPU, or the part of it that ``index`` takes: of each dimension in turn, without a step."""
+        if not index:
+            return self._handle(name).get_tensor(name)
+        return self._slice(name)[index]
+
+    def _slice(self, name: str) -> Any:
+        return self._handle(name).get_slice(name)
+
+    def _handle(self, name: str) -> Any:
+        if name not in self.files:
+            raise ValueError(f"{self.folder}: expected a tensor {name}, got none of that name")
+        file = self.files[name]
+        if file not in self._open:
+            self._open[file] = _opened(self.folder / file)
+        return self._open[file]
+
+
+def _names(path: Path) -> set[str]:
+    handle = _opened(path)
+    names = set(handle.keys())
+    handle.__exit__(None, None, None)
+    return names
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path}: expected a safetensors file, got: {error}") from error
