@@ -12,8 +12,16 @@ from dmoe.integrations.transformers.blocks_table import block_weights, known_fam
 from dmoe.integrations.transformers.blocks_weights import rename_to_ours, rename_to_theirs
 
 _OURS = "moe."
-_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks")
-_HOOKS = (*_HOOKS, "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks")
+_FLOAT32 = ("router.selection_bias",)
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
 
 
 class MoEBlock(nn.Module):
@@ -50,15 +58,15 @@ class MoEBlock(nn.Module):
         self.train(theirs.training)
 
     def forward(self, hidden_states: Tensor) -> Tensor | tuple[Tensor | None, ...]:
-        """``(B, S, H)`` to the same shape and dtype; with what the family returns beside it, a tuple.
+        """``(B, S, H)`` to the same shape and dtype, or ``(B * S, H)``; a tuple with what the family returns beside it.
 
         Router logits, and weights, are float32 where the block's may be in the model's dtype.
         """
         y, routing = self.moe(hidden_states, return_routing=True)
-        found = {"logits": routing.router_logits, "weights": routing.gate_weights, "indices": routing.expert_indices}
-        self.get_submodule(self.family.router)(*(found.get(name) for name in self.family.router_returns))
+        self.get_submodule(self.family.router)(*(_output(routing, name) for name in self.family.router_returns))
         y = y.to(hidden_states.dtype)
-        return (y, *(found[name] for name in self.family.returns)) if self.family.returns else y
+        y = y.flatten(0, -2) if self.family.flat else y
+        return (y, *(_output(routing, name) for name in self.family.returns)) if self.family.returns else y
 
     def take(self) -> None:
         """Move the block's tensors into the layer, which is on ``meta``: views, where nothing has to be moved.
@@ -81,19 +89,27 @@ class MoEBlock(nn.Module):
 
         Experts that are spread over ranks are gathered, so all ranks have to call this.
         """
-        state = self.moe.state_dict(keep_vars=True)
+        state, kept = self.moe.state_dict(keep_vars=True), self._in_their_dtype()
         for weight in self.weights:
             ours = state[weight.ours]
             whole = ours.detach().full_tensor() if hasattr(ours, "full_tensor") else ours.detach()
             for name, tensor in zip(weight.theirs, weight.to_theirs(whole), strict=True):
-                _put(self.theirs, name, tensor, trained=ours.requires_grad)
+                _put(self.theirs, name, tensor.to(kept.get(name, tensor.dtype)), trained=ours.requires_grad)
         return self.theirs.train(self.training)
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """The block's own names and shapes, in its own dtypes."""
         state = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
         rename_to_theirs(state, self.weights, prefix, prefix + _OURS)
+        for name, dtype in self._in_their_dtype().items():
+            if prefix + name in state:
+                state[prefix + name] = state[prefix + name].to(dtype)
         return state
+
+    def _in_their_dtype(self) -> dict[str, torch.dtype]:
+        """What dmoe keeps in float32 whatever a model is cast to, and the dtypes that the block had it in."""
+        theirs = self.theirs.state_dict(keep_vars=True)
+        return {name: theirs[name].dtype for each in self.weights if each.ours in _FLOAT32 for name in each.theirs}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         rename_to_ours(state_dict, self.weights, prefix, prefix + _OURS)  # the dict is load_state_dict's own
@@ -113,6 +129,14 @@ class MoEBlock(nn.Module):
         return {name.partition(".")[0]: "theirs" for weight in self.weights for name in weight.theirs}
 
 
+def _output(routing: Any, name: str) -> Tensor | None:
+    """What a router of Transformers returns under a name of :class:`Family`'s; None for what nobody reads."""
+    if name == "mean_weights":
+        return routing.gate_weights / routing.gate_weights.shape[1]
+    found = {"logits": routing.router_logits, "weights": routing.gate_weights, "indices": routing.expert_indices}
+    return found.get(name)
+
+
 def _nothing() -> str:
     return ""
 
@@ -123,13 +147,14 @@ def _as_given(*outputs: Any) -> tuple[Any, ...]:
 
 def _recorded(router: nn.Module) -> nn.Module:
     """A module of the router's class, without parameters, that returns what it is given: hooks find it by its class."""
-    recorded = type(router).__new__(type(router))
+    recorded: Any = type(router).__new__(type(router))
     nn.Module.__init__(recorded)
     recorded.forward = _as_given
     recorded.extra_repr = _nothing
     recorded._is_hf_initialized = True  # there is nothing that Transformers could initialise
     _share_hooks(router, recorded)
-    return recorded
+    made: nn.Module = recorded
+    return made
 
 
 def _share_hooks(one: nn.Module, other: nn.Module) -> None:
@@ -143,7 +168,7 @@ def _put(block: nn.Module, name: str, tensor: Tensor, *, trained: bool) -> None:
     owner = block.get_submodule(path)
     old = getattr(owner, leaf)
     if leaf in owner._buffers:
-        owner._buffers[leaf] = tensor.to(old.dtype)  # ours is float32, whatever the model was cast to
+        owner._buffers[leaf] = tensor
     elif torch._has_compatible_shallow_copy_type(old, tensor):
         old.data = tensor
         old.requires_grad_(trained)

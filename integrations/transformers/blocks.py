@@ -40,7 +40,8 @@ def to_dmoe(model: nn.Module, *, ep_group: Any = None, loss_group: Any = None, *
     computes in float32, unless ``router_dtype="input"``). Weights keep their values, dtypes, devices and
     ``requires_grad``; parameters are new ones, so the optimizer is to be made afterwards, and gradients that wait are
     dropped. ``save_pretrained`` and ``state_dict`` keep the model's own names. The model's own auxiliary loss
-    (``output_router_logits=True``) is computed as before; dmoe's losses are off unless ``options`` say otherwise.
+    (``output_router_logits=True``) is computed as before, and dmoe's losses are off unless ``options`` say otherwise;
+    old releases' Llama 4, which looks for router logits at the block itself, finds none.
 
     Args:
         model: of Transformers, in one piece: not offloaded, quantised, sharded or with adapters.
@@ -66,7 +67,7 @@ def to_dmoe(model: nn.Module, *, ep_group: Any = None, loss_group: Any = None, *
     for name, block in blocks.items():
         moe = dmoe.MoE(config_of(block, **options), ep_group=ep_group, loss_group=loss_group, device="meta")
         new[name] = MoEBlock(block, moe)
-    _check_alone(model, blocks)
+    _check_alone(model, new)
     taken: list[MoEBlock] = []
     try:
         for made in new.values():
@@ -119,22 +120,29 @@ def _looks_like_one(module: nn.Module) -> bool:
     return any(parameter is not None and parameter.dim() == 3 for parameter in named.values())
 
 
-def _check_alone(model: nn.Module, blocks: dict[str, nn.Module]) -> None:
-    """Raise ValueError where a block's tensors are not only its own, or not here."""
+def _check_alone(model: nn.Module, new: dict[str, MoEBlock]) -> None:
+    """Raise ValueError where a block's tensors are not only its own, or cannot be one of dmoe's."""
     names: dict[int, list[str]] = {}
     for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
         names.setdefault(id(tensor), []).append(name)
-    for block_name, block in blocks.items():
-        for module in block.modules():
-            if hasattr(module, "_hf_hook"):
-                raise ValueError(f"to_dmoe: expected a model in one place, got one that accelerate moves: {block_name}")
-        for name, tensor in block.state_dict(keep_vars=True).items():
+    for place, made in new.items():
+        if any(hasattr(module, "_hf_hook") for module in made.theirs.modules()):
+            raise ValueError(f"to_dmoe: expected a model in one place, got one that accelerate moves: {place}")
+        prefix = f"{place}." if place else ""
+        state = made.theirs.state_dict(keep_vars=True)
+        for name, tensor in state.items():
             if hasattr(tensor, "to_local"):
-                raise ValueError(f"to_dmoe: expected whole tensors, got a DTensor: {block_name}.{name}")
+                raise ValueError(f"to_dmoe: expected whole tensors, got a DTensor: {prefix}{name}")
             if not tensor.is_floating_point():
-                raise ValueError(f"to_dmoe: expected floating-point weights, got {tensor.dtype}: {block_name}.{name}")
-            shared = [each for each in names[id(tensor)] if not each.startswith(block_name)]
-            if shared:
+                raise ValueError(f"to_dmoe: expected floating-point weights, got {tensor.dtype}: {prefix}{name}")
+            others = [each for each in names[id(tensor)] if not each.startswith(prefix)]
+            if others:
                 raise ValueError(
-                    f"to_dmoe: expected tensors of one block's own, got {block_name}.{name}, which is {shared[0]}"
+                    f"to_dmoe: expected tensors of one block's own, got {prefix}{name}, which is {others[0]} as well"
+                )
+        for weight in made.weights:
+            if len({state[name].requires_grad for name in weight.theirs}) > 1:
+                both = " and ".join(weight.theirs)
+                raise ValueError(
+                    f"to_dmoe: expected {both} to be trained, or frozen, together, got one of each: {place}"
                 )

@@ -6,6 +6,7 @@ shared experts are no options here: they are read from the block itself.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,20 +15,32 @@ from torch import nn
 
 import dmoe
 
+_NONE = object()
+Option = Callable[[Callable[..., Any]], Any]
 
-@dataclass(frozen=True)
-class Read:
-    """An option that is read from the block: the attribute at ``path``, through ``then``."""
 
-    path: str
-    then: Callable[[Any], Any] = lambda value: value
+def look(block: nn.Module, router: nn.Module, *paths: str) -> Any:
+    """The first of some attributes that a block's router, or the block itself, has; with dots where they lie deeper.
 
-    def of(self, block: nn.Module) -> Any:
-        """The option's value for this block."""
-        value: Any = block
-        for name in self.path.split("."):
-            value = getattr(value, name)
-        return self.then(value)
+    Releases of Transformers differ in which of the two keeps a number, and in what it is called.
+
+    Raises:
+        ValueError: neither has any of them.
+    """
+    for owner, path in itertools.product((router, block), paths):
+        value: Any = owner
+        for name in path.split("."):
+            value = getattr(value, name, _NONE)
+        if value is not _NONE:
+            return value
+    raise ValueError(
+        f"to_dmoe: expected a {type(block).__name__} with {' or '.join(paths)}, got one without: this release of "
+        "Transformers builds it in a way that dmoe does not know"
+    )
+
+
+def _read(*paths: str, then: Callable[[Any], Any] = lambda value: value) -> Option:
+    return lambda look: then(look(*paths))
 
 
 @dataclass(frozen=True)
@@ -35,11 +48,14 @@ class Family:
     """Blocks of one kind.
 
     Attributes:
-        options: fields of :class:`dmoe.MoEConfig` as values, or as :class:`Read`.
+        options: fields of :class:`dmoe.MoEConfig`: values, or functions of what finds attributes by their names, which
+            is :func:`look` for a block.
         experts: how the experts' weights lie, a key of ``blocks_weights.EXPERTS``.
         router: the block's child that scores; models record the logits by its class.
-        router_returns: what a call of that child returns, by the names of ``block_module.OUTPUTS``.
+        router_returns: what a call of that child returns: ``logits`` (T, E), ``weights`` and ``indices`` (T, K),
+            ``mean_weights``: those over K; any other name is something that nobody reads, and None here.
         returns: what a call of the block returns beside the output, by the same names.
+        flat: whether the output is ``(B * S, H)`` for an input of ``(B, S, H)``.
         requires: attributes of the block that have to have a value: with another it computes something else.
     """
 
@@ -48,47 +64,50 @@ class Family:
     router: str = "gate"
     router_returns: tuple[str, ...] = ("logits", "weights", "indices")
     returns: tuple[str, ...] = ()
+    flat: bool = False
     requires: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _if_asked(path: str) -> Read:
-    return Read(path, lambda on: 1.0 if on else None)
-
-
 _NORMALIZED = {"gate_normalization": 1.0}
-_NORMALIZED_IF_ASKED = {"gate_normalization": _if_asked("gate.norm_topk_prob")}
+_NORMALIZED_IF_ASKED = {"gate_normalization": _read("norm_topk_prob", then=lambda on: 1.0 if on else None)}
 _OVER_CHOSEN = {"softmax_order": "after_topk"}
-_JITTER = {"input_jitter": Read("jitter_noise"), "input_jitter_on": "layer"}
+_JITTER = {"input_jitter": _read("jitter_noise"), "input_jitter_on": "layer"}
 _SIGMOID = {"score_function": "sigmoid", **_NORMALIZED}
-_GROUPS = {"num_groups": Read("gate.num_group"), "top_k_groups": Read("gate.topk_group"), "group_score": "top2_sum"}
-_SCALED = {"gate_scale": Read("gate.routed_scaling_factor")}
-_SCALED_OUTSIDE = {"gate_scale": Read("routed_scaling_factor")}
+_GROUPS = {"num_groups": _read("num_group", "n_group"), "top_k_groups": _read("topk_group"), "group_score": "top2_sum"}
+_SCALED = {"gate_scale": _read("routed_scaling_factor", "router_scaling_factor")}
 _DEEPSEEK_V3 = {"score_function": "sigmoid", **_GROUPS, **_NORMALIZED_IF_ASKED, **_SCALED}
 
 
-def _clamped(limit: float) -> dmoe.ClampedSwiGLU:
-    return dmoe.ClampedSwiGLU(limit, alpha=1.0, up_offset=0.0)
-
-
-_SCORES = {"Sigmoid": "sigmoid", "SqrtSoftplusActivation": "sqrt_softplus"}
-_SCORED = {"score_function": Read("gate.score_fn", lambda function: _SCORES[type(function).__name__])}
-_SOFTCAPPED = {
-    "activation": Read("experts.act_fn", lambda f: dmoe.SoftcappedSwiGLU(f.gate_softcap.softcap, f.up_softcap.softcap))
-}
-_WHEN = {"softmax": "after", "sigmoid": "before"}  # Cohere's choice of scores
-
-
-def _v2(name: str, otherwise: Any) -> Read:
-    limited = "group_limited_greedy"
-    return Read("gate", lambda gate: getattr(gate, name) if gate.topk_method == limited else otherwise)
+def _v2(option: Option, otherwise: Any) -> Option:
+    return lambda look: option(look) if look("topk_method") == "group_limited_greedy" else otherwise
 
 
 _DEEPSEEK_V2 = {
-    "num_groups": _v2("num_group", 1),
-    "top_k_groups": _v2("topk_group", None),
+    "num_groups": _v2(_GROUPS["num_groups"], 1),
+    "top_k_groups": _v2(_GROUPS["top_k_groups"], None),
     "group_score": "max",
     **_SCALED,
 }
+_SCORES = {"Sigmoid": "sigmoid", "SqrtSoftplusActivation": "sqrt_softplus"}
+_DEEPSEEK_V4 = {
+    "score_function": _read("score_fn", then=lambda function: _SCORES[type(function).__name__]),
+    **_NORMALIZED,
+    **_SCALED,
+}
+_CLAMPED = {
+    "activation": lambda look: dmoe.ClampedSwiGLU(
+        look("experts.swiglu_limit", "experts.limit"), look("experts.swiglu_alpha", "experts.alpha")
+    )
+}
+_CLAMPED_SILU = {
+    "activation": lambda look: dmoe.ClampedSwiGLU(look("experts.swiglu_limit", "experts.limit"), 1.0, up_offset=0.0)
+}
+_SOFTCAPPED = {
+    "activation": lambda look: dmoe.SoftcappedSwiGLU(
+        look("experts.act_fn.gate_softcap.softcap"), look("experts.act_fn.up_softcap.softcap")
+    )
+}
+_WHEN = {"softmax": "after_topk", "sigmoid": "before_topk"}  # Cohere's choice of scores
 
 FAMILIES: dict[str, Family] = {
     # softmax over all experts
@@ -123,16 +142,16 @@ FAMILIES: dict[str, Family] = {
     "GraniteMoeSWAMoE": Family(_OVER_CHOSEN, router="router"),
     "AriaTextMoELayer": Family(_OVER_CHOSEN, router="router", experts="halves_transposed"),
     "GptOssMLP": Family(
-        {**_OVER_CHOSEN, "activation": Read("experts", lambda e: dmoe.ClampedSwiGLU(e.limit, e.alpha))},
+        {**_OVER_CHOSEN, **_CLAMPED},
         router="router",
         experts="interleaved_transposed",
         returns=("weights",),
     ),
     "OpenAIPrivacyFilterMLP": Family(
-        {**_OVER_CHOSEN, "activation": Read("experts", lambda e: dmoe.ClampedSwiGLU(e.limit, e.alpha))},
+        {**_OVER_CHOSEN, **_CLAMPED},
         router="router",
         experts="halves_transposed",
-        returns=("weights",),
+        returns=("mean_weights",),
     ),
     # sigmoid
     "FlintSparseMoeBlock": Family({"score_function": "sigmoid", **_NORMALIZED_IF_ASKED}),
@@ -142,38 +161,33 @@ FAMILIES: dict[str, Family] = {
         experts="halves_transposed",
         router_returns=("scores", "logits"),
         returns=("logits",),
+        flat=True,
     ),
     # ... and a bias that only chooses
     "MiniMaxM2SparseMoeBlock": Family({**_SIGMOID, **_JITTER}),
-    "HYV3MoE": Family({**_SIGMOID, "gate_scale": Read("gate.router_scaling_factor")}),
-    "Dots3NoteVisionMoE": Family({**_SIGMOID, "gate_scale": Read("gate.router_scaling_factor")}),
-    "AfmoeSparseMoeBlock": Family({**_SIGMOID, "gate_scale": Read("router.route_scale")}, router="router"),
+    "HYV3MoE": Family({**_SIGMOID, **_SCALED}),
+    "Dots3NoteVisionMoE": Family({**_SIGMOID, **_SCALED}),
+    "AfmoeSparseMoeBlock": Family({**_SIGMOID, "gate_scale": _read("route_scale")}, router="router"),
     "LagunaSparseMoeBlock": Family(
         {
             **_SIGMOID,
-            **_SCALED_OUTSIDE,
-            "router_logit_softcap": Read("gate.router_logit_softcapping", lambda cap: cap if cap > 0 else None),
+            **_SCALED,
+            "router_logit_softcap": _read("router_logit_softcapping", then=lambda cap: cap if cap > 0 else None),
         }
     ),
     "Kolibri1SparseMoeBlock": Family(
         {"score_function": "sigmoid", "selection_bias_on": "logits", **_NORMALIZED_IF_ASKED}
     ),
-    "MiniMaxM3VLSparseMoeBlock": Family(
-        {
-            **_SIGMOID,
-            **_SCALED_OUTSIDE,
-            "activation": Read("experts", lambda e: dmoe.ClampedSwiGLU(e.swiglu_limit, e.swiglu_alpha)),
-        }
+    "MiniMaxM3VLSparseMoeBlock": Family({**_SIGMOID, **_SCALED, **_CLAMPED}),
+    "NemotronHMoE": Family(
+        {**_DEEPSEEK_V3, "activation": "relu_squared"},
+        requires={"config.moe_latent_size": None, "config.mlp_hidden_act": "relu2"},
     ),
-    "NemotronHMoE": Family(_DEEPSEEK_V3, requires={"config.moe_latent_size": None}),
-    "Inkling2SparseMoeBlock": Family({**_SCORED, **_NORMALIZED, **_SCALED, **_SOFTCAPPED}),
-    "Inkling2LoopSparseMoeBlock": Family({**_SCORED, **_NORMALIZED, **_SCALED, **_SOFTCAPPED}),
-    "DeepseekV4SparseMoeBlock": Family(
-        {**_SCORED, **_NORMALIZED, **_SCALED, "activation": Read("experts.limit", _clamped)},
-        requires={"is_hash": False},
-    ),
+    "Inkling2SparseMoeBlock": Family({**_DEEPSEEK_V4, **_SOFTCAPPED}),
+    "Inkling2LoopSparseMoeBlock": Family({**_DEEPSEEK_V4, **_SOFTCAPPED}),
+    "DeepseekV4SparseMoeBlock": Family({**_DEEPSEEK_V4, **_CLAMPED_SILU}, requires={"is_hash": False}),
     # ... in the best groups
-    "Glm5NextTextMoE": Family({**_DEEPSEEK_V3, "activation": Read("experts.swiglu_limit", _clamped)}),
+    "Glm5NextTextMoE": Family({**_DEEPSEEK_V3, **_CLAMPED_SILU}),
     "DeepseekV3MoE": Family(_DEEPSEEK_V3),
     "DeepseekV32MoE": Family(_DEEPSEEK_V3),
     "Dots1MoE": Family(_DEEPSEEK_V3),
@@ -187,13 +201,13 @@ FAMILIES: dict[str, Family] = {
     "KimiLinearMoE": Family(_DEEPSEEK_V3),
     "MiMoV2FlashMoE": Family(_DEEPSEEK_V3),
     "BailingHybridMoE": Family(_DEEPSEEK_V3),
-    "BeamMoE": Family({"score_function": "sigmoid", **_GROUPS, **_NORMALIZED_IF_ASKED, **_SCALED_OUTSIDE}),
+    "BeamMoE": Family({"score_function": "sigmoid", **_GROUPS, **_NORMALIZED_IF_ASKED, **_SCALED}),
     # either
     "Cohere2MoeSparseMoeBlock": Family(
         {
-            "score_function": Read("gate.expert_selection_fn"),
-            "softmax_order": Read("gate.expert_selection_fn", lambda of: f"{_WHEN[of]}_topk"),
-            "gate_normalization": _if_asked("gate.norm_topk_prob"),
+            "score_function": _read("expert_selection_fn"),
+            "softmax_order": _read("expert_selection_fn", then=_WHEN.get),
+            "gate_normalization": _NORMALIZED_IF_ASKED["gate_normalization"],
         },
         requires={"shared_expert_combination_strategy": "sum"},
     ),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import fields
 from typing import Any
 
 from torch import Tensor, nn
 
 import dmoe
-from dmoe.integrations.transformers.blocks_families import FAMILIES, REFUSED, Family, Read
+from dmoe.integrations.transformers.blocks_families import FAMILIES, REFUSED, Family, look
 from dmoe.integrations.transformers.blocks_weights import SHARED, Weight, weights_of
 from dmoe.integrations.transformers.gates import gate_of
 
@@ -53,8 +54,8 @@ def block_weights(block: nn.Module, family: Family) -> list[Weight]:
     if unknown:
         more = ", ..." if len(unknown) > 3 else ""
         raise ValueError(
-            f"to_dmoe: expected a {type(block).__name__} as Transformers builds it, got one with "
-            f"{', '.join(unknown[:3])}{more}: take adapters and quantisation away first"
+            f"to_dmoe: expected a {type(block).__name__} without adapters and quantisation, as the newest Transformers "
+            f"builds it, got one with {', '.join(unknown[:3])}{more}"
         )
     return weights
 
@@ -74,14 +75,17 @@ def config_of(block: nn.Module, **options: Any) -> dmoe.MoEConfig:
     """
     family = known_family(block)
     kind = type(block).__name__
+    router = getattr(block, family.router)
+    find = functools.partial(look, block, router)
     for path, value in family.requires.items():
-        got = Read(path).of(block)
-        if got != value:
-            raise ValueError(f"to_dmoe: expected a {kind} with {path} = {value!r}, which dmoe.MoE can be, got {got!r}")
-    said = {name: value.of(block) if isinstance(value, Read) else value for name, value in family.options.items()}
+        if find(path) != value:
+            raise ValueError(
+                f"to_dmoe: expected a {kind} with {path} = {value!r}, which dmoe.MoE can be, got {find(path)!r}"
+            )
+    said = {name: value(find) if callable(value) else value for name, value in family.options.items()}
     if "activation" not in said:
         said["activation"] = _activation(block)
-    settled = {**_sizes(block, family), **said}
+    settled = {"top_k": int(find("top_k", "config.moe_topk")), **_sizes(block, family), **said}
     unknown = sorted(set(options) - {each.name for each in fields(dmoe.MoEConfig)})
     if unknown:
         raise TypeError(f"to_dmoe: expected fields of dmoe.MoEConfig, got {', '.join(unknown)}")
@@ -94,7 +98,7 @@ def config_of(block: nn.Module, **options: Any) -> dmoe.MoEConfig:
 
 
 def _sizes(block: nn.Module, family: Family) -> dict[str, Any]:
-    """What the names and shapes of the tensors say, and K.
+    """What the names and shapes of the tensors say.
 
     Raises:
         ValueError: a shared expert that has biases where the experts have none, or the other way round.
@@ -114,7 +118,6 @@ def _sizes(block: nn.Module, family: Family) -> dict[str, Any]:
         "hidden_size": hidden,
         "ffn_hidden_size": width,
         "num_experts": num_experts,
-        "top_k": int(getattr(block, family.router).top_k),
         "gated": "experts.gate_up_proj" in ours,
         "bias": "expert" if biased else "none",
         "router_bias": "router.bias" in ours,
@@ -124,7 +127,7 @@ def _sizes(block: nn.Module, family: Family) -> dict[str, Any]:
     }
 
 
-def _activation(block: nn.Module) -> Any:
+def _activation(block: Any) -> Any:
     """What the experts apply, which the shared expert has to apply as well."""
     found = gate_of(block.experts)
     if found is None:

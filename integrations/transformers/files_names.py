@@ -50,6 +50,11 @@ class Source:
     by_expert: bool
     by_row: bool
 
+    @property
+    def takes_rows(self) -> bool:
+        """Whether no more of the files is read for some rows of the native tensor than those rows."""
+        return self.converter is None or self.by_expert or self.by_row
+
     def read(self, files: HubFolder, native: str, box: tuple[slice, ...], model: Any) -> Tensor:
         """The part of the native tensor that a slice of each dimension takes.
 
@@ -163,7 +168,7 @@ class Keys:
     def __init__(self, model: Any, native: Mapping[str, Tensor]) -> None:
         keep_conversions(model)
         self._model = model
-        self._back = [
+        self._back: list[Any] = [
             each.reverse_transform() for each in model._weight_conversions[::-1] if isinstance(each, WeightConverter)
         ]
         meta = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in native.items()}

@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -161,7 +162,7 @@ class PartWriter:
         if file not in self._open:
             self._open[file] = os.open(self._folder / file, os.O_WRONLY)
         position = start + (row * (whole.nbytes // whole.shape[0]) if whole.dim() else 0)
-        content = memoryview(part.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy())
+        content: Any = memoryview(part.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         while content:
             done = os.pwrite(self._open[file], content[: 1 << 28], position)
             content, position = content[done:], position + done

@@ -14,6 +14,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import dmoe
 from dmoe.integrations.transformers.blocks import find_blocks, to_dmoe
 from dmoe.integrations.transformers.blocks_table import config_of
 from dmoe.integrations.transformers.files_names import keep_conversions
@@ -169,6 +170,11 @@ def _check_built(model: nn.Module, dtype: Any) -> None:
 
 def _exchange_blocks(model: Any, grid: Grid, options: dict[str, Any]) -> None:
     blocks = find_blocks(model)
+    if not blocks and dmoe.moe_layers(model):
+        raise ValueError(
+            f"parallelize: expected a {type(model).__name__} with Transformers' own MoE blocks, got one with dmoe's: "
+            "parallelize puts them there"
+        )
     for name, block in blocks.items():
         config = config_of(block)
         if config.num_experts % grid.ep:

@@ -134,8 +134,10 @@ def _fill(
     if any(part.start == part.stop for part in box):  # more ranks than rows
         return
 
+    for name in link.native:
+        _check_shape(found[name], native[name], files)
+
     def read(name: str, index: tuple[slice, ...]) -> Tensor:
-        _check_shape(name, found[name], native[name], files)
         expected = [len(range(*part.indices(size))) for part, size in zip(index, native[name].shape)]  # noqa: B905
         expected += native[name].shape[len(index) :]
         tensor = found[name].read(files, name, index, model)
@@ -143,11 +145,15 @@ def _fill(
             raise ValueError(f"{files.folder}: {name}: expected shape {tuple(expected)}, got {tuple(tensor.shape)}")
         return tensor
 
-    value = link.read(read, box)
-    here(target).copy_(value)
+    local = here(target)
+    if not link.by_expert or not all(found[name].takes_rows for name in link.native):
+        local.copy_(link.read(read, box))
+        return
+    for n, expert in enumerate(range(box[0].start, box[0].stop)):  # one by one, so that no more is held beside them
+        local[n : n + 1].copy_(link.read(read, (slice(expert, expert + 1), *box[1:])))
 
 
-def _check_shape(name: str, source: Source, expected: Tensor, files: HubFolder) -> None:
+def _check_shape(source: Source, expected: Tensor, files: HubFolder) -> None:
     """Whether the files' tensors have the shapes that they should, before any of them is read."""
     if source.converter is None:
         (key,) = source.keys[""]

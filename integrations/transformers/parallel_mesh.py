@@ -48,9 +48,10 @@ class Grid:
         """Whether this rank speaks for all."""
         return self.everyone is None or self.everyone.get_local_rank() == 0
 
-    def of(self, name: str) -> DeviceMesh | None:
-        """One dimension of the mesh."""
-        return None if self.mesh is None else self.mesh[name]
+    def of(self, name: str) -> DeviceMesh:
+        """One dimension of the mesh, where there is one."""
+        assert self.mesh is not None
+        return self.mesh[name]
 
     def together(self, step: Callable[[], _T], *, first_alone: bool = False) -> _T:
         """What a step gives, which talks to nobody; where it raises on one rank, all ranks raise.

@@ -190,8 +190,6 @@ def _experts_of_rank(tensor: Any, grid: Grid) -> tuple[Tensor, int]:
 
     gathered = tensor.detach().redistribute(placements=[Replicate(), Shard(0)]).to_local()
     fsdp, ep = grid.of("fsdp"), grid.of("ep")
-    assert fsdp is not None
-    assert ep is not None
     first = ep.get_local_rank() * gathered.shape[0]
     return (gathered if fsdp.get_local_rank() == 0 else gathered[:0]), first
 
