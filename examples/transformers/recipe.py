@@ -122,7 +122,7 @@ def base_model(folder: Path, steps: int, seq_len: int, batch: int) -> Path:
         return folder
     corpus = load_corpus([], 8_000_000, seq_len)
     torch.manual_seed(0)
-    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SMALL, output_router_logits=True))  # type: ignore[arg-type]
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SMALL, output_router_logits=True))
     print(f"{folder}: training a model to begin with, on {corpus.name}")
     register()
     model.set_experts_implementation("dmoe")
@@ -218,7 +218,7 @@ def draw(
     path: Path,
     title: str,
     note: str,
-    losses: Sequence[tuple[int, float]],
+    losses: Sequence[tuple[float, float]],
     ends: tuple[float, float],
     loads: tuple[Tensor, Tensor],
 ) -> None:

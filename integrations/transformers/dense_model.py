@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -128,7 +127,6 @@ def _parameters(config: Any) -> Mapping[str, tuple[int, ...]]:
     """Names and shapes of a language model of a config; nothing is allocated."""
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+    with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

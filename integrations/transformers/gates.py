@@ -53,8 +53,8 @@ def gate_of(experts: nn.Module, act_name: str = "act_fn") -> Gate | None:
     """
     layout, act = layout_of(experts), getattr(experts, act_name, None)
     own = getattr(experts, "_apply_gate", None) if layout.gated else None
-    if isinstance(act, nn.Module) and _has_to_be_called(act):
-        return None
+    if (isinstance(act, nn.Module) and _has_to_be_called(act)) or (own is not None and experts._buffers):
+        return None  # a buffer, of which nobody says what it is for, may be the gate's
     kind = type(act) if isinstance(act, nn.Module) else act
     numbers = _numbers(experts) + _numbers_of_act(act)
     key = (layout, getattr(own, "__func__", own), kind, experts.training, numbers)

@@ -156,6 +156,8 @@ def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None
 def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder beside ``path``, which becomes it when the block ends, and is gone if that raised.
 
+    A process that is killed leaves the temporary one, ``.NAME.ID.part``, and ``path`` as it was.
+
     Args:
         path: must not exist, or be an empty folder.
         overwrite: may be a model's folder, too, which stays whole until the new one takes its place. A process killed

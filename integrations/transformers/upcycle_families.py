@@ -10,7 +10,8 @@ mistral  before       none           none              of all or none     mixtra
 olmo2    behind       of the width   all or none       none               flex_olmo
 =======  ===========  =============  ================  =================  ==========
 
-Where Mixtral cannot have dense layers, qwen2_moe without biases can. Its shared expert gets no columns: it adds zero.
+Where Mixtral cannot have dense layers, qwen2_moe without biases can. Its shared expert is of zeros, which add
+nothing and have no gradient: they stay.
 OLMoE has its norms before the blocks and OLMo2 behind, so it preserves none of these.
 """
 
@@ -86,6 +87,7 @@ class MoeFamily:
         return None
 
 
+_IDLE_WIDTH = 16  # of a shared expert of zeros: what tensor parallelism and kernels can divide
 _TOLD = {
     "before": "norms before attention and FFN",
     "behind": "norms behind attention and FFN",
@@ -142,12 +144,13 @@ def _qwen2(config: Any, traits: Traits, recipe: Recipe) -> dict[str, Any]:
         "layer_types": kinds,
         "max_window_layers": kinds.count("full_attention"),
         "qkv_bias": traits.biases == "qkv",
-        "shared_expert_intermediate_size": 0,
+        "shared_expert_intermediate_size": _IDLE_WIDTH,
     }
 
 
 def _qwen2_idle(hidden: int) -> dict[str, tuple[int, int]]:
-    shared = {"gate_proj": (0, hidden), "up_proj": (0, hidden), "down_proj": (hidden, 0)}
+    wide = (_IDLE_WIDTH, hidden)
+    shared = {"gate_proj": wide, "up_proj": wide, "down_proj": wide[::-1]}
     named = {f"mlp.shared_expert.{name}.weight": shape for name, shape in shared.items()}
     return named | {"mlp.shared_expert_gate.weight": (1, hidden)}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 
 import hf_families
 import pytest
@@ -229,6 +230,17 @@ def test_piece_by_piece_is_the_same(family, dtype, monkeypatch):
     for one, other in zip(run(experts, "dmoe", x.to(dtype), index, gates), fused, strict=True):
         assert one.dtype == other.dtype
         assert (one - other).abs().max() <= (1e-5 if dtype == torch.float32 else 0.02) * other.abs().max()
+
+
+@pytest.mark.parametrize("kind", [nn.Parameter, nn.Buffer])
+def test_a_gate_with_a_number_that_may_change_is_computed_as_it_is(kind):
+    experts = experts_of("mixtral")
+    experts.scale = kind(torch.ones(()))
+    plain = type(experts)._apply_gate
+    experts._apply_gate = types.MethodType(lambda self, pre: plain(self, pre) * self.scale, experts)
+    assert gate_of(experts) is None
+    experts.scale.data.fill_(2.0)
+    assert_same(run(experts, "dmoe", *case(experts)), run(experts, "grouped_mm", *case(experts)))
 
 
 def test_a_gate_that_draws_numbers_is_none_of_ours_in_training():

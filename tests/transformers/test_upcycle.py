@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from upcycle_cases import DENSE, LAYERS, WIDTH, apart, logits, save_dense, token_ids
 
+from dmoe.integrations.transformers import to_dmoe
 from dmoe.integrations.transformers.hub_folder import INDEX, HubFolder
 from dmoe.integrations.transformers.upcycle_files import upcycle
 
@@ -201,3 +202,28 @@ def test_it_takes_another_dtype(tmp_path):
     for name, parameter in AutoModelForCausalLM.from_pretrained(dense).named_parameters():
         if ".mlp." not in name:
             assert torch.equal(model.get_parameter(name), parameter.to(torch.bfloat16)), name
+
+
+def test_a_shared_expert_that_a_family_needs_stays_out_of_it(tmp_path):
+    dense = save_dense(tmp_path / "dense", "qwen2")
+    upcycle(dense, tmp_path / "moe", num_experts=2)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "moe").train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for _ in range(2):
+        model(input_ids=token_ids(), labels=token_ids()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not torch.equal(model.lm_head.weight, AutoModelForCausalLM.from_pretrained(dense).lm_head.weight)
+    shared = [parameter for name, parameter in model.named_parameters() if "shared_expert" in name]
+    assert len(shared) == 4 * LAYERS
+    assert all(parameter.count_nonzero() == 0 for parameter in shared)
+
+
+@torch.no_grad()
+def test_its_blocks_can_become_dmoes_own(made):
+    for one in made:
+        if one.granularity == 2:
+            model = AutoModelForCausalLM.from_pretrained(one.moe).eval()
+            expected = model(token_ids()).logits
+            to_dmoe(model)
+            assert apart(expected, model(token_ids()).logits) <= BOUND, one
