@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import distribute_tensor
 
 import dmoe
 from dmoe.integrations.transformers.blocks_table import block_weights, known_family
@@ -57,10 +58,11 @@ class MoEBlock(nn.Module):
         self._is_hf_initialized = True
         self.train(theirs.training)
 
-    def forward(self, hidden_states: Tensor) -> Tensor | tuple[Tensor | None, ...]:
+    def forward(self, hidden_states: Tensor, input_ids: Tensor | None = None) -> Tensor | tuple[Tensor | None, ...]:
         """``(B, S, H)`` to the same shape and dtype, or ``(B * S, H)``; a tuple with what the family returns beside it.
 
-        Router logits, and weights, are float32 where the block's may be in the model's dtype.
+        Router logits, and weights, are float32 where the block's may be in the model's dtype. ``input_ids`` are what
+        DeepSeek-V4 hands to every block, and are not looked at.
         """
         y, routing = self.moe(hidden_states, return_routing=True)
         self.get_submodule(self.family.router)(*(_output(routing, name) for name in self.family.router_returns))
@@ -112,7 +114,13 @@ class MoEBlock(nn.Module):
         return {name: theirs[name].dtype for each in self.weights if each.ours in _FLOAT32 for name in each.theirs}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        rename_to_ours(state_dict, self.weights, prefix, prefix + _OURS)  # the dict is load_state_dict's own
+        ours = prefix + _OURS
+        rename_to_ours(state_dict, self.weights, prefix, ours)  # the dict is load_state_dict's own
+        for name, parameter in self.moe.named_parameters():
+            value = state_dict.get(ours + name)
+            if isinstance(value, Tensor) and _is_whole_of(value, parameter, self.moe):
+                mesh, how = parameter.device_mesh, parameter.placements
+                state_dict[ours + name] = distribute_tensor(value.to(mesh.device_type), mesh, how, src_data_rank=None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -135,6 +143,12 @@ def _output(routing: Any, name: str) -> Tensor | None:
         return routing.gate_weights / routing.gate_weights.shape[1]
     found = {"logits": routing.router_logits, "weights": routing.gate_weights, "indices": routing.expert_indices}
     return found.get(name)
+
+
+def _is_whole_of(value: Tensor, parameter: Any, moe: Any) -> bool:
+    """Whether a value is the whole of what FSDP2 shards; experts that are spread over ranks take their own part."""
+    experts = moe.experts.distributed and any(parameter is each for each in moe.experts.parameters())
+    return hasattr(parameter, "placements") and not hasattr(value, "placements") and not experts
 
 
 def _nothing() -> str:
