@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from dmoe.activations import Activation, activation_of
 from dmoe.expert_weights import ExpertWeights
 from dmoe.functional import run_experts
 from dmoe.kernels import configs
@@ -70,7 +71,7 @@ def _fits(config: configs.Config, *, gated: bool) -> bool:
     return sums + 40 <= min(255, 64 * 1024 // (32 * config.num_warps * config.programs), config.maxnreg or 255)
 
 
-def kernels_of(shape: tuple[int, ...], capability: int, gated: bool) -> Entries:
+def kernels_of(shape: tuple[int, ...], capability: int, gated: bool, activation: str = "silu") -> Entries:
     """The entries that a layer of this shape looks up: name in the table, and the built-in launch shape."""
     tokens, hidden, ffn, experts, top_k = shape
     rows = preferred_tile_rows(tokens * top_k, experts)
@@ -78,7 +79,7 @@ def kernels_of(shape: tuple[int, ...], capability: int, gated: bool) -> Entries:
     looked_up = {
         "up_gated" if gated else "up": (hidden, ffn),
         "down": (ffn, hidden),
-        "hidden_grad": (hidden, ffn),
+        configs.hidden_grad_name(activation, 0.0, False): (hidden, ffn),
         "row_grad": (pre, hidden),
     }
     entries = [(kernel, k, n) for kernel, (k, n) in looked_up.items()]
@@ -92,7 +93,8 @@ def kernels_of(shape: tuple[int, ...], capability: int, gated: bool) -> Entries:
 class Layer:
     """One expert MLP with fixed routing, to run forward and backward."""
 
-    def __init__(self, shape: tuple[int, ...], gated: bool):
+    def __init__(self, shape: tuple[int, ...], gated: bool, activation: Activation = "silu"):
+        self.activation = activation
         tokens, hidden, ffn, experts, top_k = shape
         options: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
         generator = torch.Generator("cuda").manual_seed(0)
@@ -112,7 +114,7 @@ class Layer:
 
     def run(self) -> list[torch.Tensor]:
         """y and the gradients of x and both projections."""
-        y = run_experts(self.x, self.plan, self.gates, self.weights)
+        y = run_experts(self.x, self.plan, self.gates, self.weights, activation=self.activation)
         leaves = (self.x, self.weights.up_proj, self.weights.down_proj)
         return [y.detach(), *torch.autograd.grad(y, leaves, self.grad)]
 
@@ -199,9 +201,11 @@ class Measure:
         return self.layer.milliseconds() if close else float("inf")
 
 
-def tune(shape: tuple[int, ...], gated: bool, deadline: float) -> dict[str, configs.Config]:
+def tune(
+    shape: tuple[int, ...], gated: bool, deadline: float, activation: Activation = "silu"
+) -> dict[str, configs.Config]:
     """Search on this GPU."""
-    measure = Measure(Layer(shape, gated))
+    measure = Measure(Layer(shape, gated, activation))
 
     def progress(items: Sequence[Any], name: str) -> Sequence[Any]:
         try:
@@ -211,7 +215,8 @@ def tune(shape: tuple[int, ...], gated: bool, deadline: float) -> dict[str, conf
             return items
         return tqdm(items, desc=name)
 
-    return search(kernels_of(shape, 10 * torch.cuda.get_device_capability()[0], gated), measure, deadline, progress)
+    capability = 10 * torch.cuda.get_device_capability()[0]
+    return search(kernels_of(shape, capability, gated, str(activation)), measure, deadline, progress)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -221,6 +226,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--shape", action="append", required=True, metavar="T,H,F,E,K")
     parser.add_argument("--plain", action="store_true", help="experts without a gate")
+    parser.add_argument(
+        "--activation", default="silu", help="a name, or one with numbers as text: clamped_swiglu(7.0,1.702,1.0)"
+    )
     parser.add_argument("--out", type=Path, default=Path("tuned.json"))
     parser.add_argument("--budget", type=float, default=300, help="seconds in all")
     parser.add_argument("--list", action="store_true", help="print what would be tried, and stop")
@@ -235,6 +243,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if shape[4] > shape[3]:
             parser.error(f"--shape: expected K of at most E, got {text}")
         shapes.append(shape)
+    try:
+        activation = activation_of(options.activation, "dmoe.tune", not options.plain)
+    except ValueError as error:
+        parser.error(str(error))
     if not options.budget > 0:
         parser.error(f"--budget: expected more than 0 seconds, got {options.budget}")
     if not options.list and not options.out.absolute().parent.is_dir():
@@ -242,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.list:
         tables = []
         for shape in shapes:
-            for name, (kernel, config) in kernels_of(shape, 90, not options.plain).items():
+            for name, (kernel, config) in kernels_of(shape, 90, not options.plain, str(activation)).items():
                 tried = candidates(config, kernel)
                 print(name, *tried, sep="\n  ")
                 tables += [{name: dataclasses.asdict(candidate)} for candidate in tried]
@@ -254,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     best: dict[str, configs.Config] = {}
     deadline = time.monotonic() + options.budget
     for shape in shapes:
-        best |= tune(shape, not options.plain, deadline)
+        best |= tune(shape, not options.plain, deadline, activation)
         write(best, options.out)
     print(f"{options.out}: {len(best)} launch shapes that beat the built-in; use: DMOE_KERNEL_CONFIGS={options.out}")
 

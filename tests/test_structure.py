@@ -96,8 +96,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "routing.picture": {"routing"},
     "routing.logits_file": set(),
     "info": {"ops"},
-    "certify": {"kernels", "ops"},
-    "tune": {"kernels", "ops", "plan", "functional", "expert_weights"},
+    "certify": {"activations", "kernels", "ops"},
+    "tune": {"activations", "kernels", "ops", "plan", "functional", "expert_weights"},
     "compat": {
         "activations",
         "layer",

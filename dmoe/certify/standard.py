@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmoe.activations import ClampedSwiGLU, SoftcappedSwiGLU
 from dmoe.ops._moe_mlp_call import Call
 from dmoe.ops._trust import Subject
 
@@ -40,13 +41,19 @@ def call(
     up, down, gate = tensor(experts, *halves, ffn, hidden), tensor(experts, hidden, ffn), None
     if layout == "apart":
         up, gate, down = tensor(experts, ffn, hidden), tensor(experts, ffn, hidden), tensor(experts, ffn, hidden).mT
+    elif layout == "interleaved":
+        up = tensor(experts, hidden, 2 * ffn).mT.unflatten(1, (ffn, 2)).transpose(1, 2)
+        down = tensor(experts, ffn, hidden).mT
     elif layout == "transposed":
         up = tensor(experts, hidden, 2 * ffn).mT.unflatten(1, (2, ffn)) if gated else tensor(experts, hidden, ffn).mT
         down = tensor(experts, ffn, hidden).mT
+    up_bias = tensor(experts, *halves, ffn) if bias else None
+    if bias and layout == "interleaved":
+        up_bias = tensor(experts, ffn, 2).transpose(1, 2)
     up_buffer, down_buffer = (tensor(*weight.shape, of=torch.float32) if main_grad else None for weight in (up, down))
     return Call(
         tensor(64, hidden), tensor(64, top_k, of=torch.float32), up, down,
-        tensor(experts, *halves, ffn) if bias else None, tensor(experts, hidden) if bias else None,
+        up_bias, tensor(experts, hidden) if bias else None,
         index(experts + 1), index(64 * top_k), index(64 * top_k), index(65), index(64 * top_k),
         torch.tensor(0) if dropout else None, None, activation, gated, gate_weight_on, dropout, dropout,
         tensor(64, hidden) if residual else None, index(1, 2), index(experts), 128, up_buffer, down_buffer, gate,
@@ -63,6 +70,9 @@ _EXPERTS: dict[str, dict[str, Any]] = {
     "residual, main_grad": {"residual": True, "main_grad": True},
     "gate apart": {"layout": "apart"},
     "transposed": {"layout": "transposed"},
+    "relu_squared": {"gated": False, "activation": "relu_squared"},
+    "GPT-OSS": {"layout": "interleaved", "activation": str(ClampedSwiGLU()), "bias": True},
+    "softcapped": {"activation": str(SoftcappedSwiGLU(4.0, 25.0)), "gate_weight_on": "activation"},
 }
 
 

@@ -201,12 +201,40 @@ def _sigmoid(x, SHORT: tl.constexpr):
 
 
 @triton.jit
-def act(x, ACTIVATION: tl.constexpr, SHORT: tl.constexpr = False):
-    """The activation; see ``dmoe/ops/activation.py``. SHORT for results of 16 bits."""
+def _tanh(x, SHORT: tl.constexpr):
+    """As in ``csrc/activation.h``: a polynomial where 1 - tanh would be mostly rounding error."""
+    u, s = tl.abs(x), x * x
+    p = -0.00568128796 * s + 0.0206186287
+    p = (p * s - 0.053733699) * s + 0.13331373
+    far = 2.0 * _sigmoid(2.0 * u, SHORT) - 1.0
+    return tl.where(u < 0.625, x + x * s * (p * s - 0.333332807), tl.where(x < 0.0, -far, far))
+
+
+@triton.jit
+def act(
+    x,
+    ACTIVATION: tl.constexpr,
+    SHORT: tl.constexpr = False,
+    P0: tl.constexpr = 0.0,
+    P1: tl.constexpr = 0.0,
+    P2: tl.constexpr = 0.0,
+):
+    """The activation, of the gate where there is one; see ``dmoe/ops/activation.py``. SHORT for results of 16 bits.
+
+    P0, P1 and P2 are its numbers, in the order of :mod:`dmoe.activations`.
+    """
     if ACTIVATION == "silu":
         value = x * _sigmoid(x, SHORT)
+    elif ACTIVATION == "clamped_swiglu":
+        x = tl.where(x > P0, P0, x)  # NaN stays NaN
+        value = x * _sigmoid(P1 * x, SHORT)
+    elif ACTIVATION == "softcapped_swiglu":
+        value = P0 * _tanh(x / P0, SHORT) * _sigmoid(x, SHORT)
     elif ACTIVATION == "relu":
         value = tl.where(x < 0.0, 0.0, x)  # NaN stays NaN
+    elif ACTIVATION == "relu_squared":
+        value = tl.where(x < 0.0, 0.0, x)
+        value *= value
     elif ACTIVATION == "gelu":
         value = x * 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
     else:  # gelu_tanh: (1 + tanh z) / 2 is sigmoid(2 z)
@@ -215,12 +243,68 @@ def act(x, ACTIVATION: tl.constexpr, SHORT: tl.constexpr = False):
 
 
 @triton.jit
-def act_slope(x, ACTIVATION: tl.constexpr, SHORT: tl.constexpr = False):
-    """The activation and its derivative. SHORT for results of 16 bits."""
+def up_act(
+    up,
+    ACTIVATION: tl.constexpr,
+    SHORT: tl.constexpr = False,
+    P0: tl.constexpr = 0.0,
+    P1: tl.constexpr = 0.0,
+    P2: tl.constexpr = 0.0,
+):
+    """What the gate's activation is multiplied by: up, but for activations that change it too."""
+    if ACTIVATION == "clamped_swiglu":
+        up = tl.where(up > P0, P0, tl.where(up < -P0, -P0, up)) + P2
+    elif ACTIVATION == "softcapped_swiglu":
+        up = P1 * _tanh(up / P1, SHORT)
+    return up
+
+
+@triton.jit
+def through_up_act(
+    grad,
+    up,
+    ACTIVATION: tl.constexpr,
+    SHORT: tl.constexpr = False,
+    P0: tl.constexpr = 0.0,
+    P1: tl.constexpr = 0.0,
+    P2: tl.constexpr = 0.0,
+):
+    """The gradient of up, from that of :func:`up_act`."""
+    if ACTIVATION == "clamped_swiglu":
+        grad = tl.where(tl.abs(up) > P0, 0.0, grad)
+    elif ACTIVATION == "softcapped_swiglu":
+        t = _tanh(up / P1, SHORT)
+        grad *= 1.0 - t * t
+    return grad
+
+
+@triton.jit
+def act_slope(
+    x,
+    ACTIVATION: tl.constexpr,
+    SHORT: tl.constexpr = False,
+    P0: tl.constexpr = 0.0,
+    P1: tl.constexpr = 0.0,
+    P2: tl.constexpr = 0.0,
+):
+    """:func:`act` and its derivative."""
     if ACTIVATION == "silu":
         s = _sigmoid(x, SHORT)
         # Behind 100 it is 1, and a short reciprocal's last bit should not be multiplied by a large number.
         value, slope = x * s, s * (1.0 + (tl.minimum(x, 100.0) if SHORT else x) * (1.0 - s))
+    elif ACTIVATION == "clamped_swiglu":
+        g = tl.where(x > P0, P0, x)
+        z = P1 * g
+        s = _sigmoid(z, SHORT)
+        value, slope = g * s, s * (1.0 + (tl.minimum(z, 100.0) if SHORT else z) * (1.0 - s))
+        slope = tl.where(x > P0, 0.0, slope)
+    elif ACTIVATION == "softcapped_swiglu":
+        t, s = _tanh(x / P0, SHORT), _sigmoid(x, SHORT)
+        value = P0 * t * s
+        slope = (1.0 - t * t) * s + value * (1.0 - s)
+    elif ACTIVATION == "relu_squared":
+        x = tl.where(x < 0.0, 0.0, x)
+        value, slope = x * x, 2.0 * x
     elif ACTIVATION == "relu":
         off = x <= 0.0  # NaN stays NaN
         slope = (off == 0).to(tl.float32)

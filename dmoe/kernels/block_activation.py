@@ -11,7 +11,16 @@ import triton.language as tl
 from torch import Tensor
 
 from dmoe.kernels._launch import launch
-from dmoe.kernels._pieces import ACTIVATION_DROPOUT, EXPERT_DROPOUT, act, act_slope, dropout_scale
+from dmoe.kernels._pieces import (
+    ACTIVATION_DROPOUT,
+    EXPERT_DROPOUT,
+    act,
+    act_slope,
+    dropout_scale,
+    through_up_act,
+    up_act,
+)
+from dmoe.kernels.operands import activation_options
 
 
 @triton.jit(do_not_specialize=["row_blocks"])
@@ -34,6 +43,9 @@ def _block_activation(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    P0: tl.constexpr,
+    P1: tl.constexpr,
+    P2: tl.constexpr,
     GATED: tl.constexpr,
     BIAS: tl.constexpr,
     WEIGHTED: tl.constexpr,
@@ -56,13 +68,14 @@ def _block_activation(
         if BIAS:
             column = tl.load(pre_columns + block * HALVES).to(tl.int64)
             first += tl.load(bias + column * BLOCK + rn).to(tl.float32)[None, :]
-        acted = act(first, ACTIVATION)
+        acted = act(first, ACTIVATION, False, P0, P1, P2)
         if GATED:
             second = tl.load(pre + at_pre + BLOCK * BLOCK + inside).to(tl.float32)
             if BIAS:
                 column = tl.load(pre_columns + block * HALVES + 1).to(tl.int64)
                 second += tl.load(bias + column * BLOCK + rn).to(tl.float32)[None, :]
-            value = acted * second
+            factor = up_act(second, ACTIVATION, False, P0, P1, P2)
+            value = acted * factor
         else:
             value = acted
 
@@ -87,9 +100,11 @@ def _block_activation(
             if WEIGHTED:
                 grad *= gate
             if GATED:
-                tl.store(grad_pre + at_pre + BLOCK * BLOCK + inside, (grad * acted).to(grad_pre.dtype.element_ty))
-                grad *= second
-            grad *= act_slope(first, ACTIVATION)[1]  # asked for late: it would only hold registers before
+                grad_up = through_up_act(grad * acted, second, ACTIVATION, False, P0, P1, P2)
+                tl.store(grad_pre + at_pre + BLOCK * BLOCK + inside, grad_up.to(grad_pre.dtype.element_ty))
+                grad *= factor
+            # Asked for late: it would only hold registers before.
+            grad *= act_slope(first, ACTIVATION, False, P0, P1, P2)[1]
             tl.store(grad_pre + at_pre + inside, grad.to(grad_pre.dtype.element_ty))
 
 
@@ -184,7 +199,7 @@ def block_activation(
         1.0 / (1.0 - dropout),
         BLOCK=block_size,
         ROWS=rows,
-        ACTIVATION=activation,
+        **activation_options(activation),
         GATED=gated,
         BIAS=bias is not None,
         WEIGHTED=gates is not None,

@@ -50,6 +50,7 @@ _DATACENTER = {
     "down": Config(256, 64, 8, 4, parts=4),
     "hidden_grad": Config(256, 64, 8, 3, parts=8),
     "hidden_grad_dropout": Config(256, 64, 8, 3, parts=8),
+    "hidden_grad_long": Config(128, 64, 8, 3, parts=8),
     "row_grad": Config(256, 64, 8, 4, parts=4),
     "weight_grad": Config(256, 64, 8, 7, parts=4),
 }
@@ -70,6 +71,7 @@ _PORTABLE = {
     "down": Config(128, 32, 8, 4),
     "hidden_grad": Config(64, 32, 8, 4, parts=2),
     "hidden_grad_dropout": Config(64, 32, 8, 4, parts=4),
+    "hidden_grad_long": Config(64, 32, 8, 4, parts=2),
     "row_grad": Config(128, 32, 8, 4),
     "weight_grad": Config(128, 32, 8, 4, parts=2),
 }
@@ -82,6 +84,7 @@ _SMALL = {
     "down": Config(64, 16, 8, 2),
     "hidden_grad": Config(32, 16, 8, 2, parts=2),
     "hidden_grad_dropout": Config(32, 16, 8, 2, parts=2),
+    "hidden_grad_long": Config(32, 16, 8, 2, parts=2),
     "row_grad": Config(64, 16, 8, 2),
     "weight_grad": Config(64, 16, 8, 3, block_m=64),
 }
@@ -184,12 +187,24 @@ def _load_from_environment() -> None:
         load(path)
 
 
+def hidden_grad_name(activation: str, dropout: float, transposed: bool, interleaved: bool = False) -> str:
+    """Whose launch shape the product back through the activation takes.
+
+    A mask in the epilogue, another activation than silu, or a weight that is transposed in memory, needs registers that
+    two programs on a multiprocessor have not; columns that take turns, or an activation of both halves, still more.
+    """
+    if interleaved or "(" in activation:
+        return "hidden_grad_long"
+    return "hidden_grad_dropout" if dropout or activation != "silu" or transposed else "hidden_grad"
+
+
 @functools.cache
 def choose(kernel: str, capability: int, element_size: int, tile_rows: int, k: int, n: int) -> Config:
     """The launch shape of a kernel.
 
     Args:
-        kernel: ``up``, ``up_gated``, ``down``, ``hidden_grad``, ``hidden_grad_dropout``, ``row_grad``, ``weight_grad``.
+        kernel: ``up``, ``up_gated``, ``down``, ``hidden_grad`` or as :func:`hidden_grad_name` has it, ``row_grad``,
+            ``weight_grad``.
         capability: of the GPU, 90 for Hopper.
         element_size: bytes of one number.
         tile_rows: rows of a tile; for ``weight_grad`` it does not matter.

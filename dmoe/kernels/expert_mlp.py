@@ -18,17 +18,21 @@ from dmoe.kernels._pieces import (
     place,
     row_values,
     rows_tile,
+    through_up_act,
     tile_rows,
     tokens_again,
+    up_act,
 )
 
 
 @triton.jit(do_not_specialize=["num_experts", "most_tiles"])
 def up_kernel(
     x,  # (T, H)
-    weight,  # for each expert (F, H), or (H, F) with K_ROWS; from EXPERT_ROWS rows to the next; JOINED (2 E, F, H)
+    # For each expert (F, H), or (H, F) with K_ROWS; from EXPERT_ROWS rows to the next; JOINED (2 E, F, H); INTERLEAVED
+    # (2 F, H) or (H, 2 F), rows or columns of gate and up by turns.
+    weight,
     gate_weight,  # the gate's, likewise; None where it is in weight, UP_ROW rows and UP_COLUMN columns before up
-    bias,  # (E, F) or (E, 2, F), or None
+    bias,  # (E, F) or (E, 2, F), BIAS_HALF from a half to the next, BIAS_STEP from a column to the next; or None
     gate_weights,
     seed,
     pre,  # (R, F) or (R, 2 F), or None
@@ -51,9 +55,15 @@ def up_kernel(
     UP_COLUMN: tl.constexpr,
     APART: tl.constexpr,
     JOINED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    P0: tl.constexpr,
+    P1: tl.constexpr,
+    P2: tl.constexpr,
     GATED: tl.constexpr,
     BIAS: tl.constexpr,
+    BIAS_HALF: tl.constexpr,
+    BIAS_STEP: tl.constexpr,
     WEIGH_INPUT: tl.constexpr,
     WEIGH_HIDDEN: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -90,6 +100,27 @@ def up_kernel(
                 right = weight.load([2 * expert, n0, k]).reshape(2 * BLOCK_N, BLOCK_K)
                 both = tl.dot(left, right.T, both, input_precision=PRECISION)
             gate, up = halves(both, BLOCK_M, 2 * BLOCK_N)
+        elif INTERLEAVED:
+            both = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32)
+            start = expert * EXPERT_ROWS
+            for k in range(0, H, BLOCK_K):
+                left = rows_tile(starts, k + tl.arange(0, BLOCK_K), H, even_k)
+                right = operand_tile(
+                    weight,
+                    start,
+                    2 * n0,
+                    k,
+                    2 * F,
+                    H,
+                    STRIDE,
+                    2 * BLOCK_N,
+                    BLOCK_K,
+                    even_n,
+                    even_k,
+                    DESCRIPTOR,
+                    K_ROWS,
+                )
+                both = tl.dot(left, right, both, input_precision=PRECISION)
         else:
             start = expert * EXPERT_ROWS
             gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -134,8 +165,11 @@ def up_kernel(
         if WEIGH_INPUT or WEIGH_HIDDEN or DROPOUT:
             assignment, row_weight = row_values(gate_weights, row_to_slot, token_offsets, rows, token, real)
         if WEIGH_INPUT:  # w (W x) for W (w x): the same up to rounding, and the product stays as it is
-            gate *= row_weight[:, None]
-            up *= row_weight[:, None]
+            if INTERLEAVED:
+                both *= row_weight[:, None]
+            else:
+                gate *= row_weight[:, None]
+                up *= row_weight[:, None]
         mask_rows = stored[:, None]
         bias_start = tl.maximum(expert, 0) * parts * F
         part_width: tl.constexpr = BLOCK_N // PARTS
@@ -145,17 +179,24 @@ def up_kernel(
             inside = inside_of(columns, F, part_width, even_n)
             mask = mask_rows & inside[None, :]
             places = rows.to(tl.int64)[:, None] * (parts * F) + columns[None, :]
-            up_part = part_of(up, index_of_part, PARTS, BLOCK_M, BLOCK_N)
+            if INTERLEAVED:  # a part first: all columns at once would have to fit in the registers
+                part = part_of(both, index_of_part, PARTS, BLOCK_M, 2 * BLOCK_N)
+                gate_part, up_part = tl.split(tl.reshape(part, (BLOCK_M, part_width, 2)))
+            else:
+                up_part = part_of(up, index_of_part, PARTS, BLOCK_M, BLOCK_N)
             if BIAS:
-                up_bias = tl.load(bias + bias_start + (parts - 1) * F + columns, mask=inside, other=0.0)
+                up_bias = tl.load(
+                    bias + bias_start + (parts - 1) * BIAS_HALF + columns * BIAS_STEP, mask=inside, other=0.0
+                )
                 up_part += up_bias.to(tl.float32)[None, :]
             up_part = tl.where(real[:, None], up_part, 0.0).to(x.dtype.element_ty)
             if STORE_PRE:
                 tl.store(pre + places + (parts - 1) * F, up_part, mask=mask)
             if GATED:
-                gate_part = part_of(gate, index_of_part, PARTS, BLOCK_M, BLOCK_N)
+                if not INTERLEAVED:
+                    gate_part = part_of(gate, index_of_part, PARTS, BLOCK_M, BLOCK_N)
                 if BIAS:
-                    gate_bias = tl.load(bias + bias_start + columns, mask=inside, other=0.0)
+                    gate_bias = tl.load(bias + bias_start + columns * BIAS_STEP, mask=inside, other=0.0)
                     gate_part += gate_bias.to(tl.float32)[None, :]
                 gate_part = tl.where(real[:, None], gate_part, 0.0).to(x.dtype.element_ty)
                 if STORE_PRE:
@@ -163,7 +204,8 @@ def up_kernel(
             if STORE_HIDDEN:
                 # From the rounded numbers, as backward will see them.
                 if GATED:
-                    value = act(gate_part.to(tl.float32), ACTIVATION, short) * up_part.to(tl.float32)
+                    value = act(gate_part.to(tl.float32), ACTIVATION, short, P0, P1, P2)
+                    value *= up_act(up_part.to(tl.float32), ACTIVATION, short, P0, P1, P2)
                 else:
                     value = act(up_part.to(tl.float32), ACTIVATION, short)
                 if DROPOUT:
@@ -194,7 +236,11 @@ def _back_through_activation(
     scale,
     F: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    P0: tl.constexpr,
+    P1: tl.constexpr,
+    P2: tl.constexpr,
     GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     WEIGHED: tl.constexpr,
     DROPOUT: tl.constexpr,
     STORE_HIDDEN: tl.constexpr,
@@ -202,7 +248,10 @@ def _back_through_activation(
     BLOCK_M: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Stores the pre-activation's gradient and the activation again; returns ``row_grad`` with these columns added."""
+    """Stores the pre-activation's gradient and the activation again; returns ``row_grad`` with these columns added.
+
+    INTERLEAVED: of the gradient, columns of gate and up by turns.
+    """
     parts: tl.constexpr = 2 if GATED else 1
     short: tl.constexpr = pre.dtype.element_ty != tl.float32
     columns = column + tl.arange(0, COLUMNS)
@@ -216,13 +265,23 @@ def _back_through_activation(
     if GATED:
         gate = tl.load(pre + places, mask=readable, other=0.0).to(tl.float32)
         up = tl.load(pre + places + F, mask=readable, other=0.0).to(tl.float32)
-        value, slope = act_slope(gate, ACTIVATION, short)
+        value, slope = act_slope(gate, ACTIVATION, short, P0, P1, P2)
+        factor = up_act(up, ACTIVATION, short, P0, P1, P2)
         if WEIGHED:
-            row_grad += tl.sum(grad * value * up, 1)
+            row_grad += tl.sum(grad * value * factor, 1)
             grad *= row_weight[:, None]
-        tl.store(grad_pre + places, (grad * up * slope).to(pre.dtype.element_ty), mask=mask)
-        tl.store(grad_pre + places + F, (grad * value).to(pre.dtype.element_ty), mask=mask)
-        value *= up
+        grad_gate = (grad * factor * slope).to(pre.dtype.element_ty)
+        grad_up = through_up_act(grad * value, up, ACTIVATION, short, P0, P1, P2).to(pre.dtype.element_ty)
+        if INTERLEAVED:
+            both = tl.reshape(tl.join(grad_gate, grad_up), (BLOCK_M, 2 * COLUMNS))
+            columns = 2 * column + tl.arange(0, 2 * COLUMNS)
+            inside = inside_of(columns, 2 * F, 2 * COLUMNS, EVEN)
+            places = rows.to(tl.int64)[:, None] * (2 * F) + columns[None, :]
+            tl.store(grad_pre + places, both, mask=stored[:, None] & inside[None, :])
+        else:
+            tl.store(grad_pre + places, grad_gate, mask=mask)
+            tl.store(grad_pre + places + F, grad_up, mask=mask)
+        value *= factor
     else:
         value, slope = act_slope(tl.load(pre + places, mask=readable, other=0.0).to(tl.float32), ACTIVATION, short)
         if WEIGHED:
@@ -235,7 +294,8 @@ def _back_through_activation(
         if WEIGHED:
             value *= row_weight[:, None]
         value = tl.where(readable, value, 0.0)
-        tl.store(hidden + rows.to(tl.int64)[:, None] * F + columns[None, :], value.to(pre.dtype.element_ty), mask=mask)
+        places = rows.to(tl.int64)[:, None] * F + (column + tl.arange(0, COLUMNS))[None, :]
+        tl.store(hidden + places, value.to(pre.dtype.element_ty), mask=mask)
     return row_grad
 
 
@@ -265,7 +325,11 @@ def hidden_grad_kernel(
     STRIDE: tl.constexpr,
     K_ROWS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    P0: tl.constexpr,
+    P1: tl.constexpr,
+    P2: tl.constexpr,
     GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     WEIGHED: tl.constexpr,
     DROPOUT: tl.constexpr,
     STORE_HIDDEN: tl.constexpr,
@@ -330,7 +394,11 @@ def hidden_grad_kernel(
                 scale,
                 F,
                 ACTIVATION,
+                P0,
+                P1,
+                P2,
                 GATED,
+                INTERLEAVED,
                 WEIGHED,
                 DROPOUT,
                 STORE_HIDDEN,

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from dmoe.kernels import configs
 from dmoe.kernels import gluon_moe_mlp as gluon
 from dmoe.kernels._launch import launch
 from dmoe.kernels.expert_mlp import hidden_grad_kernel, up_kernel
@@ -19,6 +20,7 @@ from dmoe.kernels.operands import (
     Dropout,
     Operand,
     Rows,
+    activation_options,
     config_of,
     copy_descriptor,
     persistent,
@@ -38,26 +40,28 @@ def up(
     rows: Rows,
     *,
     gated: bool,
+    interleaved: bool,
     activation: str,
     gate_weight_on: str,
     dropout: Dropout,
 ) -> None:
     """Fill ``pre`` (R, F or 2F) and ``hidden`` (R, F), each unless it is None, from x ``(T, H)``.
 
-    ``weights`` is ``(E, F, H)``; gated, two of them that lie alike, gate and up, or one ``(E, 2 F, H)``.
+    ``weights`` is ``(E, F, H)``; gated, two of them that lie alike, gate and up, or one ``(E, 2 F, H)``, whose rows may
+    be those of gate and up by turns, ``interleaved``. So may the numbers of ``bias (E, 2, F)``, dense in either order.
     """
-    plain = gate_weight_on == "output" and not dropout.p
+    plain = gate_weight_on == "output" and not dropout.p and not interleaved and (bias is None or bias.is_contiguous())
     if gluon.up(x, weights, bias, pre, hidden, rows, gated, activation, plain):
         return
     apart = len(weights) == 2
     *gate, weight = (Operand.of(each) for each in weights)
     h, f = weights[0].shape[2], weights[0].shape[1] // (1 if apart or not gated else 2)
     config = config_of("up_gated" if gated else "up", x, rows.tile_rows, h, f)
-    descriptor = weight.descriptor(config, h)
+    descriptor = weight.descriptor(config, h, halves=2 if interleaved else 1)
     gate_descriptor = gate[0].descriptor(config, h) if apart else None
     if apart and gate_descriptor is None:
         descriptor = None
-    joined = weight.joined(config, f) if gated and not apart else None
+    joined = weight.joined(config, f) if gated and not apart and not interleaved else None
     in_front = f if gated and not apart else 0  # of up, the gate
     launch(
         up_kernel,
@@ -85,10 +89,13 @@ def up(
         UP_COLUMN=in_front if weight.k_rows else 0,
         APART=apart,
         JOINED=joined is not None,
+        INTERLEAVED=interleaved,
         **weight.options,
-        ACTIVATION=activation,
+        **activation_options(activation),
         GATED=gated,
         BIAS=bias is not None,
+        BIAS_HALF=0 if bias is None or not gated else bias.stride(1),
+        BIAS_STEP=1 if bias is None else bias.stride(-1),
         WEIGH_INPUT=gate_weight_on == "input",
         WEIGH_HIDDEN=gate_weight_on == "activation",
         DROPOUT=dropout.p > 0,
@@ -99,7 +106,8 @@ def up(
         BLOCK_M=rows.tile_rows,
         GROUP=config.group,
         PARTS=config.parts,
-        FLATTEN=config.flatten and (joined is not None or not gated),  # two products a step: the assembler gives up
+        FLATTEN=config.flatten
+        and (joined is not None or interleaved or not gated),  # two products a step: the assembler gives up
         **shape_options(config),
     )
 
@@ -186,11 +194,9 @@ def num_columns(kernel: str, like: Tensor, rows: Rows, k: int, n: int) -> int:
     return math.ceil(n / config_of(kernel, like, rows.tile_rows, k, n).block_n)
 
 
-def hidden_grad_name(dropout: Dropout, weight: Tensor, activation: str) -> str:
-    """Whose launch shape :func:`hidden_grad` takes: a mask in the epilogue, another activation than silu, or a weight
-    that is transposed in memory, needs registers that two programs on a multiprocessor have not.
-    """
-    return "hidden_grad_dropout" if dropout.p or activation != "silu" or is_transposed(weight) else "hidden_grad"
+def hidden_grad_name(dropout: Dropout, weight: Tensor, activation: str, interleaved: bool) -> str:
+    """Whose launch shape :func:`hidden_grad` takes."""
+    return configs.hidden_grad_name(activation, dropout.p, is_transposed(weight), interleaved)
 
 
 def hidden_grad(
@@ -205,17 +211,19 @@ def hidden_grad(
     *,
     gather: bool,
     gated: bool,
+    interleaved: bool,
     activation: str,
     weighed: bool,
     dropout: Dropout,
 ) -> None:
     """Fill ``grad_pre``, the activation again (``hidden``) and, if ``weighed``, ``row_grads`` (:func:`num_columns`, R).
 
-    ``grad_out`` is ``(T, H)`` to be gathered, or already ``(R, H)``.
+    ``grad_out`` is ``(T, H)`` to be gathered, or already ``(R, H)``. ``interleaved``: columns of ``grad_pre`` are those
+    of gate and up by turns.
     """
     h, f = weight.shape[-2:]
-    config = config_of(hidden_grad_name(dropout, weight, activation), grad_out, rows.tile_rows, h, f)
-    plain, kept = gather and not dropout.p, (pre, gate_weights, grad_pre, hidden, row_grads)
+    config = config_of(hidden_grad_name(dropout, weight, activation, interleaved), grad_out, rows.tile_rows, h, f)
+    plain, kept = gather and not dropout.p and not interleaved, (pre, gate_weights, grad_pre, hidden, row_grads)
     if gluon.hidden_grad(grad_out, weight, *kept, rows, gated, activation, weighed, plain, config.block_n):
         return
     operand = Operand.of(weight, k_rows=True)
@@ -244,8 +252,9 @@ def hidden_grad(
         H=h,
         F=f,
         **operand.options,
-        ACTIVATION=activation,
+        **activation_options(activation),
         GATED=gated,
+        INTERLEAVED=interleaved,
         WEIGHED=weighed,
         DROPOUT=dropout.p > 0,
         STORE_HIDDEN=hidden is not None,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from dmoe.activations import kind_and_numbers
 from dmoe.kernels._launch import capability, multiprocessors
 from dmoe.kernels.configs import Config, choose
 from dmoe.strides import is_transposed
@@ -97,12 +98,15 @@ class Operand(NamedTuple):
         rows = weight.as_strided(((experts - 1) * expert_rows + height, width), (stride, 1))
         return cls(rows, expert_rows, k_rows)
 
-    def descriptor(self, config: Config, k: int) -> TensorDescriptor | None:
-        """For tiles of a product that sums over ``k``."""
+    def descriptor(self, config: Config, k: int, *, halves: int = 1) -> TensorDescriptor | None:
+        """For tiles of a product that sums over ``k``, each as wide as so many of the launch shape's."""
+        columns = halves * config.block_n
+        if columns > 256:  # more than the copy engine takes at once
+            return None
         if not self.k_rows:
-            return copy_descriptor(self.rows, config.block_n, config.block_k)
+            return copy_descriptor(self.rows, columns, config.block_k)
         # The summed dimension runs over rows, and the copy engine does not stop at an expert's last.
-        return copy_descriptor(self.rows, config.block_k, config.block_n) if k % config.block_k == 0 else None
+        return copy_descriptor(self.rows, config.block_k, columns) if k % config.block_k == 0 else None
 
     def joined(self, config: Config, f: int) -> TensorDescriptor | None:
         """Of gate and up ``(E, 2 F, H)``: for tiles of both, the same rows of either."""
@@ -123,6 +127,12 @@ class Operand(NamedTuple):
 def persistent(config: Config, like: Tensor, num_tiles: int, n: int) -> tuple[int]:
     """The grid: as many programs as run at once, or as there are tiles at most."""
     return (min(num_tiles * math.ceil(n / config.block_n), config.programs * multiprocessors(like.device)),)
+
+
+def activation_options(activation: str) -> dict[str, Any]:
+    """What kernels are told of an activation: its name, and its numbers."""
+    kind, numbers = kind_and_numbers(activation)
+    return {"ACTIVATION": kind, **dict(zip(("P0", "P1", "P2"), (*numbers, 0.0, 0.0, 0.0), strict=False))}
 
 
 def shape_options(config: Config) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from dmoe.ops.moe_mlp_torch import (
     pre_activation_torch,
 )
 from dmoe.ops.tile_table import preferred_tile_rows, tile_table
-from dmoe.strides import matrices, readable
+from dmoe.strides import bias_beside, half_by_half, in_layout_of, is_interleaved, matrices, readable
 
 if TYPE_CHECKING:
     from dmoe.kernels.operands import Rows
@@ -46,6 +46,11 @@ def _served(call: Call) -> bool:
         and (call.gate_proj is None or call.gate_proj.stride() == call.up_proj.stride())
         and all(readable(weight) is weight for weight in (call.up_proj, call.down_proj))
     )
+
+
+def _interleaved(call: Call) -> bool:
+    """Whether products with the up projection have their columns by turns, of gate and of up."""
+    return call.gated and call.gate_proj is None and is_interleaved(call.up_proj)
 
 
 def _tile_rows(call: Call) -> int:
@@ -100,12 +105,13 @@ def _activated(call: Call, rows: Rows, *, with_pre: bool, with_hidden: bool) -> 
     up(
         call.x,
         matrices(call.up_proj, call.gate_proj, call.gated),
-        call.up_bias,
+        None if call.up_bias is None else bias_beside(call.up_bias, call.up_proj),
         call.gate_weights,
         pre,
         hidden,
         rows,
         gated=call.gated,
+        interleaved=_interleaved(call),
         activation=call.activation,
         gate_weight_on=call.gate_weight_on,
         dropout=Dropout(call.activation_dropout, call.seed),
@@ -234,7 +240,7 @@ def _through_down(
     grad_pre = torch.empty_like(pre)
     hidden = x.new_empty((num_rows, width)) if with_hidden else None
     dropout = Dropout(call.activation_dropout, call.seed)
-    kernel = kernels.hidden_grad_name(dropout, call.down_proj, call.activation)
+    kernel = kernels.hidden_grad_name(dropout, call.down_proj, call.activation, _interleaved(call))
     parts = kernels.num_columns(kernel, x, rows, x.shape[1], width)
     with_bias = call.down_bias is not None and call.gate_weight_on == "output"
     row_grads = None if on_input else x.new_empty((parts + with_bias, num_rows), dtype=torch.float32)
@@ -249,6 +255,7 @@ def _through_down(
         rows,
         gather=grad_out.gather,
         gated=call.gated,
+        interleaved=_interleaved(call),
         activation=call.activation,
         weighed=not on_input,
         dropout=dropout,
@@ -302,17 +309,25 @@ def _up_grads(call: Call, rows: Rows, grad_pre: Tensor) -> tuple[Tensor, Tensor,
     from dmoe.kernels.moe_mlp_rows import expert_sums
 
     x, weights = call.x, call.gate_weights if call.gate_weight_on == "input" else None
-    up = torch.empty_like(call.up_proj) if call.up_main_grad is None else call.up_main_grad
-    gate = call.gate_main_grad
+    buffer, gate, interleaved = call.up_main_grad, call.gate_main_grad, _interleaved(call)
+    if buffer is not None and is_interleaved(buffer) != interleaved and call.gate_proj is None and call.gated:
+        buffer = None  # its rows are in another order than the columns of grad_pre: it is added to behind
+    up = torch.empty_like(call.up_proj) if buffer is None else buffer
     if call.gate_proj is not None and gate is None:
         gate = torch.empty_like(call.gate_proj)
     places = matrices(up, gate, call.gated)
     for place, part in zip(places, grad_pre.split([place.shape[1] for place in places], 1), strict=True):
-        added = call.gate_main_grad if place is gate else call.up_main_grad
+        added = call.gate_main_grad if place is gate else buffer
         weight_grad(part, x, place, rows, gather_b=True, gate_weights=weights, accumulate=added is not None)
     grad_bias = x.new_empty(0)
     if call.up_bias is not None:
-        grad_bias = torch.empty_like(call.up_bias)
-        expert_sums(grad_pre, grad_bias, rows, gather=False)
-    up = up if call.up_main_grad is None else x.new_empty(0)
+        sums = x.new_empty((call.num_experts, call.pre_width))
+        expert_sums(grad_pre, sums, rows, gather=False)
+        if call.gated:
+            sums = half_by_half(sums) if interleaved else sums.unflatten(1, (2, -1))
+        grad_bias = in_layout_of(call.up_bias, sums)
+    if call.up_main_grad is not None:
+        if buffer is None:
+            call.up_main_grad.add_(up)
+        up = x.new_empty(0)
     return up, grad_bias, x.new_empty(0) if gate is None or call.gate_main_grad is not None else gate

@@ -13,7 +13,8 @@ triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 pieces = pytest.importorskip("dmoe.kernels._pieces")
 
-from dmoe.ops.activation import activate_backward  # noqa: E402  # behind the check for Triton
+from dmoe.activations import kind_and_numbers  # noqa: E402
+from dmoe.ops.activation import activate, activate_backward  # noqa: E402  # behind the check for Triton
 from dmoe.ops.tile_table import tile_table  # noqa: E402
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -68,6 +69,65 @@ def test_short_activations_are_good_to_far_less_than_sixteen_bits_hold(activatio
     x.fill_(math.nan)
     _short[(1,)](x, alone, value, slope, SIZE=len(x), ACTIVATION=activation)
     assert all(result.isnan().all() for result in (alone, value, slope))
+
+
+@triton.jit
+def _of_both_halves(
+    x,
+    value,
+    slope,
+    factor,
+    passed,
+    SIZE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SHORT: tl.constexpr,
+    P0: tl.constexpr,
+    P1: tl.constexpr,
+    P2: tl.constexpr,
+):
+    at = tl.arange(0, SIZE)
+    inputs = tl.load(x + at)
+    both = pieces.act_slope(inputs, ACTIVATION, SHORT, P0, P1, P2)
+    alone = pieces.act(inputs, ACTIVATION, SHORT, P0, P1, P2)
+    tl.store(value + at, tl.where(tl.abs(alone - both[0]) > 1e-6 * tl.abs(alone), 1e9, alone))
+    tl.store(slope + at, both[1])
+    tl.store(factor + at, pieces.up_act(inputs, ACTIVATION, SHORT, P0, P1, P2))
+    tl.store(passed + at, pieces.through_up_act(inputs * 0.0 + 1.0, inputs, ACTIVATION, SHORT, P0, P1, P2))
+
+
+@pytest.mark.parametrize("short", [False, True])
+@pytest.mark.parametrize(
+    "activation", ["clamped_swiglu(7.0,1.702,1.0)", "clamped_swiglu(10.0,1.0,0.0)", "softcapped_swiglu(4.0,25.0)"]
+)
+def test_activations_of_both_halves_over_their_whole_range(activation, short):
+    """Both factors and their slopes, at the limits as well, and near 0, where a cap must not cost digits."""
+    kind, numbers = kind_and_numbers(activation)
+    line = torch.cat([torch.linspace(-80, 80, 4096 - 8), torch.tensor([7.0, -7, 10, -10, 0, -0.0, 7.25, -7.25])])
+    near = torch.logspace(-6, 0, 2048)
+    x = torch.cat([line, near, -near]).to(DEVICE)
+    results = [torch.empty_like(x) for _ in range(4)]
+    options = dict(zip(("P0", "P1", "P2"), (*numbers, 0.0, 0.0, 0.0), strict=False))
+    _of_both_halves[(1,)](x, *results, SIZE=len(x), ACTIVATION=kind, SHORT=short, **options)
+    wide, one = x.double(), torch.ones(len(x), 1, dtype=torch.float64, device=x.device)
+    # What is made of (gate, up) = (x, 1) and (1, x), and the derivatives; 1 itself as a factor is divided out.
+    unit = torch.stack([one[:, 0], one[:, 0]], 1)
+    whole = activate(unit, activation, True)
+    as_gate, as_up = torch.stack([wide, one[:, 0]], 1), torch.stack([one[:, 0], wide], 1)
+    factor_of_1 = {"clamped_swiglu": 1 + numbers[-1], "softcapped_swiglu": numbers[1] * math.tanh(1 / numbers[1])}[kind]
+    gate_of_1 = whole[:, 0] / factor_of_1
+    exact = [
+        activate(as_gate, activation, True)[:, 0] / factor_of_1,
+        activate_backward(one, as_gate, activation, True)[:, 0] / factor_of_1,
+        activate(as_up, activation, True)[:, 0] / gate_of_1,
+        activate_backward(one, as_up, activation, True)[:, 1] / gate_of_1,
+    ]
+    relative = 2.0**-15 if short else 2.0**-17
+    for got, right, floor in zip(results, exact, (1e-30, 0.25, 2.0**-20, 0.25), strict=True):  # slopes cancel
+        exponential = (2 + 2 * wide.abs()) / 64  # its error is that of its argument
+        assert ((got - right).abs() <= relative * exponential.clamp(min=1) * right.abs().clamp(min=floor)).all()
+    x.fill_(math.nan)
+    _of_both_halves[(1,)](x, *results, SIZE=len(x), ACTIVATION=kind, SHORT=short, **options)
+    assert all(result.isnan().all() for result in results[:3])
 
 
 def _ftz(x):

@@ -140,11 +140,18 @@ def test_tf32_only_where_torch_allows_it(monkeypatch):
 
 
 def test_a_mask_in_the_epilogue_has_a_tile_of_its_own(monkeypatch):
-    shapes = {}
-    for p in (0.0, 0.1):
-        shapes[p] = [(o["BLOCK_N"], o["num_warps"]) for n, _, o in launches(monkeypatch, dropout=p) if "GATHER" in o]
-    wanted = [configs._HOPPER[name] for name in ("hidden_grad", "hidden_grad_dropout")]
-    assert [shapes[0.0], shapes[0.1]] == [[(c.block_n, c.num_warps)] for c in wanted]
+    longer = (
+        {"activation": "clamped_swiglu(7.0,1.702,1.0)"},
+        {"weights": "interleaved"},
+        {"dropout": 0.1, "weights": "interleaved"},
+    )
+    for options, name in (
+        ({}, "hidden_grad"),
+        ({"dropout": 0.1}, "hidden_grad_dropout"),
+        *((options, "hidden_grad_long") for options in longer),
+    ):
+        found = [(o["BLOCK_N"], o["num_warps"]) for *_, o in launches(monkeypatch, **options) if "GATHER" in o]
+        assert found == [(configs._HOPPER[name].block_n, configs._HOPPER[name].num_warps)], options
 
 
 def test_families():

@@ -13,6 +13,7 @@ from moe_mlp_cases import build
 from moe_mlp_kernel_cases import NAMES, in_reference, small_blocks, widened
 
 from dmoe import plan_token_choice
+from dmoe.activations import NAMES as ACTIVATIONS
 from dmoe.ops._moe_mlp_call import Call
 from dmoe.ops.moe_mlp_cuda import moe_mlp_backward_cuda, moe_mlp_cuda, moe_mlp_inference_cuda
 from dmoe.ops.moe_mlp_ref import moe_mlp_ref
@@ -241,7 +242,7 @@ def test_combine_of_rows_wider_than_a_block(weighed):
     assert torch.equal(gate_grads, parts.sum(0)[token_rows.clamp(min=0).long()] * (token_rows >= 0))
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_nan_passes_through_every_activation(activation):
     """A NaN pre-activation gives NaN, not 0: relu as well."""
     call, _, tiling = drawn("masked plain")

@@ -18,9 +18,11 @@ from dmoe.ops import _trust
 SHAPE = (4096, 1024, 512, 16, 4)
 
 
-@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize(
+    ("gated", "activation"), [(True, "silu"), (False, "silu"), (True, "clamped_swiglu(7.0,1.702,1.0)")]
+)
 @pytest.mark.parametrize("tokens", [4096, 256, 16])
-def test_entries_are_what_the_layer_looks_up(monkeypatch, tokens, gated):
+def test_entries_are_what_the_layer_looks_up(monkeypatch, tokens, gated, activation):
     from kernel_cases import expert_mlp
     from kernel_table import counting
 
@@ -29,8 +31,8 @@ def test_entries_are_what_the_layer_looks_up(monkeypatch, tokens, gated):
     asked = set()
     monkeypatch.setattr(operands, "choose", lambda *key: asked.add(configs.key(*key)) or configs.choose(*key))
     with counting():
-        expert_mlp(tokens=tokens, hidden=1024, ffn=512, experts=16, top_k=4, gated=gated)
-    entries = tune.kernels_of((tokens, *SHAPE[1:]), 90, gated=gated)
+        expert_mlp(tokens=tokens, hidden=1024, ffn=512, experts=16, top_k=4, gated=gated, activation=activation)
+    entries = tune.kernels_of((tokens, *SHAPE[1:]), 90, gated=gated, activation=activation)
     assert asked == set(entries)
     for name, (kernel, built_in) in entries.items():
         assert name.startswith(kernel + "/")

@@ -39,7 +39,7 @@ REFUSED = {
     ("moe_single_grouped_bias", True): "--moe-single-grouped-bias",
     ("moe_mlp_glu_interleave_size", 32): "dmoe keeps gate and up apart",
     ("use_transformer_engine_op_fuser", True): "--use-transformer-engine-op-fuser",
-    ("activation_func_clamp_value", 7.0): "dmoe's activations are not clamped",
+    ("activation_func_clamp_value", 7.0): "it is not translated into a dmoe.ClampedSwiGLU",
     ("glu_linear_offset", 1.0): "--glu-linear-offset",
     ("activation_func_fp8_input_store", True): "--activation-func-fp8-input-store",
     ("overlap_moe_expert_parallel_comm", True): "use --moe-dmoe-overlap-degree instead",

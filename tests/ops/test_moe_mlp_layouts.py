@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
+from big_allocations import BigAllocations, Peak, peaks_can_be_read
 from helpers import interpreted
 from moe_mlp_cases import CASE, LAYOUTS, build, relaid
 from moe_mlp_kernel_cases import small_blocks
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmoe import ExpertWeights, plan_token_choice
 from dmoe.functional import moe_mlp, run_experts
@@ -24,6 +21,7 @@ from dmoe.strides import in_layout_of, is_transposed, readable
 
 OPS = torch.ops.dmoe
 OTHERS = LAYOUTS[1:]
+INTERLEAVED = ("interleaved", "interleaved, transposed")
 BESIDE = ("up_proj", "down_proj", "gate_proj")
 
 
@@ -57,14 +55,19 @@ def gradients(run, x, gates, weights, grad):
 
 @pytest.mark.parametrize("layout", OTHERS)
 @pytest.mark.parametrize("change", [{}, {"gated": False}, {"sizes": [3, 1, 4]}, {"bias": False}], ids=str)
-@pytest.mark.parametrize("option", ["plain", "recompute", "deferred", "reference", "parts"])
+@pytest.mark.parametrize("option", ["plain", "recompute", "deferred", "reference", "parts", "dropout"])
 def test_results_are_those_on_contiguous_weights(layout, change, option):
     def run(x, gates, weights):
         if option == "deferred":
             weights = weights.deferred()
         if option == "parts":
             weights = weights.parts(1)[0]
-        options = {"recompute": {"recompute": True}, "reference": {"backend": "reference"}}.get(option, {})
+        options = {
+            "recompute": {"recompute": True},
+            "reference": {"backend": "reference"},
+            "dropout": {"activation_dropout": 0.3, "expert_dropout": 0.2, "gate_weight_on": "activation"},
+        }.get(option, {})
+        torch.manual_seed(5)  # of the masks
         return run_experts(x, plan, gates, weights, **options)
 
     results = []
@@ -138,7 +141,9 @@ def test_gradcheck(layout):
     assert torch.autograd.gradcheck(run, tuple(named.values()), nondet_tol=0.0)
 
 
-@pytest.mark.parametrize(("layout", "sizes"), [("transposed", 5), ("merged", 5), ("apart", [3, 1, 4])], ids=str)
+@pytest.mark.parametrize(
+    ("layout", "sizes"), [("transposed", 5), ("merged", 5), ("apart", [3, 1, 4]), (INTERLEAVED[1], 5)], ids=str
+)
 def test_opcheck(layout, sizes):
     """Fake results have the strides of the real ones."""
     arguments, grad, _, _ = build({**CASE, "sizes": sizes, "weights": layout}, torch.float32)
@@ -160,7 +165,7 @@ def test_opcheck(layout, sizes):
 
 @pytest.mark.parametrize("held", ["contiguous", "as the weight"])
 @pytest.mark.parametrize("option", ["plain", "deferred", "recompute"])
-@pytest.mark.parametrize("layout", ["transposed", "apart", "apart, transposed"])
+@pytest.mark.parametrize("layout", ["transposed", "apart", "apart, transposed", *INTERLEAVED])
 def test_main_grads_take_the_projections_gradients(layout, option, held):
     x, plan, gates, weights, grad = problem(layout, torch.float32)
     names = [name for name in BESIDE if getattr(weights, name) is not None]
@@ -182,24 +187,6 @@ EXPERTS, WIDTH, HIDDEN = 512, 64, 256
 ALL_EXPERTS = EXPERTS * WIDTH * HIDDEN * 4  # bytes of one projection, 32 MiB
 
 
-class BigAllocations(TorchDispatchMode):
-    """Names of operations, but for dmoe's own, whose results are new memory of the size of all experts."""
-
-    def __init__(self, *known):
-        super().__init__()
-        self.known, self.found = {tensor.untyped_storage().data_ptr() for tensor in known}, []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        results = func(*args, **(kwargs or {}))
-        for tensor in results if isinstance(results, tuple | list) else (results,):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes() >= ALL_EXPERTS // 2:
-                storage = tensor.untyped_storage().data_ptr()
-                if storage not in self.known and not str(func).startswith("dmoe."):
-                    self.found.append(str(func))
-                self.known.add(storage)
-        return results
-
-
 def as_megablocks(gated=True):
     """Parameters ``(E * F, H)`` of 512 experts, and the weights as views of them."""
     names = ("w1", "v1", "w2") if gated else ("w1", "w2")
@@ -215,44 +202,19 @@ def as_megablocks(gated=True):
     return held, weights
 
 
-class Peak:
-    """Bytes by which this process's memory was larger than at the beginning, at most; counts what C++ takes as well."""
-
-    def __enter__(self):
-        Path("/proc/self/clear_refs").write_text("5")
-        self.before = self._read("VmRSS")
-        return self
-
-    def __exit__(self, *error):
-        self.bytes = self._read("VmHWM") - self.before
-
-    @staticmethod
-    def _read(name):
-        status = Path("/proc/self/status").read_text()
-        return int(re.search(rf"{name}:\s+(\d+) kB", status)[1]) * 1024
-
-
-def peaks_can_be_read():
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
 @pytest.mark.parametrize("gated", [True, False])
 def test_no_operation_copies_all_experts(gated):
     held, weights = as_megablocks(gated)
     x, experts = torch.randn(24, HIDDEN, requires_grad=True), torch.randint(EXPERTS, (24, 2))
-    with BigAllocations(*held.values()) as forward:
+    with BigAllocations(ALL_EXPERTS // 2, *held.values()) as forward:
         y = moe_mlp(x, experts, torch.rand(24, 2), weights())
-    with BigAllocations(*held.values()) as backward:
+    with BigAllocations(ALL_EXPERTS // 2, *held.values()) as backward:
         y.sum().backward()
     assert forward.found == backward.found == []
     for name, tensor in held.items():
         assert tensor.grad.is_contiguous(), name
         assert tensor.grad.abs().sum() > 0, name
-    with BigAllocations(*held.values()) as counted:
+    with BigAllocations(ALL_EXPERTS // 2, *held.values()) as counted:
         held["w2"].view(EXPERTS, WIDTH, HIDDEN).mT.contiguous()
     assert counted.found == ["aten.clone.default"]
 

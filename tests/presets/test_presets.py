@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import dmoe
-from dmoe import MoE, MoEConfig, presets
+from dmoe import ClampedSwiGLU, MoE, MoEConfig, presets
 from dmoe.presets.__main__ import main
 from dmoe.routing import Cosine, ExpertChoice, Hash, TopK
 
@@ -94,8 +94,21 @@ PUBLISHED = {
         "selection_bias_update_rate": 1e-3,
         "load_balancing_choices": "plain",
     },
-    "deepseek_v4": {"score_function": "sqrt_softplus", "gate_scale": 1.5, "top_k": 6, "gate_weight_on": "activation"},
-    "gpt_oss": {"hidden_size": 2880, "top_k": 4, "router_bias": True, "softmax_order": "after_topk", "bias": "expert"},
+    "deepseek_v4": {
+        "score_function": "sqrt_softplus",
+        "gate_scale": 1.5,
+        "top_k": 6,
+        "gate_weight_on": "activation",
+        "activation": ClampedSwiGLU(10.0, alpha=1.0, up_offset=0.0),
+    },
+    "gpt_oss": {
+        "hidden_size": 2880,
+        "top_k": 4,
+        "router_bias": True,
+        "softmax_order": "after_topk",
+        "bias": "expert",
+        "activation": ClampedSwiGLU(7.0, alpha=1.702, up_offset=1.0),
+    },
     "llama4": {"num_experts": 16, "top_k": 1, "gate_weight_on": "input", "score_function": "sigmoid"},
     "megablocks": {"hidden_size": 1024, "bias": "output", "activation": "gelu_tanh", "capacity": None},
 }

@@ -68,12 +68,20 @@ def expert_mlp(
         down = tensor(experts, ffn, hidden).mT
     elif weights == "transposed":
         up, down = tensor(experts, hidden, 2 * ffn).mT.unflatten(1, (2, ffn)), tensor(experts, ffn, hidden).mT
+    elif weights == "interleaved":
+        up = tensor(experts, 2 * ffn, hidden).unflatten(1, (ffn, 2)).transpose(1, 2)
+    elif weights == "interleaved, transposed":
+        up = tensor(experts, hidden, 2 * ffn).mT.unflatten(1, (ffn, 2)).transpose(1, 2)
+        down = tensor(experts, ffn, hidden).mT
+    up_bias = tensor(*up.shape[:-1]) if bias else None
+    if bias and weights.startswith("interleaved"):
+        up_bias = tensor(experts, ffn, 2).transpose(1, 2)
     arguments = [
         tensor(tokens, hidden),
         tensor(tokens, top_k, of=torch.float32),
         up,
         down,
-        tensor(*up.shape[:-1]) if bias else None,
+        up_bias,
         tensor(experts, hidden) if bias else None,
         index(experts + 1),
         index(rows),
@@ -122,6 +130,26 @@ EXPERT_MLP = {
     "decode": {"tokens": 8},
     "gate apart, down transposed": {"weights": "megablocks"},
     "both transposed": {"weights": "transposed"},
+    "relu squared": {"gated": False, "activation": "relu_squared"},
+    "DeepSeek-V4": {"activation": "clamped_swiglu(10.0,1.0,0.0)", "gate_weight_on": "activation"},
+    "Inkling-2": {"activation": "softcapped_swiglu(4.0,25.0)"},
+    "interleaved": {"weights": "interleaved"},
+    "GPT-OSS": {"weights": "interleaved, transposed", "activation": "clamped_swiglu(7.0,1.702,1.0)", "bias": True},
+    "GPT-OSS, dropout": {
+        "weights": "interleaved, transposed",
+        "activation": "clamped_swiglu(7.0,1.702,1.0)",
+        "bias": True,
+        "dropout": 0.1,
+    },
+    "GPT-OSS, float32, odd sizes": {
+        "weights": "interleaved, transposed",
+        "activation": "clamped_swiglu(7.0,1.702,1.0)",
+        "bias": True,
+        "dtype": torch.float32,
+        "hidden": 1001,
+        "ffn": 777,
+        "tokens": 512,
+    },
 }
 for _name, _options in EXPERT_MLP.items():
     case(f"expert_mlp: {_name}")(functools.partial(expert_mlp, **_options))
