@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 SOURCES := $(wildcard csrc/*) setup.py
 
-.PHONY: demo test test-megatron-0.19 test-oldest check bench fairseq clean
+.PHONY: demo test test-megatron-0.19 test-transformers test-oldest check bench fairseq clean
 
 demo: $(VENV)/ready
 	$(BIN)/python examples/train_lm.py --compare-dense --minutes 7.5 --overwrite --generate --out runs/demo
@@ -19,6 +19,12 @@ test: check fairseq
 # The newest megatron-core, which needs Python 3.12 to be installed, from its unzipped wheel.
 test-megatron-0.19: $(VENV)/ready
 	PYTHON=$(BIN)/python tests/support/megatron_wheel.sh 0.19.2
+
+# All families behind Transformers' experts interface, in the installed release and in others (250 MB each, in build/).
+test-transformers: $(VENV)/ready
+	DMOE_FAMILIES=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/transformers
+	for release in 5.8.1 5.17.0 5.23.0; do \
+		PYTHON=$(BIN)/python tests/support/transformers_wheel.sh $$release || exit 1; done
 
 # The oldest PyTorch that is promised, and its Triton: an environment of their own in build/ (5 GB), with Python 3.11.
 test-oldest:

@@ -71,9 +71,17 @@ def read_block(model: nn.Module, name: str, module: nn.Module, *, ignore_functio
         return read_ffn(module, ignore_functional_dropout=ignore_functional_dropout)
     except UnrecognisedFFNError as error:
         raise ValueError(
-            f"{what} is not recognised as a feed-forward block: it {error}. Recognised: {RECOGNISED}. "
-            + _could_select(model)
+            f"{what} is not recognised as a feed-forward block: it {error}. {_instead(module)}"
+            f"Recognised: {RECOGNISED}. {_could_select(model)}"
         ) from error
+
+
+def _instead(module: nn.Module) -> str:
+    """Where to look for what replacing blocks is not for: experts that a model of Transformers has already."""
+    from_transformers = type(module).__module__.partition(".")[0] in ("transformers", "transformers_modules")
+    if not (from_transformers and any(parameter.dim() == 3 for parameter in module.parameters())):
+        return ""
+    return "It has experts: dmoe.integrations.transformers.use(model) lets dmoe compute them. "
 
 
 def _could_select(model: nn.Module) -> str:

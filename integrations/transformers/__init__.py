@@ -7,8 +7,8 @@
     on_transformers.register()
     model = AutoModelForCausalLM.from_pretrained(..., experts_implementation="dmoe")
 
-or, for a model that is there already, ``on_transformers.use(model)``, which also knows the models that Transformers' own
-switch does not reach. Names are found when they are asked for: importing this imports no transformers.
+or, for a model that is there already, ``on_transformers.use(model)``, which also knows models that the switch of
+Transformers does not reach. Names are found when they are asked for: importing this imports no transformers.
 """
 
 from __future__ import annotations

@@ -62,7 +62,8 @@ def composed_experts(
         out = out if norm is None else norm(out).to(dtype)
         return unpermute(out, gate_weights, plan.row_to_token, plan.row_to_slot, *where)
 
-    pre = add(_Up.apply(x, up, not transposed, plan.expert_offsets, plan.row_to_token, plan.row_to_slot, *where), up_bias)
+    indices = plan.expert_offsets, plan.row_to_token, plan.row_to_slot, *where
+    pre = add(_Up.apply(x, up, not transposed, *indices), up_bias)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # a compiler decides itself what to keep
         return checkpoint(rest, pre, gate_weights, use_reentrant=False)
     return rest(pre, gate_weights)
@@ -78,9 +79,7 @@ class _Up(torch.autograd.Function):
     """Tokens to their rows and through the up projection: saves the tokens, and gathers the rows again."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, up: Tensor, trans_b: bool, expert_offsets: Tensor, *where: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, up: Tensor, trans_b: bool, expert_offsets: Tensor, *where: Tensor) -> Tensor:
         ctx.trans_b = trans_b
         ctx.save_for_backward(x, up, expert_offsets, *where)
         return grouped_gemm(permute(x, where[0], *where[2:]), up, expert_offsets, trans_b=trans_b)

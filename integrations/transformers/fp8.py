@@ -34,8 +34,8 @@ def dmoe_fp8_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_
     for name, (weight, _) in zip(names, weights, strict=True):
         if weight.element_size() == 1 and not weight.is_floating_point():
             raise TypeError(
-                f"dmoe: {type(self).__name__}.{name}: expected weights in fp8, got {weight.dtype}, as fp4 is packed; load "
-                'the model with dequantize=True, or choose experts_implementation="eager"'
+                f"dmoe: {type(self).__name__}.{name}: expected weights in fp8, got {weight.dtype}, as fp4 is packed; "
+                'load the model with dequantize=True, or choose experts_implementation="eager"'
             )
     if weights[0][0].element_size() > 1:  # dequantised when they were loaded
         return dmoe_experts(self, hidden_states, top_k_index, top_k_weights)

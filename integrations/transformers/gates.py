@@ -9,6 +9,7 @@ known as well as the originals.
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 import dmoe
 from dmoe.integrations.transformers.versions import Layout, layout_of
 
-_NAMED = ("silu", "gelu", "gelu_tanh", "relu")
+_NAMED = ("silu", "gelu", "gelu_tanh", "relu", "relu_squared")
+_ALPHAS, _OFFSETS = (1.0, 1.702), (0.0, 1.0)  # what published gates write into their formula
 _MOST_KNOWN = 256
 
 
@@ -27,7 +29,7 @@ class Gate(NamedTuple):
     """An activation of :func:`dmoe.functional.moe_mlp`, and the order of the columns that it reads.
 
     Attributes:
-        activation: as ``moe_mlp`` takes it.
+        activation: as ``moe_mlp`` takes it, as text: a compiler may keep that in a graph.
         interleaved: columns are gate0, up0, gate1, up1; False also without a gate.
     """
 
@@ -43,17 +45,23 @@ _known: dict[Any, Gate | None] = {}
 def gate_of(experts: nn.Module, act_name: str = "act_fn") -> Gate | None:
     """The activation between a module's projections; None where it is none that dmoe has.
 
-    ``act_name`` is the attribute that holds its activation, unless ``_apply_gate`` says all there is to say. What a compiled graph computes is settled when it is traced: this is called then, and not looked into.
+    What a compiled graph computes is settled when it is traced: this is called then, and not looked into.
+
+    Args:
+        experts: the module.
+        act_name: its attribute that holds the activation, if it has no ``_apply_gate``.
     """
     layout, act = layout_of(experts), getattr(experts, act_name, None)
     own = getattr(experts, "_apply_gate", None) if layout.gated else None
-    if isinstance(act, nn.Module) and _has_to_be_called(act):
-        return None
-    key = (layout, getattr(own, "__func__", own), _numbers(experts), experts.training, *_kind(act))
+    if (isinstance(act, nn.Module) and _has_to_be_called(act)) or (own is not None and experts._buffers):
+        return None  # a buffer, of which nobody says what it is for, may be the gate's
+    kind = type(act) if isinstance(act, nn.Module) else act
+    numbers = _numbers(experts) + _numbers_of_act(act)
+    key = (layout, getattr(own, "__func__", own), kind, experts.training, numbers)
     if key not in _known:
         if len(_known) >= _MOST_KNOWN:
             _known.clear()
-        _known[key] = _recognise(apply_gate(experts, layout, act_name), act, _numbers(experts), layout)
+        _known[key] = _recognise(apply_gate(experts, layout, act_name), layout, numbers)
     return _known[key]
 
 
@@ -71,32 +79,36 @@ def apply_gate(experts: Any, layout: Layout, act_name: str = "act_fn") -> Callab
     return default
 
 
-def _has_to_be_called(act: nn.Module) -> bool:
+def _has_to_be_called(act: Any) -> bool:
     """Somebody looks at what it is given, or changes it; or it has numbers that training may change."""
-    hooked = act._forward_hooks or act._forward_pre_hooks or act._backward_hooks
-    return bool(hooked) or any(True for _ in itertools.chain(act.parameters(), act.buffers()))
+    if act._forward_hooks or act._forward_pre_hooks or act._backward_hooks or act._parameters or act._buffers:
+        return True
+    return bool(act._modules) and any(map(_has_to_be_called, act._modules.values()))
 
 
 def _numbers(thing: Any) -> tuple[tuple[str, float], ...]:
     """What it keeps as plain numbers, by name."""
     named = getattr(thing, "__dict__", {})
-    return tuple((n, v) for n, v in named.items() if type(v) in (int, float) and not n.startswith("_"))
+    return tuple([(n, v) for n, v in named.items() if type(v) in (int, float) and n[0] != "_"])
 
 
-def _kind(act: Any) -> tuple[Any, ...]:
-    """What tells two activations apart."""
-    return (type(act), act.training, _numbers(act)) if isinstance(act, nn.Module) else (act,)
+def _numbers_of_act(act: Any) -> tuple[tuple[str, float], ...]:
+    """Those of an activation, and of the modules that it is made of."""
+    if not isinstance(act, nn.Module):
+        return ()
+    own = _numbers(act)
+    return tuple(itertools.chain(own, *map(_numbers_of_act, act._modules.values()))) if act._modules else own
 
 
 def _recognise(
-    function: Callable[[Tensor], Tensor], act: Any, numbers: tuple[tuple[str, float], ...], layout: Layout
+    function: Callable[[Tensor], Tensor], layout: Layout, numbers: tuple[tuple[str, float], ...]
 ) -> Gate | None:
     """Look, in a thread of its own: modes, autocast and tracing that are on here are not on there."""
     found: list[Gate] = []
 
     def look() -> None:
         try:
-            found.extend(itertools.islice(_candidates_that_fit(function, layout, (*numbers, *_numbers(act))), 1))
+            found.extend(itertools.islice(_candidates_that_fit(function, layout, numbers), 1))
         except Exception:  # whatever a stranger's gate raises, the answer is the same
             found.clear()
 
@@ -119,15 +131,14 @@ def _candidates_that_fit(
             return
         for activation in _candidates(numbers, layout.gated):
             expected = _evaluate(activation, gate, up if layout.gated else None)
-            if expected is not None and _alike(observed[0], expected, gate, up):
+            if _alike(observed[0], expected, gate, up):
                 yield Gate(activation, interleaved)
 
 
 def _plant() -> tuple[Tensor, Tensor]:
     """Gates and ups that cover what near numbers tell (the two gelus are 4e-4 apart) and far ones (clamps, caps)."""
-    where = {"dtype": torch.float64, "device": "cpu"}
-    near = torch.linspace(-12, 12, 241, **where)
-    far = torch.linspace(-900, 900, 61, **where)
+    near = torch.linspace(-12, 12, 241, dtype=torch.float64, device="cpu")
+    far = torch.linspace(-900, 900, 61, dtype=torch.float64, device="cpu")
     gate = torch.cat((near, far))
     up = torch.cat((torch.cos(17 * near) * 12, torch.cos(17 * far) * 900))
     return gate, up
@@ -141,12 +152,17 @@ def _observe(function: Callable[[Tensor], Any], pre: Tensor) -> Tensor | None:
     return first.detach() if settled else None
 
 
-def _candidates(numbers: tuple[tuple[str, float], ...], gated: bool) -> Iterator[Any]:
-    """dmoe's activations, those with parameters for all the numbers that may be theirs."""
+def _candidates(numbers: tuple[tuple[str, float], ...], gated: bool) -> Iterator[str]:
+    """dmoe's activations, those with numbers of their own for all that may be theirs."""
     yield from _NAMED
+    values = {float(value) for _, value in numbers if 0 < value < math.inf} if gated else set()
+    for limit, alpha, offset in itertools.product(values, {*_ALPHAS, *values}, _OFFSETS):
+        yield str(dmoe.ClampedSwiGLU(limit, alpha, offset))
+    for caps in itertools.product(values, repeat=2):
+        yield str(dmoe.SoftcappedSwiGLU(*caps))
 
 
-def _evaluate(activation: Any, gate: Tensor, up: Tensor | None) -> Tensor | None:
+def _evaluate(activation: Any, gate: Tensor, up: Tensor | None) -> Tensor:
     """What dmoe's operation computes of them: through one expert, whose projections hand on what they are given."""
     if up is None:
         x, up_proj, down_proj = gate.unsqueeze(1), gate.new_ones(1, 1, 1), gate.new_ones(1, 1, 1)

@@ -28,7 +28,7 @@ from dmoe.integrations.transformers.versions import layout_of
 
 
 def llama4_block(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-    """Llama 4's block, ``(..., H)`` to ``(T, H)`` and router logits ``(T, E)``: each token through its own experts only.
+    """Llama 4's block, ``(..., H)`` to ``(T, H)`` and router logits ``(T, E)``: each token through its own experts.
 
     Transformers' own multiplies every token by its score for every expert, 0 where it did not choose it, and computes
     all experts for all of these: without biases, experts make 0 of 0.
@@ -61,7 +61,7 @@ def longcat_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
 
 
 def dbrx_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Experts ``(B, S, H)`` with weights ``(E * F, H)``, as MegaBlocks has them: ``w1`` gates, ``v1`` up, ``w2`` down."""
+    """Experts ``(B, S, H)`` with weights ``(E * F, H)``, as in MegaBlocks: ``w1`` gate, ``v1`` up, ``w2`` down."""
     rows = -1, self.ffn_hidden_size, self.hidden_size
     gate, up, down = (weight_of(self.mlp, name).view(rows) for name in ("w1", "v1", "w2"))
     weights = dmoe.ExpertWeights(up, down.mT, gate_proj=gate)
@@ -87,7 +87,7 @@ def jetmoe_block(self: Any, layer_input: Tensor) -> Tensor:
 
 
 def jetmoe_linear(self: Any, inputs: Tensor, expert_size: Sequence[int]) -> Tensor:
-    """One linear of each expert over rows that are sorted by expert, ``(R, in)`` to ``(R, out)``: of JetMoE's attention."""
+    """One linear of each expert over rows that are sorted by expert, ``(R, in)`` to ``(R, out)``."""
     offsets = torch.tensor([0, *expert_size], device=inputs.device).cumsum(0).int()
     weight = weight_of(self, "weight")
     return dmoe.ops.grouped_gemm(in_dtype_of(weight, inputs), weight, offsets)

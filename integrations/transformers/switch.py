@@ -22,8 +22,8 @@ _LOOKS_LIKE_MOE = re.compile(r"expert|moe|router|switch", re.IGNORECASE)
 def register(name: str = "dmoe") -> None:
     """Make ``name`` an implementation of experts, for every Transformers model with such a switch.
 
-    ``from_pretrained(..., experts_implementation="dmoe")`` and ``model.set_experts_implementation("dmoe")`` know it from
-    then on, for weights in fp8 too. Doing it again changes nothing.
+    ``from_pretrained(..., experts_implementation="dmoe")`` and ``model.set_experts_implementation("dmoe")`` know it
+    from then on, for weights in fp8 too. Doing it again changes nothing.
 
     Args:
         name: the word.
@@ -60,10 +60,9 @@ def use(model: nn.Module) -> list[str]:
             as it was.
     """
     register()
-    switched = {name: module for name, module in model.named_modules() if on_interface(module)}
-    patched = {
-        name: (module, forward) for name, module in model.named_modules() if (forward := forward_for(module)) is not None
-    }
+    modules = dict(model.named_modules())
+    switched = {name: module for name, module in modules.items() if on_interface(module)}
+    patched = {name: (each, forward) for name, each in modules.items() if (forward := forward_for(each)) is not None}
     if not switched and not patched:
         raise ValueError(f"use: expected a model with experts that dmoe can compute, got {_what_it_is(model)}")
     for name, (module, _) in patched.items():
@@ -74,8 +73,8 @@ def use(model: nn.Module) -> list[str]:
     for module in switched.values():
         _name_implementation(module, "dmoe")
     for module, forward in patched.values():
-        vars(module)[_slot(module)] = functools.partial(forward, module)
-    return [name for name, _ in model.named_modules() if name in switched or name in patched]
+        module.__dict__[_slot(module)] = functools.partial(forward, module)
+    return [name for name in modules if name in switched or name in patched]
 
 
 def restore(model: nn.Module) -> list[str]:
@@ -96,9 +95,9 @@ def restore(model: nn.Module) -> list[str]:
         for slot in ("forward", "_old_forward"):
             if _is_ours(vars(module).get(slot)):
                 if slot == "forward":
-                    del vars(module)[slot]
+                    del module.__dict__[slot]
                 else:
-                    vars(module)[slot] = types.MethodType(type(module).forward, module)
+                    module.__dict__[slot] = types.MethodType(type(module).forward, module)
                 restored.append(name)
     return restored
 

@@ -50,12 +50,20 @@ _SMALL = [
     (r"num_kv_shared_layers|num_nextn_predict_layers", 0),
 ]
 # Some releases leave these to be None, whose meaning is none that runs.
-_NEVER_NONE = r"head_dim|\w*num_experts|n_(routed|shared)_experts|num_experts_per_tok|top_k_experts|moe_intermediate_size"
+_NEVER_NONE = (
+    r"head_dim|\w*num_experts|n_(routed|shared)_experts|num_experts_per_tok|top_k_experts|moe_intermediate_size"
+)
 # Of two layers the second has experts, whatever else the family does.
 _LISTS = {"mlp_layer_types": ["dense", "sparse"], "mlp_only_layers": [0]}
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+_DBRX = {"moe_num_experts": 4, "moe_top_k": 2, "ffn_hidden_size": 24}
 # What a family demands besides.
 _OF_FAMILY = {
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 4, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "n_heads": 4,
+        "ffn_config": _DBRX,
+    },
     "deepseek_ocr2": {"mlp_layer_types": ["dense", "sparse"]},
     "deepseek_v4": {"mlp_layer_types": ["hash_moe", "moe"]},
     "diffusion_gemma": {"layer_types": ["sliding_attention", "full_attention"]},
@@ -67,17 +75,21 @@ _OF_FAMILY = {
     "glm4v_moe": {"rope_parameters": {**_MROPE, "mrope_section": [1, 1, 2]}},
     "hy_v4_vl": {"rope_parameters": {**_MROPE, "mrope_section": [2, 1, 1]}},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "longcat_flash": {"num_layers": 2, "zero_expert_num": 2},
     "mimo_v2_flash": {"num_key_value_heads": 2},
     "mistral4": {"rope_parameters": {**_MROPE, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 64}},
+    "step3p7": {"sliding_window": 16, "swiglu_limits": [None, 0.5]},
     "zaya": {"num_experts_per_tok": 1},
 }
+
+
+MODELS = Path(transformers.__file__).parent / "models"
 
 
 @functools.cache
 def families() -> tuple[str, ...]:
     """Names of the model packages whose modeling file uses the interface, sorted."""
-    models = Path(transformers.__file__).parent / "models"
-    files = models.glob("*/modeling_*.py")
+    files = MODELS.glob("*/modeling_*.py")
     return tuple(sorted(f.parent.name for f in files if "@use_experts_implementation" in f.read_text()))
 
 
@@ -91,7 +103,7 @@ def shrunk(kind, **given):
         elif name in _LISTS and value is not None:
             small[name] = _LISTS[name]
         elif (type(value) in (int, float) and value) or (value is None and re.fullmatch(_NEVER_NONE, name)):
-            small |= {name: size for pattern, size in _SMALL if re.fullmatch(pattern, name) and name not in small}
+            small |= dict([(name, size) for pattern, size in _SMALL if re.fullmatch(pattern, name)][:1])
     return small | {name: value for name, value in given.items() if name in vars(kind())}
 
 
@@ -107,10 +119,11 @@ def _model_classes(family):
     return sorted(found, key=lambda kind: next((i for i, end in enumerate(order) if kind.__name__.endswith(end)), 9))
 
 
-def tiny_model(family, **given):
+def tiny_model(family, holds=None, **given):
     """A model of a family with random weights, float32, in eval mode, its experts computed by "eager".
 
-    Every parameter is drawn anew, with a spread at which no gate saturates and no output vanishes.
+    Every parameter is drawn anew, with a spread at which no gate saturates and no output vanishes. ``holds`` says of a
+    model whether it has what is looked for: modules behind the interface, unless said otherwise.
     """
     problems, given = [], {**_OF_FAMILY.get(family, {}), **given}
     for kind in _model_classes(family):
@@ -119,12 +132,12 @@ def tiny_model(family, **given):
                 warnings.simplefilter("ignore")
                 torch.manual_seed(0)
                 model = kind(kind.config_class(**shrunk(kind.config_class, **given))).eval()
-            if not experts_of(model):
+            if not (holds or experts_of)(model):
                 problems.append(f"{kind.__name__}: no experts")
                 continue
             for parameter in model.parameters():
                 if parameter.dim() > 1:
-                    torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+                    torch.nn.init.normal_(parameter, std=0.7 * parameter.shape[-1] ** -0.5)
             set_implementation(model, "eager")
             run(model)
             return model
