@@ -223,6 +223,15 @@ def test_over_two_ranks(name, ranks):
         assert_same_state(after, {name: tensor * 2 for name, tensor in before.items()})
 
 
+def test_under_fsdp2(ranks):
+    for error, same, refusal in ranks.run(rank_jobs_blocks.sharded_model, "qwen2_moe", ranks=2):
+        assert error < 1e-6
+        assert same == [True, True, True]
+        assert refusal.startswith(
+            "from_dmoe: expected parameters that FSDP2 does not shard, got a sharded block: model"
+        )
+
+
 # --------------------------------------------------------------------------------------------------------- other dtypes
 
 
