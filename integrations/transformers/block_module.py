@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 import dmoe
 from dmoe.integrations.transformers.blocks_table import block_weights, known_family
@@ -116,11 +116,17 @@ class MoEBlock(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         ours = prefix + _OURS
         rename_to_ours(state_dict, self.weights, prefix, ours)  # the dict is load_state_dict's own
+        own = (
+            self.moe.experts.parameters() if self.moe.experts.distributed else ()
+        )  # they take their own part of a whole
+        spread = {id(parameter) for parameter in own}
         for name, parameter in self.moe.named_parameters():
             value = state_dict.get(ours + name)
-            if isinstance(value, Tensor) and _is_whole_of(value, parameter, self.moe):
-                mesh, how = parameter.device_mesh, parameter.placements
-                state_dict[ours + name] = distribute_tensor(value.to(mesh.device_type), mesh, how, src_data_rank=None)
+            if not isinstance(value, Tensor) or isinstance(value, DTensor):
+                continue
+            if isinstance(parameter, DTensor) and id(parameter) not in spread:  # FSDP2 shards it
+                mesh, value = parameter.device_mesh, value.to(parameter.device)
+                state_dict[ours + name] = distribute_tensor(value, mesh, parameter.placements, src_data_rank=None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -143,12 +149,6 @@ def _output(routing: Any, name: str) -> Tensor | None:
         return routing.gate_weights / routing.gate_weights.shape[1]
     found = {"logits": routing.router_logits, "weights": routing.gate_weights, "indices": routing.expert_indices}
     return found.get(name)
-
-
-def _is_whole_of(value: Tensor, parameter: Any, moe: Any) -> bool:
-    """Whether a value is the whole of what FSDP2 shards; experts that are spread over ranks take their own part."""
-    experts = moe.experts.distributed and any(parameter is each for each in moe.experts.parameters())
-    return hasattr(parameter, "placements") and not hasattr(value, "placements") and not experts
 
 
 def _nothing() -> str:

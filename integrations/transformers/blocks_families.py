@@ -73,7 +73,8 @@ _NORMALIZED_IF_ASKED = {"gate_normalization": _read("norm_topk_prob", then=lambd
 _OVER_CHOSEN = {"softmax_order": "after_topk"}
 _JITTER = {"input_jitter": _read("jitter_noise"), "input_jitter_on": "layer"}
 _SIGMOID = {"score_function": "sigmoid", **_NORMALIZED}
-_GROUPS = {"num_groups": _read("num_group", "n_group"), "top_k_groups": _read("topk_group"), "group_score": "top2_sum"}
+_NUM_GROUPS, _TOP_K_GROUPS = _read("num_group", "n_group"), _read("topk_group")
+_GROUPS = {"num_groups": _NUM_GROUPS, "top_k_groups": _TOP_K_GROUPS, "group_score": "top2_sum"}
 _SCALED = {"gate_scale": _read("routed_scaling_factor", "router_scaling_factor")}
 _DEEPSEEK_V3 = {"score_function": "sigmoid", **_GROUPS, **_NORMALIZED_IF_ASKED, **_SCALED}
 
@@ -83,8 +84,8 @@ def _v2(option: Option, otherwise: Any) -> Option:
 
 
 _DEEPSEEK_V2 = {
-    "num_groups": _v2(_GROUPS["num_groups"], 1),
-    "top_k_groups": _v2(_GROUPS["top_k_groups"], None),
+    "num_groups": _v2(_NUM_GROUPS, 1),
+    "top_k_groups": _v2(_TOP_K_GROUPS, None),
     "group_score": "max",
     **_SCALED,
 }

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import DTensor, Replicate
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Weight:
         A single expert that FSDP2 shards lies on one rank alone, which no sharding of theirs can say: it is gathered,
         so all ranks have to call this.
         """
-        if tensor.shape[0] == 1 and hasattr(tensor, "redistribute"):
+        if isinstance(tensor, DTensor) and tensor.shape[0] == 1:
             tensor = tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)
         return tuple(each.contiguous() for each in self.layout.split(tensor))
 
