@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from hf_blocks import holding, saved, tiny_block, with_biases
-from hf_families import run, tiny_model
+from hf_blocks import holding, saved, tiny, tiny_block
+from hf_families import run
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -44,7 +44,7 @@ def plain_block(name, shares):
 
 def sharded_model(group, family):
     """A model under FSDP2 with dmoe's blocks: logits, whether every kind of state dict is the model's, and an error."""
-    model = with_biases(tiny_model(family))
+    model = tiny(family)
     expected, before = run(model).detach(), saved(model)
     to_dmoe(model)
     mesh = DeviceMesh.from_group(group, "cpu")
