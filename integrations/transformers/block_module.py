@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 import dmoe
 from dmoe.integrations.transformers.blocks_table import block_weights, known_family
@@ -57,10 +58,11 @@ class MoEBlock(nn.Module):
         self._is_hf_initialized = True
         self.train(theirs.training)
 
-    def forward(self, hidden_states: Tensor) -> Tensor | tuple[Tensor | None, ...]:
+    def forward(self, hidden_states: Tensor, input_ids: Tensor | None = None) -> Tensor | tuple[Tensor | None, ...]:
         """``(B, S, H)`` to the same shape and dtype, or ``(B * S, H)``; a tuple with what the family returns beside it.
 
-        Router logits, and weights, are float32 where the block's may be in the model's dtype.
+        Router logits, and weights, are float32 where the block's may be in the model's dtype. ``input_ids`` are what
+        DeepSeek-V4 hands to every block, and are not looked at.
         """
         y, routing = self.moe(hidden_states, return_routing=True)
         self.get_submodule(self.family.router)(*(_output(routing, name) for name in self.family.router_returns))
@@ -112,7 +114,19 @@ class MoEBlock(nn.Module):
         return {name: theirs[name].dtype for each in self.weights if each.ours in _FLOAT32 for name in each.theirs}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        rename_to_ours(state_dict, self.weights, prefix, prefix + _OURS)  # the dict is load_state_dict's own
+        ours = prefix + _OURS
+        rename_to_ours(state_dict, self.weights, prefix, ours)  # the dict is load_state_dict's own
+        own = (
+            self.moe.experts.parameters() if self.moe.experts.distributed else ()
+        )  # they take their own part of a whole
+        spread = {id(parameter) for parameter in own}
+        for name, parameter in self.moe.named_parameters():
+            value = state_dict.get(ours + name)
+            if not isinstance(value, Tensor) or isinstance(value, DTensor):
+                continue
+            if isinstance(parameter, DTensor) and id(parameter) not in spread:  # FSDP2 shards it
+                mesh, value = parameter.device_mesh, value.to(parameter.device)
+                state_dict[ours + name] = distribute_tensor(value, mesh, parameter.placements, src_data_rank=None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -92,13 +92,18 @@ def from_dmoe(model: nn.Module) -> list[str]:
         The names of the blocks that were put back.
 
     Raises:
-        ValueError: the model has no block of :func:`to_dmoe`'s.
+        ValueError: the model has no block of :func:`to_dmoe`'s, or one that FSDP2 shards.
     """
     blocks = {name: module for name, module in model.named_modules() if isinstance(module, MoEBlock)}
     if not blocks:
         raise ValueError(
             f"from_dmoe: expected a model that to_dmoe changed, got {type(model).__name__} without its blocks"
         )
+    for name, made in blocks.items():
+        sharded = {n for n, parameter in made.moe.named_parameters() if hasattr(parameter, "placements")}
+        spread = {n for n in sharded if n.startswith("experts.")} if made.moe.experts.distributed else set()
+        if sharded != spread or any(hasattr(module, "unshard") for module in made.modules()):
+            raise ValueError(f"from_dmoe: expected parameters that FSDP2 does not shard, got a sharded block: {name}")
     _swap(model, {made: made.give_back() for made in blocks.values()})
     return list(blocks)
 

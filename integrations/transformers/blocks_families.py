@@ -1,6 +1,7 @@
 """Which MoE blocks of Transformers are exactly a :class:`dmoe.MoE`: an entry each; and which are not, and why.
 
-What a family computes is read from the sources of Transformers 5.24.0, and held to them by tests. Sizes, K, biases and
+What a family computes is read from the sources of Transformers 5.24.0, and held to them by tests (which run with 5.8.1,
+5.17.0 and 5.23.0 as well: blocks that those build alike are replaced, others refused). Sizes, K, biases and
 shared experts are no options here: they are read from the block itself.
 """
 
@@ -73,7 +74,8 @@ _NORMALIZED_IF_ASKED = {"gate_normalization": _read("norm_topk_prob", then=lambd
 _OVER_CHOSEN = {"softmax_order": "after_topk"}
 _JITTER = {"input_jitter": _read("jitter_noise"), "input_jitter_on": "layer"}
 _SIGMOID = {"score_function": "sigmoid", **_NORMALIZED}
-_GROUPS = {"num_groups": _read("num_group", "n_group"), "top_k_groups": _read("topk_group"), "group_score": "top2_sum"}
+_NUM_GROUPS, _TOP_K_GROUPS = _read("num_group", "n_group"), _read("topk_group")
+_GROUPS = {"num_groups": _NUM_GROUPS, "top_k_groups": _TOP_K_GROUPS, "group_score": "top2_sum"}
 _SCALED = {"gate_scale": _read("routed_scaling_factor", "router_scaling_factor")}
 _DEEPSEEK_V3 = {"score_function": "sigmoid", **_GROUPS, **_NORMALIZED_IF_ASKED, **_SCALED}
 
@@ -83,8 +85,8 @@ def _v2(option: Option, otherwise: Any) -> Option:
 
 
 _DEEPSEEK_V2 = {
-    "num_groups": _v2(_GROUPS["num_groups"], 1),
-    "top_k_groups": _v2(_GROUPS["top_k_groups"], None),
+    "num_groups": _v2(_NUM_GROUPS, 1),
+    "top_k_groups": _v2(_TOP_K_GROUPS, None),
     "group_score": "max",
     **_SCALED,
 }

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,13 @@ class Weight:
         return self.layout.join(tensors).contiguous()
 
     def to_theirs(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Ours as theirs, each contiguous; views where nothing has to move."""
+        """Ours as theirs, each contiguous; views where nothing has to move.
+
+        A single expert that FSDP2 shards lies on one rank alone, which no sharding of theirs can say: it is gathered,
+        so all ranks have to call this.
+        """
+        if isinstance(tensor, DTensor) and tensor.shape[0] == 1:
+            tensor = tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)
         return tuple(each.contiguous() for each in self.layout.split(tensor))
 
 

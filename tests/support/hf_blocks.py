@@ -8,12 +8,14 @@ import importlib
 import re
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 from hf_families import shrunk, tiny_model
 from torch import nn
 
 from dmoe.integrations.transformers.block_module import MoEBlock
+from dmoe.integrations.transformers.versions import check_version
 
 MODELS = Path(transformers.__file__).parent / "models"
 # Families whose choices, of 8 experts, are made inside groups.
@@ -55,12 +57,24 @@ def tiny_block(block, **given):
         config._experts_implementation = "eager"
         made = _drawn(kind(config, *arguments).eval())
     else:
-        model = tiny_llama4() if home == "llama4" else tiny_model(home, **given)
+        model = tiny(home, **given)
         made = next(module for module in model.modules() if type(module) is kind)
     return with_biases(made)
 
 
-def tiny_llama4():
+def tiny(family, **given):
+    """:func:`hf_families.tiny_model`, or Llama 4; skips the test in a release without such a model."""
+    if family == "llama4":
+        return with_biases(_tiny_llama4())
+    try:
+        return with_biases(tiny_model(family, **given))
+    except AssertionError as error:
+        if check_version() >= (5, 24):
+            raise
+        pytest.skip(str(error)[:200])
+
+
+def _tiny_llama4():
     """A model of Llama 4, which is not on the experts interface; K = 2, every layer with experts."""
     config = transformers.Llama4TextConfig
     small = shrunk(

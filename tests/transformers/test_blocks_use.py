@@ -19,11 +19,10 @@ from hf_blocks import (
     holding,
     results,
     saved,
+    tiny,
     tiny_block,
-    tiny_llama4,
-    with_biases,
 )
-from hf_families import run, tiny_model, token_ids
+from hf_families import run, token_ids
 from patience import PATIENCE
 from safetensors.torch import load_file
 from torch import nn
@@ -35,10 +34,6 @@ from dmoe.integrations.transformers.blocks import from_dmoe, to_dmoe
 from dmoe.integrations.transformers.versions import check_version
 
 IDS = token_ids()
-
-
-def model_of(family="mixtral", **given):
-    return with_biases(tiny_model(family, **given))
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -57,10 +52,10 @@ torch.save(answers, sys.stdout.buffer)
 
 
 def test_what_is_saved_is_loaded_by_plain_transformers(tmp_path):
-    families = ("mixtral", "qwen2_moe", "deepseek_v3", "granitemoe", "gpt_oss", "ernie4_5_moe")
+    families = ("mixtral", "qwen2_moe", "deepseek_v3", "hunyuan_v1_moe", "gpt_oss", "ernie4_5_moe")
     expected = {}
     for family in families:
-        model = model_of(family)
+        model = tiny(family)
         to_dmoe(model)
         with torch.no_grad():
             for parameter in model.parameters():  # as after training
@@ -76,7 +71,7 @@ def test_what_is_saved_is_loaded_by_plain_transformers(tmp_path):
 
 def test_files_are_those_of_the_model_itself(tmp_path):
     """The hub's layout, an expert a tensor, and not that of the module in memory."""
-    model = model_of("mixtral")
+    model = tiny("mixtral")
     model.save_pretrained(tmp_path / "theirs")
     to_dmoe(model)
     model.save_pretrained(tmp_path / "ours")
@@ -91,7 +86,7 @@ def _tensors(folder):
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss", "ernie4_5_moe"])
 def test_state_dicts_of_either_are_loaded_by_both(family):
-    one, other = model_of(family), model_of(family)
+    one, other = tiny(family), tiny(family)
     to_dmoe(one)
     for parameter in other.parameters():
         parameter.data.normal_()
@@ -109,7 +104,7 @@ def test_state_dicts_of_either_are_loaded_by_both(family):
 
 
 def test_distributed_checkpoints_find_every_name():
-    model = model_of("deepseek_v3")
+    model = tiny("deepseek_v3")
     to_dmoe(model)
     before = saved(model)
     state = dcp.get_model_state_dict(model)
@@ -140,7 +135,7 @@ def train(model, steps=3):
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_trained_and_put_back_is_trained_plain(family):
-    plain, replaced = model_of(family), model_of(family)
+    plain, replaced = tiny(family), tiny(family)
     to_dmoe(replaced)
     train(plain.train())
     train(replaced.train())
@@ -155,7 +150,7 @@ def test_trained_and_put_back_is_trained_plain(family):
 def test_router_logits_and_the_models_own_loss(family, before):
     if family in ("llama4", "deepseek_v3") and check_version() < (5, 20):
         pytest.skip("this release records the block itself, or nothing")
-    model = tiny_llama4() if family == "llama4" else model_of(family)
+    model = tiny(family)
     recorded = model if family in ("mixtral", "minimax") else model.model
     options = {"input_ids": IDS, "use_cache": False, "output_router_logits": True}
     plain = copy.deepcopy(model)
@@ -178,7 +173,7 @@ def test_router_logits_and_the_models_own_loss(family, before):
 
 
 def test_losses_of_dmoe_where_they_are_asked_for():
-    model = model_of("mixtral").train()
+    model = tiny("mixtral").train()
     to_dmoe(model, load_balancing_coefficient=0.5, router_z_loss_coefficient=1e-3)
     configs = [module.moe.config for module in model.modules() if isinstance(module, MoEBlock)]
     assert [config.num_moe_layers for config in configs] == [2, 2]
@@ -191,7 +186,7 @@ def test_losses_of_dmoe_where_they_are_asked_for():
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_under_gradient_checkpointing(reentrant):
-    model = model_of("mixtral").train()
+    model = tiny("mixtral").train()
     _, expected = results(model, lambda: run(model, IDS))
     to_dmoe(model)
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -223,6 +218,15 @@ def test_over_two_ranks(name, ranks):
         assert_same_state(after, {name: tensor * 2 for name, tensor in before.items()})
 
 
+def test_under_fsdp2(ranks):
+    for error, same, refusal in ranks.run(rank_jobs_blocks.sharded_model, "qwen2_moe", ranks=2):
+        assert error < 1e-6
+        assert same == [True, True, True]
+        assert refusal.startswith(
+            "from_dmoe: expected parameters that FSDP2 does not shard, got a sharded block: model"
+        )
+
+
 # --------------------------------------------------------------------------------------------------------- other dtypes
 
 
@@ -245,7 +249,7 @@ def test_bfloat16_is_as_near_to_float32_as_eager():
 @pytest.mark.parametrize("exact", [(), ("gate.weight",), ("correction_bias",)], ids=str)
 def test_dtypes_of_single_tensors_are_kept(family, exact):
     """Routers and their biases are in float32 or not, by release and by how a model was loaded."""
-    model = model_of(family)
+    model = tiny(family)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if not name.endswith(exact):
             tensor.data = tensor.data.bfloat16()
@@ -258,7 +262,7 @@ def test_dtypes_of_single_tensors_are_kept(family, exact):
 
 
 def test_a_cast_in_between_is_the_blocks_as_well():
-    model = model_of("deepseek_v3")
+    model = tiny("deepseek_v3")
     to_dmoe(model)
     model.bfloat16()
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
@@ -271,7 +275,7 @@ def test_a_cast_in_between_is_the_blocks_as_well():
 
 
 def test_compiled_whole_and_once():
-    model = model_of("mixtral")
+    model = tiny("mixtral")
     expected = run(model, IDS)
     to_dmoe(model)
     torch._dynamo.reset()
@@ -282,7 +286,7 @@ def test_compiled_whole_and_once():
 
 
 def test_generates_the_same_tokens():
-    model = model_of("qwen3_moe")
+    model = tiny("qwen3_moe")
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     expected = model.generate(IDS, **options)
     to_dmoe(model)
@@ -290,7 +294,7 @@ def test_generates_the_same_tokens():
 
 
 def test_copies_and_pickles_go_their_own_ways():
-    model = model_of("mixtral")
+    model = tiny("mixtral")
     expected, before = run(model, IDS), saved(model)
     to_dmoe(model)
     file = io.BytesIO()
@@ -308,7 +312,7 @@ def test_copies_and_pickles_go_their_own_ways():
 
 
 def test_on_meta_there_is_nothing_to_move():
-    real = model_of("gpt_oss")
+    real = tiny("gpt_oss")
     with torch.device("meta"):
         model = type(real)(real.config)
     names = list(model.state_dict())
@@ -322,7 +326,7 @@ def test_on_meta_there_is_nothing_to_move():
 
 
 def test_no_memory_is_taken_for_what_need_not_move():
-    model = model_of("mixtral")
+    model = tiny("mixtral")
     where = model.model.layers[0].mlp.experts.gate_up_proj.data_ptr()
     to_dmoe(model)
     block = model.model.layers[0].mlp
@@ -333,7 +337,7 @@ def test_no_memory_is_taken_for_what_need_not_move():
 
 
 def test_what_is_frozen_hooked_and_set_stays_so():
-    model = model_of("qwen2_moe")
+    model = tiny("qwen2_moe")
     blocks = [module for module in model.modules() if type(module).__name__ == "Qwen2MoeSparseMoeBlock"]
     calls = []
     blocks[0].register_forward_hook(lambda module, args, output: calls.append(module))
@@ -357,7 +361,7 @@ def test_what_is_frozen_hooked_and_set_stays_so():
 
 
 def test_again_changes_nothing():
-    model = model_of("mixtral")
+    model = tiny("mixtral")
     assert len(to_dmoe(model)) == 2
     block = model.model.layers[0].mlp
     assert to_dmoe(model) == []
@@ -434,7 +438,7 @@ BAD = [
 
 @pytest.mark.parametrize(("spoil", "options", "error", "text"), BAD)
 def test_bad_input_is_one_sentence_and_changes_nothing(spoil, options, error, text):
-    model = model_of("mixtral")
+    model = tiny("mixtral")
     if spoil is not None:
         spoil(model)
     modules, before = list(model.modules()), saved(model)
@@ -446,7 +450,7 @@ def test_bad_input_is_one_sentence_and_changes_nothing(spoil, options, error, te
 
 
 def test_a_failure_halfway_puts_everything_back(monkeypatch):
-    model = model_of("mixtral")
+    model = tiny("mixtral")
     modules, before, expected = list(model.modules()), saved(model), run(model, IDS)
     taken = []
 
