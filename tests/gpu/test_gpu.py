@@ -32,6 +32,7 @@ KINDS = {  # gated, activation, bias
     "geglu-bias": (True, "gelu_tanh", True),
     "gelu-bias": (False, "gelu", True),
     "relu": (False, "relu", False),
+    "gpt-oss": (True, "clamped_swiglu(1.0,1.702,1.0)", True),  # and interleaved
 }
 SIZES = {  # T, H, F, E, K
     "even": (64, 64, 48, 8, 2),
@@ -89,12 +90,15 @@ def make_case(size, kind, dtype, *, gate_on="output", load="any", seed=0):
     if load == "dropped":
         indices = indices.masked_fill(torch.rand(T, K, generator=generator) < 0.3, E)
     halves = (2,) if gated else ()
+    up, up_bias = normal(E, *halves, F, H, scale=H**-0.5), normal(E, *halves, F) if bias else None
+    if kind == "gpt-oss":
+        up, up_bias = (half.transpose(1, 2).contiguous().transpose(1, 2) for half in (up, up_bias))
     return Case(
         x=normal(T, H),
         gates=torch.rand(T, K, generator=generator, dtype=torch.float64 if dtype == torch.float64 else torch.float32),
-        up=normal(E, *halves, F, H, scale=H**-0.5),
+        up=up,
         down=normal(E, H, F, scale=F**-0.5),
-        up_bias=normal(E, *halves, F) if bias else None,
+        up_bias=up_bias,
         down_bias=normal(E, H) if bias else None,
         indices=indices,
         grad=normal(T, H),
