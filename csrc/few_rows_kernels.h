@@ -75,11 +75,11 @@ DMOE_INLINE Lanes<W> load_some(const T* p, int64_t count) {
 }
 
 template <int W>
-DMOE_INLINE void store_lanes(float* p, Lanes<W> value) {
+DMOE_INLINE void store_lanes(float* p, const Lanes<W>& value) {
   std::memcpy(p, &value, sizeof(value));
 }
 template <int W>
-DMOE_INLINE void store_lanes(BFloat16* p, Lanes<W> value) {  // as store() in simd.h
+DMOE_INLINE void store_lanes(BFloat16* p, const Lanes<W>& value) {  // as store() in simd.h
   const Bits<W> bits = (Bits<W>)value;
   const Bits<W> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Bits<W> real = (Bits<W>)(value == value);
@@ -87,22 +87,25 @@ DMOE_INLINE void store_lanes(BFloat16* p, Lanes<W> value) {  // as store() in si
   std::memcpy(static_cast<void*>(p), &out, sizeof(out));
 }
 template <int W>
-DMOE_INLINE void store_lanes(Half* p, Lanes<W> value) {
+DMOE_INLINE void store_lanes(Half* p, const Lanes<W>& value) {
   for (int i = 0; i < W; ++i) store(p + i, value[i]);
+}
+
+// The sum of both halves. From a copy: the compiler keeps in memory what it sees read in two ways.
+template <int W>
+DMOE_INLINE Lanes<W / 2> halve(const Lanes<W>& value) {
+  const Lanes<W> copy = value;
+  Lanes<W / 2> low, high;
+  std::memcpy(&low, &copy, sizeof(low));
+  std::memcpy(&high, reinterpret_cast<const char*>(&copy) + sizeof(low), sizeof(high));
+  return low + high;
 }
 
 // The sums of the lanes of four vectors; each in the same order.
 template <int W>
 DMOE_INLINE Lanes<4> sum_four(const Lanes<W>& a, const Lanes<W>& b, const Lanes<W>& c, const Lanes<W>& d) {
   if constexpr (W > 4) {
-    constexpr int H = W / 2;
-    Lanes<H> low[4], high[4];
-    const Lanes<W> from[4] = {a, b, c, d};
-    for (int i = 0; i < 4; ++i) {
-      std::memcpy(&low[i], &from[i], sizeof(low[i]));
-      std::memcpy(&high[i], reinterpret_cast<const char*>(&from[i]) + sizeof(low[i]), sizeof(high[i]));
-    }
-    return sum_four<H>(low[0] + high[0], low[1] + high[1], low[2] + high[2], low[3] + high[3]);
+    return sum_four<W / 2>(halve<W>(a), halve<W>(b), halve<W>(c), halve<W>(d));
   } else {
     const Lanes<4> ab = DMOE_SHUFFLE(a, b, 0, 4, 1, 5) + DMOE_SHUFFLE(a, b, 2, 6, 3, 7);
     const Lanes<4> cd = DMOE_SHUFFLE(c, d, 0, 4, 1, 5) + DMOE_SHUFFLE(c, d, 2, 6, 3, 7);
