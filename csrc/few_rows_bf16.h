@@ -30,6 +30,9 @@ DMOE_AVX512_BF16_INLINE __m512i load_pairs(const void* p) { return _mm512_loadu_
 DMOE_AVX512_BF16_INLINE __m512 add_pairs(__m512 sum, __m512i a, __m512i b) {
   return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
 }
+DMOE_AVX512_BF16_INLINE __m512 as_numbers(__m256i halves) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
 DMOE_AVX512_BF16_INLINE __mmask32 first_of_32(int64_t count) {
   return count >= 32 ? ~__mmask32{0} : (__mmask32{1} << count) - 1;
 }
@@ -155,25 +158,30 @@ DMOE_AVX512_BF16_INLINE void pair_axpy_tile(const PairProduct& p, const uint32_t
     if (2 * k < p.inner && first + kSumBlock > 2 * k) {
       pair_axpy_step<R, N, false, kMasked, true>(p, a + k * R, w + k * step, mask, sums);
     }
+    if (p.inner <= kSumBlock) {
 #pragma GCC unroll 16
-    for (int i = 0; i < kSums; ++i) total[i] = _mm512_add_ps(total[i], sums[i]);
+      for (int i = 0; i < kSums; ++i) total[i] = sums[i];
+    } else {
+#pragma GCC unroll 16
+      for (int i = 0; i < kSums; ++i) total[i] = _mm512_add_ps(total[i], sums[i]);
+    }
   }
   const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
   const __m512i high = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+#pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
-      const __m512 upper = total[(r * N + n) * 2], lower = total[(r * N + n) * 2 + 1];
-      Lanes<16> sum[2] = {_mm512_permutex2var_ps(upper, low, lower), _mm512_permutex2var_ps(upper, high, lower)};
+      const __m512 one = total[(r * N + n) * 2], other = total[(r * N + n) * 2 + 1];
+      __m512 first = _mm512_permutex2var_ps(one, low, other), second = _mm512_permutex2var_ps(one, high, other);
       BFloat16* out = p.out + (row + r) * p.out_stride + column + n * 32;
-      BFloat16 there[32];
-      const bool whole = !kMasked;
-      BFloat16* to = whole ? out : there;
       if (p.accumulate) {
-        if (!whole) std::memcpy(static_cast<void*>(there), out, last * sizeof(BFloat16));
-        for (int half = 0; half < 2; ++half) sum[half] += load_lanes<16>(to + half * 16);
+        const __m512i there = kMasked ? _mm512_maskz_loadu_epi16(mask, out) : load_pairs(out);
+        first = _mm512_add_ps(first, as_numbers(_mm512_castsi512_si256(there)));
+        second = _mm512_add_ps(second, as_numbers(_mm512_extracti64x4_epi64(there, 1)));
       }
-      for (int half = 0; half < 2; ++half) store_lanes<16>(to + half * 16, sum[half]);
-      if (!whole) std::memcpy(static_cast<void*>(out), there, last * sizeof(BFloat16));
+      const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+      kMasked ? _mm512_mask_storeu_epi16(out, mask, rounded) : _mm512_storeu_si512(out, rounded);
     }
   }
 }

@@ -75,11 +75,11 @@ DMOE_INLINE Lanes<W> load_some(const T* p, int64_t count) {
 }
 
 template <int W>
-DMOE_INLINE void store_lanes(float* p, Lanes<W> value) {
+DMOE_INLINE void store_lanes(float* p, const Lanes<W>& value) {
   std::memcpy(p, &value, sizeof(value));
 }
 template <int W>
-DMOE_INLINE void store_lanes(BFloat16* p, Lanes<W> value) {  // as store() in simd.h
+DMOE_INLINE void store_lanes(BFloat16* p, const Lanes<W>& value) {  // as store() in simd.h
   const Bits<W> bits = (Bits<W>)value;
   const Bits<W> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Bits<W> real = (Bits<W>)(value == value);
@@ -87,22 +87,25 @@ DMOE_INLINE void store_lanes(BFloat16* p, Lanes<W> value) {  // as store() in si
   std::memcpy(static_cast<void*>(p), &out, sizeof(out));
 }
 template <int W>
-DMOE_INLINE void store_lanes(Half* p, Lanes<W> value) {
+DMOE_INLINE void store_lanes(Half* p, const Lanes<W>& value) {
   for (int i = 0; i < W; ++i) store(p + i, value[i]);
+}
+
+// The sum of both halves. From a copy: the compiler keeps in memory what it sees read in two ways.
+template <int W>
+DMOE_INLINE Lanes<W / 2> halve(const Lanes<W>& value) {
+  const Lanes<W> copy = value;
+  Lanes<W / 2> low, high;
+  std::memcpy(&low, &copy, sizeof(low));
+  std::memcpy(&high, reinterpret_cast<const char*>(&copy) + sizeof(low), sizeof(high));
+  return low + high;
 }
 
 // The sums of the lanes of four vectors; each in the same order.
 template <int W>
 DMOE_INLINE Lanes<4> sum_four(const Lanes<W>& a, const Lanes<W>& b, const Lanes<W>& c, const Lanes<W>& d) {
   if constexpr (W > 4) {
-    constexpr int H = W / 2;
-    Lanes<H> low[4], high[4];
-    const Lanes<W> from[4] = {a, b, c, d};
-    for (int i = 0; i < 4; ++i) {
-      std::memcpy(&low[i], &from[i], sizeof(low[i]));
-      std::memcpy(&high[i], reinterpret_cast<const char*>(&from[i]) + sizeof(low[i]), sizeof(high[i]));
-    }
-    return sum_four<H>(low[0] + high[0], low[1] + high[1], low[2] + high[2], low[3] + high[3]);
+    return sum_four<W / 2>(halve<W>(a), halve<W>(b), halve<W>(c), halve<W>(d));
   } else {
     const Lanes<4> ab = DMOE_SHUFFLE(a, b, 0, 4, 1, 5) + DMOE_SHUFFLE(a, b, 2, 6, 3, 7);
     const Lanes<4> cd = DMOE_SHUFFLE(c, d, 0, 4, 1, 5) + DMOE_SHUFFLE(c, d, 2, 6, 3, 7);
@@ -291,22 +294,28 @@ DMOE_INLINE void axpy_streams(const Product<T>& p, const float* a, int64_t row, 
   }
 }
 
-// Columns [begin, end), fewer than W.
-template <typename T, int R>
+// Columns [begin, end), fewer than W. The sum is the outermost loop, or the compiler adds rounded products in some of
+// these functions, and fuses in others.
+template <int W, typename T, int R>
 DMOE_INLINE void axpy_rest(const Product<T>& p, const float* a, int64_t row, int64_t begin, int64_t end) {
-  for (int64_t column = begin; column < end; ++column) {
-    for (int r = 0; r < R; ++r) {
-      float total = 0;
-      for (int64_t first = 0; first < p.inner; first += kSumBlock) {
-        float sum = 0;
-        for (int64_t k = first; k < std::min(p.inner, first + kSumBlock); ++k) {
-          sum += a[k * R + r] * load(p.w + k * p.w_stride + column);
-        }
-        total = first == 0 ? sum : total + sum;
+  const int64_t count = end - begin;
+  float total[R][W] = {};
+  for (int64_t first = 0; first < p.inner && count > 0; first += kSumBlock) {
+    const int64_t last = std::min(p.inner, first + kSumBlock);
+    float sums[R][W] = {};
+    for (int64_t k = first; k < last; ++k) {
+      const T* w = p.w + k * p.w_stride + begin;
+      for (int64_t c = 0; c < count; ++c) {
+        for (int r = 0; r < R; ++r) sums[r][c] += a[k * R + r] * load(w + c);
       }
-      T* out = p.out + (row + r) * p.out_stride + column;
-      store(out, p.accumulate ? load(out) + total : total);
     }
+    for (int r = 0; r < R; ++r) {
+      for (int64_t c = 0; c < count; ++c) total[r][c] = first == 0 ? sums[r][c] : total[r][c] + sums[r][c];
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    T* out = p.out + (row + r) * p.out_stride + begin;
+    for (int64_t c = 0; c < count; ++c) store(out + c, p.accumulate ? load(out + c) + total[r][c] : total[r][c]);
   }
 }
 
@@ -320,7 +329,7 @@ DMOE_INLINE void axpy_tiles(const Product<T>& p, int64_t row, int64_t begin, int
     for (; column + N * W <= end; column += N * W) axpy_tile<W, T, R, N, false>(p, a, row, column);
   }
   for (; column + W <= end; column += W) axpy_tile<W, T, R, 1, false>(p, a, row, column);
-  axpy_rest<T, R>(p, a, row, column, end);
+  axpy_rest<W, T, R>(p, a, row, column, end);
 }
 
 template <int W, typename T>
@@ -331,7 +340,7 @@ DMOE_INLINE void axpy(const Product<T>& p) {
       const int64_t end = std::min(whole, begin + kStream);
       p.rows == 1 ? axpy_streams<W, T, 1>(p, p.a, 0, begin, end) : axpy_streams<W, T, 2>(p, p.a, 0, begin, end);
     }
-    p.rows == 1 ? axpy_rest<T, 1>(p, p.a, 0, whole, p.columns) : axpy_rest<T, 2>(p, p.a, 0, whole, p.columns);
+    p.rows == 1 ? axpy_rest<W, T, 1>(p, p.a, 0, whole, p.columns) : axpy_rest<W, T, 2>(p, p.a, 0, whole, p.columns);
     return;
   }
   // Few rows: the weight is read once, tile by tile. Many rows (of a weight gradient, whose `inner` is small): they are

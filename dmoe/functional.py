@@ -84,9 +84,9 @@ def moe_mlp(
     )
     check_choices(x, expert_indices, gate_weights, weights)
     check_call(x, x.shape[:-1], expert_indices, gate_weights, weights, options)
-    gates = gate_weights.reshape(-1, expert_indices.shape[-1])
+    gates = _rows(gate_weights)
     plan = plan_token_choice(
-        expert_indices.reshape(gates.shape),
+        _rows(expert_indices),
         weights.num_experts,
         capacity=capacity,
         drop_order=drop_order,
@@ -94,8 +94,8 @@ def moe_mlp(
         tile_rows=device_tile_rows(x.device, gates.numel(), weights.num_experts),
     )
     if residual is not None:
-        options = options._replace(residual=residual.reshape(-1, x.shape[-1]))
-    y = _compute(x.reshape(-1, x.shape[-1]), plan, gates, weights, options)
+        options = options._replace(residual=_rows(residual))
+    y = _compute(_rows(x), plan, gates, weights, options)
     return as_output(y, (*x.shape[:-1], y.shape[-1]))
 
 
@@ -156,6 +156,11 @@ def run_experts(
     check_planned(plan, gate_weights, weights)
     check_call(x, (plan.num_tokens,), plan.token_rows, gate_weights, weights, options)
     return _compute(x, plan, gate_weights, weights, options)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """``(..., C)`` as ``(rows, C)``. A view costs microseconds, of which a call for one token has a few dozen."""
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
 def _compute(x: Tensor, plan: RoutingPlan, gate_weights: Tensor, weights: ExpertWeights, options: Options) -> Tensor:

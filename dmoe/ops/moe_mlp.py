@@ -273,7 +273,6 @@ def moe_mlp(*arguments: Any, backend: str | None = None, recompute: bool = False
     if backend == "reference":
         return under_autocast(moe_mlp_twice_differentiable, *arguments)
     operations = COMPOSED if backend == "torch" else BY_DEVICE
-    differentiable = any(isinstance(value, Tensor) and value.requires_grad for value in arguments)
-    if torch.is_grad_enabled() and differentiable:
+    if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in arguments):
         return operations.lean(*arguments) if recompute else operations.forward(*arguments)[0]
     return operations.inference(*arguments)

@@ -60,7 +60,8 @@ def test_nor_on_the_code_paths_of_libraries(path, intel):
     settings, dtypes = PATHS[path]
     program = Path(thread_cases.__file__)
     # Threads that wait asleep: there are more of them than cores.
-    environment = os.environ | intel | settings | {"PYTHONPATH": str(program.parent), "OMP_WAIT_POLICY": "passive"}
+    path = os.pathsep.join([str(program.parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | intel | settings | {"PYTHONPATH": path, "OMP_WAIT_POLICY": "passive"}
     run = subprocess.run(
         [sys.executable, program, *dtypes], env=environment, capture_output=True, text=True, timeout=PATIENCE
     )

@@ -141,6 +141,17 @@ def mlp_of_few_rows(dtype):
 
 
 @case
+def mlp_of_a_few_tokens(dtype):
+    """Products of one row to a handful, in both orders of the weights."""
+    few = {"tokens": 9, "experts": 8, "top_k": 2, "hidden": 600, "sizes": 272}
+    return [
+        *through(moe_mlp_op.moe_mlp, mlp_call(dtype, **few)),
+        *through(moe_mlp_op.moe_mlp, mlp_call(dtype, **few, weights="transposed")),
+        moe_mlp_op.moe_mlp(*mlp_call(dtype, tokens=1, experts=1, top_k=1, hidden=1100, sizes=1030))[0],
+    ]
+
+
+@case
 def mlp_inference(dtype):
     with torch.no_grad():
         return [moe_mlp_op.moe_mlp(*mlp_call(dtype, gate_on="activation"))]
