@@ -71,7 +71,7 @@ _PORTABLE = {
     "down": Config(128, 32, 8, 4),
     "hidden_grad": Config(64, 32, 8, 4, parts=2),
     "hidden_grad_dropout": Config(64, 32, 8, 4, parts=4),
-    "hidden_grad_long": Config(64, 32, 8, 4, parts=2),
+    "hidden_grad_long": Config(32, 32, 8, 4, parts=2),
     "row_grad": Config(128, 32, 8, 4),
     "weight_grad": Config(128, 32, 8, 4, parts=2),
 }

@@ -270,17 +270,18 @@ def _back_through_activation(
         if WEIGHED:
             row_grad += tl.sum(grad * value * factor, 1)
             grad *= row_weight[:, None]
-        grad_gate = (grad * factor * slope).to(pre.dtype.element_ty)
-        grad_up = through_up_act(grad * value, up, ACTIVATION, short, P0, P1, P2).to(pre.dtype.element_ty)
         if INTERLEAVED:
+            grad_gate = (grad * factor * slope).to(pre.dtype.element_ty)
+            grad_up = through_up_act(grad * value, up, ACTIVATION, short, P0, P1, P2).to(pre.dtype.element_ty)
             both = tl.reshape(tl.join(grad_gate, grad_up), (BLOCK_M, 2 * COLUMNS))
             columns = 2 * column + tl.arange(0, 2 * COLUMNS)
             inside = inside_of(columns, 2 * F, 2 * COLUMNS, EVEN)
             places = rows.to(tl.int64)[:, None] * (2 * F) + columns[None, :]
             tl.store(grad_pre + places, both, mask=stored[:, None] & inside[None, :])
-        else:
-            tl.store(grad_pre + places, grad_gate, mask=mask)
-            tl.store(grad_pre + places + F, grad_up, mask=mask)
+        else:  # one after the other: both at once are registers too many
+            tl.store(grad_pre + places, (grad * factor * slope).to(pre.dtype.element_ty), mask=mask)
+            grad_up = through_up_act(grad * value, up, ACTIVATION, short, P0, P1, P2)
+            tl.store(grad_pre + places + F, grad_up.to(pre.dtype.element_ty), mask=mask)
         value *= factor
     else:
         value, slope = act_slope(tl.load(pre + places, mask=readable, other=0.0).to(tl.float32), ACTIVATION, short)
