@@ -57,7 +57,7 @@ def outputs_and_grads(model, implementation):
     model.zero_grad()
     y = hf_families.run(model)
     torch.manual_seed(1)
-    (y * torch.randn_like(y)).sum().backward()
+    (y * torch.randn(y.shape).to(y.dtype)).sum().backward()  # the same numbers for every dtype
     grads = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
     return y.detach(), grads
 
@@ -72,9 +72,14 @@ def test_a_model_equals_eager(family, computed_by):
     assert (y - wanted).abs().max() <= 1e-5 * wanted.abs().max()
     assert grads.keys() == wanted_grads.keys()
     largest = max(grad.abs().max() for grad in wanted_grads.values())
-    for name, grad in wanted_grads.items():
-        # Sums that cancel are as wrong as what they sum.
-        assert (grads[name] - grad).abs().max() <= 1e-5 * grad.abs().max() + 1e-7 * largest, name
+    # Sums that cancel are as wrong as what they sum.
+    bounds = {name: 1e-5 * grad.abs().max() + 1e-7 * largest for name, grad in wanted_grads.items()}
+    beyond = [name for name, grad in wanted_grads.items() if (grads[name] - grad).abs().max() > bounds[name]]
+    if beyond:  # where a family enlarges roundings, ours as eager's: neither is the truth then
+        exact_grads = outputs_and_grads(copy.deepcopy(model).double(), "eager")[1]
+        for name in beyond:
+            error, own = ((g[name] - exact_grads[name]).abs().max() for g in (grads, wanted_grads))
+            assert error <= 2 * own + bounds[name], name
     again, grads_again = outputs_and_grads(model, "dmoe")
     assert torch.equal(y, again)
     assert all(torch.equal(grads[name], grads_again[name]) for name in grads)
