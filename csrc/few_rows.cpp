@@ -183,6 +183,15 @@ bool few_rows(int64_t rows, ScalarType dtype, bool axpy) {
   return rows <= (instructions ? kFew : kAsManyAsBlocksHave);
 }
 
+// The gradient of an expert without rows, which most are when few tokens choose: as the C library does it, past what a
+// loop of stores reads from memory first.
+void fill_with_zeros(const Matrix& out, int64_t item) {
+  const bool dense = out.row_stride == out.cols;
+  auto* data = static_cast<char*>(out.data);
+  const int64_t rows = dense ? 1 : out.rows, bytes = (dense ? out.rows : 1) * out.cols * item;
+  for (int64_t row = 0; row < rows; ++row) std::memset(data + row * out.row_stride * item, 0, bytes);
+}
+
 }  // namespace
 
 bool few_rows(int64_t rows, ScalarType dtype) { return few_rows(rows, dtype, false); }
@@ -194,6 +203,7 @@ void multiply(const Matrix& out, const Matrix& a, const Matrix& b, ScalarType dt
   if (!(of_rows || of_sums) || !readable || out.col_stride != 1 || out.cols == 0) {
     return mm_out(out, a, b, dtype, accumulate);
   }
+  if (a.cols == 0) return accumulate ? void() : fill_with_zeros(out, dtype == ScalarType::Float ? 4 : 2);
   switch (dtype) {
     case ScalarType::Float: return few::multiply<float>(out, a, b, accumulate);
     case ScalarType::BFloat16: return few::multiply<BFloat16>(out, a, b, accumulate);

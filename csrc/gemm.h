@@ -14,7 +14,7 @@
 // expert, a handful of tokens), the columns of the output are cut as well: see column_width().
 //
 // What a call costs beyond its arithmetic: see the figures at mm_out. Blocks of 64 rows or more make it disappear; a
-// product of a handful of rows is dominated by it.
+// product of a handful of rows is dominated by it, and by what follows: few_rows.h has kernels for those.
 //
 // Shapes in bfloat16. PyTorch sends bfloat16 (and, where the CPU has the instructions, float16) to oneDNN, which
 // generates code for each (m, n, k, strides) it meets: 1.8 to 2.4 ms each on a Zen 5 core at 2.6 GHz, twenty times the
