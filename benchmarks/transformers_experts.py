@@ -155,7 +155,8 @@ def report(results: list[dict[str, Any]], env: dict[str, Any], name: str) -> str
         ]
         if model != "lora":
             parts.append("Behind:\n\n" + "\n".join(behind) if behind else "First on every line.")
-    reasons = dict.fromkeys(f"- {n}: {why}" for entry in results for n, why in entry["not_run"].items())
+    not_run = [(entry["case"]["label"], n, why) for entry in results for n, why in entry["not_run"].items()]
+    reasons = [f"- {label}, {n}: {why}" for label, n, why in not_run]
     if reasons:
         parts += ["## Not run", "\n".join(reasons)]
     return "\n\n".join(parts) + "\n"
@@ -188,36 +189,36 @@ def _table(entries: list[dict[str, Any]], names: list[str]) -> str:
 
 
 def plot(results: list[dict[str, Any]], env: dict[str, Any], path: Path) -> None:
-    """Times over dmoe's, a panel for each model, a bar for each rival on each line."""
-    shown = [m for m in dict.fromkeys(entry["case"]["model"] for entry in results) if m != "lora"]
-    if not shown:
-        shown = ["lora"]
+    """Times over dmoe's, a panel for each model, a dot for each implementation on each line."""
+    shown = [m for m in dict.fromkeys(entry["case"]["model"] for entry in results) if m != "lora"] or ["lora"]
     figure, axes = new_figure(len(shown), width=4.6 * len(shown), height=6.4)
+    names = list(dict.fromkeys(n for entry in results if entry["case"]["model"] in shown for n in entry["timings"]))
     for axis, model in zip(axes, shown, strict=True):
         entries = [entry for entry in results if entry["case"]["model"] == model][::-1]
-        names = list(dict.fromkeys(n for entry in entries for n in entry["timings"]))
-        for i, n in enumerate(names):
+        for colour, n in zip(COLOURS, names, strict=False):
             points = [
-                (y, entry["timings"][n].median / entry["timings"][_mine(entry)].median)
+                (entry["timings"][n].median / entry["timings"][_mine(entry)].median, y)
                 for y, entry in enumerate(entries)
                 if n in entry["timings"]
             ]
-            axis.scatter([x for _, x in points], [y for y, _ in points], s=34, color=COLOURS[i], label=n, zorder=3)
+            axis.scatter(*zip(*points, strict=True), s=34, color=colour, label=n, zorder=3) if points else None
         axis.axvline(1, color="#888888", lw=0.8, zorder=1)
         axis.set_xscale("log")
-        axis.set_yticks(
-            range(len(entries)),
-            [
-                f"{'f+b' if e['case']['backward'] else 'fwd'} {e['case']['dtype']} {e['case']['tokens']}"
-                for e in entries
-            ],
-            fontsize=8,
-        )
-        axis.set_title(model)
+        axis.set_xticks((1, 2, 5, 10, 20, 50), ("1x", "2x", "5x", "10x", "20x", "50x"))
+        axis.minorticks_off()
+        # The panels share their lines; the largest number of tokens is 2048, of llama4 1024.
+        labels = [
+            f"{'f+b' if e['case']['backward'] else 'fwd'} {e['case']['dtype']} "
+            f"{e['case']['tokens'] if e['case']['tokens'] < 1024 else 'many'}"
+            for e in entries
+        ]
+        axis.set_yticks(range(len(entries)), labels, fontsize=8)
+        axis.set_title(f"{model} (many: {max(e['case']['tokens'] for e in entries)} tokens)")
         axis.set_xlabel("time over dmoe's")
-        axis.legend(fontsize=8, frameon=False, loc="upper right")
-    figure.suptitle(f"Experts by implementation, {env['hardware']}, {env['threads']} threads (right of 1: slower)")
-    figure.subplots_adjust(wspace=0.45)
+    handles, found = axes[0].get_legend_handles_labels()
+    axes[-1].legend(handles, found, fontsize=8, frameon=False, loc="center right")
+    figure.suptitle(f"Experts by implementation, {env['hardware']}, {env['threads']} thread (right of 1: slower)")
+    figure.subplots_adjust(wspace=0.2)
     save_figure(figure, path)
 
 

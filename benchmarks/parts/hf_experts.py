@@ -202,7 +202,7 @@ def field(case: Case, memory: int) -> tuple[list[Contestant], dict[str, str]]:
         weights = 3 * case.hidden * case.ffn * torch.finfo(DTYPES[case.dtype]).bits // 8
         needed = case.tokens * case.top_k * weights * (3 if case.backward else 1)
         if word == "batched_mm" and needed > memory:
-            reasons[word] = f"would need {needed / 2**30:.0f} GiB: a copy of its experts' weights for each token"
+            reasons[word] = f"would need {needed / 2**30:.1f} GiB: a copy of its experts' weights for each token"
             continue
         own = copy.deepcopy(module)
         if case.model == "llama4":
