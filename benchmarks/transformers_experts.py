@@ -137,8 +137,8 @@ def report(results: list[dict[str, Any]], env: dict[str, Any], name: str) -> str
         f"![times over dmoe's]({name}.png)",
         f"Median milliseconds{' of processor time' if env['threads'] == 1 else ''} of a turn with new tokens and a new "
         "routing; in brackets, how many times dmoe's. Bold: the fastest. Saved: MiB kept for backward beside "
-        "parameters and inputs. Before timing, outputs and gradients of each agreed with the module's own loop over experts in "
-        "float64, within a relative norm of "
+        "parameters and inputs. Before timing, outputs and gradients of each agreed with the module's own loop over "
+        "experts in float64, within a relative norm of "
         + " and ".join(f"{bound:.0e} ({dtype})" for dtype, bound in TOLERANCE.items())
         + ", but for bias gradients of grouped_mm and batched_mm in bfloat16, which are off by up to a half. "
         "Percentiles and errors are in the JSON.",
