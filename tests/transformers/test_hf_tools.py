@@ -160,6 +160,11 @@ def first_of(result):
     return result[0] if isinstance(result, tuple) else result
 
 
+# PyTorch 2.11's compiler takes no module as an argument of what it calls while it traces, as the gate's probe is.
+traced_calls = pytest.mark.skipif(torch.__version__ < (2, 13), reason="tracing the word needs PyTorch 2.13")
+
+
+@traced_calls
 @pytest.mark.parametrize("family", [*MODELS, "inkling2", "muse_spark"])
 def test_one_graph_that_is_compiled_once_from_the_first_call_on(family):
     from torch._dynamo.utils import counters
@@ -183,7 +188,9 @@ def test_one_graph_that_is_compiled_once_from_the_first_call_on(family):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize(("family", "strict"), [("gpt_oss", True), ("muse_spark", False), ("llama4", False)])
+@pytest.mark.parametrize(
+    ("family", "strict"), [pytest.param("gpt_oss", True, marks=traced_calls), ("muse_spark", False), ("llama4", False)]
+)
 def test_export(family, strict):
     block, (x, *routing) = block_of(family)
     gates._known.clear()
@@ -192,6 +199,7 @@ def test_export(family, strict):
     assert any("dmoe" in str(node.target) for node in program.graph.nodes)
 
 
+@traced_calls
 def test_a_whole_model_is_one_graph():
     _, ours = pair("mixtral")
     torch._dynamo.reset()
