@@ -13,7 +13,7 @@ import platform
 import random
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,22 @@ def interleave(
 
 
 # ------------------------------------------------------------------------------------------------------------- check
+
+
+def saved_bytes(run: Callable[[], Any], owned: Iterable[Tensor]) -> int:
+    """Bytes that autograd keeps for backward while ``run`` runs, each storage once, those of ``owned`` not counted."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in owned}
+    kept: dict[int, Any] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:

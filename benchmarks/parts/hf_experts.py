@@ -14,6 +14,7 @@ from transformers import AriaTextConfig, GptOssConfig, Llama4TextConfig, Mixtral
 from dmoe.integrations.transformers import experts as experts_module
 from dmoe.integrations.transformers import register, restore, use
 from dmoe.integrations.transformers.lora import Adapted
+from parts.harness import saved_bytes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WORDS = ("eager", "grouped_mm", "batched_mm", "dmoe")
@@ -145,18 +146,7 @@ class Contestant:
     def saved_bytes(self) -> int:
         """Bytes kept for backward beside parameters and inputs, each storage once."""
         inputs = self.inputs(0)
-        owned = {t.untyped_storage().data_ptr() for t in (*self.module.parameters(), *inputs)}
-        kept: dict[int, Any] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in owned:
-                kept[storage.data_ptr()] = storage
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            _first(self.module(*inputs))
-        return sum(storage.nbytes() for storage in kept.values())
+        return saved_bytes(lambda: self.module(*inputs), (*self.module.parameters(), *inputs))
 
 
 def _first(result: Any) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import grouped_mm, linear, silu
 
 import dmoe
-from parts.harness import available_memory, relative_error, stopwatch
+from parts.harness import available_memory, relative_error, saved_bytes, stopwatch
 
 # Tokens of one step share a random direction, as those of one text do, of this size beside their own unit variance. It
 # makes the load differ between experts and from step to step, which decides the shapes of the products.
@@ -496,19 +496,7 @@ class Bench:
         assert self.contestant is not None
         if isinstance(self.contestant, Floor):
             return -1
-        owned = {p.untyped_storage().data_ptr() for p in self.contestant.parameters()}
-        kept: dict[int, Any] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in owned:
-                kept[storage.data_ptr()] = storage  # held, so that no address is used twice
-            return tensor
-
-        run = self._step(0)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            run()
-        return sum(storage.nbytes() for storage in kept.values())
+        return saved_bytes(self._step(0), self.contestant.parameters())
 
     def time(self, seeds: list[int]) -> tuple[float, int]:
         """Run the steps of these seeds one after another; seconds and page faults of the last.

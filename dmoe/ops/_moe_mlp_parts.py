@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +83,19 @@ def row_values(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if not weights.numel():  # no token, yet a plan with holes
         weights = weights.new_zeros(1)
     return real, expert, assignment, (weights[assignment] * real).unsqueeze(1)
+
+
+def save_values(ctx: Any, values: Sequence[Any]) -> None:
+    """Keep values of any kind for backward; tensors as autograd keeps them."""
+    ctx.are_tensors = [isinstance(value, Tensor) for value in values]
+    ctx.others = [None if isinstance(value, Tensor) else value for value in values]
+    ctx.save_for_backward(*(value for value in values if isinstance(value, Tensor)))
+
+
+def saved_values(ctx: Any) -> list[Any]:
+    """What :func:`save_values` kept."""
+    tensors = iter(ctx.saved_tensors)
+    return [next(tensors) if is_one else other for is_one, other in zip(ctx.are_tensors, ctx.others, strict=True)]
 
 
 def beside(parts: list[Tensor]) -> Tensor:

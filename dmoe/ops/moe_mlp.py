@@ -24,7 +24,7 @@ from torch.autograd import forward_ad
 
 from dmoe.ops._library import count_flops, define, refuse_double_backward, register_autograd
 from dmoe.ops._moe_mlp_call import PROJECTIONS, SCHEMA, SCHEMA_INTO, WEIGHTS, Call
-from dmoe.ops._moe_mlp_parts import add_to_main_grads
+from dmoe.ops._moe_mlp_parts import add_to_main_grads, save_values, saved_values
 from dmoe.ops.moe_mlp_cuda import (
     moe_mlp_backward_cuda,
     moe_mlp_cuda,
@@ -159,10 +159,7 @@ def save(ctx: Any, inputs: tuple[Any, ...], pre: Tensor | None) -> None:
     call = Call(*inputs)
     # Neither residual nor buffers are read by backward as they are now: y is linear in the one, the others are sums.
     ctx.main_grads = call.buffers
-    tensors = call.with_buffers((None, None))._replace(residual=None)
-    ctx.are_tensors = [isinstance(value, Tensor) for value in tensors]
-    ctx.save_for_backward(pre, *(value for value in tensors if isinstance(value, Tensor)))
-    ctx.others = [None if isinstance(value, Tensor) else value for value in tensors]
+    save_values(ctx, (pre, *call.with_buffers((None, None))._replace(residual=None)))
     ctx.num_inputs = len(inputs)
     ctx.set_materialize_grads(False)
 
@@ -191,11 +188,8 @@ class Saved:
 
 def saved(ctx: Any, needs_input_grad: Sequence[bool], operations: Operations) -> Saved:
     """What :func:`save` kept for this backward; ``operations`` make the pre-activation again where it was not."""
-    pre, *given = ctx.saved_tensors
-    tensors = iter(given)
-    call = Call(
-        *(next(tensors) if is_one else other for is_one, other in zip(ctx.are_tensors, ctx.others, strict=True))
-    )
+    pre, *arguments = saved_values(ctx)
+    call = Call(*arguments)
     wanted = dict(zip(Call._fields, needs_input_grad, strict=False))
     buffers = [b if wanted.get(name) else None for name, b in zip(PROJECTIONS, ctx.main_grads, strict=True)]
     return Saved(operations.pre_activation(*call) if pre is None else pre, call, wanted, buffers)

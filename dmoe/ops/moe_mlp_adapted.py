@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dmoe.ops._moe_mlp_call import WEIGHTS, Call
+from dmoe.ops._moe_mlp_parts import save_values, saved_values
 from dmoe.ops.grouped_gemm import grouped_gemm, grouped_gemm_sum, grouped_gemm_weight
 from dmoe.ops.moe_mlp import under_autocast
 from dmoe.ops.moe_mlp_torch import Pass, backward_data_of, backward_weights_of, forward_of
@@ -153,12 +154,8 @@ class _AdaptedMLP(torch.autograd.Function):
         now = _pass(scales, arguments)
         y, pre = forward_of(now)
         # As moe_mlp: y is linear in the residual, which backward does not read.
-        kept = [*arguments[:4], *Call(*arguments[4:])._replace(residual=None)]
-        ctx.are_tensors = [isinstance(value, Tensor) for value in kept]
-        ctx.others = [None if isinstance(value, Tensor) else value for value in kept]
-        ctx.save_for_backward(
-            pre, now.up.inner, now.down.inner, *(value for value in kept if isinstance(value, Tensor))
-        )
+        call = Call(*arguments[4:])._replace(residual=None)
+        save_values(ctx, (pre, now.up.inner, now.down.inner, *arguments[:4], *call))
         ctx.scales = scales
         ctx.set_materialize_grads(False)
         return y
@@ -169,9 +166,7 @@ class _AdaptedMLP(torch.autograd.Function):
         """Gradients of what is trained."""
         if grad_y is None:
             return (None,) * len(ctx.needs_input_grad)
-        pre, inner_up, inner_down, *given = ctx.saved_tensors
-        tensors = iter(given)
-        kept = [next(tensors) if is_one else v for is_one, v in zip(ctx.are_tensors, ctx.others, strict=True)]
+        pre, inner_up, inner_down, *kept = saved_values(ctx)
         now, grad_y = _pass(ctx.scales, kept), grad_y.contiguous()
         now.up.inner, now.down.inner = inner_up, inner_down
         grad_x, grad_gate, grad_pre, hidden = backward_data_of(now, grad_y, pre)
