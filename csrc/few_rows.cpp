@@ -1,4 +1,4 @@
-// Products of few rows: which kernel of few_rows_kernels.h and few_rows_bf16.h, on factors laid out for it.
+// Thin products: which kernel of few_rows_kernels.h and few_rows_bf16.h, on factors laid out for it.
 //
 // Who decides is the processor, asked once; ATEN_CPU_CAPABILITY (PyTorch's) and ONEDNN_MAX_CPU_ISA (oneDNN's) lower the
 // level here as they do there, so that one machine shows what others do.
@@ -161,11 +161,48 @@ void multiply(const Matrix& out, const Matrix& a, const Matrix& b, bool accumula
   run<T>({to, out.row_stride, numbers, w, w_stride, out.rows, a.cols, out.cols, accumulate}, columns_are_dense);
 }
 
+// Few columns: the transposed product has few rows.
+template <typename T>
+void multiply_transposed(const Matrix& out, const Matrix& a, const Matrix& b, bool accumulate) {
+  static thread_local Scratch memory;
+  auto* thin = static_cast<T*>(memory.get(out.rows * out.cols * sizeof(T)));
+  T* to = static_cast<T*>(out.data);
+  const auto for_each = [&](const auto& fn) {
+    for (int64_t row = 0; row < out.rows; ++row) {
+      for (int64_t column = 0; column < out.cols; ++column) {
+        fn(to[row * out.row_stride + column], thin[column * out.rows + row]);
+      }
+    }
+  };
+  if (accumulate) for_each([](const T& there, T& here) { here = there; });
+  multiply<T>(row_major(thin, out.cols, out.rows, out.rows), transposed(b), transposed(a), accumulate);
+  for_each([](T& there, const T& here) { there = here; });
+}
+
+// Sums shorter than a vector, of columns that are contiguous: rows are made of those.
+template <typename T>
+void multiply_rearranged(const Matrix& out, const Matrix& a, const Matrix& b, bool accumulate) {
+  static thread_local Scratch memory;
+  T* rows = static_cast<T*>(memory.get(b.rows * b.cols * sizeof(T)));
+  for (int64_t column = 0; column < b.cols; ++column) {
+    for (int64_t k = 0; k < b.rows; ++k) rows[k * b.cols + column] = *at<T>(b, k, column);
+  }
+  multiply<T>(out, a, row_major(rows, b.rows, b.cols, b.cols), accumulate);
+}
+
 }  // namespace few
 
 namespace {
 
-// Up to how many rows, or numbers of a sum, these kernels are faster (Zen 4; one thread; 512 x 512 to 1024 x 2048):
+constexpr int64_t kHandful = 4, kFew = 32, kAsManyAsBlocksHave = 256;
+
+// Whether the processor multiplies numbers of this dtype without converting them first.
+bool has_instructions(ScalarType dtype) {
+  if (dtype == ScalarType::Half) return few::multiplies_half();
+  return dtype != ScalarType::BFloat16 || few::level() == few::Level::kAvx512Bf16;
+}
+
+// Up to how many rows these kernels are faster (Zen 4; one thread; 512 x 512 to 1024 x 2048):
 //
 // - float32: 1.3 times MKL at 32 rows, 2 at 2 to 8. With AVX2 a weight of dense rows is MKL's from 16 rows on.
 // - bfloat16 with its instructions: 1.1 to 1.5 times oneDNN at 32 rows, level at 48; 2 to 4 times below 8.
@@ -173,14 +210,32 @@ namespace {
 //   dense rows with AVX2 is another 10 to 90 times slower. float16 as this, unless the processor has its instructions.
 //
 // What nobody measured, processors without AVX2 and other makers', keeps to a handful.
-bool few_rows(int64_t rows, ScalarType dtype, bool axpy) {
-  constexpr int64_t kHandful = 4, kFew = 32, kAsManyAsBlocksHave = 256;
+int64_t most_rows(ScalarType dtype, bool axpy) {
   const few::Level level = few::level();
-  if (dtype == ScalarType::Double) return false;  // the BLAS library's, whose sums are as wide as they get
-  if (level == few::Level::kPortable) return rows <= kHandful;
-  if (dtype == ScalarType::Float) return rows <= (level > few::Level::kAvx2 ? kFew : axpy ? kFew / 4 : kFew / 2);
-  const bool instructions = dtype == ScalarType::BFloat16 ? level == few::Level::kAvx512Bf16 : few::multiplies_half();
-  return rows <= (instructions ? kFew : kAsManyAsBlocksHave);
+  if (dtype == ScalarType::Double) return -1;  // the BLAS library's, whose sums are as wide as they get
+  if (level == few::Level::kPortable) return kHandful;
+  if (dtype == ScalarType::Float && level == few::Level::kAvx2) return axpy ? kFew / 4 : kFew / 2;
+  return has_instructions(dtype) ? kFew : kAsManyAsBlocksHave;
+}
+
+// The same of columns (64 and 256 rows, sums of 512; gradients of as many rows):
+//
+// - float32: 5 to 7 times MKL at 8, 1.3 to 2.5 at 16, 1.0 to 1.5 at 32.
+// - bfloat16 with its instructions: 2.5 to 6 times oneDNN at 8, 1.3 to 3 at 16; at 32 gradients 1.6, others 0.9 to 1.2.
+// - bfloat16 without: 0.7 to 5.7 times at 8, 1.1 to 8 at 16, 1.5 to 15 at 128.
+// - float16 without: 0.2 to 1.5 times at 8, 1.0 to 3.6 at 16, 2 to 10 at 128.
+bool few_columns(int64_t columns, ScalarType dtype, bool axpy) {
+  if (dtype == ScalarType::BFloat16 && has_instructions(dtype) && !axpy) return columns <= kFew / 2;
+  if (dtype == ScalarType::Half && columns < 16) return false;
+  return columns <= most_rows(dtype, axpy);
+}
+
+// The same of numbers in a sum (256 rows): bfloat16 1.5 to 2 times oneDNN at 8 and 1.1 at 32, without instructions 1.6
+// times and more. In float32 MKL is level, but for gradients, whose sums may be as long as few rows are many.
+bool few_in_sums(int64_t inner, const Matrix& a, const Matrix& b, ScalarType dtype) {
+  const bool gradient = a.row_stride == 1 && b.col_stride == 1;
+  const int64_t most = most_rows(dtype, false);
+  return inner <= (gradient ? most : dtype == ScalarType::Float ? 0 : std::min(most, kFew));
 }
 
 // The gradient of an expert without rows, which most are when few tokens choose: as the C library does it, past what a
@@ -194,20 +249,29 @@ void fill_with_zeros(const Matrix& out, int64_t item) {
 
 }  // namespace
 
-bool few_rows(int64_t rows, ScalarType dtype) { return few_rows(rows, dtype, false); }
+bool few_rows(int64_t rows, ScalarType dtype) { return rows <= most_rows(dtype, false); }
+bool few_columns(int64_t columns, ScalarType dtype) { return few_columns(columns, dtype, false); }
 
 void multiply(const Matrix& out, const Matrix& a, const Matrix& b, ScalarType dtype, bool accumulate) {
-  const bool of_rows = few_rows(out.rows, dtype, b.col_stride == 1);
-  const bool of_sums = few_rows(a.cols, dtype) && a.row_stride == 1 && b.col_stride == 1;  // a weight gradient
-  const bool readable = b.row_stride == 1 || b.col_stride == 1;
-  if (!(of_rows || of_sums) || !readable || out.col_stride != 1 || out.cols == 0) {
+  const auto is_readable = [](const Matrix& m) { return m.row_stride == 1 || m.col_stride == 1; };
+  const bool columns_are_dense = b.col_stride != 1;
+  const bool of_rows = is_readable(b) && out.rows <= most_rows(dtype, !columns_are_dense);
+  const bool of_sums = is_readable(b) && few_in_sums(a.cols, a, b, dtype);
+  const bool of_columns = is_readable(a) && few_columns(out.cols, dtype, a.row_stride == 1);
+  if (!(of_rows || of_sums || of_columns) || out.col_stride != 1 || out.cols == 0) {
     return mm_out(out, a, b, dtype, accumulate);
   }
   if (a.cols == 0) return accumulate ? void() : fill_with_zeros(out, dtype == ScalarType::Float ? 4 : 2);
+  const auto run = [&](auto number) {
+    using T = decltype(number);
+    if (!of_rows && !of_sums) return few::multiply_transposed<T>(out, a, b, accumulate);
+    const bool short_sums = columns_are_dense && of_sums && out.rows > kHandful;
+    short_sums ? few::multiply_rearranged<T>(out, a, b, accumulate) : few::multiply<T>(out, a, b, accumulate);
+  };
   switch (dtype) {
-    case ScalarType::Float: return few::multiply<float>(out, a, b, accumulate);
-    case ScalarType::BFloat16: return few::multiply<BFloat16>(out, a, b, accumulate);
-    default: return few::multiply<Half>(out, a, b, accumulate);
+    case ScalarType::Float: return run(float{});
+    case ScalarType::BFloat16: return run(BFloat16{});
+    default: return run(Half{});
   }
 }
 

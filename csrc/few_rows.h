@@ -1,8 +1,11 @@
-// Which products go to our own kernels: those of few rows, where a library spends its time on other things.
+// Which products go to our own kernels: thin ones, where a library spends its time on other things.
 //
-// Why not a library for a handful of rows. In bfloat16 its products cost 16 rows when they have one (round_up_rows), and
-// on processors without bfloat16 instructions it converts or rearranges the weight first; in all dtypes it packs factors
-// for shapes that are not these. Here such a product costs the reading of its weight.
+// Why not a library for a handful of rows. In bfloat16 its products cost 16 rows when they have one (round_up_rows),
+// and on processors without bfloat16 instructions it converts or rearranges the weight first; in all dtypes it packs
+// factors for shapes that are not these. Here such a product costs the reading of its weight.
+//
+// A product of few columns is the same thing transposed, and one with few numbers in its sums is a gradient of few
+// rows: the factors of a low-rank adapter make all three.
 #pragma once
 
 #include <cstdint>
@@ -13,10 +16,16 @@ namespace dmoe {
 
 // Whether products of so many rows, or sums over so many, are few_rows.cpp's.
 bool few_rows(int64_t rows, ScalarType dtype);
+// The same of so many columns.
+bool few_columns(int64_t columns, ScalarType dtype);
 
 // How many rows to give multiply() where `rows` are needed, as round_up_rows(): few need no rounding.
 inline int64_t rows_to_give(int64_t rows, ScalarType dtype) {
   return few_rows(rows, dtype) ? rows : round_up_rows(rows, dtype);
+}
+// The same for a result of so many columns, or for a sum over rows that makes so many rows or columns.
+inline int64_t rows_to_give(int64_t rows, int64_t columns, ScalarType dtype) {
+  return few_columns(columns, dtype) ? rows : rows_to_give(rows, dtype);
 }
 
 // As mm_out(), whose comment says the rest: out = a @ b, or out += a @ b with accumulate. By shapes, layouts and the

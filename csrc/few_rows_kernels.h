@@ -33,7 +33,7 @@ constexpr int64_t kLine = 64;           // bytes of a cache line
 constexpr int64_t kAhead = 32;          // rows of the weight that axpy asks for in advance
 constexpr int64_t kStream = 1024;       // columns whose sums stay in the innermost cache
 constexpr int64_t kDotColumns = 8;      // that stay in the innermost cache for all chunks of rows
-constexpr int64_t kManyRowsOfOne = 64;  // beyond them axpy writes row after row: a weight gradient, whose sums are short
+constexpr int64_t kManyRowsOfOne = 64;  // beyond them axpy writes row after row: a weight gradient, of short sums
 constexpr int64_t kSumBlock = 256;      // numbers that axpy adds up one after the other before it adds that to the rest
 
 constexpr int64_t round_up(int64_t number, int64_t to) { return (number + to - 1) / to * to; }

@@ -154,12 +154,15 @@ Tensor grouped_gemm_of(const char* kOp, const Tensor& a, const Tensor& b, const 
   parallel_tasks(static_cast<int64_t>(tasks.size()), [&](int64_t index) {
     const Task& task = tasks[index];
     char* to = out_data + (task.first_row * columns + task.begin) * item;
-    const int64_t padded = rows_to_give(task.rows, dtype), width = task.end - task.begin;
+    const int64_t width = task.end - task.begin, padded = rows_to_give(task.rows, width, dtype);
     TaskScratch& scratch = task_scratch();
     Matrix result = row_major(to, padded, width, columns);
     if (padded != task.rows) result = row_major(scratch.second.get(padded * width * item), padded, width, width);
-    multiply(result, rows_of(left, task, padded, scratch.first), columns_of_expert(right, task), dtype);
-    if (addend) multiply(result, rows_of(left2, task, padded, scratch.first), columns_of_expert(right2, task), dtype, true);
+    const auto add_product = [&](const Tensor& rows, const Tensor& experts, bool accumulate) {
+      multiply(result, rows_of(rows, task, padded, scratch.first), columns_of_expert(experts, task), dtype, accumulate);
+    };
+    add_product(left, right, false);
+    if (addend) add_product(left2, right2, true);
     for (int64_t row = 0; result.data != to && row < task.rows; ++row) {
       std::memcpy(to + row * columns * item, static_cast<char*>(result.data) + row * width * item, width * item);
     }
@@ -219,7 +222,7 @@ Tensor grouped_gemm_weight(const Tensor& a, const Tensor& b, const Tensor& exper
     }
     const char* a_from = a_data + (first * left.stride(0) + task.first_column) * item;
     const char* b_from = b_data + first * right.stride(0) * item;
-    const int64_t padded = rows_to_give(count, dtype);
+    const int64_t padded = rows_to_give(count, std::min(task.columns, columns), dtype);
     Matrix a_block = row_major(a_from, padded, task.columns, left.stride(0));
     Matrix b_block = row_major(b_from, padded, columns, right.stride(0));
     if (padded != count) {

@@ -104,12 +104,15 @@ class AdaptedPass(Pass):
         """With the adapter's share."""
         return self.up.back_through(grad_pre, self.weights.up, super().back_through_up)
 
-    def factor_grads(self, grad_y: Tensor, grad_pre: Tensor, hidden: Tensor) -> tuple[Tensor | None, ...]:
+    def expect_backward(self, inner_up: Tensor | None, inner_down: Tensor | None) -> None:
+        """Before the ways back, with what forward kept, so that these make the factors' gradients too."""
+        if inner_down is not None and self.call.gate_weight_on == "output":  # forward's was not weighed yet
+            inner_down = (inner_down * self.gate).to(inner_down.dtype)
+        self.up.inner, self.down.inner = inner_up, inner_down
+
+    def factor_grads(self, hidden: Tensor) -> tuple[Tensor | None, ...]:
         """Of both projections' a and b, after the ways back; None where there is no adapter."""
-        if self.down.inner is not None and self.call.gate_weight_on == "output":  # forward's was not weighed yet
-            self.down.inner = (self.down.inner * self.gate).to(hidden.dtype)
-        up = self.up.grads(self.inputs, lambda: grad_pre)
-        return *up, *self.down.grads(lambda: hidden, lambda: self.drop_outputs(self.gathered(grad_y)))
+        return *self.up.grads(self.inputs), *self.down.grads(lambda: hidden)
 
 
 class _Adapter:
@@ -119,6 +122,7 @@ class _Adapter:
         self.factors, self.products = factors, products
         self.inner: Tensor | None = None  # s A times the projection's rows
         self.back: Tensor | None = None  # s B^T times the gradients of its results
+        self.b_grad: Tensor | None = None
 
     def through(self, rows: Tensor, weights: Sequence[Tensor], plain: Callable[[Tensor], Tensor]) -> Tensor:
         """``rows W^T + s (rows A^T) B^T``; ``plain`` makes the first, where W is no single matrix or there is no A."""
@@ -130,19 +134,19 @@ class _Adapter:
         return grouped_gemm_sum(rows, weights[0], self.inner, self.factors.b, self.products.expert_offsets, True)
 
     def back_through(self, grads: Tensor, weights: Sequence[Tensor], plain: Callable[[Tensor], Tensor]) -> Tensor:
-        """``grads W + s (grads B) A``."""
+        """``grads W + s (grads B) A``, and of the same rows b's gradient, if the inner numbers are there."""
         if self.factors is None:
             return plain(grads)
+        if self.inner is not None:
+            self.b_grad = self.products.sums(grads, self.inner)
         self.back = self.products.rows(grads, self.factors.b).mul_(self.factors.scale)
         if len(weights) > 1:
             return plain(grads).add_(self.products.rows(self.back, self.factors.a))
         return grouped_gemm_sum(grads, weights[0], self.back, self.factors.a, self.products.expert_offsets, False)
 
-    def grads(self, rows: Callable[[], Tensor], grads: Callable[[], Tensor]) -> tuple[Tensor | None, Tensor | None]:
-        """Of a and b, from the projection's rows and the gradients of its results, which are made only if needed."""
-        if self.back is None or self.inner is None:
-            return None, None
-        return self.products.sums(self.back, rows()), self.products.sums(grads(), self.inner)
+    def grads(self, rows: Callable[[], Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        """Of a and b; the projection's rows are made only if they are needed."""
+        return None if self.back is None else self.products.sums(self.back, rows()), self.b_grad
 
 
 class _AdaptedMLP(torch.autograd.Function):
@@ -168,14 +172,16 @@ class _AdaptedMLP(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         pre, inner_up, inner_down, *kept = saved_values(ctx)
         now, grad_y = _pass(ctx.scales, kept), grad_y.contiguous()
-        now.up.inner, now.down.inner = inner_up, inner_down
+        trained = any(ctx.needs_input_grad[1:5])
+        if trained:
+            now.expect_backward(inner_up, inner_down)
         grad_x, grad_gate, grad_pre, hidden = backward_data_of(now, grad_y, pre)
         wanted = dict(zip(Call._fields, ctx.needs_input_grad[5:], strict=False))
         grads: dict[str, Tensor | None] = {"x": grad_x, "gate_weights": grad_gate, "residual": grad_y}
         if any(wanted[name] for name in WEIGHTS):
             of_weights = backward_weights_of(now, grad_y, grad_pre, hidden)
             grads.update(zip(WEIGHTS, of_weights, strict=True))
-        factors = now.factor_grads(grad_y, grad_pre, hidden) if any(ctx.needs_input_grad[1:5]) else (None,) * 4
+        factors = now.factor_grads(hidden) if trained else (None,) * 4
         return None, *factors, *(grads.get(name) if want else None for name, want in wanted.items())
 
 

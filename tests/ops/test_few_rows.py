@@ -1,4 +1,4 @@
-"""Products of few rows (csrc/few_rows.cpp): as exact as float32 sums rounded once, on each level of instructions."""
+"""Thin products (csrc/few_rows.cpp): as exact as float32 sums rounded once, on each level of instructions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import few_rows_cases
 import pytest
 import torch
-from few_rows_cases import DTYPES, excess, offsets_of, product, random, weight_gradient
+from few_rows_cases import DTYPES, added, excess, offsets_of, product, random, weight_gradient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from patience import PATIENCE
@@ -45,8 +45,10 @@ def test_every_level_sums_in_float32_and_rounds_once(level):
 @given(rows=counts, inner=sizes, columns=sizes, dtype=st.sampled_from(DTYPES), trans_b=st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_so_do_other_sizes(rows, inner, columns, dtype, trans_b):
-    assert product(rows, inner, columns, dtype, trans_b) <= 1
-    assert weight_gradient(rows, inner, columns, dtype) <= 1
+    for shape in ((rows, inner, columns), (inner, rows, columns), (columns, inner, rows)):
+        assert product(*shape, dtype, trans_b) <= 1
+        assert added(*shape, dtype, trans_b) <= 1
+        assert weight_gradient(*shape, dtype) <= 1
 
 
 def test_the_bound_sees_a_sum_that_is_rounded_twice():
@@ -58,15 +60,14 @@ def test_the_bound_sees_a_sum_that_is_rounded_twice():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("trans_b", [True, False])
-@pytest.mark.parametrize("rows", [1, 2, 3, 6])
-def test_nan_stays_in_its_row_and_its_column(rows, trans_b, dtype):
-    inner, columns = 37, 45
+@pytest.mark.parametrize(("rows", "inner", "columns"), [*((n, 37, 45) for n in (1, 2, 3, 6)), (45, 37, 3), (45, 5, 37)])
+def test_nan_stays_in_its_row_and_its_column(rows, inner, columns, trans_b, dtype):
     a = random(rows, inner, dtype=dtype, seed=1)
     b = random(1, columns, inner, dtype=dtype, seed=2)
-    a[rows - 1, 36], b[0, 44, 0] = torch.nan, torch.nan
+    a[-1, -1], b[0, -1, 0] = torch.nan, torch.nan
     got = grouped_gemm(a, b if trans_b else b.mT.contiguous(), offsets_of([rows]), trans_b=trans_b)
     expected = torch.zeros(rows, columns, dtype=torch.bool)
-    expected[rows - 1], expected[:, 44] = True, True
+    expected[-1], expected[:, -1] = True, True
     assert torch.equal(got.isnan(), expected)
 
 

@@ -1,21 +1,33 @@
-"""Products of few rows against float64, and how far they may be from it.
+"""Thin products against float64, and how far they may be from it.
 
 Run as a program it prints, as JSON, what is off: which kernels run is chosen once a process.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 
 import torch
 
-from dmoe.ops.grouped_gemm import grouped_gemm, grouped_gemm_weight
+from dmoe.ops.grouped_gemm import grouped_gemm, grouped_gemm_sum, grouped_gemm_weight
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Inner and columns: one, below and above vectors of each length, sums of several blocks, several streams of columns.
 SIZES = ((1, 1), (3, 5), (33, 16), (31, 67), (300, 130), (515, 9), (8, 1100), (270, 1050))
 ROWS = (1, 2, 3, 4, 5, 7, 9, 17)
+# Many rows, of few columns, or of few numbers in a sum: (rows, inner, columns).
+THIN = (
+    (40, 515, 1),
+    (300, 257, 8),
+    (70, 33, 16),
+    (65, 300, 31),
+    (300, 1, 67),
+    (40, 8, 130),
+    (257, 16, 33),
+    (33, 31, 9),
+)
 UNIT = 2.0**-24  # what float32 rounds by, relatively
 
 
@@ -56,17 +68,27 @@ def weight_gradient(rows: int, height: int, columns: int, dtype: torch.dtype) ->
     return float("inf") if got[0].any() else excess(got[1], a.T, b)
 
 
+def added(rows: int, inner: int, columns: int, dtype: torch.dtype, trans_b: bool) -> float:
+    """:func:`excess` of a product that is added to one of single numbers, which are rounded once themselves."""
+    first, ones = random(rows, 1, dtype=dtype, seed=columns), torch.ones(1, columns, dtype=dtype)
+    a, b = random(rows, inner, dtype=dtype, seed=rows), random(inner, columns, dtype=dtype, seed=inner)
+    weights = [(w.T.contiguous() if trans_b else w)[None] for w in (ones, b)]
+    got = grouped_gemm_sum(first, weights[0], a, weights[1], offsets_of([rows]), trans_b)
+    return excess(got, torch.cat([first, a], 1), torch.cat([ones, b]))
+
+
 def faults() -> Iterator[str]:
     """Whatever is off, over all dtypes, sizes and both orders of the weight."""
-    for dtype in DTYPES:
-        for inner, columns in SIZES:
-            for rows in ROWS:
-                found = {
-                    "columns": product(rows, inner, columns, dtype, True),
-                    "rows": product(rows, inner, columns, dtype, False),
-                    "gradient": weight_gradient(rows, inner, columns, dtype),
-                }
-                yield from (f"{k} {dtype} {rows, inner, columns}: {v:.2f}" for k, v in found.items() if not v <= 1)
+    few = ((rows, *size) for size in SIZES for rows in ROWS)
+    for dtype, shape in itertools.product(DTYPES, (*few, *THIN)):
+        found = {
+            "columns": product(*shape, dtype, True),
+            "rows": product(*shape, dtype, False),
+            "columns added": added(*shape, dtype, True),
+            "rows added": added(*shape, dtype, False),
+            "gradient": weight_gradient(*shape, dtype),
+        }
+        yield from (f"{k} {dtype} {shape}: {v:.2f}" for k, v in found.items() if not v <= 1)
 
 
 if __name__ == "__main__":
