@@ -91,13 +91,16 @@ const T* at(const Matrix& m, int64_t row, int64_t k) {
   return static_cast<const T*>(m.data) + row * m.row_stride + k * m.col_stride;
 }
 
-// Row after row, with zeros behind it.
+// Row after row, with zeros behind it, as steps of `lanes` numbers or of twice as many read them.
 template <typename T>
-void pack_rows(const Matrix& a, float* to) {
+void pack_rows(const Matrix& a, int64_t lanes, float* to) {
   const int64_t stride = packed_inner(a.cols);
   for (int64_t row = 0; row < a.rows; ++row, to += stride) {
-    for (int64_t k = 0; k < a.cols; ++k) to[k] = load(at<T>(a, row, k));
-    std::fill(to + a.cols, to + stride, 0.0f);
+    std::fill(to + a.cols / 32 * 32, to + stride, 0.0f);
+    for (int64_t k = 0; k < a.cols; ++k) {
+      const int64_t place = k % (2 * lanes);
+      to[kDotVectors<T> == 1 ? k : k - place + place % 2 * lanes + place / 2] = load(at<T>(a, row, k));
+    }
   }
 }
 // By chunks of rows: for each k, one number of each row of the chunk.
@@ -157,7 +160,8 @@ void multiply(const Matrix& out, const Matrix& a, const Matrix& b, bool accumula
   }
 #endif
   auto* numbers = static_cast<float*>(packed);
-  columns_are_dense ? pack_rows<T>(a, numbers) : pack_columns<T>(a, numbers);
+  const int64_t lanes = level() >= Level::kAvx512 ? 16 : level() == Level::kAvx2 ? 8 : 4;
+  columns_are_dense ? pack_rows<T>(a, lanes, numbers) : pack_columns<T>(a, numbers);
   run<T>({to, out.row_stride, numbers, w, w_stride, out.rows, a.cols, out.cols, accumulate}, columns_are_dense);
 }
 

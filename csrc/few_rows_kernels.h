@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "few_rows_lanes.h"
 
@@ -44,37 +45,62 @@ DMOE_INLINE int64_t chunk_begin(int64_t rows, int64_t i) { return rows * i / chu
 
 // -------------------------------------------------------------------------------------------------------------- dot
 
-// Rows one after the other, `inner` rounded up to a multiple of 16 with zeros.
-inline int64_t packed_inner(int64_t inner) { return round_up(inner, 16); }
+// Vectors of W numbers in a step. Of bfloat16 two: read as words, the numbers at odd places are a mask away from float32
+// and those at even places a shift, where W that lie together would have to be widened first.
+template <typename T>
+constexpr int kDotVectors = std::is_same_v<T, BFloat16> ? 2 : 1;
+
+// Rows one after the other, `inner` rounded up with zeros to whole steps of any W; each step as its vectors are read.
+inline int64_t packed_inner(int64_t inner) { return round_up(inner, 32); }
+
+template <int W, typename T>
+DMOE_INLINE void load_vectors(const T* from, Lanes<W>* to) {
+  if constexpr (kDotVectors<T> == 1) {
+    *to = load_lanes<W>(from);
+  } else {
+    Bits<W> words;
+    std::memcpy(&words, from, sizeof(words));
+    to[0] = (Lanes<W>)(words << 16);
+    to[1] = (Lanes<W>)(words & 0xffff0000u);
+  }
+}
 
 template <int W, typename T, int R, int N, bool kFetch>
 DMOE_INLINE void dot_tile(const Product<T>& p, int64_t row, int64_t column) {
-  const int64_t a_stride = packed_inner(p.inner), whole = p.inner / W * W;
+  constexpr int V = kDotVectors<T>, kStep = V * W;
+  const int64_t a_stride = packed_inner(p.inner), whole = p.inner / kStep * kStep;
   const float* a = p.a + row * a_stride;
   const T* w = p.w + column * p.w_stride;
   constexpr int kSums = round_up(R * N, 4);
   Lanes<W> sums[kSums] = {};
-  const auto step = [&](int64_t k, const auto& load) __attribute__((always_inline)) {
-    Lanes<W> weight[N];
-    if (kFetch && k * sizeof(T) % kLine == 0) {  // the tile to come: streams of one column's length are too short
+  const auto step = [&](const float* x, const T* from, int64_t stride, auto fetch) __attribute__((always_inline)) {
+    if (fetch) {  // the tile to come: streams of one column's length are too short; asking twice costs less than an if
 #pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) __builtin_prefetch(w + (N + n) * p.w_stride + k, 0, 2);
+      for (int n = 0; n < N; ++n) __builtin_prefetch(from + (N + n) * stride, 0, 2);
     }
+    // One row takes each column as it comes; several need all columns at hand.
+    constexpr int kColumns = R == 1 ? 1 : N;
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) weight[n] = load(w + n * p.w_stride + k);
+    for (int first = 0; first < N; first += kColumns) {
+      Lanes<W> weight[kColumns][V];
+#pragma GCC unroll 8
+      for (int n = 0; n < kColumns; ++n) load_vectors<W>(from + (first + n) * stride, weight[n]);
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const Lanes<W> x = load_lanes<W>(a + r * a_stride + k);
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) {
+          const Lanes<W> numbers = load_lanes<W>(x + r * a_stride + v * W);
 #pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) sums[r * N + n] += x * weight[n];
+          for (int n = 0; n < kColumns; ++n) sums[r * N + first + n] += numbers * weight[n][v];
+        }
+      }
     }
   };
-  for (int64_t k = 0; k < whole; k += W) {
-    step(k, [](const T* from) __attribute__((always_inline)) { return load_lanes<W>(from); });
-  }
+  for (int64_t k = 0; k < whole; k += kStep) step(a + k, w + k, p.w_stride, std::bool_constant<kFetch>());
   if (whole < p.inner) {
-    const int64_t rest = p.inner - whole;
-    step(whole, [rest](const T* from) __attribute__((always_inline)) { return load_some<W>(from, rest); });
+    T rest[N][kStep] = {};
+    for (int n = 0; n < N; ++n) std::copy_n(w + n * p.w_stride + whole, p.inner - whole, rest[n]);
+    step(a + whole, rest[0], kStep, std::false_type());
   }
   float result[kSums];
 #pragma GCC unroll 4

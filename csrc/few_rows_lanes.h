@@ -58,15 +58,6 @@ DMOE_INLINE Lanes<W> load_lanes(const Half* p) {
   return (Lanes<W>)((Bits<W>)scaled | special | (bits & 0x8000) << 16);
 }
 
-// The first `count` of W numbers, and zeros.
-template <int W, typename T>
-DMOE_INLINE Lanes<W> load_some(const T* p, int64_t count) {
-  T padded[W];
-  std::memset(static_cast<void*>(padded), 0, sizeof(padded));
-  std::memcpy(static_cast<void*>(padded), p, count * sizeof(T));
-  return load_lanes<W>(padded);
-}
-
 template <int W>
 DMOE_INLINE void store_lanes(float* p, const Lanes<W>& value) {
   std::memcpy(p, &value, sizeof(value));
