@@ -57,50 +57,25 @@ inline bool multiplies_half() {
 #endif
 }
 
-#ifdef DMOE_X86_LEVELS
-template <typename T>
-__attribute__((target("arch=x86-64-v4"))) void dot_avx512(const Product<T>& p) {
-  dot<16, T>(p);
-}
-template <typename T>
-__attribute__((target("arch=x86-64-v3"))) void dot_avx2(const Product<T>& p) {
-  dot<8, T>(p);
-}
-template <typename T>
-__attribute__((target("arch=x86-64-v4"))) void axpy_avx512(const Product<T>& p) {
-  axpy<16, T>(p);
-}
-template <typename T>
-__attribute__((target("arch=x86-64-v3"))) void axpy_avx2(const Product<T>& p) {
-  axpy<8, T>(p);
-}
-#endif
-
-template <typename T>
-void run(const Product<T>& p, bool columns_are_dense) {
-#ifdef DMOE_X86_LEVELS
-  if (level() >= Level::kAvx512) return columns_are_dense ? dot_avx512<T>(p) : axpy_avx512<T>(p);
-  if (level() == Level::kAvx2) return columns_are_dense ? dot_avx2<T>(p) : axpy_avx2<T>(p);
-#endif
-  columns_are_dense ? dot<4, T>(p) : axpy<4, T>(p);
-}
-
 // Element (row, k) of a matrix of T.
 template <typename T>
 const T* at(const Matrix& m, int64_t row, int64_t k) {
   return static_cast<const T*>(m.data) + row * m.row_stride + k * m.col_stride;
 }
 
-// Row after row, with zeros behind it, as steps of `lanes` numbers or of twice as many read them.
-template <typename T>
-void pack_rows(const Matrix& a, int64_t lanes, float* to) {
-  const int64_t stride = packed_inner(a.cols);
+// Row after row, with zeros behind it, in the order in which the steps of dot read them.
+template <int W, typename T>
+DMOE_INLINE void pack_rows(const Matrix& a, float* to) {
+  constexpr int V = kDotVectors<T>, kStep = V * W;
+  const int64_t stride = packed_inner(a.cols), whole = a.cols / kStep * kStep;
   for (int64_t row = 0; row < a.rows; ++row, to += stride) {
-    std::fill(to + a.cols / 32 * 32, to + stride, 0.0f);
-    for (int64_t k = 0; k < a.cols; ++k) {
-      const int64_t place = k % (2 * lanes);
-      to[kDotVectors<T> == 1 ? k : k - place + place % 2 * lanes + place / 2] = load(at<T>(a, row, k));
+    for (int64_t k = 0; k < whole; k += kStep) {
+      for (int v = 0; v < V; ++v) {
+        for (int i = 0; i < W; ++i) to[k + v * W + i] = load(at<T>(a, row, k + i * V + v));
+      }
     }
+    std::fill(to + whole, to + stride, 0.0f);
+    for (int64_t i = 0; whole + i < a.cols; ++i) to[whole + i % V * W + i / V] = load(at<T>(a, row, whole + i));
   }
 }
 // By chunks of rows: for each k, one number of each row of the chunk.
@@ -114,6 +89,7 @@ void pack_columns(const Matrix& a, float* to) {
   }
 }
 
+#ifdef DMOE_X86_LEVELS
 // The same of pairs (k, k + 1), the first in the lower half.
 inline uint32_t pair_at(const Matrix& a, int64_t row, int64_t k) {
   const auto bits = [&](int64_t column) -> uint32_t {
@@ -122,9 +98,14 @@ inline uint32_t pair_at(const Matrix& a, int64_t row, int64_t k) {
   return bits(k) | bits(k + 1) << 16;
 }
 inline void pack_row_pairs(const Matrix& a, uint32_t* to) {
-  const int64_t pairs = round_up(a.cols, 32) / 2;
-  for (int64_t row = 0; row < a.rows; ++row) {
-    for (int64_t k = 0; k < pairs; ++k) *to++ = pair_at(a, row, 2 * k);
+  const int64_t pairs = packed_pairs(a.cols);
+  for (int64_t row = 0; row < a.rows; ++row, to += pairs) {
+    if (a.col_stride == 1) {  // pairs already
+      std::memcpy(to, at<BFloat16>(a, row, 0), a.cols * sizeof(BFloat16));
+      std::memset(reinterpret_cast<char*>(to) + a.cols * sizeof(BFloat16), 0, 4 * pairs - a.cols * sizeof(BFloat16));
+    } else {
+      for (int64_t k = 0; k < pairs; ++k) to[k] = pair_at(a, row, 2 * k);
+    }
   }
 }
 inline void pack_column_pairs(const Matrix& a, uint32_t* to) {
@@ -135,6 +116,31 @@ inline void pack_column_pairs(const Matrix& a, uint32_t* to) {
     }
   }
 }
+
+#endif
+
+// A product of `a`, which goes to `numbers` as it is read.
+template <int W, typename T>
+DMOE_INLINE void run_lanes(const Matrix& a, float* numbers, const Product<T>& p, bool columns_are_dense) {
+  if (columns_are_dense) {
+    pack_rows<W, T>(a, numbers);
+    dot<W, T>(p);
+  } else {
+    pack_columns<T>(a, numbers);
+    axpy<W, T>(p);
+  }
+}
+
+#ifdef DMOE_X86_LEVELS
+template <typename T>
+__attribute__((target("arch=x86-64-v4"))) void run_avx512(const Matrix& a, float* to, const Product<T>& p, bool dot) {
+  run_lanes<16, T>(a, to, p, dot);
+}
+template <typename T>
+__attribute__((target("arch=x86-64-v3"))) void run_avx2(const Matrix& a, float* to, const Product<T>& p, bool dot) {
+  run_lanes<8, T>(a, to, p, dot);
+}
+#endif
 
 inline void* scratch(size_t bytes) {
   static thread_local Scratch memory;
@@ -160,9 +166,12 @@ void multiply(const Matrix& out, const Matrix& a, const Matrix& b, bool accumula
   }
 #endif
   auto* numbers = static_cast<float*>(packed);
-  const int64_t lanes = level() >= Level::kAvx512 ? 16 : level() == Level::kAvx2 ? 8 : 4;
-  columns_are_dense ? pack_rows<T>(a, lanes, numbers) : pack_columns<T>(a, numbers);
-  run<T>({to, out.row_stride, numbers, w, w_stride, out.rows, a.cols, out.cols, accumulate}, columns_are_dense);
+  const Product<T> p{to, out.row_stride, numbers, w, w_stride, out.rows, a.cols, out.cols, accumulate};
+#ifdef DMOE_X86_LEVELS
+  if (level() >= Level::kAvx512) return run_avx512<T>(a, numbers, p, columns_are_dense);
+  if (level() == Level::kAvx2) return run_avx2<T>(a, numbers, p, columns_are_dense);
+#endif
+  run_lanes<4, T>(a, numbers, p, columns_are_dense);
 }
 
 // Few columns: the transposed product has few rows.
@@ -183,7 +192,7 @@ void multiply_transposed(const Matrix& out, const Matrix& a, const Matrix& b, bo
   for_each([](T& there, const T& here) { there = here; });
 }
 
-// Sums shorter than a vector, of columns that are contiguous: rows are made of those.
+// Sums of a vector or two, of columns that are contiguous: rows are made of those.
 template <typename T>
 void multiply_rearranged(const Matrix& out, const Matrix& a, const Matrix& b, bool accumulate) {
   static thread_local Scratch memory;
@@ -222,15 +231,14 @@ int64_t most_rows(ScalarType dtype, bool axpy) {
   return has_instructions(dtype) ? kFew : kAsManyAsBlocksHave;
 }
 
-// The same of columns (64 and 256 rows, sums of 512; gradients of as many rows):
+// The same of columns, of which there are fewer than rows (64 and 256 rows, sums of 512; gradients of as many rows):
 //
-// - float32: 5 to 7 times MKL at 8, 1.3 to 2.5 at 16, 1.0 to 1.5 at 32.
-// - bfloat16 with its instructions: 2.5 to 6 times oneDNN at 8, 1.3 to 3 at 16; at 32 gradients 1.6, others 0.9 to 1.2.
-// - bfloat16 without: 0.7 to 5.7 times at 8, 1.1 to 8 at 16, 1.5 to 15 at 128.
-// - float16 without: 0.2 to 1.5 times at 8, 1.0 to 3.6 at 16, 2 to 10 at 128.
+// - float32: 2 to 7 times MKL at 8, 1.0 to 2.5 at 16, 0.9 to 1.6 at 32.
+// - bfloat16 with its instructions: 2.3 to 7 times oneDNN at 8, 1.4 to 4 at 16; at 32 gradients 1.4, others 0.9 to 1.2.
+// - bfloat16 without: 4 to 20 times at 8, 2.5 to 20 at 16, 1.4 to 20 at 128.
+// - float16 without: 1.7 to 9 times at 8, 1.5 to 12 at 128.
 bool few_columns(int64_t columns, ScalarType dtype, bool axpy) {
   if (dtype == ScalarType::BFloat16 && has_instructions(dtype) && !axpy) return columns <= kFew / 2;
-  if (dtype == ScalarType::Half && columns < 16) return false;
   return columns <= most_rows(dtype, axpy);
 }
 
@@ -254,23 +262,29 @@ void fill_with_zeros(const Matrix& out, int64_t item) {
 }  // namespace
 
 bool few_rows(int64_t rows, ScalarType dtype) { return rows <= most_rows(dtype, false); }
-bool few_columns(int64_t columns, ScalarType dtype) { return few_columns(columns, dtype, false); }
+int64_t rows_to_give(int64_t rows, int64_t columns, ScalarType dtype) {
+  return few_columns(columns, dtype, false) ? rows : rows_to_give(rows, dtype);
+}
+int64_t sums_to_give(int64_t sums, int64_t rows, int64_t columns, ScalarType dtype) {
+  return few_columns(std::min(rows, columns), dtype, true) ? sums : rows_to_give(sums, dtype);
+}
 
 void multiply(const Matrix& out, const Matrix& a, const Matrix& b, ScalarType dtype, bool accumulate) {
   const auto is_readable = [](const Matrix& m) { return m.row_stride == 1 || m.col_stride == 1; };
   const bool columns_are_dense = b.col_stride != 1;
   const bool of_rows = is_readable(b) && out.rows <= most_rows(dtype, !columns_are_dense);
   const bool of_sums = is_readable(b) && few_in_sums(a.cols, a, b, dtype);
-  const bool of_columns = is_readable(a) && few_columns(out.cols, dtype, a.row_stride == 1);
-  if (!(of_rows || of_sums || of_columns) || out.col_stride != 1 || out.cols == 0) {
+  const bool of_columns = is_readable(a) && out.cols < out.rows && few_columns(out.cols, dtype, a.row_stride == 1);
+  if (!(of_rows || of_sums || of_columns) || out.col_stride != 1 || out.rows == 0 || out.cols == 0) {
     return mm_out(out, a, b, dtype, accumulate);
   }
   if (a.cols == 0) return accumulate ? void() : fill_with_zeros(out, dtype == ScalarType::Float ? 4 : 2);
   const auto run = [&](auto number) {
     using T = decltype(number);
-    if (!of_rows && !of_sums) return few::multiply_transposed<T>(out, a, b, accumulate);
-    const bool short_sums = columns_are_dense && of_sums && out.rows > kHandful;
-    short_sums ? few::multiply_rearranged<T>(out, a, b, accumulate) : few::multiply<T>(out, a, b, accumulate);
+    const bool short_sums = of_sums && a.cols <= out.cols;
+    if (of_columns && !short_sums) return few::multiply_transposed<T>(out, a, b, accumulate);
+    const bool rearrange = short_sums && columns_are_dense && out.rows > kHandful;
+    rearrange ? few::multiply_rearranged<T>(out, a, b, accumulate) : few::multiply<T>(out, a, b, accumulate);
   };
   switch (dtype) {
     case ScalarType::Float: return run(float{});

@@ -14,19 +14,17 @@
 
 namespace dmoe {
 
-// Whether products of so many rows, or sums over so many, are few_rows.cpp's.
+// Whether products of so many rows are few_rows.cpp's, and so are gradients of as few.
 bool few_rows(int64_t rows, ScalarType dtype);
-// The same of so many columns.
-bool few_columns(int64_t columns, ScalarType dtype);
 
-// How many rows to give multiply() where `rows` are needed, as round_up_rows(): few need no rounding.
+// How many rows to give multiply() where `rows` are needed, as round_up_rows(): thin products need no rounding.
 inline int64_t rows_to_give(int64_t rows, ScalarType dtype) {
   return few_rows(rows, dtype) ? rows : round_up_rows(rows, dtype);
 }
-// The same for a result of so many columns, or for a sum over rows that makes so many rows or columns.
-inline int64_t rows_to_give(int64_t rows, int64_t columns, ScalarType dtype) {
-  return few_columns(columns, dtype) ? rows : rows_to_give(rows, dtype);
-}
+// The same for a result of so many columns.
+int64_t rows_to_give(int64_t rows, int64_t columns, ScalarType dtype);
+// The same of a weight gradient's sums, (rows, columns) its result.
+int64_t sums_to_give(int64_t sums, int64_t rows, int64_t columns, ScalarType dtype);
 
 // As mm_out(), whose comment says the rest: out = a @ b, or out += a @ b with accumulate. By shapes, layouts and the
 // processor alone it is one of our kernels or mm_out() itself.

@@ -24,7 +24,7 @@ struct PairProduct {
 };
 
 // Pairs of a row, rounded up to whole vectors.
-inline int64_t packed_pairs(int64_t inner) { return round_up(inner, 32) / 2; }
+inline int64_t packed_pairs(int64_t inner) { return packed_inner(inner) / 2; }
 
 DMOE_AVX512_BF16_INLINE __m512i load_pairs(const void* p) { return _mm512_loadu_si512(p); }
 DMOE_AVX512_BF16_INLINE __m512 add_pairs(__m512 sum, __m512i a, __m512i b) {

@@ -60,8 +60,9 @@ DMOE_INLINE void load_vectors(const T* from, Lanes<W>* to) {
   } else {
     Bits<W> words;
     std::memcpy(&words, from, sizeof(words));
-    to[0] = (Lanes<W>)(words << 16);
-    to[1] = (Lanes<W>)(words & 0xffff0000u);
+    constexpr int kEven = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? 0 : 1;
+    to[kEven] = (Lanes<W>)(words << 16);
+    to[1 - kEven] = (Lanes<W>)(words & 0xffff0000u);
   }
 }
 

@@ -222,7 +222,7 @@ Tensor grouped_gemm_weight(const Tensor& a, const Tensor& b, const Tensor& exper
     }
     const char* a_from = a_data + (first * left.stride(0) + task.first_column) * item;
     const char* b_from = b_data + first * right.stride(0) * item;
-    const int64_t padded = rows_to_give(count, std::min(task.columns, columns), dtype);
+    const int64_t padded = sums_to_give(count, task.columns, columns, dtype);
     Matrix a_block = row_major(a_from, padded, task.columns, left.stride(0));
     Matrix b_block = row_major(b_from, padded, columns, right.stride(0));
     if (padded != count) {

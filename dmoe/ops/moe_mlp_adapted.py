@@ -105,7 +105,7 @@ class AdaptedPass(Pass):
         return self.up.back_through(grad_pre, self.weights.up, super().back_through_up)
 
     def expect_backward(self, inner_up: Tensor | None, inner_down: Tensor | None) -> None:
-        """Before the ways back, with what forward kept, so that these make the factors' gradients too."""
+        """Before the ways back, with what forward kept, so that these make b's gradients too, of rows they have."""
         if inner_down is not None and self.call.gate_weight_on == "output":  # forward's was not weighed yet
             inner_down = (inner_down * self.gate).to(inner_down.dtype)
         self.up.inner, self.down.inner = inner_up, inner_down
@@ -120,7 +120,7 @@ class _Adapter:
 
     def __init__(self, factors: Factors | None, products: GroupedProducts) -> None:
         self.factors, self.products = factors, products
-        self.inner: Tensor | None = None  # s A times the projection's rows
+        self.inner: Tensor | None = None  # s A times the projection's rows; in backward those times the gate
         self.back: Tensor | None = None  # s B^T times the gradients of its results
         self.b_grad: Tensor | None = None
 
