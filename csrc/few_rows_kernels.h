@@ -45,8 +45,8 @@ DMOE_INLINE int64_t chunk_begin(int64_t rows, int64_t i) { return rows * i / chu
 
 // -------------------------------------------------------------------------------------------------------------- dot
 
-// Vectors of W numbers in a step. Of bfloat16 two: read as words, the numbers at odd places are a mask away from float32
-// and those at even places a shift, where W that lie together would have to be widened first.
+// Vectors of W numbers in a step. Of bfloat16 two: read as words, the numbers at odd places are a mask away from
+// float32 and those at even places a shift, where W that lie together would have to be widened first.
 template <typename T>
 constexpr int kDotVectors = std::is_same_v<T, BFloat16> ? 2 : 1;
 
