@@ -116,7 +116,6 @@ inline void pack_column_pairs(const Matrix& a, uint32_t* to) {
     }
   }
 }
-
 #endif
 
 // A product of `a`, which goes to `numbers` as it is read.
