@@ -16,7 +16,6 @@ imitate processors without bfloat16 instructions, for Transformers' ways and for
 from __future__ import annotations
 
 import csv
-import gc
 import os
 import random
 import statistics
@@ -40,6 +39,7 @@ from parts.harness import (
     publish,
     save_figure,
     stem,
+    stopwatch,
 )
 from torch import nn
 from tqdm import tqdm
@@ -91,15 +91,15 @@ def measure(case: Case, module: nn.Module, names: list[str], args: Any) -> dict[
 
 
 def timed(module: nn.Module, who: str, step: Step, train: bool, clock: Callable[[], float]) -> float:
-    """Seconds of one step, with Python's garbage collector held still."""
-    gc.disable()
-    start = clock()
-    with torch.set_grad_enabled(train):
-        y = run(module, who, step)
-        if train:
-            y.backward(step.grad)
-    seconds = clock() - start
-    gc.enable()
+    """Seconds of one step, whose gradients are left to nobody."""
+
+    def once() -> None:
+        with torch.set_grad_enabled(train):
+            y = run(module, who, step)
+            if train:
+                y.backward(step.grad)
+
+    seconds = stopwatch(once, clock)
     for leaf in (step.x, step.gates, *module.parameters()):
         leaf.grad = None
     return seconds

@@ -32,6 +32,7 @@ from parts.harness import (
     new_figure,
     publish,
     save_figure,
+    time_cells,
 )
 from parts.layers import CONTESTANTS, RIVALS, Bench, Case, make_step, make_weights, reference, route
 from parts.workers import Worker, WorkerError, worst_errors
@@ -214,16 +215,7 @@ def _times(entries: list[dict[str, Any]], regime: str, names: list[str]) -> str:
     rows = []
     for entry in entries:
         timings = entry["timings"][regime]
-        same_work = [n for n in ("dmoe", *RIVALS) if n in timings]
-        first = min(same_work, key=lambda n: timings[n].median)
-        cells = []
-        for n in names:
-            if n not in timings:
-                cells.append("not run")
-                continue
-            shown = milliseconds(timings[n].median)
-            shown = f"**{shown}**" if n == first else shown
-            cells.append(shown if n == "dmoe" else f"{shown} ({timings[n].median / timings['dmoe'].median:.2f})")
+        cells = time_cells(timings, names, "dmoe", ("dmoe", *RIVALS))
         ratio = over_floor(entry, regime)
         mine = timings["dmoe"]
         spread = f"{milliseconds(mine.p10)} to {milliseconds(mine.p90)}"

@@ -23,7 +23,6 @@ import torch.distributed as dist
 from parts.harness import (
     COLOURS,
     CheckError,
-    Timing,
     arguments,
     checked,
     describe,
@@ -36,6 +35,7 @@ from parts.harness import (
     relative_error,
     save_figure,
     stopwatch,
+    time_cells,
 )
 from parts.layers import Case, make_step, make_weights
 from parts.workers import Worker, worst_errors
@@ -292,14 +292,7 @@ def report(results: list[dict[str, Any]], env: dict[str, Any], name: str) -> str
     for dtype in dict.fromkeys(entry["case"]["dtype"] for entry in results):
         rows = []
         for entry in (entry for entry in results if entry["case"]["dtype"] == dtype):
-            timings: dict[str, Timing] = entry["timings"]
-            mine, first = timings["dmoe"], min(names, key=lambda name: timings[name].median)
-            cells = []
-            for contestant in names:
-                shown = milliseconds(timings[contestant].median)
-                shown = f"**{shown}**" if contestant == first else shown
-                ratio = timings[contestant].median / mine.median
-                cells.append(shown if contestant == "dmoe" else f"{shown} ({ratio:.2f})")
+            mine, cells = entry["timings"]["dmoe"], time_cells(entry["timings"], names, "dmoe", names)
             spread = f"{milliseconds(mine.p10)} to {milliseconds(mine.p90)}"
             rows.append([_shape(entry), *cells, spread])
         parts += [f"## {dtype}", markdown_table(["T, H, F, E, K", *names, "dmoe, p10 to p90"], rows)]

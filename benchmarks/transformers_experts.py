@@ -23,13 +23,13 @@ from parts.harness import (
     environment,
     interleave,
     markdown_table,
-    milliseconds,
     new_figure,
     publish,
     relative_error,
     require_close,
     save_figure,
     stopwatch,
+    time_cells,
 )
 from parts.hf_experts import Case, Contestant, exact, field
 from tqdm import tqdm
@@ -107,9 +107,8 @@ def run_case(case: Case, args: Any, bar: Any) -> dict[str, Any]:
     def turn(contestant: Contestant, i: int) -> float:
         contestant.clear()
         inputs = contestant.inputs(100 + args.warmup + i)
-        start = time.process_time()  # of one thread: what else runs on the machine does not count
-        elapsed = stopwatch(lambda: contestant.run(inputs))
-        return time.process_time() - start if args.threads == 1 else elapsed
+        # Of one thread the processor's time: what else runs on the machine does not count.
+        return stopwatch(lambda: contestant.run(inputs), time.process_time if args.threads == 1 else time.perf_counter)
 
     timings = interleave(
         {c.name: (lambda i, c=c: turn(c, i)) for c in contestants},  # type: ignore[misc]
@@ -169,16 +168,8 @@ def _mine(entry: dict[str, Any]) -> str:
 def _table(entries: list[dict[str, Any]], names: list[str]) -> str:
     rows = []
     for entry in entries:
-        timings, saved, mine = entry["timings"], entry["saved_bytes"], _mine(entry)
-        first = min(timings, key=lambda n: timings[n].median)
-        cells = []
-        for n in names:
-            if n not in timings:
-                cells.append("not run")
-                continue
-            shown = milliseconds(timings[n].median)
-            shown = f"**{shown}**" if n == first else shown
-            cells.append(shown if n == mine else f"{shown} ({timings[n].median / timings[mine].median:.2f})")
+        timings, saved = entry["timings"], entry["saved_bytes"]
+        cells = time_cells(timings, names, _mine(entry), names)
         kept = [f"{saved[n] / 2**20:.2f}" if n in saved else "-" for n in names]
         case = entry["case"]
         label = f"{'fwd+bwd' if case['backward'] else 'fwd'} {case['dtype']} T={case['tokens']}"

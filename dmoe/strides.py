@@ -31,6 +31,11 @@ def half_by_half(rows: Tensor) -> Tensor:
     return rows.unflatten(1, (-1, 2)).transpose(1, 2)
 
 
+def in_halves(rows: Tensor, interleaved: bool) -> Tensor:
+    """Rows of gate and up ``(E, 2 F, ...)``, which take turns or come one after the other, as ``(E, 2, F, ...)``."""
+    return half_by_half(rows) if interleaved else rows.unflatten(1, (2, -1))
+
+
 def readable(weight: Tensor, *, packed: bool = False) -> Tensor:
     """``weight (..., rows, columns)`` as products can read it: itself, or else a contiguous copy.
 

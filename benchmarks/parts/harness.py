@@ -54,14 +54,14 @@ class Timing:
         return Timing(median, p10, p90, float(ordered[0]), len(samples))
 
 
-def stopwatch(run: Callable[[], Any]) -> float:
-    """Seconds of one call, with Python's garbage collector held still."""
+def stopwatch(run: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds of one call by a clock, with Python's garbage collector held still."""
     collecting = gc.isenabled()
     gc.disable()
     try:
-        start = time.perf_counter()
+        start = clock()
         run()
-        return time.perf_counter() - start
+        return clock() - start
     finally:
         if collecting:
             gc.enable()
@@ -315,6 +315,20 @@ def milliseconds(seconds: float) -> str:
     value = seconds * 1e3
     digits = 3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0
     return f"{value:.{digits}f}"
+
+
+def time_cells(timings: Mapping[str, Timing], names: Sequence[str], mine: str, compared: Sequence[str]) -> list[str]:
+    """Medians in milliseconds, and how many times ``mine`` the others are; the fastest of ``compared`` is bold."""
+    first = min((n for n in compared if n in timings), key=lambda n: timings[n].median)
+    cells = []
+    for n in names:
+        if n not in timings:
+            cells.append("not run")
+            continue
+        shown = milliseconds(timings[n].median)
+        shown = f"**{shown}**" if n == first else shown
+        cells.append(shown if n == mine else f"{shown} ({timings[n].median / timings[mine].median:.2f})")
+    return cells
 
 
 # -------------------------------------------------------------------------------------------------------------- plot

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dmoe.ops._moe_mlp_call import PROJECTIONS, WEIGHTS, Call
 from dmoe.ops.philox import dropout_scale
-from dmoe.strides import half_by_half, in_layout_of, in_memory_order, is_interleaved, matrices
+from dmoe.strides import in_halves, in_layout_of, in_memory_order, is_interleaved, matrices
 
 
 def _stack(packed: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
@@ -136,10 +136,6 @@ def grads_as_given(
         grads_up, grad_down: of :class:`Stacked`'s ``up`` and ``down``.
         up_bias, down_bias: of the biases, ``(E, C)`` and ``(E, H)``.
     """
-
-    def halves_of(rows: Tensor) -> Tensor:
-        return half_by_half(rows) if interleaved else rows.unflatten(1, (2, -1))
-
     interleaved = call.gated and call.gate_proj is None and not call.ffn_sizes and is_interleaved(call.up_proj)
     grad_up, grad_gate = grads_up[-1], call.x.new_empty(0)  # results do not share memory: each its own empty one
     if call.gate_proj is not None:
@@ -147,10 +143,10 @@ def grads_as_given(
     elif len(grads_up) == 2:
         grad_up = torch.stack(list(grads_up), 1)
     elif call.gated:
-        grad_up = halves_of(grad_up)
+        grad_up = in_halves(grad_up, interleaved)
     grad_up, grad_down = _as_given(call, grad_up, call.up_proj, -2), _as_given(call, grad_down, call.down_proj, -1)
     if call.up_bias is not None and up_bias is not None:
-        up_bias = _as_given(call, halves_of(up_bias) if call.gated else up_bias, call.up_bias, -1)
+        up_bias = _as_given(call, in_halves(up_bias, interleaved) if call.gated else up_bias, call.up_bias, -1)
     up_bias, down_bias = (call.x.new_empty(0) if bias is None else bias for bias in (up_bias, down_bias))
     return grad_up, grad_down, up_bias, down_bias, grad_gate
 

@@ -31,7 +31,7 @@ from dmoe.ops.moe_mlp_torch import (
     pre_activation_torch,
 )
 from dmoe.ops.tile_table import preferred_tile_rows, tile_table
-from dmoe.strides import bias_beside, half_by_half, in_layout_of, is_interleaved, matrices, readable
+from dmoe.strides import bias_beside, in_halves, in_layout_of, is_interleaved, matrices, readable
 
 if TYPE_CHECKING:
     from dmoe.kernels.operands import Rows
@@ -324,7 +324,7 @@ def _up_grads(call: Call, rows: Rows, grad_pre: Tensor) -> tuple[Tensor, Tensor,
         sums = x.new_empty((call.num_experts, call.pre_width))
         expert_sums(grad_pre, sums, rows, gather=False)
         if call.gated:
-            sums = half_by_half(sums) if interleaved else sums.unflatten(1, (2, -1))
+            sums = in_halves(sums, interleaved)
         grad_bias = in_layout_of(call.up_bias, sums)
     if call.up_main_grad is not None:
         if buffer is None:

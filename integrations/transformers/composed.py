@@ -64,9 +64,15 @@ def composed_experts(
 
     indices = plan.expert_offsets, plan.row_to_token, plan.row_to_slot, *where
     pre = add(_Up.apply(x, up, not transposed, *indices), up_bias)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # a compiler decides itself what to keep
-        return checkpoint(rest, pre, gate_weights, use_reentrant=False)
-    return rest(pre, gate_weights)
+    return again_in_backward(rest, pre, gate_weights)
+
+
+def again_in_backward(function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
+    """Call it, and again in backward, so that nothing inside is kept; a compiler decides itself what to keep."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        y: Tensor = checkpoint(function, *arguments, use_reentrant=False)
+        return y
+    return function(*arguments)
 
 
 def _product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:

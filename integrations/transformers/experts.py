@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import dmoe
 from dmoe.integrations.transformers.composed import composed_experts
 from dmoe.integrations.transformers.gates import Gate, apply_gate, gate_of
-from dmoe.integrations.transformers.lora import adapted
+from dmoe.integrations.transformers.lora import Adapted, adapted
 from dmoe.integrations.transformers.versions import Layout, layout_of
 
 
@@ -64,28 +64,32 @@ def run_experts(
     adapters: dmoe.Adapters | None = None,
 ) -> Tensor:
     """:func:`dmoe_experts` of weights that have been read: as one operation where that knows the gate."""
-    x = in_dtype_of(projections.up, hidden_states)
     if gate is None or layout.post_norm:
         norm = experts.post_expert_norm if layout.post_norm else None
-        own = apply_gate(experts, layout)
+        own, x = apply_gate(experts, layout), in_dtype_of(projections.up, hidden_states)
         y = composed_experts(x, index, gate_weights, *projections, own, norm, transposed=layout.transposed)
-    else:
-        weights = as_expert_weights(projections, layout, gate.interleaved)
-        y = dmoe.functional.moe_mlp(x, index, gate_weights, weights, activation=gate.activation, adapters=adapters)
-    return y.to(hidden_states.dtype)
+        return y.to(hidden_states.dtype)
+    weights = as_expert_weights(projections, layout, gate.interleaved)
+    return as_one_operation(hidden_states, index, gate_weights, weights, gate, adapters=adapters)
+
+
+def as_one_operation(
+    x: Tensor, index: Tensor, gate_weights: Tensor, weights: dmoe.ExpertWeights, gate: Gate, **options: Any
+) -> Tensor:
+    """``moe_mlp`` in the dtype of the weights, and back in that of x."""
+    given = in_dtype_of(weights.up_proj, x)
+    y = dmoe.functional.moe_mlp(given, index, gate_weights, weights, activation=gate.activation, **options)
+    return y.to(x.dtype)
 
 
 def projections_of(experts: nn.Module, layout: Layout) -> Projections:
     """A module's weights, each read once: reading a parametrized one computes it."""
-    names, biases = _names(layout), _biases(experts, layout)
-    return Projections(*(weight_of(experts, name) for name in names), *biases)
+    return Projections(*(weight_of(experts, name) for name in names_of(layout)), *_biases(experts, layout))
 
 
 def factored(experts: nn.Module, layout: Layout, interleaved: bool) -> tuple[Projections, dmoe.Adapters | None]:
     """The same with PEFT's factors beside the weights that have some, instead of added up."""
-    up, down = (adapted(experts, name) for name in _names(layout))
-    for name, read in zip(_names(layout), (up, down), strict=True):
-        _check_plain(experts, name, read.weight)
+    up, down = (_read(experts, name) for name in names_of(layout))
     projections = Projections(up.weight, down.weight, *_biases(experts, layout))
     if up.lhs is None and down.lhs is None:
         return projections, None
@@ -101,25 +105,26 @@ def weight_of(experts: nn.Module, name: str) -> Tensor:
     Raises:
         TypeError: a tensor that only stands for its numbers: quantised by torchao, say, or a DTensor.
     """
-    read = adapted(experts, name)
-    _check_plain(experts, name, read.weight)
-    return read.total
+    return _read(experts, name).total
 
 
-def _names(layout: Layout) -> tuple[str, str]:
+def names_of(layout: Layout) -> tuple[str, str]:
+    """Of the two projections."""
     return ("gate_up_proj" if layout.gated else "up_proj"), "down_proj"
 
 
 def _biases(experts: nn.Module, layout: Layout) -> tuple[Tensor | None, ...]:
-    return tuple(getattr(experts, f"{name}_bias") if layout.biased else None for name in _names(layout))
+    return tuple(getattr(experts, f"{name}_bias") if layout.biased else None for name in names_of(layout))
 
 
-def _check_plain(experts: nn.Module, name: str, weight: Tensor) -> None:
-    if hasattr(weight, "__tensor_flatten__"):
+def _read(experts: nn.Module, name: str) -> Adapted:
+    read = adapted(experts, name)
+    if hasattr(read.weight, "__tensor_flatten__"):
         raise TypeError(
-            f"dmoe: {type(experts).__name__}.{name}: expected a plain tensor, got {type(weight).__name__}; load the "
-            'experts unquantised and as local tensors, or choose experts_implementation="eager" for this model'
+            f"dmoe: {type(experts).__name__}.{name}: expected a plain tensor, got {type(read.weight).__name__}; load "
+            'the experts unquantised and as local tensors, or choose experts_implementation="eager" for this model'
         )
+    return read
 
 
 def in_dtype_of(weight: Tensor, x: Tensor) -> Tensor:

@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmoe.integrations.transformers.hub_folder import INDEX, SINGLE
-from dmoe.integrations.transformers.hub_writer import write_json
+from dmoe.integrations.transformers.hub_writer import shard_names, write_index
 
 _DTYPES = {
     torch.float64: "F64",
@@ -58,21 +57,21 @@ class SharedFiles:
         if not tensors or max_shard_bytes < 1:
             raise ValueError(f"save_pretrained: expected tensors and at least 1 byte a file, got {max_shard_bytes}")
         cut: list[dict[str, Tensor]] = [{}]
+        held = 0  # bytes of the last
         for name, tensor in tensors.items():
             if tensor.dtype not in _DTYPES:
                 raise ValueError(f"save_pretrained: {name}: expected a dtype of safetensors, got {tensor.dtype}")
-            if cut[-1] and sum(held.nbytes for held in cut[-1].values()) + tensor.nbytes > max_shard_bytes:
+            if cut[-1] and held + tensor.nbytes > max_shard_bytes:
                 cut.append({})
+                held = 0
             cut[-1][name] = tensor
-        several = len(cut) > 1
-        self.names = [
-            f"model-{n:05d}-of-{len(cut):05d}.safetensors" if several else SINGLE for n in range(1, len(cut) + 1)
-        ]
+            held += tensor.nbytes
+        self.names = shard_names(len(cut))
         self._headers: dict[str, bytes] = {}
         self._sizes: dict[str, int] = {}
         self._places: dict[str, tuple[str, int, Tensor]] = {}
-        for file, held in zip(self.names, cut, strict=True):
-            self._plan(file, held)
+        for file, its in zip(self.names, cut, strict=True):
+            self._plan(file, its)
 
     def _plan(self, file: str, tensors: Mapping[str, Tensor]) -> None:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -90,11 +89,6 @@ class SharedFiles:
             self._places[name] = (file, start, tensor)
             start += tensor.nbytes
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.nbytes for _, _, tensor in self._places.values())
-
     def create(self, folder: Path) -> None:
         """Make the files, with their headers, at their sizes, and the index; one process does."""
         for file, header in self._headers.items():
@@ -102,8 +96,8 @@ class SharedFiles:
                 stream.write(header)
                 stream.truncate(self._sizes[file])
         if len(self.names) > 1:
-            weight_map = {name: file for name, (file, _, _) in sorted(self._places.items())}
-            write_json(folder / INDEX, {"metadata": {"total_size": self.num_bytes}, "weight_map": weight_map})
+            weight_map = {name: file for name, (file, _, _) in self._places.items()}
+            write_index(folder, weight_map, sum(tensor.nbytes for _, _, tensor in self._places.values()))
 
     def writer(self, folder: Path) -> PartWriter:
         """What writes parts into the files, once they are there."""
@@ -117,13 +111,10 @@ class PartWriter:
     Args:
         folder: with the files.
         places: of each tensor its file, where it begins there, and its shape and dtype.
-
-    Attributes:
-        bytes_written: so far.
     """
 
     def __init__(self, folder: Path, places: Mapping[str, tuple[str, int, Tensor]]) -> None:
-        self._folder, self._places, self.bytes_written = folder, places, 0
+        self._folder, self._places = folder, places
         self._open: dict[str, int] = {}
 
     def __enter__(self) -> PartWriter:
@@ -166,4 +157,3 @@ class PartWriter:
         while content:
             done = os.pwrite(self._open[file], content[: 1 << 28], position)
             content, position = content[done:], position + done
-            self.bytes_written += done

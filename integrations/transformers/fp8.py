@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from dmoe.integrations.transformers.experts import Projections, dmoe_experts, run_experts
+from dmoe.integrations.transformers.composed import again_in_backward
+from dmoe.integrations.transformers.experts import Projections, dmoe_experts, names_of, run_experts
 from dmoe.integrations.transformers.gates import gate_of
 from dmoe.integrations.transformers.versions import layout_of
 
@@ -29,7 +29,7 @@ def dmoe_fp8_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_
         TypeError: weights that are packed in four bits.
     """
     layout, gate = layout_of(self), gate_of(self)
-    names = "gate_up_proj" if layout.gated else "up_proj", "down_proj"
+    names = names_of(layout)
     weights = [(getattr(self, name), getattr(self, f"{name}_scale_inv")) for name in names]
     for name, (weight, _) in zip(names, weights, strict=True):
         if weight.element_size() == 1 and not weight.is_floating_point():
@@ -51,8 +51,7 @@ def dmoe_fp8_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_
         place = torch.full((num_experts + 1,), experts.numel(), device=experts.device)
         place[experts] = torch.arange(experts.numel(), device=experts.device)
         given = experts, hidden_states, place[top_k_index], top_k_weights
-        keep = not torch.is_grad_enabled() or torch.compiler.is_compiling()
-        y = y + (part_of(*given) if keep else checkpoint(part_of, *given, use_reentrant=False))
+        y = y + again_in_backward(part_of, *given)
     return y.to(hidden_states.dtype)
 
 

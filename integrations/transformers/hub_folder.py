@@ -61,8 +61,11 @@ def read_index(folder: str | os.PathLike[str]) -> dict[str, str]:
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{folder / INDEX}: expected a weight_map of tensors and files, got {weight_map!r:.80}")
-    for file in {file: None for file in weight_map.values() if isinstance(file, str)} or [None]:
-        wanted = {name for name, of in weight_map.items() if of == file}
+    by_file: dict[str | None, set[str]] = {}
+    for name, file in weight_map.items():
+        if isinstance(file, str):
+            by_file.setdefault(file, set()).add(name)
+    for file, wanted in by_file.items() or [(None, set())]:
         if file is None or Path(file).name != file or not file.endswith(".safetensors"):
             raise ValueError(f"{folder / INDEX}: expected names of safetensors files in the same folder, got {file!r}")
         if not (folder / file).is_file():

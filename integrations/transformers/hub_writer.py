@@ -118,11 +118,11 @@ def name_shards(folder: str | os.PathLike[str], parts: Mapping[str, Mapping[str,
         ValueError: a tensor in two files, or no files.
         OSError: the folder cannot be written.
     """
-    folder, several = Path(folder), len(parts) > 1
+    folder = Path(folder)
     for file in (SINGLE, INDEX):
         if (folder / file).exists():
             raise FileExistsError(f"{folder / file}: expected a folder without a model, got one with this file")
-    names = [f"model-{n:05d}-of-{len(parts):05d}.safetensors" if several else SINGLE for n in range(1, len(parts) + 1)]
+    names = shard_names(len(parts))
     weight_map: dict[str, str] = {}
     for name, tensors in zip(names, parts.values(), strict=True):
         if twice := weight_map.keys() & tensors:
@@ -132,11 +132,24 @@ def name_shards(folder: str | os.PathLike[str], parts: Mapping[str, Mapping[str,
         raise ValueError(f"{folder}: expected tensors to write, got none")
     for part, name in zip(parts, names, strict=True):
         os.replace(folder / part, folder / name)
-    if several:
+    if len(names) > 1:
         total = sum(size for tensors in parts.values() for size in tensors.values())
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+        write_index(folder, weight_map, total)
     _sync(folder)
     return names
+
+
+def shard_names(count: int) -> list[str]:
+    """Of a model's safetensors files."""
+    if count == 1:
+        return [SINGLE]
+    return [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+
+
+def write_index(folder: Path, weight_map: Mapping[str, str], total_bytes: int) -> None:
+    """Say in which of several files each tensor is."""
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(folder / INDEX, index)
 
 
 def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:

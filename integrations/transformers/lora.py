@@ -80,35 +80,31 @@ def _factors_of(step: nn.Module) -> tuple[Tensor, Tensor, float] | None:
     return lhs, rhs, float(scale)
 
 
-def hand_over(model: nn.Module) -> list[str]:
+def hand_over(model: nn.Module) -> None:
     """Let PEFT's wrappers of single parameters hand their factors over, without computing the sum to check its shape.
 
-    Returns:
-        Names of the wrappers; none where PEFT is not there, or too old to have factors.
+    Nothing where PEFT is not there, or too old to have factors.
     """
-    wrapper = _wrapper_classes()
-    if wrapper is None:
-        return []
-    plain, ours = wrapper
-    found = [(name, module) for name, module in model.named_modules() if type(module) is plain]
-    for _, module in found:
-        module.__class__ = ours  # not a method of the instance: copies and pickles of the model keep it
-    return [name for name, _ in found]
+    _change_class(model, _wrapper_classes())
 
 
 def take_back(model: nn.Module) -> None:
     """Undo :func:`hand_over`; nothing where it was not done."""
-    wrapper = _wrapper_classes()
-    for module in model.modules() if wrapper else ():
-        if wrapper and type(module) is wrapper[1]:
-            module.__class__ = wrapper[0]
+    _change_class(model, _wrapper_classes()[::-1])
 
 
-def _wrapper_classes() -> tuple[type, type] | None:
-    """PEFT's, and ours; None without PEFT's."""
+def _change_class(model: nn.Module, classes: tuple[type, ...]) -> None:
+    """Make those of the first class the second's. Not a method of theirs: copies and pickles of the model keep it."""
+    for module in model.modules() if classes else ():
+        if type(module) is classes[0]:
+            module.__class__ = classes[1]
+
+
+def _wrapper_classes() -> tuple[type, ...]:
+    """PEFT's, and ours; none without PEFT's."""
     try:
         from dmoe.integrations.transformers.peft_wrapper import FactorsWrapper
     except ImportError:
-        return None
+        return ()
     plain = FactorsWrapper.__base__
-    return (plain, FactorsWrapper) if hasattr(plain, "get_delta_factors") else None
+    return (plain, FactorsWrapper) if hasattr(plain, "get_delta_factors") else ()

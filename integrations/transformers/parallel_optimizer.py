@@ -70,8 +70,10 @@ def moments_of(model: Any, optimizer: torch.optim.Optimizer, links: Iterable[Lin
                     f"{tuple(parameter.shape)}, got {kind}: {got}"
                 )
         each[links_by_name[name].native[0]] = {"numbers": numbers, "moments": moments}
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    groups = [{key: float(v) if isinstance(v, Tensor) else v for key, v in group.items()} for group in groups]
+    groups = [
+        {key: float(v) if isinstance(v, Tensor) else v for key, v in group.items() if key != "params"}
+        for group in optimizer.param_groups
+    ]
     state = {"format": _FORMAT, "optimizer": type(optimizer).__name__, "param_groups": groups, "state": each}
     try:
         json.dumps(state)
@@ -112,7 +114,7 @@ def _read(optimizer: torch.optim.Optimizer, model: Any, folder: Path, *, progres
             f"{folder / STATE}: expected the state of {kind} with {len(optimizer.param_groups)} groups of parameters, "
             f"got {told.get('optimizer')} with {len(saved)}"
         )
-    names, tensors = _names_of(model, optimizer), tensors_of(model)
+    names = _names_of(model, optimizer)
     links = {link.name: link for link in links_of(model)}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Any]] = {}
@@ -124,7 +126,7 @@ def _read(optimizer: torch.optim.Optimizer, model: Any, folder: Path, *, progres
             continue
         state[position] = {each: torch.tensor(number) for each, number in of_one["numbers"].items()}
         for each in of_one["moments"]:
-            moment = torch.empty_like(tensors[name].detach())
+            moment = torch.empty_like(parameter.detach())
             state[position][each] = kinds.setdefault(each, {})[name] = moment
     for each, moments in kinds.items():
         with HubFolder(folder / each) as files:

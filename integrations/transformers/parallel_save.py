@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +65,11 @@ def save_pretrained(
         RuntimeError: another rank raised one of these. Nothing is left of the new files, whichever it was.
     """
     grid = grid_of_model(model)
-    plans = grid.together(lambda: _plans(model, optimizer, _bytes_of(max_shard_size)))
+    plans, state = grid.together(lambda: _plans(model, optimizer, _bytes_of(max_shard_size)))
     stack = ExitStack()
     try:
         made = grid.together(lambda: stack.enter_context(new_folder(folder, overwrite=overwrite)), first_alone=True)
-        grid.together(lambda: _begin(model, plans, made), first_alone=True)
+        grid.together(lambda: _begin(model, plans, state, made), first_alone=True)
         problem = _write(plans, made, grid, progress=progress and grid.first)
         grid.together(lambda: _raise(problem))
     except BaseException as error:
@@ -93,19 +93,17 @@ class _Plan:
     tensors: Mapping[str, Tensor]
     keys: Keys
     files: SharedFiles
-    state: Mapping[str, Any] | None = None
 
 
-def _plans(model: Any, optimizer: torch.optim.Optimizer | None, limit: int) -> list[_Plan]:
+def _plans(model: Any, optimizer: torch.optim.Optimizer | None, limit: int) -> tuple[list[_Plan], dict[str, Any]]:
+    """Of the model, then of each kind of moment; and the rest of the optimizer's state, empty without one."""
     links, tensors = links_of(model), tensors_of(model)
     moments = Moments() if optimizer is None else moments_of(model, optimizer, links)
     plans = [_plan(model, "", links, tensors, limit)]
     for kind, of_kind in moments.kinds.items():
         its = [link for link in links if link.name in of_kind]
         plans.append(_plan(model, f"{FOLDER}/{kind}", its, of_kind, limit))
-    if optimizer is not None:
-        plans[0] = replace(plans[0], state=moments.state)
-    return plans
+    return plans, moments.state
 
 
 def _plan(model: Any, inside: str, links: list[Link], tensors: Mapping[str, Tensor], limit: int) -> _Plan:
@@ -113,14 +111,14 @@ def _plan(model: Any, inside: str, links: list[Link], tensors: Mapping[str, Tens
     return _Plan(inside, links, tensors, keys, SharedFiles(keys.tensors, limit))
 
 
-def _begin(model: Any, plans: list[_Plan], folder: Path) -> None:
+def _begin(model: Any, plans: list[_Plan], state: Mapping[str, Any], folder: Path) -> None:
     """All but the tensors' values."""
     for plan in plans:
         (folder / plan.inside).mkdir(parents=True, exist_ok=True)
         plan.files.create(folder / plan.inside)
-        if plan.state is not None:
-            (folder / FOLDER).mkdir(exist_ok=True)
-            write_json(folder / FOLDER / STATE, plan.state)
+    if state:
+        (folder / FOLDER).mkdir(exist_ok=True)
+        write_json(folder / FOLDER / STATE, state)
     config = model.config
     source = Path(getattr(config, "_name_or_path", "") or "-")
     if source.is_dir():

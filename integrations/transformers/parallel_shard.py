@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import dmoe
+from dmoe.integrations.transformers.parallel_links import here
 from dmoe.integrations.transformers.parallel_mesh import Grid
 from dmoe.parallel import average_in_backward, fully_shard_experts
 
@@ -89,13 +90,13 @@ def settle(
 
 
 def _settled(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
-    local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    local = here(parameter)
     roomy = not local.is_meta and local.untyped_storage().nbytes() > local.nbytes
     if local.device == device and not roomy:
         return parameter
     value: Tensor = torch.empty_like(parameter.detach(), device=device)
     if not local.is_meta:
-        (value.to_local() if hasattr(value, "to_local") else value).copy_(local.detach())
+        here(value).copy_(local)
     new = nn.Parameter(value, requires_grad=parameter.requires_grad)
     new.__dict__.update(parameter.__dict__)
     return new

@@ -18,6 +18,7 @@ import dmoe
 from dmoe.integrations.transformers.experts import (
     Projections,
     as_expert_weights,
+    as_one_operation,
     dmoe_experts,
     in_dtype_of,
     projections_of,
@@ -162,10 +163,7 @@ def _run(
     gate: Gate | None,
     **options: Any,
 ) -> Tensor:
-    """The operation, in the dtype of the weights, and back in that of x."""
+    """As one operation, whose activation has been looked at before."""
     if gate is None:
         raise ValueError(f"dmoe: {type(experts).__name__}: expected the activation it had in use(), got another one")
-    y = dmoe.functional.moe_mlp(
-        in_dtype_of(weights.up_proj, x), index, gate_weights, weights, activation=gate.activation, **options
-    )
-    return y.to(x.dtype)
+    return as_one_operation(x, index, gate_weights, weights, gate, **options)
