@@ -137,7 +137,7 @@ OUTSIDE: dict[str, set[str]] = {room: {"torch"} for room in MAY_IMPORT} | {
     "kernels": {"torch", "triton"},
     "ops": {"torch", "stk"},
     "compat": {"torch", "stk"},
-    "checkpoint": {"torch", "tqdm"},
+    "checkpoint": {"torch", "tqdm", "safetensors", "huggingface_hub"},
     "certify": {"torch", "tqdm"},
     "tune": {"torch", "tqdm"},
     "routing.picture": {"torch", "matplotlib"},

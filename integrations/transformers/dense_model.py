@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmoe.checkpoint.hub_folder import HubFolder, read_json
 from dmoe.integrations.transformers.dense_traits import traits_of
-from dmoe.integrations.transformers.hub_folder import HubFolder, read_json
 from dmoe.integrations.transformers.upcycle_families import Recipe
 
 _FFN = re.compile(r"model\.layers\.\d+\.mlp\.")

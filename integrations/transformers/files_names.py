@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightConverter, revert_weight_conversion
 
-from dmoe.integrations.transformers.hub_folder import HubFolder
+from dmoe.checkpoint.hub_folder import HubFolder
 
 _NUMBER = re.compile(r"(experts\.)(\d+)(\.)")
 _KEPT = "_dmoe_conversions"

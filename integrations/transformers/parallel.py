@@ -15,10 +15,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import dmoe
+from dmoe.checkpoint.hub_folder import local_folder
 from dmoe.integrations.transformers.blocks import find_blocks, to_dmoe
 from dmoe.integrations.transformers.blocks_table import config_of
 from dmoe.integrations.transformers.files_names import keep_conversions
-from dmoe.integrations.transformers.hub_folder import local_folder
 from dmoe.integrations.transformers.parallel_load import CountedFolder, fill
 from dmoe.integrations.transformers.parallel_mesh import Grid, grid_of, keep_grid
 from dmoe.integrations.transformers.parallel_save import save_pretrained

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dmoe.checkpoint.hub_folder import HubFolder
 from dmoe.integrations.transformers.files_names import Found, Source, class_name, find_sources
-from dmoe.integrations.transformers.hub_folder import HubFolder
 from dmoe.integrations.transformers.parallel_links import Link, box_of, here, links_of, native_shapes, tensors_of
 
 

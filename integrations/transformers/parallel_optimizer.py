@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmoe.integrations.transformers.hub_folder import HubFolder, read_json
+from dmoe.checkpoint.hub_folder import HubFolder, read_json
 from dmoe.integrations.transformers.parallel_links import Link, links_of, tensors_of
 from dmoe.integrations.transformers.parallel_load import load
 from dmoe.integrations.transformers.parallel_mesh import grid_of_model

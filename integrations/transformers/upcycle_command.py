@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dmoe.integrations.transformers.hub_writer import MAX_SHARD_BYTES
+from dmoe.checkpoint.hub_writer import MAX_SHARD_BYTES
 from dmoe.integrations.transformers.upcycle_families import MOE_FAMILIES
 from dmoe.integrations.transformers.upcycle_files import Upcycled, upcycle
 from dmoe.integrations.transformers.upcycle_verify import compare, table

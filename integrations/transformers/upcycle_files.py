@@ -1,8 +1,8 @@
 """Dense language models become mixtures of experts, from files to files that plain Transformers loads.
 
 A layer is read, copied into experts and written before the next one is read: beside one layer no more than one file's
-tensors are in memory (:class:`.hub_writer.ShardWriter`). :mod:`.upcycle_families` says which family a model becomes,
-:mod:`dmoe.dense_copies` what experts are made of.
+tensors are in memory (:class:`dmoe.checkpoint.hub_writer.ShardWriter`). :mod:`.upcycle_families` says which family a
+model becomes, :mod:`dmoe.dense_copies` what experts are made of.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmoe.checkpoint.hub_folder import local_folder
+from dmoe.checkpoint.hub_writer import MAX_SHARD_BYTES, ShardWriter
+from dmoe.checkpoint.new_folder import new_folder
 from dmoe.dense_copies import generator_of, redraw, router_rows, segments
 from dmoe.dense_copies import perturb as perturbed
 from dmoe.integrations.transformers.dense_model import DenseModel
 from dmoe.integrations.transformers.hub_beside import copy_beside
-from dmoe.integrations.transformers.hub_folder import local_folder
-from dmoe.integrations.transformers.hub_writer import MAX_SHARD_BYTES, ShardWriter, new_folder
 from dmoe.integrations.transformers.upcycle_families import MoeFamily, Recipe, choose_family, moe_fields
 
 

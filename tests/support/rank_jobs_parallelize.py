@@ -14,8 +14,8 @@ from hub_cases import model_of
 from torch.distributed.device_mesh import init_device_mesh
 
 import dmoe
+from dmoe.checkpoint.hub_folder import HubFolder
 from dmoe.integrations.transformers import parallel
-from dmoe.integrations.transformers.hub_folder import HubFolder
 from dmoe.integrations.transformers.parallel_optimizer import load_optimizer
 from dmoe.integrations.transformers.parallel_save import save_pretrained
 from dmoe.parallel import clip_grad_norm, split_parameters

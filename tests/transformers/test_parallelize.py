@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import dmoe
-from dmoe.integrations.transformers.hub_folder import HubFolder
+from dmoe.checkpoint.hub_folder import HubFolder
 from dmoe.integrations.transformers.parallel import parallelize
 from dmoe.integrations.transformers.parallel_optimizer import load_optimizer
 from dmoe.integrations.transformers.parallel_save import save_pretrained

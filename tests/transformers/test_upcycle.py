@@ -13,8 +13,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from upcycle_cases import DENSE, LAYERS, WIDTH, apart, logits, save_dense, token_ids
 
+from dmoe.checkpoint.hub_folder import INDEX, HubFolder
 from dmoe.integrations.transformers import to_dmoe
-from dmoe.integrations.transformers.hub_folder import INDEX, HubFolder
 from dmoe.integrations.transformers.upcycle_files import upcycle
 
 # fp32, relative to the largest logit: the bound that the issue of this piece names.
@@ -165,7 +165,7 @@ def test_a_model_in_the_hubs_cache_is_found_by_its_id(tmp_path, monkeypatch):
 
 def test_an_interruption_leaves_nothing(tmp_path, monkeypatch):
     dense = save_dense(tmp_path / "dense", "llama")
-    from dmoe.integrations.transformers import hub_writer
+    from dmoe.checkpoint import hub_writer
 
     written = []
 

@@ -9,7 +9,7 @@ file                                  what it is
 ====================================  ==============================================================================
 
 Safetensors and JSON only: nothing in a file is executed, and no file outside the folder is read.
-:mod:`dmoe.integrations.transformers.hub_writer` writes them.
+:mod:`dmoe.checkpoint.hub_writer` writes them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,24 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dmoe.checkpoint.raw import read_bytes
+from dmoe.checkpoint.stored import Stored
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -75,6 +92,47 @@ def read_index(folder: str | os.PathLike[str]) -> dict[str, str]:
     if wrong := [file for file in weight_map.values() if not isinstance(file, str)]:
         raise ValueError(f"{folder / INDEX}: expected names of safetensors files, got {wrong[0]!r}")
     return weight_map
+
+
+def stored_tensors(folder: str | os.PathLike[str]) -> dict[str, Stored]:
+    """The tensors of a folder, or of a single safetensors file, in the order in which they lie there.
+
+    Raises:
+        OSError, ValueError: as :func:`read_index`; or a dtype that PyTorch does not have.
+    """
+    path = Path(folder)
+    if path.is_file():
+        _names(path)
+        return _stored(path)
+    files = read_index(path)
+    found: dict[str, Stored] = {}
+    for file in dict.fromkeys(files.values()):
+        found |= {name: tensor for name, tensor in _stored(path / file).items() if files.get(name) == file}
+    return found
+
+
+def _stored(path: Path) -> dict[str, Stored]:
+    """From the header of a file that safetensors itself has found whole."""
+    length = int.from_bytes(bytes(read_bytes(path, 0, 8).tolist()), "little")
+    header: dict[str, Any] = json.loads(bytes(read_bytes(path, 8, length).tolist()))
+    header.pop("__metadata__", None)
+    dtypes = {name: dtype for dtype, name in DTYPES.items()}
+
+    def stored(name: str, dtype: torch.dtype, shape: tuple[int, ...], begin: int) -> Stored:
+        row = torch.Size(shape[1:]).numel() * dtype.itemsize
+
+        def fetch(a: int, b: int) -> Tensor:
+            numbers = read_bytes(path, 8 + length + begin + a * row, (b - a) * row)
+            return numbers.view(dtype).view((b - a, *shape[1:]) if shape else ())
+
+        return Stored(shape, dtype, fetch, str(path))
+
+    found = {}
+    for name, told in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        if told["dtype"] not in dtypes:
+            raise ValueError(f"{path}: {name}: expected one of {', '.join(dtypes)}, got {told['dtype']}")
+        found[name] = stored(name, dtypes[told["dtype"]], tuple(told["shape"]), told["data_offsets"][0])
+    return found
 
 
 def local_folder(model: str | os.PathLike[str]) -> Path:

@@ -1,6 +1,6 @@
 """Model folders in Hugging Face's format, written so that a reader finds all of one or nothing of it.
 
-The files are those of :mod:`dmoe.integrations.transformers.hub_folder`.
+The files are those of :mod:`dmoe.checkpoint.hub_folder`.
 """
 
 from __future__ import annotations
@@ -8,9 +8,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,7 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dmoe.integrations.transformers.hub_folder import INDEX, SINGLE
+from dmoe.checkpoint.hub_folder import INDEX, SINGLE
+from dmoe.checkpoint.new_folder import sync
 
 MAX_SHARD_BYTES = 4 * 2**30
 
@@ -99,7 +98,7 @@ class ShardWriter:
             save_file(self._held, self.folder / part, metadata={"format": "pt"})
         except SafetensorError as error:  # which does not say that it is about a file
             raise OSError(f"{self.folder}: expected to write a file of {self._bytes} bytes, got: {error}") from error
-        _sync(self.folder / part)
+        sync(self.folder / part)
         self._held, self._bytes = {}, 0
 
 
@@ -135,7 +134,7 @@ def name_shards(folder: str | os.PathLike[str], parts: Mapping[str, Mapping[str,
     if len(names) > 1:
         total = sum(size for tensors in parts.values() for size in tensors.values())
         write_index(folder, weight_map, total)
-    _sync(folder)
+    sync(folder)
     return names
 
 
@@ -158,66 +157,11 @@ def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None
     part = path.with_name(f".{secrets.token_hex(8)}.{path.name}.part")
     try:
         part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        _sync(part)
+        sync(part)
         os.replace(part, path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-
-
-@contextmanager
-def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder beside ``path``, which becomes it when the block ends, and is gone if that raised.
-
-    A process that is killed leaves the temporary one, ``.NAME.ID.part``, and ``path`` as it was.
-
-    Args:
-        path: must not exist, or be an empty folder.
-        overwrite: may be a model's folder, too, which stays whole until the new one takes its place. A process killed
-            between those two renames leaves both, with the old one as ``.NAME.ID.old``.
-
-    Raises:
-        FileExistsError: there is something else.
-        OSError: the folder around it is missing, or cannot be written.
-    """
-    path = Path(os.path.abspath(path))
-    _refuse_existing(path, overwrite)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
-    temporary.mkdir()
-    try:
-        yield temporary
-        for file in temporary.iterdir():
-            _sync(file)
-        _sync(temporary)
-        _refuse_existing(path, overwrite)  # somebody may have been faster
-        _put_in_place(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    _sync(path.parent)
-
-
-def _put_in_place(temporary: Path, path: Path) -> None:
-    if not path.exists() or not any(path.iterdir()):
-        os.replace(temporary, path)  # of an empty folder too
-        return
-    old = temporary.with_suffix(".old")
-    os.rename(path, old)
-    try:
-        os.rename(temporary, path)
-    except BaseException:
-        os.rename(old, path)
-        raise
-    shutil.rmtree(old)
-
-
-def _refuse_existing(path: Path, overwrite: bool) -> None:
-    if not os.path.lexists(path) or (path.is_dir() and not path.is_symlink() and not any(path.iterdir())):
-        return
-    if not overwrite:
-        raise FileExistsError(f"{path}: expected nothing of that name, got something; overwrite replaces a model")
-    if path.is_symlink() or not (path / "config.json").is_file():
-        raise FileExistsError(f"{path}: expected a model's folder to replace, with a config.json, got something else")
 
 
 def _storage(tensor: Tensor) -> int:
@@ -226,11 +170,3 @@ def _storage(tensor: Tensor) -> int:
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
     return a.data_ptr() < b.data_ptr() + b.nbytes and b.data_ptr() < a.data_ptr() + a.nbytes
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

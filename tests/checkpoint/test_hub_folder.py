@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dmoe.integrations.transformers.hub_folder import INDEX, SINGLE, HubFolder, read_index
-from dmoe.integrations.transformers.hub_writer import ShardWriter, name_shards, new_folder
+from dmoe.checkpoint.hub_folder import INDEX, SINGLE, HubFolder, read_index
+from dmoe.checkpoint.hub_writer import ShardWriter, name_shards
+from dmoe.checkpoint.new_folder import new_folder
 
 TENSORS = {
     "embed": torch.arange(12.0).view(4, 3),

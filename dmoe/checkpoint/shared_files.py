@@ -19,22 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmoe.integrations.transformers.hub_writer import shard_names, write_index
-
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+from dmoe.checkpoint.hub_folder import DTYPES
+from dmoe.checkpoint.hub_writer import MAX_SHARD_BYTES, shard_names, write_index
 
 
 class SharedFiles:
@@ -51,16 +37,16 @@ class SharedFiles:
         ValueError: a dtype that the format does not have, no tensors, or a machine that is not little endian.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], max_shard_bytes: int) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
         if sys.byteorder != "little":
-            raise ValueError(f"save_pretrained: expected a little-endian machine, got {sys.byteorder}")
+            raise ValueError(f"safetensors: expected a little-endian machine, got {sys.byteorder}")
         if not tensors or max_shard_bytes < 1:
-            raise ValueError(f"save_pretrained: expected tensors and at least 1 byte a file, got {max_shard_bytes}")
+            raise ValueError(f"safetensors: expected tensors and at least 1 byte a file, got {max_shard_bytes}")
         cut: list[dict[str, Tensor]] = [{}]
         held = 0  # bytes of the last
         for name, tensor in tensors.items():
-            if tensor.dtype not in _DTYPES:
-                raise ValueError(f"save_pretrained: {name}: expected a dtype of safetensors, got {tensor.dtype}")
+            if tensor.dtype not in DTYPES:
+                raise ValueError(f"safetensors: {name}: expected a dtype of safetensors, got {tensor.dtype}")
             if cut[-1] and held + tensor.nbytes > max_shard_bytes:
                 cut.append({})
                 held = 0
@@ -78,7 +64,7 @@ class SharedFiles:
         position = 0
         for name, tensor in tensors.items():
             ends = [position, position + tensor.nbytes]
-            header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": ends}
+            header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": ends}
             position = ends[1]
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
@@ -145,7 +131,7 @@ class PartWriter:
         fits = part.dim() == whole.dim() and part.shape[1:] == whole.shape[1:] and part.dtype == whole.dtype
         if not fits or (whole.dim() and row + part.shape[0] > whole.shape[0]):
             raise ValueError(
-                f"save_pretrained: {name}: expected rows of {tuple(whole.shape)} {whole.dtype} from {row} on, got "
+                f"safetensors: {name}: expected rows of {tuple(whole.shape)} {whole.dtype} from {row} on, got "
                 f"{tuple(part.shape)} {part.dtype}"
             )
         if part.numel() == 0:

@@ -1,0 +1,87 @@
+"""What the layouts have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from dmoe.checkpoint.model import Model
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user says about a conversion. A layout reads what concerns it.
+
+    Attributes:
+        ranks: W, how many ranks' files to write; None is one, or as many as the layout has by itself.
+        gpus: N, inference ranks (FasterTransformer).
+        dtype: of the floating-point numbers to write; None keeps each as it is.
+        vocab, merges: a tokenizer's files, to go beside the model.
+        num_experts: E of a layer, where nothing in the files tells.
+        family: of Hugging Face's models, as ``mixtral``; None finds it.
+        overwrite: whether what exists is replaced.
+        progress: told the bytes that have been written, tensor by tensor.
+    """
+
+    ranks: int | None = None
+    gpus: int | None = None
+    dtype: torch.dtype | None = None
+    vocab: Path | None = None
+    merges: Path | None = None
+    num_experts: int | None = None
+    family: str | None = None
+    overwrite: bool = False
+    progress: Callable[[int], None] = lambda count: None
+
+
+class Format(Protocol):
+    """A layout of files.
+
+    Attributes:
+        name: on the command line.
+        about: what it is, in a few words.
+    """
+
+    name: str
+    about: str
+
+    def fits(self, sources: Sequence[Path]) -> bool:
+        """Whether files, or a folder, look like this layout: by names and by what is inside, without reading tensors.
+
+        Never raises for files that are something else, or damaged: whoever reads them says what is wrong.
+        """
+        ...
+
+    def read(self, sources: Sequence[Path], options: Options) -> Model:
+        """The model in files of this layout; tensors stay in the files.
+
+        Args:
+            sources: a folder or file; for layouts with a file for each rank all of them, in order.
+            options: of the user.
+
+        Raises:
+            OSError: a file is missing, or cannot be read.
+            ValueError: files that are damaged, incomplete, or do not belong together: the message names the file.
+        """
+        ...
+
+    def write(self, model: Model, target: Path, options: Options) -> list[Path]:
+        """Write a model in this layout: everything or nothing.
+
+        Args:
+            model: to be written.
+            target: a folder or a file, as the layout has it; with ``{rank}`` in its name where ranks have files.
+            options: of the user.
+
+        Returns:
+            The files or folders that a user would name.
+
+        Raises:
+            OSError: it cannot be written, or is there already.
+            ValueError: a model that this layout cannot hold, with the reason.
+        """
+        ...
