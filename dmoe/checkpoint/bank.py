@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
-
 from dmoe.checkpoint.layers import Bank, Layout, check_bank, is_gated
 from dmoe.checkpoint.layout import FFN_DIM
 from dmoe.checkpoint.stored import Stored, concatenated, cut, mapped, reshaped, same
@@ -19,13 +17,16 @@ _RENAMED = {
 _EXPERTS = ("up", "down", "up_bias", "down_bias")
 
 
-def to_dmoe(bank: Bank, where: str) -> dict[str, Stored]:
+def to_dmoe(bank: Bank, where: str, *, sliced: bool = False) -> dict[str, Stored]:
     """A layer's tensors by the names, and in the shapes, of :class:`dmoe.MoE`'s state dict.
+
+    Args:
+        bank, where, sliced: see :func:`dmoe.checkpoint.layers.check_bank`.
 
     Raises:
         ValueError: shapes that do not belong together.
     """
-    check_bank(bank, where)
+    check_bank(bank, where, sliced=sliced)
     gated = is_gated(bank)
     named: dict[str, Stored] = {}
     for name, stored in bank.items():
@@ -40,7 +41,7 @@ def to_dmoe(bank: Bank, where: str) -> dict[str, Stored]:
     return named
 
 
-def from_dmoe(tensors: Mapping[str, Stored], where: str) -> Bank:
+def from_dmoe(tensors: Mapping[str, Stored], where: str, *, sliced: bool = False) -> Bank:
     """The way back of :func:`to_dmoe`.
 
     Raises:
@@ -67,7 +68,7 @@ def from_dmoe(tensors: Mapping[str, Stored], where: str) -> Bank:
     for needed in ("up", "down"):
         if needed not in bank:
             raise ValueError(f"{where}: expected experts.{needed}_proj, found none beside {', '.join(tensors)}")
-    return check_bank(bank, where)
+    return check_bank(bank, where, sliced=sliced)
 
 
 def _field(name: str, gated: bool) -> str:
@@ -123,6 +124,7 @@ def whole_layer(
         else:
             joined = [concatenated(block, dim) for block in by_block]
         whole[name] = concatenated(joined, 0)
+    from_dmoe(whole, where)  # which looks at all shapes
     return whole
 
 
@@ -182,8 +184,3 @@ def _ranks_of(block: int, blocks: int, ranks: int, layout: Layout) -> list[int]:
     if layout.slices_first:
         return list(range(block * (ranks // blocks), (block + 1) * (ranks // blocks)))
     return list(range(block, ranks, blocks))
-
-
-def floating(stored: Stored) -> bool:
-    """Whether a tensor holds floating-point numbers of at least two bytes, which can be cast."""
-    return stored.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -23,6 +23,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,23 +33,35 @@ from dmoe.checkpoint.stored import Stored, cut, mapped, reshaped, stacked, taken
 Bank = dict[str, Stored]
 
 
+class Sizes(NamedTuple):
+    """What a layer's tensors do not all tell by themselves.
+
+    Attributes:
+        experts: that are in them.
+        hidden: H, by the router; 0 where there is none.
+    """
+
+    experts: int
+    hidden: int
+
+
 @dataclass(frozen=True)
 class Map:
     """How the tensors of a layout lie beside a field of the bank.
 
     Attributes:
-        join: their tensors, and the number of experts in them, to the field.
-        split: the field, and the number of experts, to their tensors: the same numbers in the same shapes as before.
+        join: their tensors to the field.
+        split: the field to their tensors: the same numbers in the same shapes as before.
     """
 
-    join: Callable[[list[Stored], int], Stored]
-    split: Callable[[Stored, int], list[Stored]]
+    join: Callable[[list[Stored], Sizes], Stored]
+    split: Callable[[Stored, Sizes], list[Stored]]
 
     def after(self, first: Map) -> Map:
         """This map of tensors that ``first`` has been applied to, each of them."""
         return Map(
-            lambda parts, experts: self.join([first.join([part], experts) for part in parts], experts),
-            lambda ours, experts: [each for part in self.split(ours, experts) for each in first.split(part, experts)],
+            lambda parts, sizes: self.join([first.join([part], sizes) for part in parts], sizes),
+            lambda ours, sizes: [each for part in self.split(ours, sizes) for each in first.split(part, sizes)],
         )
 
 
@@ -60,7 +73,7 @@ def by_rows(join: Callable[[Tensor], Tensor], split: Callable[[Tensor], Tensor])
     )
 
 
-def _halves(ours: Stored, _: int) -> list[Stored]:
+def _halves(ours: Stored, _: Sizes) -> list[Stored]:
     width = ours.shape[1] // 2
     return [cut(ours, 1, 0, width), cut(ours, 1, width, 2 * width)]
 
@@ -69,7 +82,7 @@ SAME = Map(lambda parts, _: parts[0], lambda ours, _: [ours])
 TRANSPOSED = by_rows(lambda theirs: theirs.mT, lambda ours: ours.mT)
 # (E Y, ...) in a row beside (E, Y, ...)
 FLAT = Map(
-    lambda parts, experts: reshaped(parts[0], (experts, parts[0].shape[0] // experts, *parts[0].shape[1:])),
+    lambda parts, sizes: reshaped(parts[0], (sizes.experts, parts[0].shape[0] // sizes.experts, *parts[0].shape[1:])),
     lambda ours, _: [reshaped(ours, (ours.shape[0] * ours.shape[1], *ours.shape[2:]))],
 )
 FLAT_TRANSPOSED = TRANSPOSED.after(FLAT)
@@ -109,6 +122,7 @@ class Row:
         theirs: names behind the layer's prefix; with ``{e}`` for an expert's number, a tensor for each expert.
         map: how they become the field: of all experts, those with ``{e}`` stacked first.
         gated: only where experts are gated, or are not; None for both.
+        counted: whether the map needs to know how many experts there are.
         dims: of each of their tensors, without the dimension of experts where the name has ``{e}``; None for any.
     """
 
@@ -117,6 +131,7 @@ class Row:
     map: Map = SAME
     gated: bool | None = None
     dims: int | None = None
+    counted: bool = False
 
     @cached_property
     def patterns(self) -> tuple[re.Pattern[str], ...]:
@@ -143,6 +158,7 @@ class Layout:
         slices_first: with more ranks than blocks of experts, whether neighbours hold slices of F of the same experts
             (dmoe, Tutel), or the same slice of different ones (MegaBlocks).
         bias_sliced: whether ``down_bias`` is cut along H then (Tutel), or whole on every slice.
+        slices_known: whether slices of F can be put together at all.
         replicated: whether, with more ranks than experts, ranks hold copies of whole experts (fairseq).
     """
 
@@ -152,6 +168,7 @@ class Layout:
     left_out: str | None = None
     slices_first: bool = True
     bias_sliced: bool = False
+    slices_known: bool = True
     replicated: bool = False
 
     def find(self, names: Mapping[str, Stored] | Iterable[str]) -> dict[str, Found]:
@@ -194,6 +211,20 @@ class Found:
         """Whether all of a row's tensors are there, at least of one expert."""
         return all((row, place) in self.names for place in range(len(row.theirs)))
 
+    def _hidden(self, tensors: Mapping[str, Stored]) -> int:
+        for row in self.layout.rows:
+            if row.field in ("router.projection", "router.weight") and row.map is SAME and self.has(row):
+                return tensors[self.names[row, 0][0]].shape[-1]
+        return 0
+
+    def routed(self, tensors: Mapping[str, Stored]) -> int | None:
+        """How many experts the router beside them chooses from; None without one."""
+        for row in self.layout.rows:
+            if row.field == "router.weight" and self.has(row):
+                router = row.map.join([tensors[self.names[row, 0][0]]], Sizes(1, 0))
+                return router.shape[0] if len(router.shape) == 2 else None
+        return None
+
     def num_experts(self) -> int | None:
         """How many experts have tensors of their own; None where the layout has none such."""
         numbers = [e for (row, _), of_row in self.names.items() if row.by_expert for e in of_row]
@@ -210,20 +241,21 @@ class Found:
         Raises:
             ValueError: an expert or a tensor is missing, or names that the layout does not know.
         """
-        count = self.num_experts() or num_experts
+        count, hidden = self.num_experts() or num_experts, self._hidden(tensors)
         bank: Bank = {}
         used: set[str] = set()
         for row in self.layout.rows:
             if row.field in bank or not self.has(row) or not self._is(row):
                 continue
             parts = [self._part(row, place, tensors, count, where) for place in range(len(row.theirs))]
-            if count is None and row.map in _COUNTED:
+            if count is None and row.counted:
                 raise ValueError(
                     f"{where}: {self.layout.name} does not tell how many experts it holds: expected a router beside "
                     f"it or the number of experts, got neither for {row.theirs[0]}"
                 )
+            sizes = Sizes(count or (parts[0].shape[0] if parts[0].shape else 1), hidden)
             try:
-                bank[row.field] = row.map.join(parts, count or (parts[0].shape[0] if parts[0].shape else 1))
+                bank[row.field] = row.map.join(parts, sizes)
             except (ValueError, RuntimeError, IndexError, ZeroDivisionError) as error:
                 shapes = ", ".join(str(part.shape) for part in parts)
                 raise ValueError(
@@ -231,7 +263,8 @@ class Found:
                 ) from None
             used |= {name for place in range(len(row.theirs)) for name in self.names[row, place].values()}
         self._refuse_missing(bank, where)
-        self._refuse_unknown(tensors, used, where)
+        if unknown := self.unknown(tensors):
+            raise ValueError(f"{where}: {unknown[0]}: expected a name of the layout {self.layout.name}")
         return bank, used
 
     def _is(self, row: Row) -> bool:
@@ -262,16 +295,17 @@ class Found:
                     f"{', '.join(sorted(bank)) or 'the others'}, found none"
                 )
 
-    def _refuse_unknown(self, tensors: Mapping[str, Stored], used: set[str], where: str) -> None:
-        for name in tensors:
-            if name in used or not name.startswith(tuple(self.prefix + each for each in self.layout.inside)):
-                continue
-            if self.layout.left_out and re.search(self.layout.left_out, name):
-                continue
-            raise ValueError(f"{where}: {name}: expected a name of the layout {self.layout.name}")
-
-
-_COUNTED = (FLAT, FLAT_TRANSPOSED, PAIR_FLAT)
+    def unknown(self, names: Iterable[str]) -> list[str]:
+        """Names among the layer's experts' that the layout does not have."""
+        mine = {name for of_row in self.names.values() for name in of_row.values()}
+        inside = tuple(self.prefix + each for each in self.layout.inside)
+        return [
+            name
+            for name in names
+            if name.startswith(inside)
+            and name not in mine
+            and not (self.layout.left_out and re.search(self.layout.left_out, name))
+        ]
 
 
 def write_layer(layout: Layout, bank: Bank, where: str) -> dict[str, Stored]:
@@ -280,17 +314,17 @@ def write_layer(layout: Layout, bank: Bank, where: str) -> dict[str, Stored]:
     Raises:
         ValueError: a field that the layout has no place for.
     """
-    experts, gated = bank["down"].shape[0], is_gated(bank)
+    sizes, gated = Sizes(*bank["down"].shape[:2]), is_gated(bank)
     written: dict[str, Stored] = {}
     for name, stored in bank.items():
         row = next((r for r in layout.rows if r.field == name and r.gated in (None, gated)), None)
         if row is None:
             kind = "of gated experts " if gated and any(r.field == name for r in layout.rows) else ""
             raise ValueError(f"{where}: {layout.name} has no place for {name} {kind}{stored.shape}")
-        parts = row.map.split(stored, experts)
+        parts = row.map.split(stored, sizes)
         for theirs, part in zip(row.theirs, parts, strict=True):
             if row.by_expert:
-                written |= {theirs.replace("{e}", str(e)): taken(part, e) for e in range(experts)}
+                written |= {theirs.replace("{e}", str(e)): taken(part, e) for e in range(sizes.experts)}
             else:
                 written[theirs] = part
     return _by_expert_last(written, layout)
@@ -311,8 +345,13 @@ def is_gated(bank: Bank) -> bool:
     return bank["up"].shape[1] == 2 * bank["down"].shape[2]
 
 
-def check_bank(bank: Bank, where: str) -> Bank:
+def check_bank(bank: Bank, where: str, *, sliced: bool = False) -> Bank:
     """Itself, if the experts' shapes belong together.
+
+    Args:
+        bank: of a layer.
+        where: it is, for messages.
+        sliced: whether a rank may hold a slice along H of the bias of the down projection.
 
     Raises:
         ValueError: they do not.
@@ -320,7 +359,10 @@ def check_bank(bank: Bank, where: str) -> Bank:
     up, down = bank["up"].shape, bank["down"].shape
     biases = [None if name not in bank else bank[name].shape for name in ("up_bias", "down_bias")]
     fits = len(up) == len(down) == 3 and up[0] == down[0] and up[2] == down[1] and up[1] in (down[2], 2 * down[2])
-    fits = fits and biases[0] in (None, up[:2]) and biases[1] in (None, down[:2])
+    fits = fits and biases[0] in (None, up[:2])
+    if fits and biases[1] is not None:
+        slices = down[1] // biases[1][-1] if sliced and biases[1][-1] else 1
+        fits = biases[1] == (down[0], down[1] // slices)
     if not fits:
         raise ValueError(
             f"{where}: expected projections (E, F or 2 F, H) and (E, H, F), with biases (E, F or 2 F) and (E, H) or "
