@@ -49,7 +49,8 @@ EXPERT = re.compile(r"(?:layer_(\d+)_)?expert_(\d+)_mp_rank_(\d\d)_model_states\
 
 def _config(beside: Mapping[str, Any], **facts: Any) -> Any:
     """One expert, as DeepSpeed's default has it, and no capacity in evaluation."""
-    return get("deepspeed", **{"capacity_factor": None, "gated": False, **facts})
+    activation = "silu" if facts["gated"] else "gelu_tanh"
+    return get("deepspeed", **{"capacity_factor": None, "activation": activation, **facts})
 
 
 class DeepSpeed:
@@ -120,27 +121,17 @@ class DeepSpeed:
         tag = again.get("tag", "converted") if again else "converted"
         inside = folder / tag if tag else folder
         inside.mkdir(exist_ok=True)
-        state = {name: as_asked(t, options) for name, t in model.tensors.items() if model.layer_of(name) is None}
+        state: dict[str, Stored] = {}
         by_file: dict[str, dict[str, Stored]] = {}
-        for number, prefix in enumerate(model.layers):
-            where = f"deepspeed: {prefix.removesuffix('.') or 'the layer'}"
-            bank = from_dmoe(model.of_layer(prefix), where)
-            layout = (
-                layout_again(again)
-                if again
-                else (ExpertNames(("w1", "w3"), "w2") if is_gated(bank) else ExpertNames(*KNOWN[0])).layout()
-            )
-            theirs = model.without(prefix, "moe.")
-            for name, stored in write_layer(layout, bank, where).items():
-                found = KEY.match(name)
-                stored = as_asked(stored, options)
-                if found is None:
-                    state[theirs + name] = stored
-                    continue
-                expert = found["e"] or found["auto"]
-                file = f"expert_{expert}_mp_rank_00_model_states.pt"
-                file = file if again.get("old") else f"layer_{number}_{file}"
-                by_file.setdefault(file, {})[theirs + name] = stored
+        done: set[str] = set()
+        for name, stored in model.tensors.items():
+            prefix = model.layer_of(name)
+            if prefix is None:
+                state[name] = as_asked(stored, options)
+            elif prefix not in done:
+                for each, (file, its) in self._layer(model, prefix, len(done), again).items():
+                    (state if file is None else by_file.setdefault(file, {}))[each] = as_asked(its, options)
+                done.add(prefix)
         for file, tensors in by_file.items():
             _save(inside / file, tensors, options)
         beside = model.beside.get("ranks", [{}])[0] if again else {}
@@ -152,6 +143,23 @@ class DeepSpeed:
         _save(inside / "mp_rank_00_model_states.pt", dense, options)
         if tag:
             (folder / "latest").write_text(tag, encoding="utf-8")
+
+    def _layer(
+        self, model: Model, prefix: str, number: int, again: Mapping[str, Any]
+    ) -> dict[str, tuple[str | None, Stored]]:
+        """A layer's tensors by their names in the whole model, each with the file of its expert, if it is one's."""
+        where = f"deepspeed: {prefix.removesuffix('.') or 'the layer'}"
+        bank = from_dmoe(model.of_layer(prefix), where)
+        fresh = ExpertNames(("w1", "w3"), "w2") if is_gated(bank) else ExpertNames(*KNOWN[0])
+        layout = layout_again(again) if again else fresh.layout()
+        theirs, found = model.without(prefix, "moe."), {}
+        for name, stored in write_layer(layout, bank, where).items():
+            match, file = KEY.match(name), None
+            if match is not None:
+                file = f"expert_{match['e'] or match['auto']}_mp_rank_00_model_states.pt"
+                file = file if again.get("old") else f"layer_{number}_{file}"
+            found[theirs + name] = (file, stored)
+        return found
 
 
 def folder_of(source: Path) -> Path:

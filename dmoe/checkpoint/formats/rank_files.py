@@ -134,7 +134,17 @@ class RankFiles:
                 raise ValueError(f"{file}: {more[0]}: expected tensors that {files[0]} has as well, got this one")
         for prefix in model.layers:
             model.set_config(prefix, partial(self.config, beside), options.settings)
+        self._say_what_is_assumed(model, options)
         return model
+
+    def _say_what_is_assumed(self, model: Model, options: Options) -> None:
+        config = next(iter(model.layers.values()))
+        names = [name for name in ("top_k", "activation", "gate_normalization") if name not in options.settings]
+        if config is not None and names:
+            said = ", ".join(f"{name}={getattr(config, name)}" for name in names)
+            model.note(
+                f"{said} in the config: {self.name}'s defaults or what stands beside the model; --set changes it"
+            )
 
     def _content(self, file: Path) -> Content:
         """A rank's file, with what all share; ``shared`` of its ``beside`` is what stands beside that."""
@@ -207,7 +217,8 @@ class RankFiles:
         files = [self._file(target, rank, ranks) for rank in range(ranks)]
         contents = {file: self._of_rank(model, table, rank, ranks, again, options) for rank, file in enumerate(files)}
         shared = self.shared_file(files[0]) if ranks > 1 else None
-        rest = [content.pop(_SHARED, {}) for content in contents.values()][0]
+        rests = [content.pop(_SHARED, {}) for content in contents.values()]
+        rest = rests[0]
         if shared is not None:
             contents[shared] = {**rest, **_divide(contents, files)}
         elif rest:
