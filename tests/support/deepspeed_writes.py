@@ -1,17 +1,20 @@
-"""Run by ``torchrun`` or by two processes with the usual variables: DeepSpeed's own engine saves models with its own MoE.
+"""DeepSpeed's own engine saves models with its own MoE: run by two processes with the usual variables of ranks.
 
-    python deepspeed_writes.py OUT CASE
+    python deepspeed_writes.py OUT CASE ...
 
-CASE is ``plain``, ``gated`` or ``residual``. OUT gets ``ckpt``, what ``save_checkpoint`` wrote, and ``run.pt``: an input
-and the output of every MoE layer for it, in evaluation, in float64.
+A CASE is ``plain``, ``gated`` or ``residual``. ``OUT/CASE`` gets ``ckpt``, what ``save_checkpoint`` wrote, and
+``run.pt``: input and output of every MoE layer in evaluation, in float64 (but for DeepSpeed's gate, which is float32).
 """
 
 from __future__ import annotations
 
+import datetime
+import os
 import sys
 from pathlib import Path
 
 import torch
+from patience import PATIENCE
 from torch import nn
 
 H, F, E, TOKENS = 8, 12, 4, 32
@@ -62,12 +65,28 @@ class Model(nn.Module):
         return [(x, first), (between, second)]
 
 
-def main(out: Path, case: str) -> None:
+def main(out: Path, cases: list[str]) -> None:
     sys.modules["fairseq"] = None  # which DeepSpeed looks for, and which not every Python can import
+    import deepspeed
+    import deepspeed.comm.torch
+
+    deepspeed.comm.torch.build_shm_op = lambda: None  # shared memory between ranks, which it would compile first
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{out}/store",
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=datetime.timedelta(seconds=PATIENCE),
+    )
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    for case in cases:
+        save(out / case, case)
+
+
+def save(out: Path, case: str) -> None:
     import deepspeed
 
     torch.manual_seed(0)
-    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     rank = torch.distributed.get_rank()
     model = Model(case)
     for module in model.modules():  # each rank its own experts; they begin as copies of one
@@ -97,4 +116,4 @@ def id_of(module: nn.Module, model: nn.Module) -> int:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), sys.argv[2:])
