@@ -25,6 +25,7 @@ from dmoe.checkpoint.bank import from_dmoe
 from dmoe.checkpoint.files import in_rank_order
 from dmoe.checkpoint.formats.base import Options, as_asked
 from dmoe.checkpoint.formats.deepspeed_names import (
+    GATE,
     KEY,
     KNOWN,
     OF_EXPERT,
