@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,10 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(
             f"--text, --file: expected --vocab and --merges with {options.model}, which has none, got none"
         )
-    bpe: Any = _tokenizer(vocab, merges) if vocab and merges and (texts or not options.json) else None
+    bpe: Any = None
+    # Of ids alone the text is an extra, which a package that is missing does not stand in the way of.
+    if vocab and merges and (texts or options.vocab or find_spec("tokenizers")):
+        bpe = _tokenizer(vocab, merges)
     prompts: list[list[int]] = [*options.ids, *(bpe.encode(text).ids for text in texts)]
     end_id = options.end_id
     if end_id is None:

@@ -84,9 +84,13 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).view(B, S, 3, self.heads, H // self.heads).permute(2, 0, 3, 1, 4)
         q, k = (self._placed(part, reading).to(v.dtype) for part in (q, k))
         cache = reading.cache
+        if reading.token_mask is not None:
+            # What nobody sees has a weight of 0, and 0 times what is not finite is NaN.
+            unseen = ~reading.token_mask[:, None, :, None]
+            k, v = k.masked_fill(unseen, 0), v.masked_fill(unseen, 0)
         if cache is not None:
             assert reading.positions is not None
-            cache.write(layer, k.transpose(1, 2), v.transpose(1, 2), reading.positions, reading.token_mask)
+            cache.write(layer, k.transpose(1, 2), v.transpose(1, 2), reading.positions)
         if cache is None or reading.visible is None:
             # Padding stands behind what counts, so the causal mask hides it.
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)

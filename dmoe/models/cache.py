@@ -67,11 +67,8 @@ class KeyValueCache:
             )
         return self.lengths[:, None] + torch.arange(width, device=self.lengths.device)
 
-    def write(self, layer: int, keys: Tensor, values: Tensor, positions: Tensor, token_mask: Tensor | None) -> None:
-        """Keep ``(B, S, heads, D)`` keys and values of tokens at ``positions (B, S)``; zeros where they are masked."""
-        if token_mask is not None:
-            hidden = ~token_mask[:, :, None, None]
-            keys, values = keys.masked_fill(hidden, 0), values.masked_fill(hidden, 0)
+    def write(self, layer: int, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        """Keep ``(B, S, heads, D)`` keys and values of tokens at ``positions (B, S)``."""
         rows = torch.arange(len(positions), device=positions.device)[:, None]
         self.keys[layer][rows, positions] = keys.to(self.keys.dtype)
         self.values[layer][rows, positions] = values.to(self.values.dtype)

@@ -13,7 +13,11 @@ from dmoe import MoEConfig
 from dmoe.models import MoEGPT, MoEGPTConfig, build
 
 FORWARD = json.loads(Path(__file__).with_name("ft_forward.json").read_text())["cases"]
+ROTARY = {"positions": "rotary", "norm": "rms", "norm_eps": None, "qk_norm": True, "bias": False, "tied_head": False}
+GATED = {"gated": True, "activation": "silu"}
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+PROMPTS = [[3, 17, 8, 8, 21, 4, 9], [5], [11, 2, 29, 0]]  # of a small model
 
 
 def options_of(make):
