@@ -58,18 +58,22 @@ def test_penalties_and_the_end_matter_in_these_cases(model):
 
 @pytest.mark.parametrize("batch_size", [None, 1])
 def test_a_prompt_goes_through_once_and_then_token_by_token(model, batch_size):
+    """Until its own end: what has ended takes no expert while others go on."""
     widths, counted = [], []
     handles = [
         model.blocks[0].register_forward_pre_hook(lambda _m, args: widths.append(args[0].shape[1])),
         model.blocks[0].register_forward_pre_hook(lambda _m, args: counted.append(int(args[1].token_mask.sum()))),
     ]
-    try:
-        generate(model, PROMPTS, GenerationOptions(output_len=6), batch_size=batch_size)
-    finally:
-        for handle in handles:
-            handle.remove()
+    free = generate(model, PROMPTS, GenerationOptions(output_len=6), batch_size=batch_size)
     assert sum(counted) == sum(map(len, PROMPTS)) + 5 * 3
     assert widths == ([7, *[1] * 5] if batch_size is None else [7, *[1] * 5, 1, *[1] * 5, 4, *[1] * 5])
+    counted.clear()
+    ended = generate(model, PROMPTS, GenerationOptions(output_len=6, end_id=free.continuations()[1][2]))
+    for handle in handles:
+        handle.remove()
+    lengths = list(map(len, ended.continuations()))
+    assert min(lengths) < max(lengths), "one ends before another"
+    assert sum(counted) == sum(map(len, PROMPTS)) + sum(length - 1 for length in lengths)
 
 
 def test_it_stops_when_all_have_ended_and_the_bar_is_full(model):

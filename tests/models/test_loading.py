@@ -106,6 +106,10 @@ def test_layers_of_all_kinds_come_back(stored, layer, dtype):
 
 def test_what_is_missing_or_besides_is_named_before_anything_is_read(stored):
     place = stored(small_model())
+    place.tensors["more"] = place.tensors["norm.bias"]
+    with pytest.raises(ValueError, match=r"load: expected the tensors .*, got more besides$"):
+        load("folder")
+    del place.tensors["more"]
     gone = place.tensors.pop("blocks.1.ffn.router.weight")
     with pytest.raises(ValueError, match=r"load: expected the tensors .*, got no blocks\.1\.ffn\.router\.weight$"):
         load("folder")

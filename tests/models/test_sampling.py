@@ -89,6 +89,8 @@ def test_of_equals_the_lowest_id_comes_first(values, top_k):
     least = torch.tensor([1e-12])
     assert choose(logits, least, GenerationOptions(output_len=1, top_k=top_k)).item() == first
     last = choose(logits, torch.tensor([1.0]), GenerationOptions(output_len=1, top_k=top_k)).item()
+    halves = choose(torch.zeros(1, 2), torch.tensor([0.5]), GenerationOptions(output_len=1, top_p=1.0))
+    assert halves.item() == 0, "reached is enough"
     order = sorted(range(len(values)), key=lambda n: (-values[n], n))
     assert last == order[min(top_k, len(values)) - 1]
 
