@@ -92,6 +92,17 @@ MAY_IMPORT: dict[str, set[str]] = {
         "parallel",
     },
     "model_tools": {"layer", "config", "parallel", "metrics"},
+    "config_json": {"config", "router_family"},
+    "models": {
+        "activations",
+        "checkpoint",
+        "config",
+        "config_json",
+        "known_activations",
+        "layer",
+        "residual",
+    },
+    "generate": {"checkpoint", "models"},
     "checkpoint": {"activations", "layer", "config", "parallel", "router_family"},
     "known_activations": {"activations"},
     "dense_ffn": {"activations", "known_activations"},
@@ -140,6 +151,7 @@ OUTSIDE: dict[str, set[str]] = {room: {"torch"} for room in MAY_IMPORT} | {
     "checkpoint": {"torch", "tqdm", "safetensors", "huggingface_hub"},
     "certify": {"torch", "tqdm"},
     "tune": {"torch", "tqdm"},
+    "generate": {"torch", "tokenizers", "tqdm"},
     "routing.picture": {"torch", "matplotlib"},
 }
 # Folder of tests -> what they test. What several files share lies in tests/support, the only folder on the path.
@@ -151,6 +163,7 @@ TESTED = {
     "routing": "dmoe/routing",
     "parallel": "dmoe/parallel",
     "checkpoint": "dmoe/checkpoint",
+    "models": "dmoe/models",
     "compat": "dmoe/compat",
     "gpu": "dmoe",
     "megatron": "integrations/megatron",
