@@ -80,6 +80,11 @@ def _halves(ours: Stored, _: Sizes) -> list[Stored]:
 
 SAME = Map(lambda parts, _: parts[0], lambda ours, _: [ours])
 TRANSPOSED = by_rows(lambda theirs: theirs.mT, lambda ours: ours.mT)
+# a matrix of no expert, (H, E) beside (E, H): a row of one needs all rows of the other
+TURNED = Map(
+    lambda parts, _: mapped(parts, lambda tensors: tensors[0].mT),
+    lambda ours, _: [mapped([ours], lambda tensors: tensors[0].mT)],
+)
 # (E Y, ...) in a row beside (E, Y, ...)
 FLAT = Map(
     lambda parts, sizes: reshaped(parts[0], (sizes.experts, parts[0].shape[0] // sizes.experts, *parts[0].shape[1:])),
