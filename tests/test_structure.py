@@ -92,7 +92,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "parallel",
     },
     "model_tools": {"layer", "config", "parallel", "metrics"},
-    "checkpoint": {"activations", "layer", "config", "parallel", "router_family"},
+    "checkpoint": {"activations", "layer", "config", "config_json", "parallel", "router_family"},
     "known_activations": {"activations"},
     "dense_ffn": {"activations", "known_activations"},
     "find_ffn": {"layer", "dense_ffn"},
