@@ -33,7 +33,7 @@ from dmoe.checkpoint.model import Model
 from dmoe.checkpoint.new_folder import new_folder
 from dmoe.checkpoint.stored import Stored
 
-_AT_A_TIME = 32 << 20  # bytes of a tensor that is written row by row: more would not be faster
+_AT_A_TIME = 4 << 20  # bytes of a tensor whose files have its rows, or experts, one after the other
 
 
 class FasterTransformer:
