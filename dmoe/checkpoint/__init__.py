@@ -14,6 +14,7 @@ Files that belong together become valid together, also those that a training's r
 from __future__ import annotations
 
 from dmoe.checkpoint.command import run_command
+from dmoe.checkpoint.convert_command import convert, read_model
 from dmoe.checkpoint.files import read_file, write_file
 from dmoe.checkpoint.inspection import LayerPart, inspect_state
 from dmoe.checkpoint.states import merge_states, split_state
@@ -21,11 +22,13 @@ from dmoe.checkpoint.together import finish_writing, name_of, remove_together, w
 
 __all__ = [
     "LayerPart",
+    "convert",
     "finish_writing",
     "inspect_state",
     "merge_states",
     "name_of",
     "read_file",
+    "read_model",
     "remove_together",
     "run_command",
     "split_state",

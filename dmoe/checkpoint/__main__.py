@@ -1,4 +1,4 @@
-"""``python -m dmoe.checkpoint merge|split|inspect|convert``; see the package for what the files hold."""
+"""``python -m dmoe.checkpoint merge|split|inspect``; see the package for what the files hold."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import dmoe.checkpoint
 from dmoe.checkpoint.command import run_command
-from dmoe.checkpoint.convert_command import add_arguments, convert
+from dmoe.checkpoint.convert_command import add_convert
 from dmoe.checkpoint.files import in_rank_order, read_file, write_file
 from dmoe.checkpoint.inspection import inspect_state, report
 from dmoe.checkpoint.slots import Widths
@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=dmoe.checkpoint.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(required=True, metavar="merge|split|inspect|convert")
+    commands = parser.add_subparsers(required=True, metavar="inspect|convert|merge|split")
 
     def command(name: str, run: Callable[[argparse.Namespace], None], help: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=help, description=help)
@@ -56,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
         added.add_argument("--overwrite", action="store_true", help="replace files that exist")
 
+    add_convert(command)
     merge = command("merge", _merge, "One file for one process from those of all ranks.")
     merge.add_argument("out", metavar="OUT")
     merge.add_argument("files", nargs="+", metavar="FILE")
@@ -76,7 +77,6 @@ def build_parser() -> argparse.ArgumentParser:
     inspect = command("inspect", _inspect, "What experts are in files, and which rank holds which.")
     inspect.add_argument("files", nargs="+", metavar="FILE")
     _as_given(inspect)
-    add_arguments(command("convert", convert, "A model from one system's files into another's."))
     return parser
 
 

@@ -1,71 +1,170 @@
-"""``python -m dmoe.checkpoint convert``: a model from one system's files into another's."""
+"""``convert`` and what it shares with ``inspect``: sources, targets, options and the bar."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from dmoe.checkpoint.formats.base import Format, Options
-from dmoe.checkpoint.formats.known import FORMATS
+from dmoe.checkpoint.formats.base import Options
+from dmoe.checkpoint.formats.known import FORMATS, find_format
 from dmoe.checkpoint.model import Model
+from dmoe.checkpoint.stored import total_bytes
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
-    names = [each.name for each in FORMATS]
-    parser.add_argument("source", type=Path, metavar="SRC")
-    parser.add_argument("target", type=Path, metavar="DST")
-    parser.add_argument("--to", required=True, choices=[*names, "deepspeed"], help="layout to write")
-    parser.add_argument("--from", dest="source_format", choices=names, help="layout of SRC [found by looking]")
-    parser.add_argument("--gpus", type=int, metavar="N", help="inference ranks (FasterTransformer) [1]")
-    parser.add_argument("--ranks", type=int, metavar="W", help="training ranks [as many as SRC has, or 1]")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the numbers to write [as they are]")
-    parser.add_argument("--vocab", type=Path, metavar="FILE", help="vocab.json, to go beside the model")
-    parser.add_argument("--merges", type=Path, metavar="FILE", help="merges.txt, to go beside the model")
-    parser.add_argument("--overwrite", action="store_true", help="replace a folder of the same kind")
+DTYPES = {
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+}
 
 
-def convert(options: argparse.Namespace) -> None:
-    """Read, write, and say what to know of it."""
-    given = Options(
-        ranks=options.ranks,
-        gpus=options.gpus,
-        dtype=None if options.dtype is None else DTYPES[options.dtype],
-        vocab=options.vocab,
-        merges=options.merges,
-        overwrite=options.overwrite,
+def add_convert(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """The subcommand."""
+    layouts = "\n".join(f"  {name:<20} {each.about}" for name, each in FORMATS.items())
+    convert = add("convert", run, "A checkpoint of another system, or for another one.")
+    convert.formatter_class = argparse.RawDescriptionHelpFormatter
+    convert.epilog = f"layouts:\n{layouts}"
+    convert.add_argument(
+        "sources", nargs="+", metavar="SRC", help="a folder or file; or the files of all ranks, also as rank{rank}.pt"
     )
-    source = _named(options.source_format) if options.source_format else _found(options.source)
-    model = source.read([options.source], given)
-    written = _target(options.to, model).write(model, options.target, given)
+    convert.add_argument("target", metavar="DST", help="a folder or file; with {rank} where each rank has a file")
+    convert.add_argument("--to", required=True, choices=[*FORMATS], metavar="LAYOUT", help="see below")
+    add_source_options(convert)
+    convert.add_argument("--ranks", type=_count, metavar="W", help="expert-parallel ranks to write files for [1]")
+    convert.add_argument("--gpus", type=_count, metavar="N", help="inference ranks (fastertransformer) [1]")
+    convert.add_argument("--dtype", choices=[*DTYPES], help="of all floating-point numbers [as they are]")
+    convert.add_argument("--vocab", type=Path, metavar="F", help="vocab.json, to go beside the model")
+    convert.add_argument("--merges", type=Path, metavar="F", help="merges.txt, to go beside the model")
+    convert.add_argument("--family", metavar="NAME", help="of a Hugging Face model, as mixtral [as its files say]")
+    convert.add_argument("--overwrite", action="store_true", help="replace what is there")
+
+
+def add_source_options(parser: argparse.ArgumentParser) -> None:
+    """What ``inspect`` has as well."""
+    parser.add_argument(
+        "--from", dest="source_layout", metavar="LAYOUT", help="layout of SRC [found by names and files]"
+    )
+    parser.add_argument("--num-experts", type=_count, metavar="E", help="of a layer, where no router tells")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a field of dmoe.MoEConfig that the files do not tell, as top_k=2 or activation=gelu; may be repeated",
+    )
+
+
+def read_model(
+    sources: str | Path | Sequence[str | Path], *, layout: str | None = None, options: Options | None = None
+) -> Model:
+    """The model in a checkpoint of any layout; its tensors stay in the files until they are read.
+
+    Args:
+        sources: a folder or a file, or the files of all ranks.
+        layout: a name of ``python -m dmoe.checkpoint convert --help``; None finds it.
+        options: what the files do not tell.
+
+    Raises:
+        OSError: a file is missing, or cannot be read.
+        ValueError: files in no layout, or damaged ones; the message names the file.
+    """
+    paths = [Path(sources)] if isinstance(sources, str | Path) else [Path(each) for each in sources]
+    return find_format(paths, layout).read(paths, options or Options())
+
+
+def convert(
+    sources: str | Path | Sequence[str | Path],
+    target: str | Path,
+    to: str,
+    *,
+    layout: str | None = None,
+    options: Options | None = None,
+) -> tuple[list[Path], list[str]]:
+    """Write a checkpoint in another layout: all of it or nothing.
+
+    Args:
+        sources, layout: see :func:`read_model`.
+        target: a folder or file; with ``{rank}`` in its name where each rank has a file.
+        to: a name of ``python -m dmoe.checkpoint convert --help``.
+        options: of the user.
+
+    Returns:
+        What was written, and sentences about what differs.
+
+    Raises:
+        OSError, ValueError: see :func:`read_model`; or a model that the layout cannot hold.
+    """
+    given = options or Options()
+    model = read_model(sources, layout=layout, options=given)
+    return FORMATS[to].write(model, Path(target), given), model.notes
+
+
+def run(options: argparse.Namespace) -> None:
+    """``convert``."""
+    for file in (options.vocab, options.merges):
+        if file is not None and not file.is_file():
+            raise FileNotFoundError(f"{file}: expected a file, got nothing of that name")
+    sources = [Path(source) for source in options.sources]
+    given = options_of_user(options)
+    model = find_format(sources, options.source_layout).read(sources, given)
+    with progress_of(model, "converting") as progress:
+        written = FORMATS[options.to].write(model, Path(options.target), options_of_user(options, progress))
     for note in model.notes:
-        print(f"warning: {note}", file=sys.stderr)
-    print(f"{', '.join(map(str, written))}: {options.source}, from {source.name}")
+        print(f"{options.to}: {note}", file=sys.stderr)
+    for path in written:
+        print(path)
 
 
-def _target(name: str, model: Model) -> Format:
-    if name == "deepspeed" and model.gpt is not None:
-        return _named("deepspeed-gpt")
-    return _named(name)
+def options_of_user(options: argparse.Namespace, progress: Callable[[int], None] = lambda count: None) -> Options:
+    """The values of a command line."""
+    kept = {
+        name: getattr(options, name, None) for name in ("ranks", "gpus", "vocab", "merges", "num_experts", "family")
+    }
+    dtype = getattr(options, "dtype", None)
+    return Options(
+        **kept,
+        dtype=None if dtype is None else DTYPES[dtype],
+        settings=dict(_setting(text) for text in options.set),
+        overwrite=getattr(options, "overwrite", False),
+        progress=progress,
+    )
 
 
-def _named(name: str) -> Format:
-    for each in FORMATS:
-        if each.name == name:
-            return each
-    raise ValueError(f"convert: expected a layout, {', '.join(each.name for each in FORMATS)}, got {name}")
+@contextmanager
+def progress_of(model: Model, name: str) -> Iterator[Callable[[int], None]]:
+    """A progress bar by bytes on a terminal, where tqdm is installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:  # a courtesy
+        yield lambda count: None
+        return
+    with tqdm(total=total_bytes(model.tensors), desc=name, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        yield lambda count: bar.update(count)
 
 
-def _found(source: Path) -> Format:
-    for each in FORMATS:
-        if each.fits([source]):
-            return each
-    if not source.exists():
-        raise FileNotFoundError(f"{source}: expected a checkpoint, got nothing of that name")
-    known = "; ".join(f"{each.name}: {each.about}" for each in FORMATS)
-    raise ValueError(f"{source}: expected a checkpoint of a known layout, got none of these: {known}")
+def _setting(text: str) -> tuple[str, Any]:
+    name, given, value = text.partition("=")
+    if not given or not name:
+        raise ValueError(f"--set: expected NAME=VALUE, got {text}")
+    constants = {"None": None, "True": True, "False": False}
+    if value in constants:
+        return name, constants[value]
+    for kind in (int, float):
+        try:
+            return name, kind(value)
+        except ValueError:
+            continue
+    return name, value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
+    return value

@@ -90,7 +90,7 @@ def in_rank_order(paths: Sequence[str]) -> list[str]:
         if real.count(resolved) > 1:
             raise ValueError(f"{path}: expected each rank's file once, got it {real.count(resolved)} times")
     pieces = [re.split(r"(\d+)", path) for path in paths]
-    if len(paths) == 1 or len({tuple(piece[::2]) for piece in pieces}) > 1:
+    if len(paths) < 2 or len({tuple(piece[::2]) for piece in pieces}) > 1:
         return list(paths)
     varying = [n for n in range(1, len(pieces[0]), 2) if len({int(piece[n]) for piece in pieces}) > 1]
     if len(varying) > 1:

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dmoe.checkpoint.raw import read_bytes
-from dmoe.checkpoint.stored import Stored
+from dmoe.checkpoint.stored import Stored, in_one_piece
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {
@@ -118,20 +118,17 @@ def _stored(path: Path) -> dict[str, Stored]:
     header.pop("__metadata__", None)
     dtypes = {name: dtype for dtype, name in DTYPES.items()}
 
-    def stored(name: str, dtype: torch.dtype, shape: tuple[int, ...], begin: int) -> Stored:
-        row = torch.Size(shape[1:]).numel() * dtype.itemsize
-
-        def fetch(a: int, b: int) -> Tensor:
-            numbers = read_bytes(path, 8 + length + begin + a * row, (b - a) * row)
-            return numbers.view(dtype).view((b - a, *shape[1:]) if shape else ())
-
-        return Stored(shape, dtype, fetch, str(path))
+    def stored(dtype: torch.dtype, shape: tuple[int, ...], begin: int) -> Stored:
+        start, size = 8 + length + begin, dtype.itemsize
+        return in_one_piece(
+            shape, dtype, lambda a, b: read_bytes(path, start + a * size, (b - a) * size).view(dtype), str(path)
+        )
 
     found = {}
     for name, told in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         if told["dtype"] not in dtypes:
             raise ValueError(f"{path}: {name}: expected one of {', '.join(dtypes)}, got {told['dtype']}")
-        found[name] = stored(name, dtypes[told["dtype"]], tuple(told["shape"]), told["data_offsets"][0])
+        found[name] = stored(dtypes[told["dtype"]], tuple(told["shape"]), told["data_offsets"][0])
     return found
 
 

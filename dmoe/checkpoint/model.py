@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from dmoe.checkpoint.options_of import options_of
 from dmoe.checkpoint.stored import Stored
 from dmoe.config import MoEConfig
+
+_OURS = ("router.", "experts.", "shared_expert.", "output_bias")  # what the names in a MoE layer begin with
 
 
 @dataclass
@@ -36,11 +39,45 @@ class Model:
     files: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def of_layer(self, layer: str) -> Mapping[str, Stored]:
-        """The tensors of a MoE layer, by their names in it."""
-        return {name[len(layer) :]: tensor for name, tensor in self.tensors.items() if name.startswith(layer)}
+    def of_layer(self, layer: str) -> dict[str, Stored]:
+        """The tensors of a MoE layer, by the names of :class:`dmoe.MoE`'s state dict."""
+        starts = tuple(layer + each for each in _OURS)
+        return {name[len(layer) :]: tensor for name, tensor in self.tensors.items() if name.startswith(starts)}
 
     def layer_of(self, name: str) -> str | None:
         """The MoE layer that a tensor belongs to; None for any other."""
-        ends = [position + 1 for position, letter in enumerate(name) if letter == "."]
-        return next((name[:end] for end in (0, *ends) if name[:end] in self.layers), None)
+        ends = [0, *(position + 1 for position, letter in enumerate(name) if letter == ".")]
+        return next((name[:end] for end in ends if name[:end] in self.layers and name.startswith(_OURS, end)), None)
+
+    def set_config(self, layer: str, build: Callable[..., MoEConfig], settings: Mapping[str, Any]) -> None:
+        """Keep a layer's config.
+
+        Args:
+            layer: its prefix.
+            build: makes a config of fields that are known, and fills in what is not.
+            settings: what the user says.
+
+        Raises:
+            ValueError: what the user says disagrees with the tensors, or makes no layer.
+        """
+        where = layer.removesuffix(".") or "the layer"
+        facts = options_of(self.of_layer(layer))
+        for name in facts.keys() & settings.keys():
+            if settings[name] != facts[name]:
+                raise ValueError(
+                    f"{where}: {name}: expected {facts[name]!r}, which its tensors have, got {settings[name]!r}"
+                )
+        try:
+            self.layers[layer] = build(**{**facts, **settings})
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{where}: {error}") from None
+
+    def without(self, layer: str, nested: str) -> str:
+        """A layer's prefix in a system that has no name for the mixture beside a dense block (PR-MoE), as ours has."""
+        outer = layer.removesuffix(nested) if nested else layer
+        return outer if f"{outer}coefficient.weight" in self.tensors else layer
+
+    def note(self, sentence: str) -> None:
+        """Keep a sentence for the user, once."""
+        if sentence not in self.notes:
+            self.notes.append(sentence)

@@ -25,12 +25,15 @@ class Stored:
         fetch: ``fetch(start, stop)`` reads those rows of its first dimension; of a single number ``fetch(0, 1)`` does.
             What it returns is the caller's own, or not written to.
         where: the file it is in, for messages.
+        numbers: where the tensor lies in one piece: ``numbers(start, stop)`` reads those of its numbers in C order, so
+            that it can be given another shape and still be read in parts. None where it is made of something.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     fetch: Callable[[int, int], Tensor]
     where: str = ""
+    numbers: Callable[[int, int], Tensor] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -64,7 +67,35 @@ class Stored:
 def held(tensor: Tensor, where: str = "") -> Stored:
     """A tensor in memory as one to be read."""
     tensor = tensor.detach()
-    return Stored(tuple(tensor.shape), tensor.dtype, lambda a, b: tensor[a:b] if tensor.dim() else tensor, where)
+    shape = tuple(tensor.shape)
+    if tensor.is_contiguous() and tensor.device.type == "cpu":
+        return in_one_piece(shape, tensor.dtype, lambda a, b: tensor.view(-1)[a:b], where)
+    return Stored(shape, tensor.dtype, lambda a, b: tensor[a:b] if shape else tensor, where)
+
+
+def in_one_piece(
+    shape: tuple[int, ...], dtype: torch.dtype, numbers: Callable[[int, int], Tensor], where: str = ""
+) -> Stored:
+    """A tensor whose numbers lie one after the other: ``numbers(start, stop)`` reads those, ``(stop - start,)``."""
+    row = torch.Size(shape[1:]).numel()
+
+    def fetch(start: int, stop: int) -> Tensor:
+        return numbers(start * row, stop * row).view((stop - start, *shape[1:]) if shape else ())
+
+    return Stored(shape, dtype, fetch, where, numbers)
+
+
+def reshaped(stored: Stored, shape: tuple[int, ...]) -> Stored:
+    """The same numbers in C order, in another shape.
+
+    Raises:
+        ValueError: of another number of numbers.
+    """
+    if torch.Size(shape).numel() != torch.Size(stored.shape).numel():
+        raise ValueError(f"{stored.where or 'a tensor'}: expected numbers for {shape}, got a tensor of {stored.shape}")
+    if stored.numbers is not None:
+        return in_one_piece(shape, stored.dtype, stored.numbers, stored.where)
+    return mapped([stored], lambda tensors: tensors[0].reshape(shape))
 
 
 def mapped(parts: Sequence[Stored], join: Join, *, by_rows: bool = False) -> Stored:
@@ -144,6 +175,7 @@ def cut(stored: Stored, dim: int, start: int, stop: int) -> Stored:
         stored,
         shape=(stop - start, *stored.shape[1:]),
         fetch=lambda a, b: stored.rows(start + a, start + b),
+        numbers=None,
     )
 
 
@@ -151,7 +183,7 @@ def cast(stored: Stored, dtype: torch.dtype) -> Stored:
     """The same numbers in another dtype, rounded to nearest even."""
     if stored.dtype == dtype:
         return stored
-    return replace(stored, dtype=dtype, fetch=lambda a, b: stored.rows(a, b).to(dtype))
+    return replace(stored, dtype=dtype, fetch=lambda a, b: stored.rows(a, b).to(dtype), numbers=None)
 
 
 def same(first: Stored, other: Stored) -> bool:

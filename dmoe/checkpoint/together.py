@@ -21,15 +21,24 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import torch
 import torch.distributed as dist
 
 from dmoe.checkpoint import journal as journals
 
-Content: TypeAlias = Mapping[str, Any] | os.PathLike[str] | Callable[[], Mapping[str, Any]]
+
+@dataclass(frozen=True)
+class Written:
+    """A file that is not ``torch.save``'s: what writes it, given the open file."""
+
+    write: Callable[[BinaryIO], None]
+
+
+Content: TypeAlias = Mapping[str, Any] | os.PathLike[str] | Callable[[], Mapping[str, Any]] | Written
 _Path: TypeAlias = str | os.PathLike[str]
 
 
@@ -49,7 +58,7 @@ def write_together(
         name: of the whole, the same on every rank, as ``folder/checkpoint_last``. The files lie in its folder or below,
             on a file system that all ranks share. The next write under this name removes what a killed one has left.
         files: by their paths: what ``torch.save`` is to write, a function that gives it when its turn comes, or the
-            path of a file to copy.
+            path of a file to copy; or a :class:`Written`.
         group: a ``torch.distributed`` process group; None is this process alone.
         overwrite: whether files that exist are replaced.
         progress: wraps the paths and their number, as tqdm does.
@@ -140,7 +149,9 @@ def write_new(path: Path, content: Content) -> None:
     """Write a new file, which is on the disk when this returns, and not there when it raises."""
     with open(path, "xb") as file:
         try:
-            if isinstance(content, os.PathLike):
+            if isinstance(content, Written):
+                content.write(file)
+            elif isinstance(content, os.PathLike):
                 with open(content, "rb") as source:
                     shutil.copyfileobj(source, file, 1 << 20)
             else:

@@ -19,7 +19,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from dmoe.checkpoint.raw import read_bytes
 from dmoe.checkpoint.stand_ins import StandIn, stand_ins
-from dmoe.checkpoint.stored import Stored, held
+from dmoe.checkpoint.stored import Stored, held, in_one_piece
 from dmoe.checkpoint.tree import children, is_list, rebuilt
 
 _UNREADABLE = re.compile(r"WeightsUnpickler error:\s*(\S[^\n]*)")
@@ -117,14 +117,15 @@ def _stored(fake: Tensor, path: Path) -> Stored:
         raise ValueError(f"a tensor of {shape} that ends behind its storage")
     if start + held_bytes > path.stat().st_size:
         raise ValueError(f"a tensor of {shape} that ends behind the file")
-    dense = fake.is_contiguous()
+    where = str(path)
+    if fake.is_contiguous():
+
+        def numbers(a: int, b: int) -> Tensor:
+            return read_bytes(path, start + (first + a) * size, (b - a) * size).view(dtype)
+
+        return in_one_piece(shape, dtype, numbers, where)
 
     def fetch(a: int, b: int) -> Tensor:
-        if not dense:
-            numbers = read_bytes(path, start, held_bytes).view(dtype)
-            return numbers.as_strided(shape, stride, first)[a:b].contiguous()
-        row = fake.numel() // shape[0] if shape and shape[0] else fake.numel()
-        numbers = read_bytes(path, start + (first + a * row) * size, (b - a) * row * size)
-        return numbers.view(dtype).view((b - a, *shape[1:]) if shape else ())
+        return read_bytes(path, start, held_bytes).view(dtype).as_strided(shape, stride, first)[a:b].contiguous()
 
-    return Stored(shape, dtype, fetch, str(path))
+    return Stored(shape, dtype, fetch, where)

@@ -192,7 +192,7 @@ def test_what_would_be_computed_otherwise_is_said(tmp_path, capsys, arguments, c
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == len(warnings)
     for line, warning in zip(lines, warnings, strict=True):
-        assert line.startswith("warning: ")
+        assert line.startswith("fastertransformer: ")
         assert warning in line
     assert (tmp_path / "out/1-gpu/config.ini").is_file()
 
@@ -411,9 +411,8 @@ def kill(written):
     if count == at:
         os.kill(os.getpid(), signal.SIGKILL)
 
-(read,) = [each for each in FORMATS if each.name == "deepspeed-gpt"]
-(write,) = [each for each in FORMATS if each.name == name]
-write.write(read.read([source], Options()), out, Options(gpus=2, progress=kill))
+model = FORMATS["deepspeed-gpt"].read([source], Options())
+FORMATS[name].write(model, out, Options(gpus=2, progress=kill))
 """
 
 

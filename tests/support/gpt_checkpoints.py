@@ -116,7 +116,8 @@ def edit(path, change):
     content = read_lazily(path)
     change(content)
     other = path.with_suffix(".new")
-    write_lazily(other, content)
+    with open(other, "wb") as file:
+        write_lazily(file, content)
     os.replace(other, path)
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from dmoe.checkpoint.model import Model
+from dmoe.checkpoint.stored import Stored, cast
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Options:
         vocab, merges: a tokenizer's files, to go beside the model.
         num_experts: E of a layer, where nothing in the files tells.
         family: of Hugging Face's models, as ``mixtral``; None finds it.
+        settings: fields of :class:`dmoe.MoEConfig` that the user knows, for all layers.
         overwrite: whether what exists is replaced.
         progress: told the bytes that have been written, tensor by tensor.
     """
@@ -34,20 +36,29 @@ class Options:
     merges: Path | None = None
     num_experts: int | None = None
     family: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
     overwrite: bool = False
     progress: Callable[[int], None] = lambda count: None
 
 
+def as_asked(stored: Stored, options: Options) -> Stored:
+    """A tensor in the dtype that the user wants floating-point numbers in."""
+    wide = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    return stored if options.dtype is None or stored.dtype not in wide else cast(stored, options.dtype)
+
+
 class Format(Protocol):
-    """A layout of files.
+    """A layout of files."""
 
-    Attributes:
-        name: on the command line.
-        about: what it is, in a few words.
-    """
+    @property
+    def name(self) -> str:
+        """On the command line."""
+        ...
 
-    name: str
-    about: str
+    @property
+    def about(self) -> str:
+        """What it is, in a few words."""
+        ...
 
     def fits(self, sources: Sequence[Path]) -> bool:
         """Whether files, or a folder, look like this layout: by names and by what is inside, without reading tensors.

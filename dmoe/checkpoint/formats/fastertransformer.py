@@ -186,3 +186,6 @@ def _slices(stored: Stored, part: Part) -> Iterator[Tensor]:
     step = max(1, _AT_A_TIME * rows // max(1, stored.nbytes)) if part.by_rows else rows
     for start in range(0, rows, step):
         yield stored.rows(start, min(rows, start + step))
+
+
+FASTERTRANSFORMER = FasterTransformer()

@@ -9,6 +9,7 @@ from dmoe.checkpoint.formats.gpt_names import Sizes, all_parts, moe_prefix
 from dmoe.checkpoint.model import Model
 from dmoe.checkpoint.stored import Stored
 from dmoe.config import MoEConfig
+from dmoe.config_json import config_to_json
 
 # The two layouts hold GPT-2's architecture and nothing else.
 _FIXED = {
@@ -179,14 +180,4 @@ def _moe_config(hidden: int, ffn: int, experts: int, top_k: int, activation: str
     if top_k > 1:
         given["gate_normalization"] = 1.0  # DeepSpeed's top-2 gate divides by the sum of both, its top-1 gate does not
     config = MoEConfig(**given)
-    return config, _as_json(config, given)
-
-
-def _as_json(config: MoEConfig, given: dict[str, Any]) -> dict[str, Any]:
-    """``dmoe.config_json.config_to_json(config)``; until that module is there, what was given."""
-    try:
-        from dmoe.config_json import config_to_json
-    except ImportError:
-        return dict(given)
-    made: dict[str, Any] = config_to_json(config)
-    return made
+    return config, config_to_json(config)

@@ -75,3 +75,6 @@ class MegatronDeepSpeed:
             ValueError: another architecture, or ranks that do not divide heads, F and V.
         """
         return write_checkpoint(model, target, options, self.name)
+
+
+MEGATRON_DEEPSPEED = MegatronDeepSpeed()

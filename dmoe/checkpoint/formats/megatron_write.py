@@ -89,13 +89,15 @@ def write_checkpoint(model: Model, target: Path, options: Options, layout: str) 
                 path = inner / plan.pattern.format(tp=rank, pp=stage)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 content = _state(model, plan, options, tensors, rank, stage, layers)
-                write_lazily(path, content, options.progress)
+                with open(path, "xb") as file:
+                    write_lazily(file, content, options.progress)
         for ordinal, layer in enumerate(sizes.experts):
             for expert, ranks in enumerate(plan.expert_ranks[ordinal]):
                 content = _expert(plan, tensors, layer, expert)
                 for rank in ranks:
                     path = inner / EXPERT.format(ordinal=ordinal, expert=expert, tp=rank)
-                    write_lazily(path, content, options.progress)
+                    with open(path, "xb") as file:
+                        write_lazily(file, content, options.progress)
     return [target]
 
 

@@ -1,0 +1,254 @@
+"""DeepSpeed's ``MoE``: a folder that ``save_checkpoint`` wrote, or a state dict of a rank.
+
+==================================================  ================================================================
+file in ``DIR``, or in ``DIR/TAG``                  what it holds
+==================================================  ================================================================
+``latest``                                          TAG
+``mp_rank_00_model_states.pt``                      under ``module`` everything but experts, by the model's names
+``layer_{n}_expert_{e}_mp_rank_00_model_states.pt`` expert e of the n-th MoE layer, by its names in the whole model
+``expert_{e}_mp_rank_00_model_states.pt``           the same of all layers (DeepSpeed's first versions)
+==================================================  ================================================================
+
+A layer ``X`` has ``X.deepspeed_moe.gate.wg.weight`` and ``X.deepspeed_moe.experts.deepspeed_experts.{e}.``, behind
+which the names are those of the user's own expert; ``X.mlp`` and ``X.coefficient`` beside them make it
+:class:`dmoe.ResidualMoE`, whose mixture is ``X.moe``. Layers of AutoEP have ``X.experts.w1.{e}``, ``w3``, ``w2``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dmoe.checkpoint.bank import from_dmoe
+from dmoe.checkpoint.files import in_rank_order
+from dmoe.checkpoint.formats.base import Options, as_asked
+from dmoe.checkpoint.formats.deepspeed_names import (
+    KEY,
+    KNOWN,
+    OF_EXPERT,
+    ExpertNames,
+    layout_again,
+    layout_for,
+    remember,
+)
+from dmoe.checkpoint.formats.megatron_deepspeed import MEGATRON_DEEPSPEED
+from dmoe.checkpoint.formats.rank_contents import Content, expanded
+from dmoe.checkpoint.formats.rank_files import RankFiles
+from dmoe.checkpoint.layers import Layout, is_gated, write_layer
+from dmoe.checkpoint.model import Model
+from dmoe.checkpoint.new_folder import new_folder
+from dmoe.checkpoint.stored import Stored
+from dmoe.checkpoint.torch_reader import read_lazily
+from dmoe.checkpoint.torch_writer import write_lazily
+from dmoe.presets import get
+
+DENSE = re.compile(r"mp_rank_(\d\d)_model_states\.pt")
+EXPERT = re.compile(r"(?:layer_(\d+)_)?expert_(\d+)_mp_rank_(\d\d)_model_states\.pt")
+
+
+def _config(beside: Mapping[str, Any], **facts: Any) -> Any:
+    """One expert, as DeepSpeed's default has it, and no capacity in evaluation."""
+    return get("deepspeed", **{"capacity_factor": None, "gated": False, **facts})
+
+
+class DeepSpeed:
+    """The :class:`Format`."""
+
+    name = "deepspeed"
+    about = "DeepSpeed's MoE: a folder of save_checkpoint, or a state dict"
+
+    def fits(self, sources: Sequence[Path]) -> bool:
+        """See :class:`Format`."""
+        try:
+            if MEGATRON_DEEPSPEED.fits(sources):
+                return False
+            if len(sources) == 1 and sources[0].is_dir() and (dense := _dense_files(folder_of(sources[0]))):
+                names = Content.of(dense[0]).tensors()
+                return any("deepspeed_moe.gate" in name for name in names) or bool(_expert_files(dense[0].parent))
+            files = [file for source in sources for file in expanded(source)]
+            return bool(files) and any(OF_EXPERT.fullmatch(name) for name in Content.of(files[0]).tensors())
+        except (OSError, ValueError):
+            return False
+
+    def read(self, sources: Sequence[Path], options: Options) -> Model:
+        """See :class:`Format`."""
+        if len(sources) == 1 and sources[0].is_dir() and _dense_files(folder_of(sources[0])):
+            return self._read_folder(sources[0], options)
+        files = [file for source in sources for file in expanded(source)]
+        files = [Path(file) for file in in_rank_order([str(file) for file in files])]
+        layout = layout_for(Content.of(files[0]).tensors(), str(files[0]))
+        model = self._of_ranks(layout).read(files, options)
+        return remember(model, layout, {"folder": False})
+
+    def _of_ranks(self, layout: Layout) -> RankFiles:
+        return RankFiles(self.name, self.about, (layout,), _config, nested="moe.")
+
+    def _read_folder(self, source: Path, options: Options) -> Model:
+        folder = folder_of(source)
+        dense = _dense_files(folder)
+        if len(dense) > 1:
+            raise ValueError(
+                f"{dense[1]}: expected one file of all that is no expert, got {len(dense)}: tensor parallelism cuts "
+                "the user's own modules, and only those of Megatron's GPT are known"
+            )
+        content = Content.of(dense[0])
+        key = next(iter(content.states))
+        tensors, old = dict(content.tensors()), False
+        for file, layer, expert in _expert_files(folder):
+            old = old or layer is None
+            for name, stored in _experts_of(file, layer, expert).items():
+                if name in tensors:
+                    raise ValueError(f"{file}: {name}: expected it in one file, got it in {tensors[name].where}, too")
+                tensors[name] = stored
+        layout = layout_for(tensors, str(folder))
+        _check_layers(folder, layout, tensors)
+        ordered = _in_order(tensors, layout)
+        model = self._of_ranks(layout).of_states([dense[0]], [ordered], content.beside, options)
+        model.beside = {"ranks": [content.beside], "values": {}}
+        about = {"folder": True, "old": old, "key": key, "tag": folder.name if folder != source else None}
+        return remember(model, layout, about)
+
+    def write(self, model: Model, target: Path, options: Options) -> list[Path]:
+        """See :class:`Format`."""
+        if model.gpt is not None:
+            return MEGATRON_DEEPSPEED.write(model, target, options)
+        again = model.origin if model.origin.get("layout") == self.name else {}
+        if again and not again["folder"] and target.suffix:
+            return self._of_ranks(layout_again(again)).write(model, target, options)
+        with new_folder(target, overwrite=options.overwrite, marker="latest") as folder:
+            self._write_folder(model, folder, again, options)
+        return [target]
+
+    def _write_folder(self, model: Model, folder: Path, again: Mapping[str, Any], options: Options) -> None:
+        tag = again.get("tag", "converted") if again else "converted"
+        inside = folder / tag if tag else folder
+        inside.mkdir(exist_ok=True)
+        state = {name: as_asked(t, options) for name, t in model.tensors.items() if model.layer_of(name) is None}
+        by_file: dict[str, dict[str, Stored]] = {}
+        for number, prefix in enumerate(model.layers):
+            where = f"deepspeed: {prefix.removesuffix('.') or 'the layer'}"
+            bank = from_dmoe(model.of_layer(prefix), where)
+            layout = (
+                layout_again(again)
+                if again
+                else (ExpertNames(("w1", "w3"), "w2") if is_gated(bank) else ExpertNames(*KNOWN[0])).layout()
+            )
+            theirs = model.without(prefix, "moe.")
+            for name, stored in write_layer(layout, bank, where).items():
+                found = KEY.match(name)
+                stored = as_asked(stored, options)
+                if found is None:
+                    state[theirs + name] = stored
+                    continue
+                expert = found["e"] or found["auto"]
+                file = f"expert_{expert}_mp_rank_00_model_states.pt"
+                file = file if again.get("old") else f"layer_{number}_{file}"
+                by_file.setdefault(file, {})[theirs + name] = stored
+        for file, tensors in by_file.items():
+            _save(inside / file, tensors, options)
+        beside = model.beside.get("ranks", [{}])[0] if again else {}
+        key = again.get("key") or "module"
+        dense = {
+            key: state,
+            **{name: value for name, value in beside.items() if name not in ("optimizer", "lr_scheduler")},
+        }
+        _save(inside / "mp_rank_00_model_states.pt", dense, options)
+        if tag:
+            (folder / "latest").write_text(tag, encoding="utf-8")
+
+
+def folder_of(source: Path) -> Path:
+    """The folder that ``latest`` names, or the given one."""
+    latest = source / "latest"
+    if not latest.is_file():
+        return source
+    tag = latest.read_text(encoding="utf-8", errors="replace").strip()
+    if not tag or Path(tag).name != tag or not (source / tag).is_dir():
+        raise ValueError(f"{latest}: expected the name of a folder beside it, got {tag!r:.80}")
+    return source / tag
+
+
+def _dense_files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if DENSE.fullmatch(file.name))
+
+
+def _expert_files(folder: Path) -> list[tuple[Path, int | None, int]]:
+    """Files of experts, with the layer and the expert that their names say, in order."""
+    found = []
+    for file in folder.iterdir():
+        if match := EXPERT.fullmatch(file.name):
+            found.append((file, None if match[1] is None else int(match[1]), int(match[2])))
+    return sorted(found, key=lambda each: (-1 if each[1] is None else each[1], each[2], each[0].name))
+
+
+def _experts_of(file: Path, layer: int | None, expert: int) -> dict[str, Stored]:
+    """The tensors of a file of one expert.
+
+    Raises:
+        ValueError: it holds something else than its name says.
+    """
+    content = read_lazily(file)
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{file}: expected an expert's state dict, got {type(content).__name__}")
+    tensors = {name: value for name, value in content.items() if isinstance(value, Stored)}
+    prefixes = set()
+    for name in tensors:
+        found = KEY.match(name)
+        if found is None or int(found["e"] or found["auto"]) != expert:
+            raise ValueError(f"{file}: expected tensors of expert {expert}, as its name says, got {name}")
+        prefixes.add(found["layer"])
+    if not tensors or (layer is not None and len(prefixes) > 1):
+        raise ValueError(f"{file}: expected tensors of one layer, got those of {len(prefixes)}")
+    return tensors
+
+
+def _check_layers(folder: Path, layout: Layout, tensors: Mapping[str, Stored]) -> None:
+    """Whether the files' numbers of layers are those of the layers, in the order of the model.
+
+    Raises:
+        ValueError: a file is missing, or holds another layer than its name says.
+    """
+    gates = [name for name in tensors if name.endswith("deepspeed_moe.gate.wg.weight")]
+    order = [name.removesuffix("deepspeed_moe.gate.wg.weight") for name in gates]
+    order = order or list(layout.find(tensors))
+    for file, layer, expert in _expert_files(folder):
+        for name in _experts_of(file, layer, expert):
+            match = KEY.match(name)
+            prefix = (match["layer"] or "") if match else ""
+            if layer is not None and (layer >= len(order) or order[layer] != prefix):
+                expected = order[layer] if layer < len(order) else f"one of {len(order)} layers"
+                raise ValueError(f"{file}: expected the layer {expected}, as its name says, got {name}")
+    for number, prefix in enumerate(order):
+        gate = tensors.get(f"{prefix}deepspeed_moe.gate.wg.weight")
+        for expert in range(gate.shape[0] if gate is not None else 0):
+            if not any(
+                name.startswith(f"{prefix}deepspeed_moe.experts.deepspeed_experts.{expert}.") for name in tensors
+            ):
+                raise FileNotFoundError(
+                    f"{folder}: expected layer_{number}_expert_{expert}_mp_rank_00_model_states.pt, with expert "
+                    f"{expert} of {prefix.removesuffix('.')}, got none"
+                )
+
+
+def _in_order(tensors: Mapping[str, Stored], layout: Layout) -> dict[str, Stored]:
+    """Experts behind their layer's gate rather than at the end."""
+    layers = layout.find(tensors)
+    ordered: dict[str, Stored] = {}
+    for name, stored in tensors.items():
+        ordered.setdefault(name, stored)
+        for prefix in layers:
+            if name.startswith(prefix) and "gate" in name:
+                ordered |= {
+                    each: value for each, value in tensors.items() if each.startswith(prefix) and KEY.match(each)
+                }
+    return ordered
+
+
+def _save(path: Path, content: Mapping[str, Any], options: Options) -> None:
+    with open(path, "xb") as file:
+        write_lazily(file, dict(content), options.progress)
+
+
+DEEPSPEED = DeepSpeed()

@@ -1,0 +1,167 @@
+"""dmoe's own files: tensors under dmoe's names, and beside them the config of every MoE layer.
+
+==================  ================================================================================================
+in a folder         what it is
+==================  ================================================================================================
+``dmoe.json``       ``{"format", "layers": {prefix: config}, "gpt", "origin"}``
+``model*``          the tensors, as ``safetensors``, in several files with an index where they are many
+``beside.pt``       what stood beside the model in the files that it comes from, if anything
+==================  ================================================================================================
+
+A target with the ending of a file becomes one of ``torch.save`` with the same: tensors under ``model``, the JSON under
+``dmoe``; with ``{rank}`` in its name, one for each rank with its own experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dmoe.checkpoint.formats.base import Options, as_asked
+from dmoe.checkpoint.formats.dmoe_layers import LAYOUT
+from dmoe.checkpoint.formats.rank_contents import Content, expanded
+from dmoe.checkpoint.formats.rank_files import RankFiles
+from dmoe.checkpoint.model import Model
+from dmoe.checkpoint.new_folder import new_folder
+from dmoe.checkpoint.torch_reader import read_lazily
+from dmoe.checkpoint.torch_writer import write_lazily
+from dmoe.config import MoEConfig
+from dmoe.config_json import config_from_json, config_to_json
+
+FORMAT = "dmoe checkpoint 1"
+FILE, BESIDE = "dmoe.json", "beside.pt"
+_ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
+_PLAIN = RankFiles("dmoe", "", (LAYOUT,), lambda beside, **facts: MoEConfig(**facts), container="model")
+_KEPT = ("optimizer", "optimizer_state", "last_optimizer_state")  # of other parameters: not kept
+
+
+class DmoeFiles:
+    """The :class:`Format`."""
+
+    name = "dmoe"
+    about = "dmoe's own: safetensors with dmoe.json beside, or files of torch.save"
+
+    def fits(self, sources: Sequence[Path]) -> bool:
+        """See :class:`Format`."""
+        try:
+            if len(sources) == 1 and sources[0].is_dir():
+                return (sources[0] / FILE).is_file() or _PLAIN.fits(sources)
+            files = [file for source in sources for file in expanded(source)]
+            content = Content.of(files[0])
+            return "dmoe" in content.beside or bool(LAYOUT.find(content.tensors()))
+        except (OSError, ValueError):
+            return False
+
+    def read(self, sources: Sequence[Path], options: Options) -> Model:
+        """See :class:`Format`."""
+        if len(sources) == 1 and (sources[0] / FILE).is_file():
+            return _read_folder(sources[0], options)
+        model = _PLAIN.read(sources, options)
+        of_ranks: list[dict[str, Any]] = model.beside.get("ranks", [{}])
+        if (told := of_ranks[0].get("dmoe")) is None:
+            return model
+        kept = of_ranks[0].get("beside", {})
+        found = _with(Model(model.tensors, {}), told, str(sources[0]), options)
+        found.beside = dict(kept) if isinstance(kept, Mapping) else {}
+        return found
+
+    def write(self, model: Model, target: Path, options: Options) -> list[Path]:
+        """See :class:`Format`."""
+        if target.suffix in _ENDINGS:
+            told: dict[str, Any] = {"dmoe": _json_of(model)}
+            if beside := _beside(model):
+                told["beside"] = beside
+            as_plain = Model(model.tensors, model.layers, origin={"layout": "dmoe", "containers": ["model"]})
+            as_plain.beside = {"ranks": [told], "values": {}}
+            return _PLAIN.write(as_plain, target, options)
+        if (options.ranks or 1) > 1:
+            raise ValueError(
+                f"{target}: expected a file with {{rank}} in its name, as part{{rank}}.pt, for several ranks"
+            )
+        from dmoe.checkpoint.hub_writer import write_json
+        from dmoe.checkpoint.shared_files import SharedFiles
+
+        tensors = {name: as_asked(stored, options) for name, stored in model.tensors.items()}
+        with new_folder(target, overwrite=options.overwrite, marker=FILE) as folder:
+            files = SharedFiles({name: stored.meta() for name, stored in tensors.items()})
+            files.create(folder)
+            with files.writer(folder) as writer:
+                for name, stored in tensors.items():
+                    writer.write(name, 0, stored.read())
+                    options.progress(stored.nbytes)
+            if beside := _beside(model):
+                with open(folder / BESIDE, "xb") as file:
+                    write_lazily(file, beside)
+            write_json(folder / FILE, _json_of(model))
+        return [target]
+
+
+def _beside(model: Model) -> dict[str, Any]:
+    """What stood beside, without states of optimizers, which do not fit."""
+    found = dict(model.beside)
+    if isinstance(found.get("ranks"), list):
+        found["ranks"] = [{key: value for key, value in each.items() if key not in _KEPT} for each in found["ranks"]]
+    return found if any(found.values()) else {}
+
+
+def _json_of(model: Model) -> dict[str, Any]:
+    layers = {prefix: None if config is None else config_to_json(config) for prefix, config in model.layers.items()}
+    return {"format": FORMAT, "layers": layers, "gpt": model.gpt, "origin": model.origin, "files": model.files}
+
+
+def _read_folder(folder: Path, options: Options) -> Model:
+    from dmoe.checkpoint.hub_folder import read_json, stored_tensors
+
+    model = _with(Model(stored_tensors(folder), {}), read_json(folder / FILE), str(folder / FILE), options)
+    if (folder / BESIDE).exists():
+        model.beside = dict(read_lazily(folder / BESIDE))
+    return model
+
+
+def _with(model: Model, told: Any, where: str, options: Options) -> Model:
+    """A model with what the JSON beside its tensors says.
+
+    Raises:
+        ValueError: it is of another format, or says what the tensors are not.
+    """
+    if not isinstance(told, Mapping) or told.get("format") != FORMAT:
+        raise ValueError(f"{where}: expected the format {FORMAT!r}, got {told.get('format') if told else told!r}")
+    layers, origin, files = told.get("layers"), told.get("origin") or {}, told.get("files") or {}
+    if not isinstance(layers, Mapping) or not isinstance(origin, Mapping) or not isinstance(files, Mapping):
+        raise ValueError(f"{where}: expected the configs of layers by their prefix, got {layers!r:.80}")
+    model.gpt, model.origin, model.files = told.get("gpt"), dict(origin), dict(files)
+    for prefix, values in layers.items():
+        if not any(name.startswith(prefix) for name in model.tensors):
+            raise ValueError(f"{where}: expected tensors of the layer {prefix.removesuffix('.')}, got none")
+        model.layers[prefix] = None
+        if values is not None:
+            model.set_config(prefix, _again(values, where), options.settings)
+    return model
+
+
+def _again(values: Any, where: str) -> Any:
+    """Builds the config that a file holds, which has to be the one of its tensors."""
+
+    def build(**facts: Any) -> MoEConfig:
+        try:
+            config = config_from_json(
+                {**values, **{k: v for k, v in facts.items() if k not in values and k == "top_k"}}
+            )
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        for name, value in facts.items():
+            if name != "router" and getattr(config, name) != value and not _says_the_same(name, config, value):
+                raise ValueError(
+                    f"{where}: {name}: expected {value!r}, as its tensors have it, got {getattr(config, name)!r}"
+                )
+        return config
+
+    return build
+
+
+def _says_the_same(name: str, config: MoEConfig, value: Any) -> bool:
+    return name == "ffn_hidden_size" and config.ffn_sizes == (value,) * config.num_experts
+
+
+DMOE = DmoeFiles()

@@ -1,0 +1,108 @@
+"""What is in the files of ranks: a state dict, maybe under a key, and what stands beside it; and which files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dmoe.checkpoint.stored import Stored
+from dmoe.checkpoint.torch_reader import read_lazily
+
+CHUNKS = re.compile(r"model\d+")  # of Megatron's virtual pipeline
+CONTAINERS = ("model", "module", "state_dict")
+
+
+@dataclass(frozen=True)
+class Content:
+    """What one rank's file holds.
+
+    Attributes:
+        states: the model's state dict by the key under which it lies; "" where the file is that dict.
+        beside: everything else at the top of the file.
+    """
+
+    states: dict[str, Mapping[str, Any]]
+    beside: dict[str, Any]
+
+    @classmethod
+    def of(cls, path: Path) -> Content:
+        """Of a file.
+
+        Raises:
+            OSError, ValueError: see :func:`read_lazily`; or a file without a state dict.
+        """
+        content = read_lazily(path)
+        if not isinstance(content, Mapping):
+            raise ValueError(f"{path}: expected a state dict, or a dict around one, got {type(content).__name__}")
+        keys = [key for key in content if key in CONTAINERS or (isinstance(key, str) and CHUNKS.fullmatch(key))]
+        keys = [key for key in keys if isinstance(content[key], Mapping)]
+        if not keys or any(isinstance(value, Stored) and "." in str(key) for key, value in content.items()):
+            return cls({"": content}, {})
+        chunks = [key for key in keys if CHUNKS.fullmatch(key)] or keys[:1]
+        return cls(
+            {key: content[key] for key in chunks},
+            {key: value for key, value in content.items() if key not in chunks},
+        )
+
+    def tensors(self) -> dict[str, Stored]:
+        """The model's tensors by name; of several chunks with their key and a slash before."""
+        return {
+            self.prefix(key) + name: value
+            for key, state in self.states.items()
+            for name, value in state.items()
+            if isinstance(value, Stored)
+        }
+
+    def prefix(self, key: str) -> str:
+        """Of names in one of the state dicts."""
+        return f"{key}/" if len(self.states) > 1 else ""
+
+
+def nested(
+    state: Mapping[str, Any], values: Mapping[str, Any], containers: Sequence[str], beside: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A file's content from a state dict, under the key or keys that it lay under."""
+    state = {**state, **values}
+    if len(containers) > 1:
+        chunks: dict[str, dict[str, Any]] = {key: {} for key in containers}
+        for name, value in state.items():
+            key, _, own = name.partition("/")
+            chunks[key][own] = value
+        return {**beside, **chunks}
+    return {**beside, containers[0]: dict(state)} if containers[0] else {**beside, **state}
+
+
+def values_of(content: Content) -> dict[str, Any]:
+    """What a state dict holds besides tensors."""
+    return {
+        content.prefix(key) + name: value
+        for key, state in content.states.items()
+        for name, value in state.items()
+        if not isinstance(value, Stored) and isinstance(name, str) and "_extra_state" not in name
+    }
+
+
+_RANK = re.compile(r"\{rank(?::0(\d+)d?)?\}")
+
+
+def filled(pattern: str, rank: int) -> str:
+    """A name with a rank's number for ``{rank}``, or ``{rank:02}``."""
+    return _RANK.sub(lambda match: f"{rank:0{match[1] or 1}}", pattern)
+
+
+def expanded(source: Path) -> list[Path]:
+    """The files that a name stands for: of all ranks where it has ``{rank}``, of a folder those of ``torch.save``."""
+    if _RANK.search(str(source)):
+        found: list[Path] = []
+        while (file := Path(filled(str(source), len(found)))).exists():
+            found.append(file)
+        if not found:
+            raise FileNotFoundError(f"{filled(str(source), 0)}: expected a file of rank 0, got none")
+        return found
+    if source.is_dir():
+        endings = (".pt", ".pth", ".bin", ".ckpt")
+        return sorted(file for file in source.iterdir() if file.suffix in endings or ".pth.rank" in file.name)
+    return [source]

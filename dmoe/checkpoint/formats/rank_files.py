@@ -1,0 +1,284 @@
+"""Systems whose checkpoint is a state dict in a file, or a file for each expert-parallel rank with its own experts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dmoe.checkpoint.bank import alike, from_dmoe, part_of_layer, to_dmoe, whole_layer
+from dmoe.checkpoint.files import in_rank_order
+from dmoe.checkpoint.formats.base import Options, as_asked
+from dmoe.checkpoint.formats.rank_contents import CONTAINERS, Content, expanded, filled, nested, values_of
+from dmoe.checkpoint.layers import Found, Layout, write_layer
+from dmoe.checkpoint.model import Model
+from dmoe.checkpoint.stored import Stored
+from dmoe.checkpoint.together import Written, finish_writing, name_of, write_together
+from dmoe.checkpoint.torch_writer import write_lazily
+from dmoe.config import MoEConfig
+
+_OPTIMIZERS = ("optimizer", "optimizer_state", "last_optimizer_state", "opt_param_scheduler", "lr_scheduler", "scaler")
+
+
+_SHARED = " of all ranks"  # a key that no file has
+
+
+@dataclass(frozen=True)
+class RankFiles:
+    """A :class:`Format` of files of ranks.
+
+    Attributes:
+        name, about: see :class:`Format`.
+        tables: of the names of its layers: they exclude each other.
+        config: ``config(beside, **facts)`` is its layer with what the tensors tell, and else with what the file says
+            beside the model, or the system's defaults.
+        shared_file: from a rank's file to the one that holds what all ranks have, if the system keeps that apart.
+        rank_file: from the target and a rank to the name of its file; None: the target has ``{rank}`` in it.
+        container: the key under which the state dict lies in its files; "" for none.
+        inside, not_inside: what the layers' prefixes must, and must not, contain; None for any.
+        nested: what is ours behind the prefix of a layer that has ``coefficient.weight``, as :class:`dmoe.ResidualMoE`
+            has: ``moe.``; empty where a system has no such layers.
+        constants: tensors that it keeps beside a layer's, by name behind its prefix, and how they follow from these.
+    """
+
+    name: str
+    about: str
+    tables: tuple[Layout, ...]
+    config: Callable[..., MoEConfig]
+    shared_file: Callable[[Path], Path | None] = lambda path: None
+    rank_file: Callable[[Path, int, int], Path] | None = None
+    container: str = ""
+    nested: str = ""
+    inside: re.Pattern[str] | None = None
+    not_inside: re.Pattern[str] | None = None
+    constants: Mapping[str, Callable[[Mapping[str, Stored]], Stored]] = field(default_factory=dict)
+
+    def fits(self, sources: Sequence[Path]) -> bool:
+        """See :class:`Format`."""
+        try:
+            files = self.files(sources)
+            return bool(files) and any(self._find(table, Content.of(files[0]).tensors()) for table in self.tables)
+        except (OSError, ValueError, TypeError):
+            return False
+
+    def _find(self, table: Layout, state: Mapping[str, Stored]) -> dict[str, Found]:
+        """Its layers in a state dict, by prefix."""
+        return {
+            prefix: found
+            for prefix, found in table.find(state).items()
+            if (self.inside is None or self.inside.search(prefix))
+            and not (self.not_inside is not None and self.not_inside.search(prefix))
+        }
+
+    def files(self, sources: Sequence[Path]) -> list[Path]:
+        """Every rank's file, in order, from what the user names; without the one that all share."""
+        found = [file for source in sources for file in expanded(source)]
+        if len(found) == 1 and self.rank_file is not None and not found[0].exists():
+            first = self.rank_file(found[0], 0, 2)
+            found = expanded(Path(str(first).replace("0", "{rank}", 1))) if first.exists() else found
+        shared = {self.shared_file(file) for file in found}
+        return [Path(file) for file in in_rank_order([str(file) for file in found if file not in shared])]
+
+    def read(self, sources: Sequence[Path], options: Options) -> Model:
+        """See :class:`Format`."""
+        files = self.files(sources)
+        if not files:
+            raise FileNotFoundError(f"{', '.join(map(str, sources))}: expected files of ranks, got none")
+        for folder in {file.parent for file in files}:
+            finish_writing(folder)
+        contents = [self._content(file) for file in files]
+        states = [content.tensors() for content in contents]
+        model = self.of_states(files, states, contents[0].beside, options)
+        model.origin["containers"] = list(contents[0].states)
+        model.beside = {"ranks": [content.beside for content in contents], "values": values_of(contents[0])}
+        return model
+
+    def of_states(
+        self,
+        files: Sequence[Path],
+        states: Sequence[Mapping[str, Stored]],
+        beside: Mapping[str, Any],
+        options: Options,
+    ) -> Model:
+        """The model of the tensors of each rank.
+
+        Args:
+            files: of the ranks, for messages.
+            states: tensors by name.
+            beside: what else stands in the first file.
+            options: of the user.
+
+        Raises:
+            ValueError: layers that are not whole, or ranks that do not belong together.
+        """
+        table, layers = self._layers(files, states)
+        model = Model({}, {}, origin={"layout": self.name, "table": table.name, "ranks": len(files)})
+        model.origin["constants"] = all(prefix + name in states[0] for prefix in layers[0] for name in self.constants)
+        owners = [{name: prefix for prefix, found in of.items() for name in self._names(found)} for of in layers]
+        for name in states[0]:
+            prefix = owners[0].get(name)
+            if prefix is None:
+                if table.left_out is None or not re.search(table.left_out, name):
+                    model.tensors[name] = self._on_all_ranks(name, files, states)
+                continue
+            ours = prefix + (self.nested if f"{prefix}coefficient.weight" in states[0] else "")
+            if ours not in model.layers:
+                layer = self._layer(table, prefix, files, states, layers, options)
+                model.layers[ours] = None
+                model.tensors |= {ours + each: stored for each, stored in layer.items()}
+        for file, state, owned in zip(files, states, owners, strict=True):
+            if more := [name for name in state if name not in states[0] and name not in owned]:
+                raise ValueError(f"{file}: {more[0]}: expected tensors that {files[0]} has as well, got this one")
+        for prefix in model.layers:
+            model.set_config(prefix, partial(self.config, beside), options.settings)
+        return model
+
+    def _content(self, file: Path) -> Content:
+        """A rank's file, with what all share; ``shared`` of its ``beside`` is what stands beside that."""
+        content, shared = Content.of(file), self.shared_file(file)
+        if shared is None:
+            return content
+        if not shared.exists():
+            raise FileNotFoundError(f"{shared}: expected this file beside {file.name}, got none")
+        rest = Content.of(shared)
+        for key, state in rest.states.items():
+            content.states[key] = {**state, **content.states.get(key, {})}
+        return Content(content.states, {**content.beside, _SHARED: rest.beside})
+
+    def _layers(
+        self, files: Sequence[Path], states: Sequence[Mapping[str, Stored]]
+    ) -> tuple[Layout, list[dict[str, Found]]]:
+        found = [table for table in self.tables if self._find(table, states[0])]
+        if not found:
+            raise ValueError(f"{files[0]}: expected MoE layers of {self.name}, got none")
+        # Of tables that differ in little, the one that knows all names; else the first, which says what it lacks.
+        whole = [t for t in found if not any(each.unknown(states[0]) for each in self._find(t, states[0]).values())]
+        table = (whole or found)[0]
+        layers = [self._find(table, state) for state in states]
+        for file, of_rank in zip(files, layers, strict=True):
+            if list(of_rank) != list(layers[0]):
+                odd = sorted(set(of_rank) ^ set(layers[0]))
+                raise ValueError(f"{file}: expected the MoE layers of {files[0]}, got other ones: {', '.join(odd)}")
+        return table, layers
+
+    def _layer(
+        self,
+        table: Layout,
+        prefix: str,
+        files: Sequence[Path],
+        states: Sequence[Mapping[str, Stored]],
+        layers: Sequence[Mapping[str, Found]],
+        options: Options,
+    ) -> dict[str, Stored]:
+        """One layer under dmoe's names, from all ranks."""
+        where = prefix.removesuffix(".") or "the layer"
+        ranks = len(files)
+        total = options.num_experts or layers[0][prefix].routed(states[0])
+        local = layers[0][prefix].num_experts()
+        if total is None and local is not None:
+            total = local * ranks
+        here = None if total is None else max(1, total // ranks)
+        parts = []
+        for file, state, found in zip(files, states, layers, strict=True):
+            bank, _ = found[prefix].read(state, here, f"{file}: {where}")
+            parts.append(to_dmoe(bank, f"{file}: {where}", sliced=table.bias_sliced))
+        total = total or parts[0]["experts.down_proj"].shape[0] * ranks
+        return whole_layer(parts, table, total, f"{files[0]}: {where}")
+
+    def _names(self, found: Found) -> set[str]:
+        return {name for of_row in found.names.values() for name in of_row.values()} | {
+            found.prefix + name for name in self.constants
+        }
+
+    def _on_all_ranks(self, name: str, files: Sequence[Path], states: Sequence[Mapping[str, Stored]]) -> Stored:
+        for file, state in zip(files, states, strict=True):
+            if name not in state:
+                raise ValueError(f"{file}: expected {name}, which {files[0]} has, got none")
+        return alike([state[name] for state in states], name)
+
+    def write(self, model: Model, target: Path, options: Options) -> list[Path]:
+        """See :class:`Format`."""
+        again = model.origin if model.origin.get("layout") == self.name else {}
+        ranks = options.ranks or (1 if options.ranks is None and "{rank" not in str(target) else again.get("ranks", 1))
+        table = next((each for each in self.tables if each.name == again.get("table")), None)
+        files = [self._file(target, rank, ranks) for rank in range(ranks)]
+        contents = {file: self._of_rank(model, table, rank, ranks, again, options) for rank, file in enumerate(files)}
+        shared = self.shared_file(files[0]) if ranks > 1 else None
+        rest = [content.pop(_SHARED, {}) for content in contents.values()][0]
+        if shared is not None:
+            contents[shared] = {**rest, **_divide(contents, files)}
+        elif rest:
+            contents = {file: {**rest, **content} for file, content in contents.items()}
+        written = {
+            file: Written(partial(write_lazily, content=content, progress=options.progress))
+            for file, content in contents.items()
+        }
+        write_together(name_of(target), written, overwrite=options.overwrite)
+        return list(contents)
+
+    def _file(self, target: Path, rank: int, ranks: int) -> Path:
+        if self.rank_file is not None and ranks > 1 and "{rank" not in str(target):
+            return self.rank_file(target, rank, ranks)
+        if ranks > 1 and "{rank" not in str(target):
+            raise ValueError(f"{target}: expected a name with {{rank}} in it for {ranks} files")
+        return Path(filled(str(target), rank))
+
+    def _of_rank(
+        self, model: Model, table: Layout | None, rank: int, ranks: int, again: Mapping[str, Any], options: Options
+    ) -> dict[str, Any]:
+        state: dict[str, Any] = {}
+        done: set[str] = set()
+        for name, stored in model.tensors.items():
+            prefix = model.layer_of(name)
+            if prefix is None:
+                state[name] = as_asked(stored, options)
+            elif prefix not in done:
+                done.add(prefix)
+                where = f"{self.name}: {prefix.removesuffix('.') or 'the layer'}"
+                part = part_of_layer(model.of_layer(prefix), table or self.tables[0], rank, ranks, where)
+                bank = from_dmoe(part, where, sliced=True)
+                chosen = table or self._table_for(bank, where)
+                its = {each: as_asked(value, options) for each, value in write_layer(chosen, bank, where).items()}
+                if not again or again.get("constants", True):
+                    its |= {each: made(model.of_layer(prefix)) for each, made in self.constants.items()}
+                theirs = model.without(prefix, self.nested)
+                state |= {theirs + each: value for each, value in its.items()}
+        values = model.beside.get("values", {}) if again else {}
+        return nested(state, values, again.get("containers", [self.container]), self._beside(model, rank, ranks, again))
+
+    def _table_for(self, bank: Mapping[str, Stored], where: str) -> Layout:
+        """The first table that has a place for everything."""
+        for table in self.tables[:-1]:
+            try:
+                write_layer(table, dict(bank), where)
+            except ValueError:
+                continue
+            return table
+        return self.tables[-1]
+
+    def _beside(self, model: Model, rank: int, ranks: int, again: Mapping[str, Any]) -> dict[str, Any]:
+        """What stood beside the model in that rank's file, or the first one's; an optimizer's state does not fit."""
+        if not again:
+            return {}
+        of_ranks = model.beside.get("ranks", [{}])
+        kept = of_ranks[rank] if len(of_ranks) == ranks else of_ranks[0]
+        if any(name in kept and kept[name] is not None for name in _OPTIMIZERS):
+            model.note(f"{self.name}: written without the optimizer's state, which does not fit the converted model")
+        return {key: value for key, value in kept.items() if key not in _OPTIMIZERS}
+
+
+def _divide(contents: dict[Path, dict[str, Any]], files: Sequence[Path]) -> dict[str, Any]:
+    """Take what all ranks have out of their files; returns it as the content of one of its own."""
+    whole = contents[files[0]]
+    key = next((key for key in CONTAINERS if isinstance(whole.get(key), dict)), "")
+    states = [contents[file][key] if key else contents[file] for file in files]
+    of_experts = [{name for name in state if ".experts." in f".{name}"} for state in states]
+    rest = {name: value for name, value in states[0].items() if name not in of_experts[0]}
+    shared = {key: rest} if key else rest
+    for file, state, names in zip(files, states, of_experts, strict=True):
+        mine = {name: value for name, value in state.items() if name in names}
+        contents[file] = {**contents[file], key: mine} if key else mine
+    return shared
