@@ -6,6 +6,7 @@ import argparse
 import os
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from dmoe.checkpoint.stand_ins import StandIn, stand_ins
 from dmoe.checkpoint.stored import Stored, held, in_one_piece
 from dmoe.checkpoint.tree import children, is_list, rebuilt
 
+_UNREADABLE = re.compile(r"WeightsUnpickler error:\s*(\S[^\n]*)")
 _UNSUPPORTED = re.compile(r"Unsupported (?:global|class): GLOBAL (\S+)")
 
 
@@ -59,6 +61,8 @@ def _reason(error: Exception) -> str:
             f"expected tensors, plain data and objects of known frameworks, got {refused[1]}: nothing of the file was "
             "executed"
         )
+    if (why := _UNREADABLE.search(str(error))) is not None:  # not the advice around it, to load the file unsafely
+        return f"expected a whole file of torch.save, got: {why[1]}"
     return f"expected a whole file of torch.save, got: {(str(error).splitlines() or [type(error).__name__])[0]}"
 
 
@@ -77,7 +81,8 @@ def _read_old(path: Path, known: tuple[Any, ...]) -> Any:
     names: list[str] = []
     while True:
         try:
-            with safe_globals([*known, *stand_ins(names)]):
+            with warnings.catch_warnings(), safe_globals([*known, *stand_ins(names)]):
+                warnings.simplefilter("ignore")  # of the pickle's protocol: what cannot be read is an error
                 return torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             refused = _UNSUPPORTED.search(str(error))

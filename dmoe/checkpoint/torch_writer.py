@@ -32,19 +32,42 @@ def write_lazily(file: BinaryIO, content: Any, progress: Callable[[int], None] =
     """
     pickler = _Pickler(buffer := io.BytesIO())
     pickler.dump(content)
-    archive: Any = torch._C.PyTorchFileWriter(file)
-    _record(archive, "data.pkl", buffer.getvalue())
-    _record(archive, "byteorder", b"little")
-    for number, stored in enumerate(pickler.tensors):
-        tensor = stored.read().contiguous()
-        alone = tensor if tensor.untyped_storage().nbytes() == stored.nbytes else tensor.clone()
-        archive.write_record(f"data/{number}", alone.untyped_storage(), stored.nbytes)
-        progress(stored.nbytes)
-    archive.write_end_of_file()
+    sink = _Sink(file)
+    archive: Any = torch._C.PyTorchFileWriter(sink)  # type: ignore[call-overload]
+    try:
+        for name, record in (("data.pkl", buffer.getvalue()), ("byteorder", b"little")):
+            archive.write_record(name, record, len(record))
+        for number, stored in enumerate(pickler.tensors):
+            tensor = stored.read().contiguous()
+            alone = tensor if tensor.untyped_storage().nbytes() == stored.nbytes else tensor.clone()
+            archive.write_record(f"data/{number}", alone.untyped_storage(), stored.nbytes)
+            sink.check()
+            progress(stored.nbytes)
+        archive.write_end_of_file()
+        sink.check()
+    except BaseException as error:
+        sink.error = sink.error or error
+        raise
 
 
-def _record(archive: Any, name: str, content: bytes) -> None:
-    archive.write_record(name, content, len(content))
+class _Sink:
+    """A file whose errors wait: the archive ends itself when it goes, and an error there would end the process."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.error: BaseException | None = None
+
+    def write(self, content: Any) -> int:
+        if self.error is None:
+            try:
+                self.file.write(content)
+            except BaseException as error:  # raised by check
+                self.error = error
+        return len(content)
+
+    def check(self) -> None:
+        if self.error is not None:
+            raise self.error
 
 
 class _Storage:

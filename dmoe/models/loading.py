@@ -40,9 +40,16 @@ def load_with_extras(
     device: torch.device | str | None = None,
 ) -> tuple[MoEGPT, dict[str, Any]]:
     """:func:`load`, and what else stands in the folder: ``end_id``, and the paths ``vocab`` and ``merges``."""
-    reader: Any = checkpoint
-    config, tensors, extras = reader.read_model(path)
-    return build(MoEGPTConfig.from_json(config), tensors, dtype=dtype, device=device), extras
+    found = checkpoint.read_model(path)
+    if found.gpt is None:
+        raise ValueError(
+            f"{path}: expected a GPT, as in Megatron-DeepSpeed's and FasterTransformer's folders, got a checkpoint in the "
+            f"layout {found.origin.get('layout')} that says nothing of a model around its MoE layers"
+        )
+    extras: dict[str, Any] = dict(found.files)
+    if isinstance(found.origin.get("end_id"), int):
+        extras["end_id"] = found.origin["end_id"]
+    return build(MoEGPTConfig.from_json(found.gpt), found.tensors, dtype=dtype, device=device), extras
 
 
 def build(

@@ -1,10 +1,12 @@
 """Runs an exporter on every entry of ft_hashes.json and compares what it wrote, byte by byte.
 
-    python ft_verify.py ft_hashes.json 'python -m dmoe.checkpoint convert {in} {out} --to fastertransformer --gpus {gpus} --dtype {dtype}' \
+    python ft_verify.py ft_hashes.json \
+        'python -m dmoe.checkpoint convert {in} {out} --to fastertransformer --gpus {gpus} --dtype {dtype}' \
         --vocab ' --vocab {vocab} --merges {merges}'
 
-{in} is a checkpoint that make_deepspeed_ckpt.py wrote, {out} a folder that does not exist; in {out}/{gpus}-gpu must then be exactly
-NVIDIA's files. Where an entry says "dmoe": "refuse", the command must fail and leave no folder. --only N,N,... picks entries.
+{in} is a checkpoint that make_deepspeed_ckpt.py wrote, {out} a folder that does not exist; in {out}/{gpus}-gpu must
+then be exactly NVIDIA's files. Where an entry says "dmoe": "refuse", the command must fail and leave no folder.
+--only N,N,... picks entries.
 """
 
 from __future__ import annotations
@@ -82,7 +84,8 @@ def main() -> int:
                 problems = compare(made, want)
             bad += bool(problems)
             print(
-                f"{number:3} {'ok ' if not problems else 'BAD'} {entry['note'][:70]}, {entry['gpus']} GPUs, {entry['weight_data_type']}",
+                f"{number:3} {'ok ' if not problems else 'BAD'} {entry['note'][:70]}, {entry['gpus']} GPUs, "
+                f"{entry['weight_data_type']}",
                 *problems[:4],
                 sep="\n        " if problems else " ",
             )

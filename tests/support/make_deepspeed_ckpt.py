@@ -1,10 +1,10 @@
-"""Write a tiny synthetic checkpoint in the layout of Megatron-DeepSpeed MoE (ModelScope's GPT-MoE), the same everywhere.
+"""Write a tiny synthetic checkpoint in the layout of Megatron-DeepSpeed MoE (ModelScope's GPT-MoE), always the same.
 
     python make_deepspeed_ckpt.py OUT --layers 4 --experts 4 --train-tp 2 --dtype fp16 --seed 1
 
-Values depend on nothing but --seed, the sizes and the tensor's global name: SHA-256 of "seed/name" seeds PCG64, whose raw
-64-bit words become 21-bit integers and those, by powers of two, exact floats. No random float code and no torch RNG take
-part. A checkpoint with --train-tp 2 holds the same model as one with --train-tp 1.
+Values depend on nothing but --seed, the sizes and the tensor's global name: SHA-256 of "seed/name" seeds PCG64, whose
+raw 64-bit words become 21-bit integers and those, by powers of two, exact floats. No random float code and no torch RNG
+take part. A checkpoint with --train-tp 2 holds the same model as one with --train-tp 1.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def mlp(put, prefix: str, h: int, f: int) -> None:
 
 
 def shard(name: str, value: np.ndarray, rank: int, ranks: int) -> np.ndarray:
-    """Megatron's tensor parallelism: rows of column-parallel linears and of the vocabulary, columns of row-parallel ones."""
+    """Megatron's tensor parallelism: rows of column-parallel linears and vocabulary, columns of row-parallel ones."""
     rows = (
         "word_embeddings.weight",
         "query_key_value.weight",

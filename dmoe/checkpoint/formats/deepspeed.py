@@ -34,6 +34,7 @@ from dmoe.checkpoint.formats.deepspeed_names import (
     layout_for,
     remember,
 )
+from dmoe.checkpoint.formats.megatron_deepspeed import MEGATRON_DEEPSPEED
 from dmoe.checkpoint.formats.rank_contents import Content, expanded
 from dmoe.checkpoint.formats.rank_files import RankFiles
 from dmoe.checkpoint.layers import Layout, is_gated, write_layer
@@ -63,6 +64,8 @@ class DeepSpeed:
     def fits(self, sources: Sequence[Path]) -> bool:
         """See :class:`Format`."""
         try:
+            if MEGATRON_DEEPSPEED.fits(sources):
+                return False
             if len(sources) == 1 and sources[0].is_dir() and (dense := _dense_files(folder_of(sources[0]))):
                 names = Content.of(dense[0]).tensors()
                 return any("deepspeed_moe.gate" in name for name in names) or bool(_expert_files(dense[0].parent))
@@ -109,6 +112,8 @@ class DeepSpeed:
 
     def write(self, model: Model, target: Path, options: Options) -> list[Path]:
         """See :class:`Format`."""
+        if model.gpt is not None:
+            return MEGATRON_DEEPSPEED.write(model, target, options)
         again = model.origin if model.origin.get("layout") == self.name else {}
         if again and not again["folder"] and target.suffix:
             return self._of_ranks(layout_again(again)).write(model, target, options)
