@@ -43,8 +43,8 @@ def load_with_extras(
     found = checkpoint.read_model(path)
     if found.gpt is None:
         raise ValueError(
-            f"{path}: expected a GPT, as in Megatron-DeepSpeed's and FasterTransformer's folders, got a checkpoint in the "
-            f"layout {found.origin.get('layout')} that says nothing of a model around its MoE layers"
+            f"{path}: expected a GPT, as in Megatron-DeepSpeed's and FasterTransformer's folders, got a checkpoint of "
+            f"{found.origin.get('layout')} that says nothing of a model around its MoE layers"
         )
     extras: dict[str, Any] = dict(found.files)
     if isinstance(found.origin.get("end_id"), int):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpt_cases import FORWARD, reference_model, small_model
+from gpt_cases import FORWARD, found_in_files, reference_model, small_model
 from patience import PATIENCE
 
 import dmoe
@@ -30,9 +30,9 @@ def model(monkeypatch):
     def read_model(path):
         if str(path) != "MODEL":
             raise FileNotFoundError(2, "No such file or directory", str(path))
-        return made.config.to_json(), dict(made.state_dict()), made.extras
+        return found_in_files(made, made.extras)
 
-    monkeypatch.setattr(dmoe.checkpoint, "read_model", read_model, raising=False)
+    monkeypatch.setattr(dmoe.checkpoint, "read_model", read_model)
     return made
 
 
@@ -185,8 +185,8 @@ def test_a_vocabulary_that_is_none_and_a_package_that_is_missing(model, bpe, cap
 def test_the_recorded_continuations(monkeypatch, capsys):
     case = FORWARD[0]
     made = reference_model(case, torch.float32)
-    found = (made.config.to_json(), dict(made.state_dict()), {})
-    monkeypatch.setattr(dmoe.checkpoint, "read_model", lambda path: found, raising=False)
+    found = found_in_files(made)
+    monkeypatch.setattr(dmoe.checkpoint, "read_model", lambda path: found)
     prompts = [flag for prompt in case["prompts"] for flag in ("--ids", ",".join(map(str, prompt)))]
     for wanted in case["generate"]:
         how = {n: v for n, v in wanted.items() if n not in ("ids", "lengths") and "margin" not in n}

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from gpt_cases import FORWARD, reference_model, small_config, small_model
+from gpt_cases import FORWARD, found_in_files, reference_model, small_config, small_model
 
 import dmoe
 from dmoe import MoEConfig, models
@@ -40,8 +40,8 @@ def stored(monkeypatch):
     def store(model, extras=None):
         reads = []
         tensors = {name: Stored(name, tensor, reads) for name, tensor in model.state_dict().items()}
-        found = (model.config.to_json(), tensors, extras or {})
-        monkeypatch.setattr(dmoe.checkpoint, "read_model", lambda path: found, raising=False)
+        found = found_in_files(model, extras, tensors)
+        monkeypatch.setattr(dmoe.checkpoint, "read_model", lambda path: found)
         return SimpleNamespace(reads=reads, tensors=tensors)
 
     return store

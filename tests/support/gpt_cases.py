@@ -10,6 +10,7 @@ import make_deepspeed_ckpt
 import torch
 
 from dmoe import MoEConfig
+from dmoe.checkpoint.model import Model
 from dmoe.models import MoEGPT, MoEGPTConfig, build
 
 FORWARD = json.loads(Path(__file__).with_name("ft_forward.json").read_text())["cases"]
@@ -138,3 +139,11 @@ def continued(model, prompt, *, output_len, end_id=-1, pick=None, **how):
         if ids[-1] == end_id:
             break
     return ids, logits_of_steps
+
+
+def found_in_files(model, extras=None, tensors=None):
+    """What reading a checkpoint of a model gives; ``extras`` are its end id and its tokenizer's files."""
+    files = dict(extras or {})
+    origin = {"end_id": files.pop("end_id")} if "end_id" in files else {}
+    given = dict(model.state_dict()) if tensors is None else tensors
+    return Model(given, {}, gpt=model.config.to_json(), origin=origin, files=files)

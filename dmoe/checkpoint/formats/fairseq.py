@@ -63,6 +63,6 @@ FAIRSEQ = RankFiles(
     (BRANCH,),
     _config,
     shared_file=_shared_file,
-    rank_file=lambda target, rank, ranks: target.with_name(f"{target.name.removesuffix('.pt')}-rank-{rank}.pt"),
+    rank_file=lambda target, rank: target.with_name(f"{target.name.removesuffix('.pt')}-rank-{rank}.pt"),
     container="model",
 )

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dmoe.checkpoint.bank import floating, to_dmoe
-from dmoe.checkpoint.formats.base import Options
+from dmoe.checkpoint.bank import to_dmoe
+from dmoe.checkpoint.formats.base import Options, as_asked
 from dmoe.checkpoint.formats.hf_config import Said, notes_on
 from dmoe.checkpoint.formats.hf_families import FAMILIES, by_config, by_names, named
 from dmoe.checkpoint.formats.hf_files import CONFIG, model_file, open_files, read_config
@@ -28,7 +28,7 @@ from dmoe.checkpoint.formats.hf_layers import (
 from dmoe.checkpoint.formats.hf_packed import unpacked
 from dmoe.checkpoint.model import Model
 from dmoe.checkpoint.new_folder import new_folder
-from dmoe.checkpoint.stored import Stored, cast
+from dmoe.checkpoint.stored import Stored
 from dmoe.config import MoEConfig
 
 
@@ -116,9 +116,7 @@ class HuggingFace:
         family = named(name)
         same = origin.get("family") == family.name
         tensors = renamed_to(model, family, origin.get("form") if same else None, str(target))
-        if options.dtype is not None:
-            wanted = options.dtype
-            tensors = {name: cast(each, wanted) if floating(each) else each for name, each in tensors.items()}
+        tensors = {name: as_asked(each, options) for name, each in tensors.items()}
         limit = (origin.get("max_shard_bytes") if same else None) or MAX_SHARD_BYTES
         files = SharedFiles({name: tensor.meta() for name, tensor in tensors.items()}, limit)
         config = origin.get("config") if same else None

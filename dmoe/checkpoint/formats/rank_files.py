@@ -49,7 +49,7 @@ class RankFiles:
     tables: tuple[Layout, ...]
     config: Callable[..., MoEConfig]
     shared_file: Callable[[Path], Path | None] = lambda path: None
-    rank_file: Callable[[Path, int, int], Path] | None = None
+    rank_file: Callable[[Path, int | str], Path] | None = None
     container: str = ""
     nested: str = ""
     inside: re.Pattern[str] | None = None
@@ -77,8 +77,8 @@ class RankFiles:
         """Every rank's file, in order, from what the user names; without the one that all share."""
         found = [file for source in sources for file in expanded(source)]
         if len(found) == 1 and self.rank_file is not None and not found[0].exists():
-            first = self.rank_file(found[0], 0, 2)
-            found = expanded(Path(str(first).replace("0", "{rank}", 1))) if first.exists() else found
+            pattern = self.rank_file(found[0], "{rank}")
+            found = expanded(pattern) if Path(filled(str(pattern), 0)).exists() else found
         shared = {self.shared_file(file) for file in found}
         return [Path(file) for file in in_rank_order([str(file) for file in found if file not in shared])]
 
@@ -232,7 +232,7 @@ class RankFiles:
 
     def _file(self, target: Path, rank: int, ranks: int) -> Path:
         if self.rank_file is not None and ranks > 1 and "{rank" not in str(target):
-            return self.rank_file(target, rank, ranks)
+            return self.rank_file(target, rank)
         if ranks > 1 and "{rank" not in str(target):
             raise ValueError(f"{target}: expected a name with {{rank}} in it for {ranks} files")
         return Path(filled(str(target), rank))

@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dmoe.checkpoint.bank import floating, from_dmoe, to_dmoe
-from dmoe.checkpoint.formats.base import Options
+from dmoe.checkpoint.bank import from_dmoe, to_dmoe
+from dmoe.checkpoint.formats.base import Options, as_asked
 from dmoe.checkpoint.formats.npz import read_npz, write_npz
 from dmoe.checkpoint.layers import TRANSPOSED, TURNED, Bank, Layout, Row, check_bank, is_gated, write_layer
 from dmoe.checkpoint.model import Model
-from dmoe.checkpoint.stored import Stored, cast
+from dmoe.checkpoint.stored import Stored
 from dmoe.config import MoEConfig
 from dmoe.presets.vision import vmoe
 
@@ -114,9 +114,7 @@ class VisionMoE:
             if twice := written.keys() & made.keys():
                 raise ValueError(f"{target}: {min(twice)}: expected one array of this name, got two")
             written |= made
-        if options.dtype is not None:
-            wanted = options.dtype
-            written = {name: cast(each, wanted) if floating(each) else each for name, each in written.items()}
+        written = {name: as_asked(each, options) for name, each in written.items()}
         write_npz(Path(target), written, overwrite=options.overwrite, progress=options.progress)
         return [Path(target)]
 
