@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dmoe import checkpoint, dense_copies, functional, losses, metrics, ops, parallel, presets, routing
+from dmoe import checkpoint, dense_copies, functional, losses, metrics, models, ops, parallel, presets, routing
 from dmoe.activations import ClampedSwiGLU, SoftcappedSwiGLU
 from dmoe.adapters import Adapters, LowRank
 from dmoe.config import MoEConfig
+from dmoe.config_json import config_from_json, config_to_json
 from dmoe.expert_weights import ExpertWeights
 from dmoe.functional import run_experts
 from dmoe.info import info
@@ -38,6 +39,8 @@ __all__ = [
     "SoftcappedSwiGLU",
     "aux_loss",
     "checkpoint",
+    "config_from_json",
+    "config_to_json",
     "dense_copies",
     "device_tile_rows",
     "functional",
@@ -45,6 +48,7 @@ __all__ = [
     "is_expert_param",
     "losses",
     "metrics",
+    "models",
     "moe_layers",
     "ops",
     "parallel",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -16,6 +17,7 @@ from dmoe.checkpoint.formats.known import FORMATS, find_format
 from dmoe.checkpoint.model import Model
 from dmoe.checkpoint.stored import total_bytes
 
+_Path: TypeAlias = str | os.PathLike[str]
 DTYPES = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
@@ -60,9 +62,7 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_model(
-    sources: str | Path | Sequence[str | Path], *, layout: str | None = None, options: Options | None = None
-) -> Model:
+def read_model(sources: _Path | Sequence[_Path], *, layout: str | None = None, options: Options | None = None) -> Model:
     """The model in a checkpoint of any layout; its tensors stay in the files until they are read.
 
     Args:
@@ -74,13 +74,13 @@ def read_model(
         OSError: a file is missing, or cannot be read.
         ValueError: files in no layout, or damaged ones; the message names the file.
     """
-    paths = [Path(sources)] if isinstance(sources, str | Path) else [Path(each) for each in sources]
+    paths = [Path(sources)] if isinstance(sources, str | os.PathLike) else [Path(each) for each in sources]
     return find_format(paths, layout).read(paths, options or Options())
 
 
 def convert(
-    sources: str | Path | Sequence[str | Path],
-    target: str | Path,
+    sources: _Path | Sequence[_Path],
+    target: _Path,
     to: str,
     *,
     layout: str | None = None,

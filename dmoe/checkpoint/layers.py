@@ -80,6 +80,11 @@ def _halves(ours: Stored, _: Sizes) -> list[Stored]:
 
 SAME = Map(lambda parts, _: parts[0], lambda ours, _: [ours])
 TRANSPOSED = by_rows(lambda theirs: theirs.mT, lambda ours: ours.mT)
+# a matrix of no expert, (H, E) beside (E, H): a row of one needs all rows of the other
+TURNED = Map(
+    lambda parts, _: mapped(parts, lambda tensors: tensors[0].mT),
+    lambda ours, _: [mapped([ours], lambda tensors: tensors[0].mT)],
+)
 # (E Y, ...) in a row beside (E, Y, ...)
 FLAT = Map(
     lambda parts, sizes: reshaped(parts[0], (sizes.experts, parts[0].shape[0] // sizes.experts, *parts[0].shape[1:])),
@@ -278,21 +283,21 @@ class Found:
             return tensors[names[0]]
         if missing := [e for e in range(count or 0) if e not in names]:
             raise ValueError(
-                f"{where}: expected {row.theirs[place]} of experts 0 to {(count or 0) - 1}, found none of "
+                f"{where}: expected {_any(row.theirs[place])} of experts 0 to {(count or 0) - 1}, found none of "
                 f"{', '.join(map(str, missing[:5]))}{', ...' if len(missing) > 5 else ''}"
             )
         try:
             return stacked([tensors[names[e]] for e in range(len(names))])
         except ValueError as error:
-            raise ValueError(f"{where}: {row.theirs[place]}: experts differ: {error}") from None
+            raise ValueError(f"{where}: expected {_any(row.theirs[place])} of one shape: {error}") from None
 
     def _refuse_missing(self, bank: Bank, where: str) -> None:
         for needed in ("up", "down"):
             if needed not in bank:
                 rows = [row for row in self.layout.rows if row.field == needed]
                 raise ValueError(
-                    f"{where}: expected {' or '.join(' and '.join(row.theirs) for row in rows)} beside "
-                    f"{', '.join(sorted(bank)) or 'the others'}, found none"
+                    f"{where}: expected {' or '.join(' and '.join(map(_any, row.theirs)) for row in rows)} beside "
+                    f"{', '.join(_any(row.theirs[place]) for row, place in self.names) or 'the others'}, found none"
                 )
 
     def unknown(self, names: Iterable[str]) -> list[str]:
@@ -306,6 +311,11 @@ class Found:
             and name not in mine
             and not (self.layout.left_out and re.search(self.layout.left_out, name))
         ]
+
+
+def _any(name: str) -> str:
+    """A name for people: of any expert."""
+    return name.replace("{e}", "*")
 
 
 def write_layer(layout: Layout, bank: Bank, where: str) -> dict[str, Stored]:
@@ -363,9 +373,9 @@ def check_bank(bank: Bank, where: str, *, sliced: bool = False) -> Bank:
     if fits and biases[1] is not None:
         slices = down[1] // biases[1][-1] if sliced and biases[1][-1] else 1
         fits = biases[1] == (down[0], down[1] // slices)
-    if not fits:
+    if not fits or (biases[0] is None) != (biases[1] is None):
         raise ValueError(
-            f"{where}: expected projections (E, F or 2 F, H) and (E, H, F), with biases (E, F or 2 F) and (E, H) or "
-            f"none, got {up}, {down} and {biases[0]}, {biases[1]}"
+            f"{where}: expected projections (E, F or 2 F, H) and (E, H, F), with two biases or none, got {up}, {down} "
+            f"and {biases[0]}, {biases[1]}"
         )
     return bank

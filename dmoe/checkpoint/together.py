@@ -58,7 +58,7 @@ def write_together(
         name: of the whole, the same on every rank, as ``folder/checkpoint_last``. The files lie in its folder or below,
             on a file system that all ranks share. The next write under this name removes what a killed one has left.
         files: by their paths: what ``torch.save`` is to write, a function that gives it when its turn comes, or the
-            path of a file to copy; or a :class:`Written`.
+            path of a file to copy, or a :class:`Written`.
         group: a ``torch.distributed`` process group; None is this process alone.
         overwrite: whether files that exist are replaced.
         progress: wraps the paths and their number, as tqdm does.
@@ -149,18 +149,22 @@ def write_new(path: Path, content: Content) -> None:
     """Write a new file, which is on the disk when this returns, and not there when it raises."""
     with open(path, "xb") as file:
         try:
-            if isinstance(content, Written):
-                content.write(file)
-            elif isinstance(content, os.PathLike):
-                with open(content, "rb") as source:
-                    shutil.copyfileobj(source, file, 1 << 20)
-            else:
-                torch.save(content() if callable(content) else content, file)
+            _fill(file, content)
             file.flush()
             os.fsync(file.fileno())
         except BaseException:
             path.unlink(missing_ok=True)
             raise
+
+
+def _fill(file: BinaryIO, content: Content) -> None:
+    if isinstance(content, Written):
+        content.write(file)
+    elif isinstance(content, os.PathLike):
+        with open(content, "rb") as source:
+            shutil.copyfileobj(source, file, 1 << 20)
+    else:
+        torch.save(content() if callable(content) else content, file)
 
 
 class _Ranks:

@@ -14,7 +14,8 @@ from .training import Run
 def generate(run: Run, prompt: str, length: int = 400, temperature: float = 0.7) -> Iterator[str]:
     """Samples ``length`` bytes after ``prompt``, as text in pieces; bytes that are no UTF-8 come as U+FFFD.
 
-    The draws come from a generator with the run's seed: the same model says the same thing.
+    The draws come from a generator with the run's seed: the same model says the same thing. Each byte is read from the
+    last ``seq_len`` ones, whose positions begin at 0 again, so there is nothing that `dmoe.models.generate` could keep.
     """
     s = run.settings
     generator = torch.Generator().manual_seed(s.seed)

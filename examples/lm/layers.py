@@ -1,34 +1,17 @@
-"""What stands in a block's FFN: a mixture of experts, the example's own or a preset's, alone or beside a dense FFN."""
+"""What the mixtures in the blocks are: the example's own, or a preset's at this run's sizes."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-import torch.nn.functional as F
-from torch import Tensor, nn
-
 import dmoe
-from dmoe import MoE, MoEConfig
+from dmoe import MoEConfig
 from dmoe.routing import Hash
 
 from .settings import BALANCE, TOP_K, Settings, UsageError
 
 VOCABULARY = 256  # every byte is a token
-
-
-class DenseFFN(nn.Module):
-    """Gated SiLU: what one expert computes, or ``top_k`` times as wide in the dense twin."""
-
-    def __init__(self, hidden: int, ffn: int) -> None:
-        super().__init__()
-        self.gate_up_proj = nn.Linear(hidden, 2 * ffn, bias=False)
-        self.down_proj = nn.Linear(ffn, hidden, bias=False)
-
-    def forward(self, x: Tensor, *, token_ids: Tensor | None = None) -> Tensor:
-        """``(B, S, H) -> (B, S, H)``. Ids are for routers; here they change nothing."""
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
 
 
 def moe_configs(settings: Settings, **more: Any) -> list[MoEConfig]:
@@ -43,18 +26,6 @@ def moe_configs(settings: Settings, **more: Any) -> list[MoEConfig]:
         return [build(s, experts, more) for experts in s.layer_experts]
     except ValueError as error:
         raise UsageError(f"{'the layer' if s.preset is None else f'--preset {s.preset}'}: {error}") from error
-
-
-def mixture(config: MoEConfig, settings: Settings, **of_ranks: Any) -> nn.Module:
-    """One block's FFN, which takes ``(x, token_ids=bytes)``; with ``residual`` beside a dense one, as in PR-MoE.
-
-    Args:
-        config: one of `moe_configs`.
-        settings: of the run.
-        of_ranks: what `dmoe.MoE` needs to know of the ranks that train it.
-    """
-    moe = MoE(config, **of_ranks)
-    return dmoe.ResidualMoE(moe, DenseFFN(settings.hidden, settings.ffn)) if settings.residual else moe
 
 
 def experts_of_a_token(config: MoEConfig) -> float:

@@ -19,16 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dmoe.checkpoint.formats.fairseq import EXPERTS, GATE
+
 if TYPE_CHECKING:
     from dmoe.integrations.fairseq_moe.layer import MoELayer
 
-_GATE = ("gate.wg.weight", "moe.router.weight")
-OF_EXPERTS = {
-    "fc1.weight": "moe.experts.up_proj",
-    "fc1.bias": "moe.experts.up_bias",
-    "fc2.weight": "moe.experts.down_proj",
-    "fc2.bias": "moe.experts.down_bias",
-}
+_GATE = (GATE, "moe.router.weight")
+OF_EXPERTS = {name: f"moe.experts.{ours}" for name, ours in EXPERTS.items()}
 _NEEDED = ("fc1.weight", "fc2.weight")  # there are no experts without
 _EXPERT = re.compile(rf"experts\.(\d+)\.({'|'.join(map(re.escape, OF_EXPERTS))})")
 

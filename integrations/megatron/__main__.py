@@ -17,12 +17,16 @@ import argparse
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dmoe.checkpoint import finish_writing, name_of, read_file, run_command, write_together
+from dmoe.checkpoint import finish_writing, name_of, run_command, write_together
+from dmoe.checkpoint.together import Written
+from dmoe.checkpoint.torch_reader import read_lazily
+from dmoe.checkpoint.torch_writer import write_lazily
 from dmoe.integrations.megatron.convert import convert_ranks
 from dmoe.integrations.megatron.expert_layouts import LAYOUTS
 
@@ -53,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--trust",
         action="store_true",
-        help="read files with Python objects in them, as Megatron's own with its arguments: they may run any code",
+        help="read files with any Python objects in them, which may run any code; Megatron's own need no trust",
     )
     return parser
 
@@ -77,7 +81,11 @@ def _convert(options: argparse.Namespace) -> None:
         parts = [whole | {key: made[rank] for key, made in models.items()} for rank, whole in enumerate(wholes)]
     else:
         parts, without = _converted(contents, options), [""] * ranks
-    write_together(name, dict(zip(targets, parts, strict=True)), overwrite=True)
+    files = {
+        target: part if options.trust else Written(partial(write_lazily, content=part))
+        for target, part in zip(targets, parts, strict=True)
+    }
+    write_together(name, files, overwrite=True)
     for target, said in zip(targets, without, strict=True):
         print(f"{target}{said}")
 
@@ -90,11 +98,14 @@ def _read(path: str, trust: bool) -> Mapping[str, Any]:
     if trust:
         return _read_objects(path)
     try:
-        return read_file(path, mapped=True)
+        content = read_lazily(path)
     except ValueError as error:
-        if "plain data only" not in str(error):
+        if "objects of known frameworks" not in str(error):
             raise
-        raise ValueError(f"{error}; --trust reads Python objects, too, if you know where the file is from") from error
+        raise ValueError(f"{error}; --trust reads any Python object, if you know where the file is from") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path}: expected a state dict, or a dict around one, got {type(content).__name__}")
+    return content
 
 
 def _read_objects(path: str) -> Mapping[str, Any]:

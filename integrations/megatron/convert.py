@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 
 from dmoe.checkpoint import merge_states, split_state
-from dmoe.integrations.megatron.expert_layouts import LAYOUTS, RENAMED, Found, Layout, classify, read, write
+from dmoe.checkpoint.layers import Bank, Found, check_bank, write_layer
+from dmoe.checkpoint.stored import Stored, held
+from dmoe.integrations.megatron.expert_layouts import LAYOUTS, TABLES, LayoutName
 
 
 @torch.no_grad()
 def convert_state(
-    state: Mapping[str, Any], to: Layout, *, expert_parallel_size: int = 1, num_experts: int | None = None
+    state: Mapping[str, Any], to: LayoutName, *, expert_parallel_size: int = 1, num_experts: int | None = None
 ) -> dict[str, Any]:
     """A model's state dict with every MoE layer in another layout.
 
@@ -42,33 +44,32 @@ def convert_state(
     """
     if to not in LAYOUTS:
         raise ValueError(f"convert: to: expected one of {', '.join(LAYOUTS)}, got {to!r}")
-    layers = _find(state)
+    tensors = {name: _stored(value) for name, value in state.items() if isinstance(value, Tensor | Stored)}
+    layers = _find(tensors)
     if not layers:
         raise ValueError("convert: expected experts of Megatron, MegaBlocks or dmoe in the state dict, found none")
+    owners = {name: prefix for prefix, found in layers.items() for of in found.names.values() for name in of.values()}
     converted: dict[str, Any] = {}
     done: set[str] = set()
     for key, value in state.items():
-        prefix = _layer_of(key, layers)
+        prefix = owners.get(key)
         if prefix is None:
-            converted[key] = value
-        elif not _is_of_experts(key[len(prefix) :]):
-            converted[prefix + _renamed(key[len(prefix) :], layers[prefix].layout, to)] = value
+            if not _is_left_out(key, layers):
+                converted[key] = value
         elif prefix not in done:
             done.add(prefix)
-            here = _experts_here(state, prefix, layers[prefix].layout, expert_parallel_size, num_experts)
-            bank = read(layers[prefix], here)
-            for name, tensor in write(bank, to, layers[prefix].where).items():
-                # A file would hold all the memory that a view is of.
-                converted[prefix + name] = tensor.clone(memory_format=torch.contiguous_format)
-            if bank.output_bias is not None and layers[prefix].layout == "megablocks":
-                # A model with biases in its linears: here the router has one, too.
-                rows = len(bank.up) * expert_parallel_size
-                converted[prefix + _renamed("router.bias", "megablocks", to)] = bank.output_bias.new_zeros(rows)
+            found, where = layers[prefix], f"convert: {prefix or 'the layer'}"
+            here = _experts_here(found, tensors, expert_parallel_size, num_experts)
+            bank, _ = found.read(tensors, here, where)
+            for name, stored in _written(check_bank(bank, where), found, to, where, expert_parallel_size).items():
+                # In files they stay where they are; of tensors a file would hold all the memory that a view is of.
+                in_memory = isinstance(value, Tensor)
+                converted[prefix + name] = stored.read().to(value.device, copy=True) if in_memory else stored
     return converted
 
 
 def convert_ranks(
-    states: Sequence[Mapping[str, Any]], to: Layout, *, ranks: int | None = None, num_experts: int | None = None
+    states: Sequence[Mapping[str, Any]], to: LayoutName, *, ranks: int | None = None, num_experts: int | None = None
 ) -> list[dict[str, Any]]:
     """The state dicts of all expert-parallel ranks, in another layout and for another number of ranks.
 
@@ -85,6 +86,10 @@ def convert_ranks(
         ValueError: see :func:`convert_state` and :func:`dmoe.checkpoint.merge_states`.
     """
     given = len(states)
+    if ranks not in (None, given):  # what follows looks at values
+        states = [
+            {key: value.read() if isinstance(value, Stored) else value for key, value in s.items()} for s in states
+        ]
     if ranks is None or ranks == given:
         return [convert_state(state, to, expert_parallel_size=given, num_experts=num_experts) for state in states]
     parts = [convert_state(state, "dmoe", expert_parallel_size=given, num_experts=num_experts) for state in states]
@@ -93,61 +98,53 @@ def convert_ranks(
     return parts if to == "dmoe" else [convert_state(part, to) for part in parts]
 
 
-def _find(state: Mapping[str, Any]) -> dict[str, Found]:
-    """The experts of each layer by the layer's prefix."""
+def _stored(value: Any) -> Stored:
+    return value if isinstance(value, Stored) else held(value)
+
+
+def _find(tensors: Mapping[str, Stored]) -> dict[str, Found]:
+    """The experts of each layer by the layer's prefix, each in one layout.
+
+    Raises:
+        ValueError: a layer in several.
+    """
     layers: dict[str, Found] = {}
-    for key, value in state.items():
-        named = classify(key) if isinstance(key, str) and isinstance(value, Tensor) else None
-        if named is None:
-            continue
-        prefix, layout, name, expert = named
-        found = layers.setdefault(prefix, Found(f"convert: {prefix or 'the layer'}", layout))
-        if found.layout != layout:
-            raise ValueError(f"{found.where}: expected one layout, found {found.layout} and, in {key}, {layout}")
-        if expert is None:
-            found.tensors[name] = value
-        else:
-            found.numbered.setdefault(name, {})[expert] = value
-    for key in state:
-        found_in = _layer_of(key, layers)
-        if found_in is None or not _is_of_experts(key[len(found_in) :]) or key.endswith("._extra_state"):
-            continue
-        if classify(key) is None:
-            raise ValueError(
-                f"{layers[found_in].where}: {key}: expected a name of the layout {layers[found_in].layout}"
-            )
+    for table in TABLES.values():
+        for prefix, found in table.find(tensors).items():
+            if other := layers.get(prefix):
+                odd = next(of[min(of)] for (row, _), of in found.names.items() if row.field in ("up", "down"))
+                where = f"convert: {prefix or 'the layer'}"
+                raise ValueError(f"{where}: expected one layout, found {other.layout.name} and, in {odd}, {table.name}")
+            layers[prefix] = found
     return layers
 
 
-def _layer_of(key: Any, layers: Mapping[str, Found]) -> str | None:
-    """Which of the layers a key belongs to: the prefix that it starts with, at any dot."""
-    if not isinstance(key, str):
-        return None
-    ends = [position + 1 for position, letter in enumerate(key) if letter == "."]
-    return next((key[:end] for end in (0, *ends) if key[:end] in layers), None)
+def _is_left_out(key: Any, layers: Mapping[str, Found]) -> bool:
+    """Whether a value is what experts keep beside their weights."""
+    return (
+        isinstance(key, str) and key.endswith("._extra_state") and any(key.startswith(f"{p}experts.") for p in layers)
+    )
 
 
-def _is_of_experts(name: str) -> bool:
-    return name.startswith(("experts.", "moe.experts.", "moe.output_bias"))
+def _written(bank: Bank, found: Found, to: LayoutName, where: str, ranks: int) -> dict[str, Stored]:
+    output_bias = bank.get("output_bias")
+    if output_bias is not None:
+        if to != "dmoe":
+            raise ValueError(
+                f"{where}: {to}: a bias of the whole layer, as MegaBlocks has it, has no place in Megatron's layer, "
+                "where gate weights multiply the experts' biases; only dmoe can hold it"
+            )
+        if found.layout.name != "dmoe":  # a model with biases in its linears: here the router has one, too
+            zeros = torch.zeros(bank["up"].shape[0] * ranks, dtype=output_bias.dtype)
+            bank = {"router.weight": bank["router.weight"], "router.bias": held(zeros), **bank}
+    if to == "grouped" and "up_bias" in bank:
+        raise ValueError(f"{where}: grouped: GroupedMLP has no biases, and these experts have; choose sequential or te")
+    return write_layer(TABLES[to], bank, where)
 
 
-def _renamed(name: str, layout: str, to: str) -> str:
-    """What else a layer has, in the words of another layout."""
-    in_megatron = RENAMED.get(layout, {}).get(name, name)
-    return {native: own for own, native in RENAMED.get(to, {}).items()}.get(in_megatron, in_megatron)
-
-
-def _router(state: Mapping[str, Any], prefix: str, layout: str) -> Tensor | None:
-    names = {native: own for own, native in RENAMED.get(layout, {}).items()}
-    return state.get(prefix + names.get("router.weight", "router.weight"))
-
-
-def _experts_here(
-    state: Mapping[str, Any], prefix: str, layout: str, ranks: int, num_experts: int | None
-) -> int | None:
-    """How many experts of a layer this state holds; None if nothing tells."""
-    router = _router(state, prefix, layout)
-    total = num_experts if num_experts is not None else None if router is None else len(router)
+def _experts_here(found: Found, tensors: Mapping[str, Stored], ranks: int, num_experts: int | None) -> int | None:
+    """How many experts of a layer a state holds; None if nothing tells."""
+    total = num_experts if num_experts is not None else found.routed(tensors)
     if total is not None and total % ranks:
-        raise ValueError(f"convert: {prefix}: expected experts that {ranks} ranks can share evenly, got {total}")
+        raise ValueError(f"convert: {found.prefix}: expected experts that {ranks} ranks can share evenly, got {total}")
     return None if total is None else total // ranks

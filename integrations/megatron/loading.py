@@ -13,10 +13,12 @@ from typing import Any
 
 from torch import nn
 
-from dmoe.integrations.megatron.expert_layouts import Layout, classify
+from dmoe.integrations.megatron.expert_layouts import LayoutName, classify
 
 
-def refuse_other_layouts(module: nn.Module, layout: Layout, inside: str, needed: Callable[[], Iterable[str]]) -> None:
+def refuse_other_layouts(
+    module: nn.Module, layout: LayoutName, inside: str, needed: Callable[[], Iterable[str]]
+) -> None:
     """Let a module's ``load_state_dict`` refuse experts in any layout but its own, under ``strict=False`` as well.
 
     Args:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from patience import PATIENCE
 
-from dmoe.checkpoint import write_together
+from dmoe.checkpoint import together, write_together
 
 NAMES = ("ck-rank-0.pt", "ck-rank-1.pt", "ck-shared.pt")
 
@@ -29,15 +29,15 @@ def files_of(folder, rank, value):
 @contextmanager
 def stages(at):
     """Call ``at`` in the middle of each file, before each step on files or folders, and before each talk of ranks."""
-    save, talk, active = torch.save, dist.all_gather_object, True
+    fill, talk, active = together._fill, dist.all_gather_object, True
 
-    def saving(content, file):
+    def filling(file, content):
         file.write(b"half")
         file.flush()
         at("half a file")
         file.seek(0)
         file.truncate()
-        save(content, file)
+        fill(file, content)
 
     def talking(*args, **kwargs):
         at("talk")
@@ -52,7 +52,7 @@ def stages(at):
 
     sys.addaudithook(hook)
     try:
-        with patch.object(torch, "save", saving), patch.object(dist, "all_gather_object", talking):
+        with patch.object(together, "_fill", filling), patch.object(dist, "all_gather_object", talking):
             yield
     finally:
         active = False

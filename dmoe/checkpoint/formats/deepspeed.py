@@ -25,6 +25,7 @@ from dmoe.checkpoint.bank import from_dmoe
 from dmoe.checkpoint.files import in_rank_order
 from dmoe.checkpoint.formats.base import Options, as_asked
 from dmoe.checkpoint.formats.deepspeed_names import (
+    GATE,
     KEY,
     KNOWN,
     OF_EXPERT,
@@ -50,7 +51,8 @@ EXPERT = re.compile(r"(?:layer_(\d+)_)?expert_(\d+)_mp_rank_(\d\d)_model_states\
 
 def _config(beside: Mapping[str, Any], **facts: Any) -> Any:
     """One expert, as DeepSpeed's default has it, and no capacity in evaluation."""
-    return get("deepspeed", **{"capacity_factor": None, "gated": False, **facts})
+    activation = "silu" if facts["gated"] else "gelu_tanh"
+    return get("deepspeed", **{"capacity_factor": None, "activation": activation, **facts})
 
 
 class DeepSpeed:
@@ -96,14 +98,12 @@ class DeepSpeed:
         content = Content.of(dense[0])
         key = next(iter(content.states))
         tensors, old = dict(content.tensors()), False
+        order = [name.removesuffix(GATE) for name in tensors if name.endswith(GATE)]
         for file, layer, expert in _expert_files(folder):
             old = old or layer is None
-            for name, stored in _experts_of(file, layer, expert).items():
-                if name in tensors:
-                    raise ValueError(f"{file}: {name}: expected it in one file, got it in {tensors[name].where}, too")
-                tensors[name] = stored
+            tensors |= _experts_of(file, layer, expert, order)
         layout = layout_for(tensors, str(folder))
-        _check_layers(folder, layout, tensors)
+        _refuse_missing(folder, tensors)
         ordered = _in_order(tensors, layout)
         model = self._of_ranks(layout).of_states([dense[0]], [ordered], content.beside, options)
         model.beside = {"ranks": [content.beside], "values": {}}
@@ -125,27 +125,17 @@ class DeepSpeed:
         tag = again.get("tag", "converted") if again else "converted"
         inside = folder / tag if tag else folder
         inside.mkdir(exist_ok=True)
-        state = {name: as_asked(t, options) for name, t in model.tensors.items() if model.layer_of(name) is None}
+        state: dict[str, Stored] = {}
         by_file: dict[str, dict[str, Stored]] = {}
-        for number, prefix in enumerate(model.layers):
-            where = f"deepspeed: {prefix.removesuffix('.') or 'the layer'}"
-            bank = from_dmoe(model.of_layer(prefix), where)
-            layout = (
-                layout_again(again)
-                if again
-                else (ExpertNames(("w1", "w3"), "w2") if is_gated(bank) else ExpertNames(*KNOWN[0])).layout()
-            )
-            theirs = model.without(prefix, "moe.")
-            for name, stored in write_layer(layout, bank, where).items():
-                found = KEY.match(name)
-                stored = as_asked(stored, options)
-                if found is None:
-                    state[theirs + name] = stored
-                    continue
-                expert = found["e"] or found["auto"]
-                file = f"expert_{expert}_mp_rank_00_model_states.pt"
-                file = file if again.get("old") else f"layer_{number}_{file}"
-                by_file.setdefault(file, {})[theirs + name] = stored
+        done: set[str] = set()
+        for name, stored in model.tensors.items():
+            prefix = model.layer_of(name)
+            if prefix is None:
+                state[name] = as_asked(stored, options)
+            elif prefix not in done:
+                for each, (file, its) in self._layer(model, prefix, len(done), again).items():
+                    (state if file is None else by_file.setdefault(file, {}))[each] = as_asked(its, options)
+                done.add(prefix)
         for file, tensors in by_file.items():
             _save(inside / file, tensors, options)
         beside = model.beside.get("ranks", [{}])[0] if again else {}
@@ -157,6 +147,23 @@ class DeepSpeed:
         _save(inside / "mp_rank_00_model_states.pt", dense, options)
         if tag:
             (folder / "latest").write_text(tag, encoding="utf-8")
+
+    def _layer(
+        self, model: Model, prefix: str, number: int, again: Mapping[str, Any]
+    ) -> dict[str, tuple[str | None, Stored]]:
+        """A layer's tensors by their names in the whole model, each with the file of its expert, if it is one's."""
+        where = f"deepspeed: {prefix.removesuffix('.') or 'the layer'}"
+        bank = from_dmoe(model.of_layer(prefix), where)
+        fresh = ExpertNames(("w1", "w3"), "w2") if is_gated(bank) else ExpertNames(*KNOWN[0])
+        layout = layout_again(again) if again else fresh.layout()
+        theirs, found = model.without(prefix, "moe."), {}
+        for name, stored in write_layer(layout, bank, where).items():
+            match, file = KEY.match(name), None
+            if match is not None:
+                file = f"expert_{match['e'] or match['auto']}_mp_rank_00_model_states.pt"
+                file = file if again.get("old") else f"layer_{number}_{file}"
+            found[theirs + name] = (file, stored)
+        return found
 
 
 def folder_of(source: Path) -> Path:
@@ -183,8 +190,13 @@ def _expert_files(folder: Path) -> list[tuple[Path, int | None, int]]:
     return sorted(found, key=lambda each: (-1 if each[1] is None else each[1], each[2], each[0].name))
 
 
-def _experts_of(file: Path, layer: int | None, expert: int) -> dict[str, Stored]:
+def _experts_of(file: Path, layer: int | None, expert: int, order: Sequence[str]) -> dict[str, Stored]:
     """The tensors of a file of one expert.
+
+    Args:
+        file: of the expert.
+        layer, expert: as its name says; no layer: of all.
+        order: prefixes of the model's layers; empty where nothing tells.
 
     Raises:
         ValueError: it holds something else than its name says.
@@ -198,34 +210,23 @@ def _experts_of(file: Path, layer: int | None, expert: int) -> dict[str, Stored]
         found = KEY.match(name)
         if found is None or int(found["e"] or found["auto"]) != expert:
             raise ValueError(f"{file}: expected tensors of expert {expert}, as its name says, got {name}")
-        prefixes.add(found["layer"])
+        prefixes.add(found["layer"] or "")
     if not tensors or (layer is not None and len(prefixes) > 1):
         raise ValueError(f"{file}: expected tensors of one layer, got those of {len(prefixes)}")
+    if layer is not None and order and (layer >= len(order) or prefixes != {order[layer]}):
+        expected = f"the layer {order[layer]}" if layer < len(order) else f"one of {len(order)} layers"
+        raise ValueError(f"{file}: expected {expected}, as its name says, got {next(iter(tensors))}")
     return tensors
 
 
-def _check_layers(folder: Path, layout: Layout, tensors: Mapping[str, Stored]) -> None:
-    """Whether the files' numbers of layers are those of the layers, in the order of the model.
-
-    Raises:
-        ValueError: a file is missing, or holds another layer than its name says.
-    """
-    gates = [name for name in tensors if name.endswith("deepspeed_moe.gate.wg.weight")]
-    order = [name.removesuffix("deepspeed_moe.gate.wg.weight") for name in gates]
-    order = order or list(layout.find(tensors))
-    for file, layer, expert in _expert_files(folder):
-        for name in _experts_of(file, layer, expert):
-            match = KEY.match(name)
-            prefix = (match["layer"] or "") if match else ""
-            if layer is not None and (layer >= len(order) or order[layer] != prefix):
-                expected = order[layer] if layer < len(order) else f"one of {len(order)} layers"
-                raise ValueError(f"{file}: expected the layer {expected}, as its name says, got {name}")
-    for number, prefix in enumerate(order):
-        gate = tensors.get(f"{prefix}deepspeed_moe.gate.wg.weight")
-        for expert in range(gate.shape[0] if gate is not None else 0):
-            if not any(
-                name.startswith(f"{prefix}deepspeed_moe.experts.deepspeed_experts.{expert}.") for name in tensors
-            ):
+def _refuse_missing(folder: Path, tensors: Mapping[str, Stored]) -> None:
+    """Raise FileNotFoundError for the first expert that a gate chooses and no file has."""
+    there = {name[: found.end()] for name in tensors if (found := KEY.match(name))}
+    gates = [name for name in tensors if name.endswith(GATE)]
+    for number, gate in enumerate(gates):
+        prefix = gate.removesuffix(GATE)
+        for expert in range(tensors[gate].shape[0]):
+            if f"{prefix}deepspeed_moe.experts.deepspeed_experts.{expert}." not in there:
                 raise FileNotFoundError(
                     f"{folder}: expected layer_{number}_expert_{expert}_mp_rank_00_model_states.pt, with expert "
                     f"{expert} of {prefix.removesuffix('.')}, got none"

@@ -11,6 +11,7 @@ from dmoe.checkpoint.layers import PAIR, SAME, Layout, Row
 from dmoe.checkpoint.model import Model
 from dmoe.checkpoint.stored import Stored
 
+GATE = "deepspeed_moe.gate.wg.weight"
 KEY = re.compile(
     r"(?P<layer>.*\.)?(?:deepspeed_moe\.experts\.deepspeed_experts\.(?P<e>\d+)\.|experts\.w[123]\.(?P<auto>\d+)$)"
 )
@@ -47,7 +48,7 @@ class ExpertNames:
             for field, names in kinds
             for end, kind in (("", "weight"), ("_bias", "bias"))
         ]
-        router = Row("router.weight", ("deepspeed_moe.gate.wg.weight",))
+        router = Row("router.weight", (GATE,))
         return Layout("/".join((*self.up, self.down)), (router, *rows), inside=("deepspeed_moe.experts.",))
 
 
@@ -87,7 +88,7 @@ def layout_for(tensors: Mapping[str, Stored], where: str) -> Layout:
 
 
 def _hidden(tensors: Mapping[str, Stored]) -> int:
-    return next((t.shape[1] for name, t in tensors.items() if name.endswith("deepspeed_moe.gate.wg.weight")), 0)
+    return next((t.shape[1] for name, t in tensors.items() if name.endswith(GATE)), 0)
 
 
 def remember(model: Model, layout: Layout, about: Mapping[str, Any]) -> Model:

@@ -19,14 +19,16 @@ from dmoe.presets import get
 
 _ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_fast": "gelu_tanh", "gelu_accurate": "gelu_tanh", "swish": "silu"}
 _PART = re.compile(r"-rank-\d+(?=\.pt$)")
+GATE = "gate.wg.weight"
+EXPERTS = {"fc1.weight": "up_proj", "fc1.bias": "up_bias", "fc2.weight": "down_proj", "fc2.bias": "down_bias"}
 BRANCH = Layout(
     "fairseq",
     (
-        Row("router.weight", ("gate.wg.weight",)),
-        Row("up", ("experts.{e}.fc1.weight",), gated=False),
-        Row("up_bias", ("experts.{e}.fc1.bias",)),
-        Row("down", ("experts.{e}.fc2.weight",)),
-        Row("down_bias", ("experts.{e}.fc2.bias",)),
+        Row("router.weight", (GATE,)),
+        *(
+            Row(ours.removesuffix("_proj"), (f"experts.{{e}}.{name}",), gated=False if ours == "up_proj" else None)
+            for name, ours in EXPERTS.items()
+        ),
     ),
     slices_first=False,
     replicated=True,
@@ -61,6 +63,6 @@ FAIRSEQ = RankFiles(
     (BRANCH,),
     _config,
     shared_file=_shared_file,
-    rank_file=lambda target, rank, ranks: target.with_name(f"{target.name.removesuffix('.pt')}-rank-{rank}.pt"),
+    rank_file=lambda target, rank: target.with_name(f"{target.name.removesuffix('.pt')}-rank-{rank}.pt"),
     container="model",
 )

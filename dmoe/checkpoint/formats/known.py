@@ -10,10 +10,12 @@ from dmoe.checkpoint.formats.deepspeed import DEEPSPEED
 from dmoe.checkpoint.formats.dmoe_files import DMOE
 from dmoe.checkpoint.formats.fairseq import FAIRSEQ
 from dmoe.checkpoint.formats.fastertransformer import FASTERTRANSFORMER
+from dmoe.checkpoint.formats.hf import HF
 from dmoe.checkpoint.formats.megablocks import MEGABLOCKS
 from dmoe.checkpoint.formats.megatron import FORMATS as MEGATRON
 from dmoe.checkpoint.formats.megatron_deepspeed import MEGATRON_DEEPSPEED
 from dmoe.checkpoint.formats.tutel import SWIN_MOE, TUTEL
+from dmoe.checkpoint.formats.vmoe import VMOE
 
 _ALL: tuple[Format, ...] = (
     DMOE,
@@ -25,6 +27,8 @@ _ALL: tuple[Format, ...] = (
     MEGABLOCKS,
     *MEGATRON,
     FAIRSEQ,
+    HF,
+    VMOE,
 )
 FORMATS: dict[str, Format] = {each.name: each for each in _ALL}
 

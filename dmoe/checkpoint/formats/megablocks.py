@@ -10,8 +10,8 @@ from dmoe.checkpoint.formats.rank_files import RankFiles
 from dmoe.checkpoint.layers import FLAT, FLAT_TRANSPOSED, PAIR_FLAT, PAIR_OF_ONE, TRANSPOSED, Layout, Row
 from dmoe.presets import get
 
+_ROUTER = Row("router.weight", ("router.layer.weight",))
 _BESIDE = (
-    Row("router.weight", ("router.layer.weight",)),
     Row("output_bias", ("experts.bias",)),
     Row("shared_up", ("shared_expert.gate_proj.weight", "shared_expert.up_proj.weight"), PAIR_OF_ONE, gated=True),
     Row("shared_up", ("shared_expert.up_proj.weight",), gated=False),
@@ -20,6 +20,7 @@ _BESIDE = (
 DROPLESS = Layout(
     "dMoE",
     (
+        _ROUTER,
         Row("up", ("experts.mlp.w1", "experts.mlp.v1"), PAIR_FLAT, gated=True, dims=2, counted=True),
         Row("up", ("experts.mlp.w1",), FLAT, gated=False, dims=2, counted=True),
         Row("down", ("experts.mlp.w2",), FLAT_TRANSPOSED, dims=2, counted=True),
@@ -30,6 +31,7 @@ DROPLESS = Layout(
 WITH_CAPACITY = Layout(
     "MoE",
     (
+        _ROUTER,
         Row("up", ("experts.mlp.w1",), TRANSPOSED, gated=False, dims=3),
         Row("down", ("experts.mlp.w2",), TRANSPOSED, dims=3),
         *_BESIDE,

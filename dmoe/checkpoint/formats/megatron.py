@@ -42,7 +42,7 @@ SHARED = (
     Row("shared_down_bias", ("shared_experts.linear_fc2.bias",)),
     Row("shared_gate", ("shared_experts.gate_weight",)),
 )
-_EXPERTS = {
+EXPERTS = {
     "sequential": (
         Row("up", ("experts.local_experts.{e}.linear_fc1.weight",)),
         Row("up_bias", ("experts.local_experts.{e}.linear_fc1.bias",)),
@@ -61,7 +61,7 @@ _EXPERTS = {
     ),
 }
 LEFT_OUT = r"\._extra_state$"
-LAYOUTS = {name: Layout(name, (*ROUTER, *rows, *SHARED), left_out=LEFT_OUT) for name, rows in _EXPERTS.items()}
+LAYOUTS = {name: Layout(name, (*ROUTER, *rows, *SHARED), left_out=LEFT_OUT) for name, rows in EXPERTS.items()}
 _ABOUT = {
     "sequential": "Megatron-Core's SequentialMLP: a module for each expert",
     "te": "Megatron-Core's TEGroupedMLP: Transformer Engine's weight0, weight1, ...",

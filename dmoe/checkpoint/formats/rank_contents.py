@@ -96,13 +96,27 @@ def filled(pattern: str, rank: int) -> str:
 def expanded(source: Path) -> list[Path]:
     """The files that a name stands for: of all ranks where it has ``{rank}``, of a folder those of ``torch.save``."""
     if _RANK.search(str(source)):
-        found: list[Path] = []
-        while (file := Path(filled(str(source), len(found)))).exists():
-            found.append(file)
-        if not found:
-            raise FileNotFoundError(f"{filled(str(source), 0)}: expected a file of rank 0, got none")
-        return found
+        return _of_ranks(source)
     if source.is_dir():
         endings = (".pt", ".pth", ".bin", ".ckpt")
         return sorted(file for file in source.iterdir() if file.suffix in endings or ".pth.rank" in file.name)
     return [source]
+
+
+def _of_ranks(pattern: Path) -> list[Path]:
+    """The files of ranks 0, 1, ... up to the last that there is.
+
+    Raises:
+        FileNotFoundError: one is missing.
+    """
+    parts = pattern.parts
+    first = next(n for n, part in enumerate(parts) if _RANK.search(part))
+    number = re.compile(_RANK.sub(r"(\\d+)", re.escape(parts[first]).replace(r"\{", "{").replace(r"\}", "}"), count=1))
+    folder = Path(*parts[:first])
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    ranks = [int(match[1]) for name in names if (match := number.fullmatch(name))]
+    files = [Path(filled(str(pattern), rank)) for rank in range(max(ranks, default=0) + 1)]
+    for rank, file in enumerate(files):
+        if not file.exists():
+            raise FileNotFoundError(f"{file}: expected the file of rank {rank}, got none")
+    return files

@@ -49,7 +49,7 @@ class RankFiles:
     tables: tuple[Layout, ...]
     config: Callable[..., MoEConfig]
     shared_file: Callable[[Path], Path | None] = lambda path: None
-    rank_file: Callable[[Path, int, int], Path] | None = None
+    rank_file: Callable[[Path, int | str], Path] | None = None
     container: str = ""
     nested: str = ""
     inside: re.Pattern[str] | None = None
@@ -77,8 +77,8 @@ class RankFiles:
         """Every rank's file, in order, from what the user names; without the one that all share."""
         found = [file for source in sources for file in expanded(source)]
         if len(found) == 1 and self.rank_file is not None and not found[0].exists():
-            first = self.rank_file(found[0], 0, 2)
-            found = expanded(Path(str(first).replace("0", "{rank}", 1))) if first.exists() else found
+            pattern = self.rank_file(found[0], "{rank}")
+            found = expanded(pattern) if Path(filled(str(pattern), 0)).exists() else found
         shared = {self.shared_file(file) for file in found}
         return [Path(file) for file in in_rank_order([str(file) for file in found if file not in shared])]
 
@@ -134,7 +134,17 @@ class RankFiles:
                 raise ValueError(f"{file}: {more[0]}: expected tensors that {files[0]} has as well, got this one")
         for prefix in model.layers:
             model.set_config(prefix, partial(self.config, beside), options.settings)
+        self._say_what_is_assumed(model, options)
         return model
+
+    def _say_what_is_assumed(self, model: Model, options: Options) -> None:
+        config = next(iter(model.layers.values()))
+        names = [name for name in ("top_k", "activation", "gate_normalization") if name not in options.settings]
+        if config is not None and names:
+            said = ", ".join(f"{name}={getattr(config, name)}" for name in names)
+            model.note(
+                f"{said} in the config: {self.name}'s defaults or what stands beside the model; --set changes it"
+            )
 
     def _content(self, file: Path) -> Content:
         """A rank's file, with what all share; ``shared`` of its ``beside`` is what stands beside that."""
@@ -207,7 +217,8 @@ class RankFiles:
         files = [self._file(target, rank, ranks) for rank in range(ranks)]
         contents = {file: self._of_rank(model, table, rank, ranks, again, options) for rank, file in enumerate(files)}
         shared = self.shared_file(files[0]) if ranks > 1 else None
-        rest = [content.pop(_SHARED, {}) for content in contents.values()][0]
+        rests = [content.pop(_SHARED, {}) for content in contents.values()]
+        rest = rests[0]
         if shared is not None:
             contents[shared] = {**rest, **_divide(contents, files)}
         elif rest:
@@ -221,7 +232,7 @@ class RankFiles:
 
     def _file(self, target: Path, rank: int, ranks: int) -> Path:
         if self.rank_file is not None and ranks > 1 and "{rank" not in str(target):
-            return self.rank_file(target, rank, ranks)
+            return self.rank_file(target, rank)
         if ranks > 1 and "{rank" not in str(target):
             raise ValueError(f"{target}: expected a name with {{rank}} in it for {ranks} files")
         return Path(filled(str(target), rank))

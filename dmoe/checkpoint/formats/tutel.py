@@ -98,5 +98,5 @@ SWIN_MOE = RankFiles(
     shared_file=lambda path: (
         path.with_name(re.sub(r"\.rank\d+$", ".master", path.name)) if re.search(r"\.rank\d+$", path.name) else None
     ),
-    rank_file=lambda target, rank, ranks: target.with_name(f"{target.name.removesuffix('.global')}.rank{rank}"),
+    rank_file=lambda target, rank: target.with_name(f"{target.name.removesuffix('.global')}.rank{rank}"),
 )
