@@ -204,6 +204,16 @@ def test_without_what_stood_beside_it_the_arguments_come_from_their_text(tmp_pat
     assert_tensors(FORMAT.read([tmp_path / "out"], Options()), original())
 
 
+def test_a_detour_over_dmoes_own_folder_loses_nothing(tmp_path):
+    folder = make(tmp_path / "in", "--train-tp", 2, "--rng-states", "--spread-experts")
+    assert convert(folder, tmp_path / "own", "--to", "dmoe") == 0
+    assert convert(tmp_path / "own", tmp_path / "back", "--to", "deepspeed") == 0
+    assert_same_files(folder, tmp_path / "back")
+    for source, out in ((folder, tmp_path / "direct"), (tmp_path / "own", tmp_path / "detour")):
+        assert convert(source, out, "--to", "fastertransformer", "--gpus", 2) == 0
+    assert_same_files(tmp_path / "direct", tmp_path / "detour")
+
+
 def test_a_model_from_elsewhere_and_another_dtype(tmp_path):
     model = read(make(tmp_path / "in"))
     model.origin, model.beside = {}, {}
