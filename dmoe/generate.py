@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 
 from dmoe import models
-from dmoe.checkpoint import run_command
+from dmoe.checkpoint import progress_bar, run_command
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
 END_OF_TEXT = "<|endoftext|>"
@@ -103,7 +102,7 @@ def run(options: argparse.Namespace) -> None:
     )
     chosen = models.GenerationOptions(end_id=end_id, **{name: getattr(options, name) for name in names})
     batches = -(-len(prompts) // max(1, options.batch_size or len(prompts)))
-    with _bar(batches * chosen.output_len) as progress:
+    with progress_bar("generating", batches * chosen.output_len, "step") as progress:
         found = models.generate(
             model, prompts, chosen, batch_size=options.batch_size, log_probs=options.log_probs, progress=progress
         )
@@ -168,18 +167,6 @@ def _tokenizer(vocab: str | Path, merges: str | Path) -> Any:
     if bpe.token_to_id(END_OF_TEXT) is not None:
         bpe.add_special_tokens([END_OF_TEXT])
     return bpe
-
-
-@contextmanager
-def _bar(total: int) -> Iterator[Callable[[int], object] | None]:
-    """A progress bar on a terminal, where tqdm is installed."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        yield None
-        return
-    with tqdm(total=total, unit="step", disable=None, leave=False, file=sys.stderr) as bar:
-        yield bar.update
 
 
 if __name__ == "__main__":

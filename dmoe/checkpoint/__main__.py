@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import dmoe.checkpoint
-from dmoe.checkpoint.command import run_command
-from dmoe.checkpoint.convert_command import add_convert
+from dmoe.checkpoint.command import progress_over, run_command
+from dmoe.checkpoint.convert_command import add_convert, add_source_options, options_of_user
 from dmoe.checkpoint.files import in_rank_order, read_file, write_file
+from dmoe.checkpoint.formats.dmoe_files import DMOE
+from dmoe.checkpoint.formats.known import find_format, fitting
+from dmoe.checkpoint.inspect_model import describe_model
 from dmoe.checkpoint.inspection import inspect_state, report
 from dmoe.checkpoint.slots import Widths
 from dmoe.checkpoint.states import Cut, merge_states
@@ -74,8 +76,9 @@ def build_parser() -> argparse.ArgumentParser:
     split.add_argument("ranks", type=int, metavar="W", help="files to write, shards included")
     split.add_argument("pattern", metavar="OUT_PATTERN", help="with {rank} in it, as part-{rank}.pt")
     sharing(split)
-    inspect = command("inspect", _inspect, "What experts are in files, and which rank holds which.")
-    inspect.add_argument("files", nargs="+", metavar="FILE")
+    inspect = command("inspect", _inspect, "What a checkpoint of any layout holds; which rank holds which experts.")
+    inspect.add_argument("files", nargs="+", metavar="SRC", help="a folder or file; or the files of all ranks")
+    add_source_options(inspect)
     _as_given(inspect)
     return parser
 
@@ -98,7 +101,7 @@ def _merge(options: argparse.Namespace) -> None:
     widths = _widths(options.widths)
     states = [read_file(file, mapped=True) for file in files]
     whole = merge_states(
-        states, shards=options.shards, widths=widths, ignore=options.ignore, progress=_bar("merging", "tensor")
+        states, shards=options.shards, widths=widths, ignore=options.ignore, progress=progress_over("merging", "tensor")
     )
     write_file(out, whole, overwrite=options.overwrite)
     print(f"{out}: merged {', '.join(files)}, as ranks 0 to {len(files) - 1}")
@@ -116,11 +119,17 @@ def _split(options: argparse.Namespace) -> None:
     whole = read_file(options.file, mapped=True)
     cut = Cut(whole, options.ranks, shards=options.shards, widths=_widths(options.widths))
     files = {out: partial(cut.part, rank) for rank, out in enumerate(outs)}
-    write_together(name, files, overwrite=options.overwrite, progress=_bar("writing", "file"))
+    write_together(name, files, overwrite=options.overwrite, progress=progress_over("writing", "file"))
     print(f"{', '.join(map(str, outs))}: split {options.file}")
 
 
 def _inspect(options: argparse.Namespace) -> None:
+    sources = [Path(file) for file in options.files]
+    formats = fitting(sources, options.source_layout)
+    if formats and not (formats[0] is DMOE and all(source.is_file() for source in sources)):
+        model = find_format(sources, options.source_layout).read(sources, options_of_user(options))
+        print(describe_model(model, ", ".join(options.files)))
+        return
     files = _ordered(options)
     found = []
     for file in files:
@@ -147,19 +156,6 @@ def _widths(given: Sequence[str]) -> Widths:
     if "" in by_layer and len(given) > 1:
         raise ValueError(f"--widths: expected one list for all layers, or LAYER= before each, got {' '.join(given)}")
     return by_layer.get("", by_layer or None)
-
-
-def _bar(name: str, unit: str) -> Callable[[Iterable[Any], int], Iterable[Any]]:
-    """A progress bar on a terminal, where tqdm is installed."""
-
-    def wrap(items: Iterable[Any], total: int) -> Iterable[Any]:
-        try:
-            from tqdm import tqdm
-        except ImportError:  # a courtesy
-            return items
-        return tqdm(items, desc=name, total=total, unit=unit, disable=None, leave=False)
-
-    return wrap
 
 
 if __name__ == "__main__":

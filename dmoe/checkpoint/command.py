@@ -1,10 +1,12 @@
-"""How a program on checkpoint files ends."""
+"""What programs on files have in common: how they end, and the bar that they show."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 
 def run_command(
@@ -18,13 +20,41 @@ def run_command(
         arguments: None is ``sys.argv``.
 
     Returns:
-        The exit status: 0, or 2 where ``run`` raised OSError, ValueError or TypeError.
+        The exit status: 0, or 2 where ``run`` raised OSError, ValueError, TypeError or ImportError.
     """
     options = parser.parse_args(arguments)
     try:
         run(options)
+    except ImportError as error:
+        print(f"{parser.prog}: error: expected a package that is missing: pip install {error.name}", file=sys.stderr)
+        return 2
     except (OSError, ValueError, TypeError) as error:
         text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
         print(f"{parser.prog}: error: {text}", file=sys.stderr)
         return 2
     return 0
+
+
+@contextmanager
+def progress_bar(name: str, total: int, unit: str) -> Iterator[Callable[[int], object]]:
+    """A progress bar on a terminal, where tqdm is installed; gives what moves it on. ``B`` are counted in megabytes."""
+    try:
+        from tqdm import tqdm
+    except ImportError:  # a courtesy
+        yield lambda count: None
+        return
+    scaled = unit == "B"
+    with tqdm(total=total, desc=name, unit=unit, unit_scale=scaled, disable=None, leave=False, file=sys.stderr) as bar:
+        yield bar.update
+
+
+def progress_over(name: str, unit: str) -> Callable[[Iterable[Any], int], Iterable[Any]]:
+    """Wraps items, of which there are so many, in such a bar."""
+
+    def wrap(items: Iterable[Any], total: int) -> Iterator[Any]:
+        with progress_bar(name, total, unit) as move:
+            for item in items:
+                yield item
+                move(1)
+
+    return wrap

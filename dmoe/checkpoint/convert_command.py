@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 
+from dmoe.checkpoint.command import progress_bar
 from dmoe.checkpoint.formats.base import Options
 from dmoe.checkpoint.formats.known import FORMATS, find_format
 from dmoe.checkpoint.model import Model
@@ -113,7 +113,7 @@ def run(options: argparse.Namespace) -> None:
     sources = [Path(source) for source in options.sources]
     given = options_of_user(options)
     model = find_format(sources, options.source_layout).read(sources, given)
-    with progress_of(model, "converting") as progress:
+    with progress_bar("converting", total_bytes(model.tensors), "B") as progress:
         written = FORMATS[options.to].write(model, Path(options.target), options_of_user(options, progress))
     for note in model.notes:
         print(f"{options.to}: {note}", file=sys.stderr)
@@ -121,7 +121,7 @@ def run(options: argparse.Namespace) -> None:
         print(path)
 
 
-def options_of_user(options: argparse.Namespace, progress: Callable[[int], None] = lambda count: None) -> Options:
+def options_of_user(options: argparse.Namespace, progress: Callable[[int], object] = lambda count: None) -> Options:
     """The values of a command line."""
     kept = {
         name: getattr(options, name, None) for name in ("ranks", "gpus", "vocab", "merges", "num_experts", "family")
@@ -134,18 +134,6 @@ def options_of_user(options: argparse.Namespace, progress: Callable[[int], None]
         overwrite=getattr(options, "overwrite", False),
         progress=progress,
     )
-
-
-@contextmanager
-def progress_of(model: Model, name: str) -> Iterator[Callable[[int], None]]:
-    """A progress bar by bytes on a terminal, where tqdm is installed."""
-    try:
-        from tqdm import tqdm
-    except ImportError:  # a courtesy
-        yield lambda count: None
-        return
-    with tqdm(total=total_bytes(model.tensors), desc=name, unit="B", unit_scale=True, disable=None, leave=False) as bar:
-        yield lambda count: bar.update(count)
 
 
 def _setting(text: str) -> tuple[str, Any]:

@@ -102,7 +102,7 @@ def report(files: Sequence[str], states: Sequence[Sequence[LayerPart]]) -> str:
         head = f"rank {rank}: " if len(files) > 1 else ""
         total, size = sum(part.parameters for part in parts), sum(part.bytes for part in parts)
         lines.append(f"{head}{file}: {len(parts)} MoE layers, {total:,} parameters of experts, {size:,} bytes")
-        lines += [f"  {_line(part)}" for part in parts]
+        lines += [f"  {line_of(part)}" for part in parts]
     if len(files) > 1:
         lines.append("who holds what:")
         for name in dict.fromkeys(part.name for parts in states for part in parts):
@@ -111,7 +111,8 @@ def report(files: Sequence[str], states: Sequence[Sequence[LayerPart]]) -> str:
     return "\n".join(lines)
 
 
-def _line(part: LayerPart) -> str:
+def line_of(part: LayerPart) -> str:
+    """A layer in a line."""
     count = "experts side by side" if part.num_experts is None else f"{part.num_experts} experts"
     of = "" if part.routed_experts in (None, part.num_experts) else f" of {part.routed_experts}"
     width = f"widths that sum to {part.ffn_size}" if part.packed else f"width {part.ffn_size}"
@@ -135,7 +136,7 @@ def _holdings(by_rank: Sequence[LayerPart | None]) -> list[str]:
         if part is None:
             said.append(f"rank {rank} nothing")
         elif each is None or part.num_experts != each:
-            said.append(f"rank {rank} {_line(part).split(': ', 1)[1].split(',')[0]}")
+            said.append(f"rank {rank} {line_of(part).split(': ', 1)[1].split(',')[0]}")
         else:
             start = rank // shards * each
             experts = f"expert {start}" if each == 1 else f"experts {start} to {start + each - 1}"

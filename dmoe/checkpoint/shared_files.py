@@ -12,15 +12,16 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from dmoe.checkpoint.hub_folder import DTYPES
 from dmoe.checkpoint.hub_writer import MAX_SHARD_BYTES, shard_names, write_index
+from dmoe.checkpoint.stored import Stored
 
 
 class SharedFiles:
@@ -45,8 +46,6 @@ class SharedFiles:
         cut: list[dict[str, Tensor]] = [{}]
         held = 0  # bytes of the last
         for name, tensor in tensors.items():
-            if tensor.dtype not in DTYPES:
-                raise ValueError(f"safetensors: {name}: expected a dtype of safetensors, got {tensor.dtype}")
             if cut[-1] and held + tensor.nbytes > max_shard_bytes:
                 cut.append({})
                 held = 0
@@ -60,20 +59,12 @@ class SharedFiles:
             self._plan(file, its)
 
     def _plan(self, file: str, tensors: Mapping[str, Tensor]) -> None:
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        position = 0
-        for name, tensor in tensors.items():
-            ends = [position, position + tensor.nbytes]
-            header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": ends}
-            position = ends[1]
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self._headers[file] = len(text).to_bytes(8, "little") + text
+        self._headers[file] = header_of(tensors)
         start = len(self._headers[file])
-        self._sizes[file] = start + position
         for name, tensor in tensors.items():
             self._places[name] = (file, start, tensor)
             start += tensor.nbytes
+        self._sizes[file] = start
 
     def create(self, folder: Path) -> None:
         """Make the files, with their headers, at their sizes, and the index; one process does."""
@@ -88,6 +79,49 @@ class SharedFiles:
     def writer(self, folder: Path) -> PartWriter:
         """What writes parts into the files, once they are there."""
         return PartWriter(folder, self._places)
+
+
+def header_of(tensors: Mapping[str, Tensor | Stored]) -> bytes:
+    """What a file begins with: the length of its header, and the header.
+
+    Raises:
+        ValueError: a dtype that the format does not have.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"safetensors: {name}: expected a dtype of safetensors, got {tensor.dtype}")
+        ends = [position, position + tensor.nbytes]
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": ends}
+        position = ends[1]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_safetensors(
+    file: BinaryIO, tensors: Mapping[str, Stored], progress: Callable[[int], object] = lambda count: None
+) -> None:
+    """Write a file of its own, one tensor in memory at a time.
+
+    Args:
+        file: open for writing.
+        tensors: by name.
+        progress: told the bytes of each tensor.
+
+    Raises:
+        OSError: it cannot be written.
+        ValueError: a dtype that the format does not have.
+    """
+    file.write(header_of(tensors))
+    for stored in tensors.values():
+        file.write(_bytes_of(stored.read()))
+        progress(stored.nbytes)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 class PartWriter:
@@ -139,7 +173,7 @@ class PartWriter:
         if file not in self._open:
             self._open[file] = os.open(self._folder / file, os.O_WRONLY)
         position = start + (row * (whole.nbytes // whole.shape[0]) if whole.dim() else 0)
-        content: Any = memoryview(part.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        content = _bytes_of(part)
         while content:
             done = os.pwrite(self._open[file], content[: 1 << 28], position)
             content, position = content[done:], position + done

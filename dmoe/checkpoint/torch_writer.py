@@ -15,7 +15,7 @@ from dmoe.checkpoint.stand_ins import StandIn
 from dmoe.checkpoint.stored import Stored, held
 
 
-def write_lazily(file: BinaryIO, content: Any, progress: Callable[[int], None] = lambda count: None) -> None:
+def write_lazily(file: BinaryIO, content: Any, progress: Callable[[int], object] = lambda count: None) -> None:
     """Write to a file in the format of ``torch.save``.
 
     Tensors, and every :class:`Stored`, are written contiguous, each with a storage of its own: one that stands at

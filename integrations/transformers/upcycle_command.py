@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 
+from dmoe.checkpoint import progress_over
 from dmoe.checkpoint.hub_writer import MAX_SHARD_BYTES
 from dmoe.integrations.transformers.upcycle_families import MOE_FAMILIES
 from dmoe.integrations.transformers.upcycle_files import Upcycled, upcycle
@@ -111,7 +111,7 @@ def run_upcycle(options: argparse.Namespace) -> None:
         seed=options.seed,
         max_shard_bytes=int(options.shard_gib * 2**30),
         overwrite=options.overwrite,
-        progress=_bar,
+        progress=progress_over("upcycling", "layer"),
     )
     print(f"{made.folder}: {made.model_type} with {made.num_experts} experts, {made.top_k} for each token")
     if options.verify:
@@ -131,10 +131,3 @@ def verify(made: Upcycled) -> None:
         if not (row.relative <= limit and math.isfinite(row.relative)):
             told = f"logits within {limit:.1e} of the dense model's" if made.exact else "finite logits"
             raise ValueError(f"{made.folder}: expected {told}, got {row.relative:.1e} on {row.name}; it is left there")
-
-
-def _bar(layers: Iterable[int], total: int) -> Iterable[int]:
-    """A progress bar, on a terminal."""
-    from tqdm import tqdm
-
-    return tqdm(layers, desc="upcycling", total=total, unit="layer", disable=None, leave=False)

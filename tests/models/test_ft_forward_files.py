@@ -48,16 +48,22 @@ def arrived(case, way, folder):
     return path
 
 
+def watched(model):
+    """The last routing of each MoE layer, by its number."""
+    seen = {}
+    for number in model.config.moe:
+        router = model.blocks[number].ffn.router
+        router.register_forward_hook(lambda _m, _x, routing, n=number: seen.__setitem__(str(n), routing))
+    return seen
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("case", CASES)
 def test_the_same_model_arrives(case, way, tmp_path, capsys):
     path = arrived(case, way, tmp_path)
     for dtype, tolerance in TOLERANCES:
         model = models.load(path, dtype=dtype)
-        seen = {}
-        for number in model.config.moe:
-            router = model.blocks[number].ffn.router
-            router.register_forward_hook(lambda _m, _x, routing, n=number: seen.__setitem__(str(n), routing))
+        seen = watched(model)
         for prompt, logits, routes in zip(case["prompts"], case["logits"], case["routes"], strict=True):
             with torch.no_grad():
                 found = model(torch.tensor([prompt]))[0].double()

@@ -38,7 +38,7 @@ class Options:
     family: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     overwrite: bool = False
-    progress: Callable[[int], None] = lambda count: None
+    progress: Callable[[int], object] = lambda count: None
 
 
 def as_asked(stored: Stored, options: Options) -> Stored:

@@ -44,23 +44,32 @@ def find_format(sources: Sequence[Path], name: str | None = None) -> Format:
         FileNotFoundError: there is no such file.
         ValueError: a name that no layout has, files in none, or in several that all fit.
     """
-    if name is not None:
-        if name not in FORMATS:
-            raise ValueError(f"--from: expected one of {', '.join(FORMATS)}, got {name}")
-        return FORMATS[name]
     for source in sources:
         if "{rank" not in str(source) and not source.exists() and len(sources) > 1:
             raise FileNotFoundError(f"{source}: expected a file or folder, got nothing of that name")
-    fitting = [each for each in FORMATS.values() if each.fits(sources)]
-    if len(fitting) == 1:
-        return fitting[0]
+    found = fitting(sources, name)
+    if len(found) == 1:
+        return found[0]
     shown = ", ".join(map(str, sources[:3])) + (", ..." if len(sources) > 3 else "")
-    if not fitting:
+    if not found:
         why = _why_none(sources)
         raise ValueError(f"{shown}: expected a checkpoint in one of the layouts {', '.join(FORMATS)}, got {why}")
     raise ValueError(
-        f"{shown}: more than one layout fits: {' and '.join(each.name for each in fitting)}; say which: --from"
+        f"{shown}: more than one layout fits: {' and '.join(each.name for each in found)}; say which: --from"
     )
+
+
+def fitting(sources: Sequence[Path], name: str | None = None) -> list[Format]:
+    """The layouts that files look like; or the one that the user says they are in.
+
+    Raises:
+        ValueError: a name that no layout has.
+    """
+    if name is None:
+        return [each for each in FORMATS.values() if each.fits(sources)]
+    if name not in FORMATS:
+        raise ValueError(f"--from: expected one of {', '.join(FORMATS)}, got {name}")
+    return [FORMATS[name]]
 
 
 def _why_none(sources: Sequence[Path]) -> str:

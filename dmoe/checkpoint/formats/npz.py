@@ -115,7 +115,7 @@ def write_npz(
     tensors: Mapping[str, Stored],
     *,
     overwrite: bool = False,
-    progress: Callable[[int], None] = lambda count: None,
+    progress: Callable[[int], object] = lambda count: None,
 ) -> None:
     """Write arrays under their names, one at a time: the whole file or none.
 

@@ -34,6 +34,10 @@ class Content:
         Raises:
             OSError, ValueError: see :func:`read_lazily`; or a file without a state dict.
         """
+        if path.suffix == ".safetensors":
+            from dmoe.checkpoint.hub_folder import stored_tensors
+
+            return cls({"": stored_tensors(path)}, {})
         content = read_lazily(path)
         if not isinstance(content, Mapping):
             raise ValueError(f"{path}: expected a state dict, or a dict around one, got {type(content).__name__}")
@@ -98,7 +102,7 @@ def expanded(source: Path) -> list[Path]:
     if _RANK.search(str(source)):
         return _of_ranks(source)
     if source.is_dir():
-        endings = (".pt", ".pth", ".bin", ".ckpt")
+        endings = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
         return sorted(file for file in source.iterdir() if file.suffix in endings or ".pth.rank" in file.name)
     return [source]
 

@@ -223,12 +223,20 @@ class RankFiles:
             contents[shared] = {**rest, **_divide(contents, files)}
         elif rest:
             contents = {file: {**rest, **content} for file, content in contents.items()}
-        written = {
-            file: Written(partial(write_lazily, content=content, progress=options.progress))
-            for file, content in contents.items()
-        }
+        written = {file: self._written(file, model, content, options) for file, content in contents.items()}
         write_together(name_of(target), written, overwrite=options.overwrite)
         return list(contents)
+
+    def _written(self, file: Path, model: Model, content: dict[str, Any], options: Options) -> Written:
+        if file.suffix != ".safetensors":
+            return Written(partial(write_lazily, content=content, progress=options.progress))
+        from dmoe.checkpoint.shared_files import write_safetensors
+
+        states = [content, *(content[key] for key in CONTAINERS if isinstance(content.get(key), Mapping))]
+        tensors = {name: value for state in states for name, value in state.items() if isinstance(value, Stored)}
+        if len(tensors) < sum(len(state) for state in states) - (len(states) - 1):
+            model.note(f"{file.name}: a safetensors file holds tensors alone: what stands beside the model is left out")
+        return Written(partial(write_safetensors, tensors=tensors, progress=options.progress))
 
     def _file(self, target: Path, rank: int, ranks: int) -> Path:
         if self.rank_file is not None and ranks > 1 and "{rank" not in str(target):
