@@ -86,9 +86,11 @@ def _read_old(path: Path, known: tuple[Any, ...]) -> Any:
                 return torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             refused = _UNSUPPORTED.search(str(error))
-            if refused is None or refused[1] in names or not stand_ins([refused[1]]):
+            # PyTorch's message leaves out that a name is Python's own.
+            name = "" if refused is None else refused[1] if "." in refused[1] else f"builtins.{refused[1]}"
+            if name in names or not stand_ins([name]):
                 raise
-            names.append(refused[1])
+            names.append(name)
 
 
 def _with_stored(node: Any, path: Path, *, whole: bool) -> Any:
