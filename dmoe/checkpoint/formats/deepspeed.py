@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from dmoe.checkpoint.bank import from_dmoe
-from dmoe.checkpoint.files import in_rank_order
 from dmoe.checkpoint.formats.base import Options, as_asked
 from dmoe.checkpoint.formats.deepspeed_names import (
     GATE,
@@ -35,7 +34,7 @@ from dmoe.checkpoint.formats.deepspeed_names import (
     remember,
 )
 from dmoe.checkpoint.formats.megatron_deepspeed import MEGATRON_DEEPSPEED
-from dmoe.checkpoint.formats.rank_contents import Content, expanded
+from dmoe.checkpoint.formats.rank_contents import Content, expanded, in_order_of_ranks
 from dmoe.checkpoint.formats.rank_files import RankFiles
 from dmoe.checkpoint.layers import Layout, is_gated, write_layer
 from dmoe.checkpoint.model import Model
@@ -79,7 +78,7 @@ class DeepSpeed:
         if len(sources) == 1 and sources[0].is_dir() and _dense_files(folder_of(sources[0])):
             return self._read_folder(sources[0], options)
         files = [file for source in sources for file in expanded(source)]
-        files = [Path(file) for file in in_rank_order([str(file) for file in files])]
+        files = in_order_of_ranks(files)
         layout = layout_for(Content.of(files[0]).tensors(), str(files[0]))
         model = self._of_ranks(layout).read(files, options)
         return remember(model, layout, {"folder": False})

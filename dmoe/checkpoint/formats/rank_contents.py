@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dmoe.checkpoint.files import in_rank_order
 from dmoe.checkpoint.stored import Stored
 from dmoe.checkpoint.torch_reader import read_lazily
 
@@ -124,3 +125,26 @@ def _of_ranks(pattern: Path) -> list[Path]:
         if not file.exists():
             raise FileNotFoundError(f"{file}: expected the file of rank {rank}, got none")
     return files
+
+
+def in_order_of_ranks(files: Sequence[Path]) -> list[Path]:
+    """Files in the order of the numbers in their names; see :func:`dmoe.checkpoint.files.in_rank_order`.
+
+    Raises:
+        ValueError: one is missing, or the next lies beside them: of some layouts nothing else would tell that a file
+            is missing.
+    """
+    ordered = [Path(file) for file in in_rank_order([str(file) for file in files])]
+    if len(ordered) > 1:
+        last, before = (re.split(r"(\d+)", str(file)) for file in (ordered[-1], ordered[-2]))
+        varying = [n for n in range(1, len(last), 2) if len(last) == len(before) and last[n] != before[n]]
+        if len(varying) == 1:
+            digits = last[varying[0]]
+            number = str(int(digits) + 1).zfill(len(digits) if digits.startswith("0") else 1)
+            following = Path("".join([*last[: varying[0]], number, *last[varying[0] + 1 :]]))
+            if following.exists():
+                raise ValueError(
+                    f"{following}: expected the files of all ranks, got {len(ordered)} without this one, which lies "
+                    "beside them"
+                )
+    return ordered

@@ -10,9 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from dmoe.checkpoint.bank import alike, from_dmoe, part_of_layer, to_dmoe, whole_layer
-from dmoe.checkpoint.files import in_rank_order
 from dmoe.checkpoint.formats.base import Options, as_asked
-from dmoe.checkpoint.formats.rank_contents import CONTAINERS, Content, expanded, filled, nested, values_of
+from dmoe.checkpoint.formats.rank_contents import (
+    CONTAINERS,
+    Content,
+    expanded,
+    filled,
+    in_order_of_ranks,
+    nested,
+    values_of,
+)
 from dmoe.checkpoint.layers import Found, Layout, write_layer
 from dmoe.checkpoint.model import Model
 from dmoe.checkpoint.stored import Stored
@@ -59,7 +66,7 @@ class RankFiles:
     def fits(self, sources: Sequence[Path]) -> bool:
         """See :class:`Format`."""
         try:
-            files = self.files(sources)
+            files = self._named(sources)  # any of them tells, and what is wrong with others is said when all are read
             return bool(files) and any(self._find(table, Content.of(files[0]).tensors()) for table in self.tables)
         except (OSError, ValueError, TypeError):
             return False
@@ -75,12 +82,16 @@ class RankFiles:
 
     def files(self, sources: Sequence[Path]) -> list[Path]:
         """Every rank's file, in order, from what the user names; without the one that all share."""
+        found = self._named(sources)
+        shared = {self.shared_file(file) for file in found}
+        return in_order_of_ranks([file for file in found if file not in shared])
+
+    def _named(self, sources: Sequence[Path]) -> list[Path]:
         found = [file for source in sources for file in expanded(source)]
         if len(found) == 1 and self.rank_file is not None and not found[0].exists():
             pattern = self.rank_file(found[0], "{rank}")
             found = expanded(pattern) if Path(filled(str(pattern), 0)).exists() else found
-        shared = {self.shared_file(file) for file in found}
-        return [Path(file) for file in in_rank_order([str(file) for file in found if file not in shared])]
+        return found
 
     def read(self, sources: Sequence[Path], options: Options) -> Model:
         """See :class:`Format`."""
