@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 SOURCES := $(wildcard csrc/*) setup.py
 
-.PHONY: demo test test-megatron-0.19 test-transformers test-oldest check bench fairseq clean
+.PHONY: demo test test-megatron-0.19 test-transformers test-checkpoints test-oldest check bench fairseq clean
 
 demo: $(VENV)/ready
 	$(BIN)/python examples/train_lm.py --compare-dense --minutes 7.5 --overwrite --generate --out runs/demo
@@ -25,6 +25,12 @@ test-transformers: $(VENV)/ready
 	DMOE_FAMILIES=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/transformers
 	for release in 5.8.1 5.17.0 5.23.0; do \
 		PYTHON=$(BIN)/python tests/support/transformers_wheel.sh $$release || exit 1; done
+
+# NVIDIA's converter: every recorded FasterTransformer folder, byte for byte (a third of them is in `make test`).
+test-checkpoints: $(VENV)/ready
+	cd tests/support && PATH=$(abspath $(BIN)):$$PATH python ft_verify.py ft_hashes.json \
+		'python -m dmoe.checkpoint convert {in} {out} --to fastertransformer --gpus {gpus} --dtype {dtype}' \
+		--vocab ' --vocab {vocab} --merges {merges}'
 
 # The oldest PyTorch that is promised, and its Triton: an environment of their own in build/ (5 GB), with Python 3.11.
 test-oldest:
