@@ -19,7 +19,8 @@ from typing import Literal
 
 from dmoe.checkpoint.formats.megablocks import DROPLESS, WITH_CAPACITY
 from dmoe.checkpoint.formats.megatron import EXPERTS, LEFT_OUT, ROUTER
-from dmoe.checkpoint.layers import TWO, Layout, Row
+from dmoe.checkpoint.layers import Layout, Row
+from dmoe.checkpoint.maps import TWO
 
 LayoutName = Literal["dmoe", "dmoe_experts", "sequential", "te", "grouped"]
 LAYOUTS: tuple[LayoutName, ...] = ("dmoe", "dmoe_experts", "sequential", "te", "grouped")

@@ -52,6 +52,18 @@ def test_a_native_model_computes_the_same_in_dmoe_and_comes_back_to_the_bit(mega
         assert all(found.values()), found
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_layers_of_a_native_models_file(megatron_process, case, tmp_path):
+    """Read by the general reader, with the options that Megatron's args in the file tell."""
+    report = megatron_process("through_checkpoint", case, str(tmp_path))
+    assert report["statuses"] == [0, 0]
+    assert report["same names"]
+    assert report["same values"]
+    assert report["beside"]
+    assert report["layers"]
+    assert max(report["layers"].values()) <= ACCURACY
+
+
 @pytest.mark.parametrize("gated", [True, False])
 def test_megatrons_grouped_mlp(megatron_process, gated):
     report = megatron_process("through_grouped_mlp", gated)

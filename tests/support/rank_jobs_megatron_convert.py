@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import sys
 import types
@@ -78,6 +79,41 @@ def through_models(group, name, store):
             "native again": bool(torch.equal(_losses(fresh), expected)),
         }
     return report | {"scale": float(expected.abs().max())}
+
+
+def through_checkpoint(group, name, folder, store):
+    """A file of a native GPT, with Megatron's args in it: its layers as dmoe.MoE, and the file again."""
+    from dmoe.checkpoint import load_layers
+    from dmoe.checkpoint.__main__ import main
+
+    connect(Ranks(), store)
+    native = _filled(build(Case(config=CASES[name]), "native")[1])
+    config, state = native.config, _tensors(native.state_dict())
+    args = argparse.Namespace(
+        moe_router_topk=config.moe_router_topk,
+        moe_router_score_function=config.moe_router_score_function,
+        moe_router_pre_softmax=config.moe_router_pre_softmax,
+        moe_router_topk_scaling_factor=config.moe_router_topk_scaling_factor,
+        swiglu=config.gated_linear_unit,
+    )
+    torch.save({"model": state, "args": args, "iteration": 5}, f"{folder}/theirs.pt")
+    there = main(["convert", f"{folder}/theirs.pt", f"{folder}/ours", "--to", "dmoe"])
+    back = main(["convert", f"{folder}/ours", f"{folder}/back.pt", "--to", "megatron-sequential"])
+    found = torch.load(f"{folder}/back.pt", weights_only=False)
+    report = {
+        "statuses": [there, back],
+        "same names": list(found["model"]) == list(state),
+        "same values": all(torch.equal(found["model"][key], value) for key, value in state.items()),
+        "beside": found["args"] == args and found["iteration"] == 5,
+        "layers": {},
+    }
+    for layer, moe in load_layers(f"{folder}/ours").items():
+        theirs = native.get_submodule(layer).eval()
+        x = values((7, 2, config.hidden_size), layer)
+        with torch.no_grad():
+            expected, ours = theirs(x)[0], moe(x)
+        report["layers"][layer] = float((ours - expected).abs().max() / expected.abs().max())
+    return report
 
 
 def _loop_gmm(x, weights, counts, trans_b=False):

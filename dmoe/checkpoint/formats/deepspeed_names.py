@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dmoe.checkpoint.layers import PAIR, SAME, Layout, Row
+from dmoe.checkpoint.layers import Layout, Row
+from dmoe.checkpoint.maps import PAIR, SAME
 from dmoe.checkpoint.model import Model
 from dmoe.checkpoint.stored import Stored
 

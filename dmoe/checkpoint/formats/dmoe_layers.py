@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dmoe.checkpoint.layers import ROW, TWO, Layout, Row
+from dmoe.checkpoint.layers import Layout, Row
+from dmoe.checkpoint.maps import ROW, TWO
 
 _ROUTER = ("weight", "bias", "selection_bias", "qb_beta", "projection", "projection_bias", "log_scale")
 _SHARED = "shared_expert.mlp."

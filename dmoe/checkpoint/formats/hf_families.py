@@ -11,18 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dmoe.checkpoint.layers import (
-    FLAT_TRANSPOSED,
-    PAIR,
-    PAIR_FLAT,
-    PAIR_OF_ONE,
-    TRANSPOSED,
-    TURNS,
-    TURNS_TRANSPOSED,
-    Found,
-    Layout,
-    Row,
-)
+from dmoe.checkpoint.layers import Found, Layout, Row
+from dmoe.checkpoint.maps import FLAT_TRANSPOSED, PAIR, PAIR_FLAT, PAIR_OF_ONE, TRANSPOSED, TURNS, TURNS_TRANSPOSED
 from dmoe.checkpoint.stored import Stored
 
 

@@ -7,7 +7,8 @@ number modulo the blocks of experts, and its slice of F the quotient: the other 
 from __future__ import annotations
 
 from dmoe.checkpoint.formats.rank_files import RankFiles
-from dmoe.checkpoint.layers import FLAT, FLAT_TRANSPOSED, PAIR_FLAT, PAIR_OF_ONE, TRANSPOSED, Layout, Row
+from dmoe.checkpoint.layers import Layout, Row
+from dmoe.checkpoint.maps import FLAT, FLAT_TRANSPOSED, PAIR_FLAT, PAIR_OF_ONE, TRANSPOSED
 from dmoe.presets import get
 
 _ROUTER = Row("router.weight", ("router.layer.weight",))

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from dmoe.checkpoint.formats.rank_files import RankFiles
-from dmoe.checkpoint.layers import FLAT_TRANSPOSED, Layout, Map, Row
+from dmoe.checkpoint.layers import Layout, Row
+from dmoe.checkpoint.maps import FLAT_TRANSPOSED, Map
 from dmoe.checkpoint.stored import mapped, reshaped
 from dmoe.config import MoEConfig
 
@@ -36,11 +37,11 @@ ROUTER = (
     Row("router.qb_beta", ("router.qb_beta",)),
 )
 SHARED = (
+    Row("shared_gate", ("shared_experts.gate_weight",)),
     Row("shared_up", ("shared_experts.linear_fc1.weight",)),
     Row("shared_up_bias", ("shared_experts.linear_fc1.bias",)),
     Row("shared_down", ("shared_experts.linear_fc2.weight",)),
     Row("shared_down_bias", ("shared_experts.linear_fc2.bias",)),
-    Row("shared_gate", ("shared_experts.gate_weight",)),
 )
 EXPERTS = {
     "sequential": (

@@ -12,7 +12,8 @@ import re
 import torch
 
 from dmoe.checkpoint.formats.rank_files import RankFiles
-from dmoe.checkpoint.layers import PAIR, ROW, SAME, TRANSPOSED, Layout, Map, Row, Sizes, by_rows
+from dmoe.checkpoint.layers import Layout, Row
+from dmoe.checkpoint.maps import PAIR, ROW, SAME, TRANSPOSED, Map, Sizes, by_rows
 from dmoe.checkpoint.stored import Stored, held, mapped, reshaped
 from dmoe.presets import get
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from dmoe.checkpoint.bank import from_dmoe, to_dmoe
 from dmoe.checkpoint.formats.base import Options, as_asked
 from dmoe.checkpoint.formats.npz import read_npz, write_npz
-from dmoe.checkpoint.layers import TRANSPOSED, TURNED, Bank, Layout, Row, check_bank, is_gated, write_layer
+from dmoe.checkpoint.layers import Bank, Layout, Row, check_bank, is_gated, write_layer
+from dmoe.checkpoint.maps import TRANSPOSED, TURNED
 from dmoe.checkpoint.model import Model
 from dmoe.checkpoint.stored import Stored
 from dmoe.config import MoEConfig
