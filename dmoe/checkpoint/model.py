@@ -49,6 +49,25 @@ class Model:
         ends = [0, *(position + 1 for position, letter in enumerate(name) if letter == ".")]
         return next((name[:end] for end in ends if name[:end] in self.layers and name.startswith(_OURS, end)), None)
 
+    def with_layers(self, made: Callable[[str], Mapping[str, Stored]]) -> dict[str, Stored]:
+        """All tensors in order, those of a MoE layer as ``made(prefix)`` has them, where the first of them stands.
+
+        Raises:
+            ValueError: a name twice.
+        """
+        found: dict[str, Stored] = {}
+        done: set[str] = set()
+        for name, stored in self.tensors.items():
+            layer = self.layer_of(name)
+            if layer in done:
+                continue
+            several = {name: stored} if layer is None else made(layer)
+            done |= set() if layer is None else {layer}
+            if twice := found.keys() & several.keys():
+                raise ValueError(f"{min(twice)}: expected one tensor of this name, got two")
+            found |= several
+        return found
+
     def set_config(self, layer: str, build: Callable[..., MoEConfig], settings: Mapping[str, Any]) -> None:
         """Keep a layer's config.
 

@@ -124,17 +124,18 @@ class DeepSpeed:
         tag = again.get("tag", "converted") if again else "converted"
         inside = folder / tag if tag else folder
         inside.mkdir(exist_ok=True)
+        of_expert: dict[str, str] = {}  # the files of experts' tensors
+
+        def made(prefix: str) -> dict[str, Stored]:
+            its = self._layer(model, prefix, list(model.layers).index(prefix), again)
+            of_expert.update({name: file for name, (file, _) in its.items() if file is not None})
+            return {name: stored for name, (_, stored) in its.items()}
+
         state: dict[str, Stored] = {}
         by_file: dict[str, dict[str, Stored]] = {}
-        done: set[str] = set()
-        for name, stored in model.tensors.items():
-            prefix = model.layer_of(name)
-            if prefix is None:
-                state[name] = as_asked(stored, options)
-            elif prefix not in done:
-                for each, (file, its) in self._layer(model, prefix, len(done), again).items():
-                    (state if file is None else by_file.setdefault(file, {}))[each] = as_asked(its, options)
-                done.add(prefix)
+        for name, stored in model.with_layers(made).items():
+            place = by_file.setdefault(of_expert[name], {}) if name in of_expert else state
+            place[name] = as_asked(stored, options)
         for file, tensors in by_file.items():
             _save(inside / file, tensors, options)
         beside = model.beside.get("ranks", [{}])[0] if again else {}

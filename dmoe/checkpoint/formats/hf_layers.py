@@ -153,19 +153,10 @@ def renamed_to(model: Model, family: Family, form: Any, where: str) -> dict[str,
         ValueError: a layer that the family has no names for.
     """
     layout = family.forms.get(form, next(iter(family.forms.values()))).layout
-    written: dict[str, Stored] = {}
-    done: set[str] = set()
-    for name, tensor in model.tensors.items():
-        layer = model.layer_of(name)
-        if layer in done:
-            continue
-        made = {name: tensor}
-        if layer is not None:
-            done.add(layer)
-            bank = from_dmoe(model.of_layer(layer), f"{where}: {layer}")
-            check_whole(family, bank, f"{where}: {layer}")
-            made = {layer + each: part for each, part in write_layer(layout, bank, f"{where}: {layer}").items()}
-        if twice := written.keys() & made.keys():
-            raise ValueError(f"{where}: {min(twice)}: expected one tensor of this name, got two")
-        written |= made
-    return written
+
+    def made(layer: str) -> dict[str, Stored]:
+        bank = from_dmoe(model.of_layer(layer), f"{where}: {layer}")
+        check_whole(family, bank, f"{where}: {layer}")
+        return {layer + each: part for each, part in write_layer(layout, bank, f"{where}: {layer}").items()}
+
+    return model.with_layers(made)

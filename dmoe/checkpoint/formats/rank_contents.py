@@ -13,6 +13,7 @@ from dmoe.checkpoint.stored import Stored
 from dmoe.checkpoint.torch_reader import read_lazily
 
 CHUNKS = re.compile(r"model\d+")  # of Megatron's virtual pipeline
+SHARED = " of all ranks"  # of a file's content, where that was apart: a key that no file has
 CONTAINERS = ("model", "module", "state_dict")
 
 

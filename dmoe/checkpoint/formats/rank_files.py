@@ -9,28 +9,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dmoe.checkpoint.bank import alike, from_dmoe, part_of_layer, to_dmoe, whole_layer
-from dmoe.checkpoint.formats.base import Options, as_asked
+from dmoe.checkpoint.bank import alike, to_dmoe, whole_layer
+from dmoe.checkpoint.formats.base import Options
 from dmoe.checkpoint.formats.rank_contents import (
-    CONTAINERS,
+    SHARED,
     Content,
     expanded,
     filled,
     in_order_of_ranks,
-    nested,
     values_of,
 )
-from dmoe.checkpoint.layers import Found, Layout, write_layer
+from dmoe.checkpoint.formats.rank_writing import write_ranks
+from dmoe.checkpoint.layers import Found, Layout
 from dmoe.checkpoint.model import Model
 from dmoe.checkpoint.stored import Stored
-from dmoe.checkpoint.together import Written, finish_writing, name_of, write_together
-from dmoe.checkpoint.torch_writer import write_lazily
+from dmoe.checkpoint.together import finish_writing
 from dmoe.config import MoEConfig
-
-_OPTIMIZERS = ("optimizer", "optimizer_state", "last_optimizer_state", "opt_param_scheduler", "lr_scheduler", "scaler")
-
-
-_SHARED = " of all ranks"  # a key that no file has
 
 
 @dataclass(frozen=True)
@@ -158,7 +152,7 @@ class RankFiles:
             )
 
     def _content(self, file: Path) -> Content:
-        """A rank's file, with what all share; ``shared`` of its ``beside`` is what stands beside that."""
+        """A rank's file, with what all share; ``SHARED`` of its ``beside`` is what stands beside that."""
         content, shared = Content.of(file), self.shared_file(file)
         if shared is None:
             return content
@@ -167,7 +161,7 @@ class RankFiles:
         rest = Content.of(shared)
         for key, state in rest.states.items():
             content.states[key] = {**state, **content.states.get(key, {})}
-        return Content(content.states, {**content.beside, _SHARED: rest.beside})
+        return Content(content.states, {**content.beside, SHARED: rest.beside})
 
     def _layers(
         self, files: Sequence[Path], states: Sequence[Mapping[str, Stored]]
@@ -222,93 +216,4 @@ class RankFiles:
 
     def write(self, model: Model, target: Path, options: Options) -> list[Path]:
         """See :class:`Format`."""
-        again = model.origin if model.origin.get("layout") == self.name else {}
-        ranks = options.ranks or (1 if options.ranks is None and "{rank" not in str(target) else again.get("ranks", 1))
-        table = next((each for each in self.tables if each.name == again.get("table")), None)
-        files = [self._file(target, rank, ranks) for rank in range(ranks)]
-        contents = {file: self._of_rank(model, table, rank, ranks, again, options) for rank, file in enumerate(files)}
-        shared = self.shared_file(files[0]) if ranks > 1 else None
-        rests = [content.pop(_SHARED, {}) for content in contents.values()]
-        rest = rests[0]
-        if shared is not None:
-            contents[shared] = {**rest, **_divide(contents, files)}
-        elif rest:
-            contents = {file: {**rest, **content} for file, content in contents.items()}
-        written = {file: self._written(file, model, content, options) for file, content in contents.items()}
-        write_together(name_of(target), written, overwrite=options.overwrite)
-        return list(contents)
-
-    def _written(self, file: Path, model: Model, content: dict[str, Any], options: Options) -> Written:
-        if file.suffix != ".safetensors":
-            return Written(partial(write_lazily, content=content, progress=options.progress))
-        from dmoe.checkpoint.shared_files import write_safetensors
-
-        states = [content, *(content[key] for key in CONTAINERS if isinstance(content.get(key), Mapping))]
-        tensors = {name: value for state in states for name, value in state.items() if isinstance(value, Stored)}
-        if len(tensors) < sum(len(state) for state in states) - (len(states) - 1):
-            model.note(f"{file.name}: a safetensors file holds tensors alone: what stands beside the model is left out")
-        return Written(partial(write_safetensors, tensors=tensors, progress=options.progress))
-
-    def _file(self, target: Path, rank: int, ranks: int) -> Path:
-        if self.rank_file is not None and ranks > 1 and "{rank" not in str(target):
-            return self.rank_file(target, rank)
-        if ranks > 1 and "{rank" not in str(target):
-            raise ValueError(f"{target}: expected a name with {{rank}} in it for {ranks} files")
-        return Path(filled(str(target), rank))
-
-    def _of_rank(
-        self, model: Model, table: Layout | None, rank: int, ranks: int, again: Mapping[str, Any], options: Options
-    ) -> dict[str, Any]:
-        state: dict[str, Any] = {}
-        done: set[str] = set()
-        for name, stored in model.tensors.items():
-            prefix = model.layer_of(name)
-            if prefix is None:
-                state[name] = as_asked(stored, options)
-            elif prefix not in done:
-                done.add(prefix)
-                where = f"{self.name}: {prefix.removesuffix('.') or 'the layer'}"
-                part = part_of_layer(model.of_layer(prefix), table or self.tables[0], rank, ranks, where)
-                bank = from_dmoe(part, where, sliced=True)
-                chosen = table or self._table_for(bank, where)
-                its = {each: as_asked(value, options) for each, value in write_layer(chosen, bank, where).items()}
-                if not again or again.get("constants", True):
-                    its |= {each: made(model.of_layer(prefix)) for each, made in self.constants.items()}
-                theirs = model.without(prefix, self.nested)
-                state |= {theirs + each: value for each, value in its.items()}
-        values = model.beside.get("values", {}) if again else {}
-        return nested(state, values, again.get("containers", [self.container]), self._beside(model, rank, ranks, again))
-
-    def _table_for(self, bank: Mapping[str, Stored], where: str) -> Layout:
-        """The first table that has a place for everything."""
-        for table in self.tables[:-1]:
-            try:
-                write_layer(table, dict(bank), where)
-            except ValueError:
-                continue
-            return table
-        return self.tables[-1]
-
-    def _beside(self, model: Model, rank: int, ranks: int, again: Mapping[str, Any]) -> dict[str, Any]:
-        """What stood beside the model in that rank's file, or the first one's; an optimizer's state does not fit."""
-        if not again:
-            return {}
-        of_ranks = model.beside.get("ranks", [{}])
-        kept = of_ranks[rank] if len(of_ranks) == ranks else of_ranks[0]
-        if any(name in kept and kept[name] is not None for name in _OPTIMIZERS):
-            model.note(f"{self.name}: written without the optimizer's state, which does not fit the converted model")
-        return {key: value for key, value in kept.items() if key not in _OPTIMIZERS}
-
-
-def _divide(contents: dict[Path, dict[str, Any]], files: Sequence[Path]) -> dict[str, Any]:
-    """Take what all ranks have out of their files; returns it as the content of one of its own."""
-    whole = contents[files[0]]
-    key = next((key for key in CONTAINERS if isinstance(whole.get(key), dict)), "")
-    states = [contents[file][key] if key else contents[file] for file in files]
-    of_experts = [{name for name in state if ".experts." in f".{name}"} for state in states]
-    rest = {name: value for name, value in states[0].items() if name not in of_experts[0]}
-    shared = {key: rest} if key else rest
-    for file, state, names in zip(files, states, of_experts, strict=True):
-        mine = {name: value for name, value in state.items() if name in names}
-        contents[file] = {**contents[file], key: mine} if key else mine
-    return shared
+        return write_ranks(self, model, target, options)

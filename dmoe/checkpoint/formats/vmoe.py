@@ -97,24 +97,15 @@ class VisionMoE:
             ValueError: a layer that V-MoE's cannot be, or a dtype that numpy does not have.
         """
         prefixes = model.origin.get("prefixes", {})
-        written: dict[str, Stored] = {}
-        done: set[str] = set()
-        for name, tensor in model.tensors.items():
-            layer = model.layer_of(name)
-            if layer in done:
-                continue
-            made = {name: tensor}
-            if layer is not None:
-                done.add(layer)
-                where = f"{target}: {layer}"
-                bank = from_dmoe(model.of_layer(layer), where)
-                _check_whole(bank, where)
-                prefix = prefixes.get(layer, layer.replace(".", "/"))
-                of_layer = write_layer(LAYOUT, bank, where)
-                made = {prefix + each.replace(".", "/"): part for each, part in of_layer.items()}
-            if twice := written.keys() & made.keys():
-                raise ValueError(f"{target}: {min(twice)}: expected one array of this name, got two")
-            written |= made
+
+        def made(layer: str) -> dict[str, Stored]:
+            where = f"{target}: {layer}"
+            bank = from_dmoe(model.of_layer(layer), where)
+            _check_whole(bank, where)
+            prefix = prefixes.get(layer, layer.replace(".", "/"))
+            return {prefix + each.replace(".", "/"): part for each, part in write_layer(LAYOUT, bank, where).items()}
+
+        written = model.with_layers(made)
         written = {name: as_asked(each, options) for name, each in written.items()}
         write_npz(Path(target), written, overwrite=options.overwrite, progress=options.progress)
         return [Path(target)]
