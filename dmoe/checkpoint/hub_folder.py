@@ -53,11 +53,24 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     try:
         with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            text = file.read()
+    except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected a JSON object, got: {error}") from error
+    return read_json_text(text, path)
+
+
+def read_json_text(text: str, where: str | os.PathLike[str]) -> dict[str, Any]:
+    """A JSON object from a text.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        content = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{where}: expected a JSON object, got: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+        raise ValueError(f"{where}: expected a JSON object, got {type(content).__name__}")
     return content
 
 
@@ -111,10 +124,20 @@ def stored_tensors(folder: str | os.PathLike[str]) -> dict[str, Stored]:
     return found
 
 
-def _stored(path: Path) -> dict[str, Stored]:
-    """From the header of a file that safetensors itself has found whole."""
+def metadata_of(path: Path) -> dict[str, str]:
+    """The texts in the header of a safetensors file."""
+    texts: dict[str, str] = _header(path)[1].get("__metadata__", {})
+    return texts
+
+
+def _header(path: Path) -> tuple[int, dict[str, Any]]:
+    """The length and the content of the header of a file that safetensors itself has found whole."""
     length = int.from_bytes(bytes(read_bytes(path, 0, 8).tolist()), "little")
-    header: dict[str, Any] = json.loads(bytes(read_bytes(path, 8, length).tolist()))
+    return length, json.loads(bytes(read_bytes(path, 8, length).tolist()))
+
+
+def _stored(path: Path) -> dict[str, Stored]:
+    length, header = _header(path)
     header.pop("__metadata__", None)
     dtypes = {name: dtype for dtype, name in DTYPES.items()}
 

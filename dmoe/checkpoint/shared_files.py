@@ -81,13 +81,13 @@ class SharedFiles:
         return PartWriter(folder, self._places)
 
 
-def header_of(tensors: Mapping[str, Tensor | Stored]) -> bytes:
-    """What a file begins with: the length of its header, and the header.
+def header_of(tensors: Mapping[str, Tensor | Stored], metadata: Mapping[str, str] | None = None) -> bytes:
+    """What a file begins with: the length of its header, and the header, with texts of one's own.
 
     Raises:
         ValueError: a dtype that the format does not have.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     position = 0
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
@@ -101,7 +101,10 @@ def header_of(tensors: Mapping[str, Tensor | Stored]) -> bytes:
 
 
 def write_safetensors(
-    file: BinaryIO, tensors: Mapping[str, Stored], progress: Callable[[int], object] = lambda count: None
+    file: BinaryIO,
+    tensors: Mapping[str, Stored],
+    progress: Callable[[int], object] = lambda count: None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write a file of its own, one tensor in memory at a time.
 
@@ -109,12 +112,13 @@ def write_safetensors(
         file: open for writing.
         tensors: by name.
         progress: told the bytes of each tensor.
+        metadata: texts that go into the header.
 
     Raises:
         OSError: it cannot be written.
         ValueError: a dtype that the format does not have.
     """
-    file.write(header_of(tensors))
+    file.write(header_of(tensors, metadata))
     for stored in tensors.values():
         file.write(_bytes_of(stored.read()))
         progress(stored.nbytes)

@@ -115,3 +115,37 @@ def test_to_dmoe_the_same_output_and_back_to_the_bit(tmp_path, name, ranks):
 def back(source, folder, ranks):
     (folder / "back").mkdir()
     return folder / "back" / source.name.replace("X.pth.rank{rank}", "X.pth" if ranks > 1 else "X.pth.global")
+
+
+GROUPS = {
+    "gated": ["tutel llama_ffn", "megablocks gated", "megatron-te", "megatron-grouped", "deepspeed gated"],
+    "with biases": ["tutel", "fairseq", "megatron-sequential", "deepspeed"],
+    "plain": ["tutel without biases", "megablocks", "megatron-grouped plain"],
+}
+PAIRS = [(a, b) for group in GROUPS.values() for a in group for b in group if a != b]
+
+
+@pytest.mark.parametrize(("one", "other"), PAIRS)
+def test_from_any_to_any_and_back(tmp_path, one, other):
+    """By way of two ranks of the other system, and of dmoe's own files for four."""
+    source = write(one, 1, tmp_path / "in")
+    there = tmp_path / "there"
+    there.mkdir()
+    layout, passed = one.split()[0], other.split()[0]
+    steps = [
+        (there / "two{rank}.pt", passed, 2),
+        (there / "four{rank}.pt", "dmoe", 4),
+        (there / "again{rank}.pt", passed, 2),
+        (back(source, tmp_path, 1), layout, 1),
+    ]
+    for target, to, ranks in steps:
+        assert main(["convert", str(source), str(target), "--to", to, f"--ranks={ranks}"]) == 0
+        source = target
+    given, found = (state_of(next(iter(contents(tmp_path / name).values()))) for name in ("in", "back"))
+    assert set(found) == set(given)
+    for name in given:
+        assert same(given[name], found[name]), name
+
+
+def state_of(content):
+    return content.get("model", content)

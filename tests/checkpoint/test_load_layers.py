@@ -14,7 +14,7 @@ from dmoe.checkpoint.formats.dmoe_files import DMOE
 from dmoe.checkpoint.stored import held
 
 SIZES = {"hidden_size": 16, "ffn_hidden_size": 8, "num_experts": 16}
-WAYS = ("model", "model.pt", "part{rank}.pt")
+WAYS = ("model", "model.pt", "part{rank}.pt", "model.safetensors")
 
 
 def config_of(name):

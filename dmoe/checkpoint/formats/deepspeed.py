@@ -34,9 +34,9 @@ from dmoe.checkpoint.formats.deepspeed_names import (
     remember,
 )
 from dmoe.checkpoint.formats.megatron_deepspeed import MEGATRON_DEEPSPEED
-from dmoe.checkpoint.formats.rank_contents import Content, expanded, in_order_of_ranks
+from dmoe.checkpoint.formats.rank_contents import ENDINGS, Content, expanded, in_order_of_ranks
 from dmoe.checkpoint.formats.rank_files import RankFiles
-from dmoe.checkpoint.layers import Layout, is_gated, write_layer
+from dmoe.checkpoint.layers import Layout, write_layer
 from dmoe.checkpoint.model import Model
 from dmoe.checkpoint.new_folder import new_folder
 from dmoe.checkpoint.stored import Stored
@@ -114,8 +114,9 @@ class DeepSpeed:
         if model.gpt is not None:
             return MEGATRON_DEEPSPEED.write(model, target, options)
         again = model.origin if model.origin.get("layout") == self.name else {}
-        if again and not again["folder"] and target.suffix:
-            return self._of_ranks(layout_again(again)).write(model, target, options)
+        if target.suffix in ENDINGS:
+            layout = layout_again(again) if again else _fresh(model)
+            return self._of_ranks(layout).write(model, target, options)
         with new_folder(target, overwrite=options.overwrite, marker="latest") as folder:
             self._write_folder(model, folder, again, options)
         return [target]
@@ -154,8 +155,7 @@ class DeepSpeed:
         """A layer's tensors by their names in the whole model, each with the file of its expert, if it is one's."""
         where = f"deepspeed: {prefix.removesuffix('.') or 'the layer'}"
         bank = from_dmoe(model.of_layer(prefix), where)
-        fresh = ExpertNames(("w1", "w3"), "w2") if is_gated(bank) else ExpertNames(*KNOWN[0])
-        layout = layout_again(again) if again else fresh.layout()
+        layout = layout_again(again) if again else _fresh(model)
         theirs, found = model.without(prefix, "moe."), {}
         for name, stored in write_layer(layout, bank, where).items():
             match, file = KEY.match(name), None
@@ -164,6 +164,12 @@ class DeepSpeed:
                 file = file if again.get("old") else f"layer_{number}_{file}"
             found[theirs + name] = (file, stored)
         return found
+
+
+def _fresh(model: Model) -> Layout:
+    """Names for experts that come from elsewhere: Megatron's, or Mixtral's where they are gated."""
+    gated = any(name.endswith("experts.gate_up_proj") for name in model.tensors)
+    return (ExpertNames(("w1", "w3"), "w2") if gated else ExpertNames(*KNOWN[0])).layout()
 
 
 def folder_of(source: Path) -> Path:

@@ -20,7 +20,7 @@ from typing import Any
 
 from dmoe.checkpoint.formats.base import Options, as_asked
 from dmoe.checkpoint.formats.dmoe_layers import LAYOUT
-from dmoe.checkpoint.formats.rank_contents import Content, expanded
+from dmoe.checkpoint.formats.rank_contents import ENDINGS, Content, expanded
 from dmoe.checkpoint.formats.rank_files import RankFiles
 from dmoe.checkpoint.model import Model
 from dmoe.checkpoint.new_folder import new_folder
@@ -31,7 +31,6 @@ from dmoe.config_json import config_from_json, config_to_json
 
 FORMAT = "dmoe checkpoint 1"
 FILE, BESIDE = "dmoe.json", "beside.pt"
-_ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
 _PLAIN = RankFiles("dmoe", "", (LAYOUT,), lambda beside, **facts: MoEConfig(**facts), container="model")
 _KEPT = ("optimizer", "optimizer_state", "last_optimizer_state")  # of other parameters: not kept
 
@@ -68,7 +67,7 @@ class DmoeFiles:
 
     def write(self, model: Model, target: Path, options: Options) -> list[Path]:
         """See :class:`Format`."""
-        if target.suffix in _ENDINGS:
+        if target.suffix in ENDINGS:
             told: dict[str, Any] = {"dmoe": _json_of(model)}
             if beside := _beside(model):
                 told["beside"] = beside

@@ -14,6 +14,7 @@ from dmoe.checkpoint.torch_reader import read_lazily
 
 CHUNKS = re.compile(r"model\d+")  # of Megatron's virtual pipeline
 SHARED = " of all ranks"  # of a file's content, where that was apart: a key that no file has
+ENDINGS = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")  # of files that hold a state dict
 CONTAINERS = ("model", "module", "state_dict")
 
 
@@ -37,9 +38,10 @@ class Content:
             OSError, ValueError: see :func:`read_lazily`; or a file without a state dict.
         """
         if path.suffix == ".safetensors":
-            from dmoe.checkpoint.hub_folder import stored_tensors
+            from dmoe.checkpoint.hub_folder import metadata_of, read_json_text, stored_tensors
 
-            return cls({"": stored_tensors(path)}, {})
+            tensors, texts = stored_tensors(path), metadata_of(path)
+            return cls({"": tensors}, {"dmoe": read_json_text(texts["dmoe"], path)} if "dmoe" in texts else {})
         content = read_lazily(path)
         if not isinstance(content, Mapping):
             raise ValueError(f"{path}: expected a state dict, or a dict around one, got {type(content).__name__}")
@@ -104,8 +106,7 @@ def expanded(source: Path) -> list[Path]:
     if _RANK.search(str(source)):
         return _of_ranks(source)
     if source.is_dir():
-        endings = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
-        return sorted(file for file in source.iterdir() if file.suffix in endings or ".pth.rank" in file.name)
+        return sorted(file for file in source.iterdir() if file.suffix in ENDINGS or ".pth.rank" in file.name)
     return [source]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -108,9 +109,10 @@ def _written(file: Path, model: Model, content: dict[str, Any], options: Options
 
     states = [content, *(content[key] for key in CONTAINERS if isinstance(content.get(key), Mapping))]
     tensors = {name: value for state in states for name, value in state.items() if isinstance(value, Stored)}
-    if len(tensors) < sum(len(state) for state in states) - (len(states) - 1):
+    metadata = {"dmoe": json.dumps(content["dmoe"])} if "dmoe" in content else {}
+    if len(tensors) + len(metadata) < sum(len(state) for state in states) - (len(states) - 1):
         model.note(f"{file.name}: a safetensors file holds tensors alone: what stands beside the model is left out")
-    return Written(partial(write_safetensors, tensors=tensors, progress=options.progress))
+    return Written(partial(write_safetensors, tensors=tensors, progress=options.progress, metadata=metadata))
 
 
 def _divide(contents: dict[Path, dict[str, Any]], files: Sequence[Path]) -> dict[str, Any]:
