@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from dmoe.checkpoint.layers import Bank, Layout, check_bank, is_gated
 from dmoe.checkpoint.layout import FFN_DIM
-from dmoe.checkpoint.stored import Stored, concatenated, cut, mapped, reshaped, same
+from dmoe.checkpoint.stored import Stored, concatenated, cut, held, mapped, reshaped, same
 
 _SHARED = "shared_expert.mlp."
 # Fields that are of no expert, in dmoe's names.
@@ -69,6 +71,19 @@ def from_dmoe(tensors: Mapping[str, Stored], where: str, *, sliced: bool = False
         if needed not in bank:
             raise ValueError(f"{where}: expected experts.{needed}_proj, found none beside {', '.join(tensors)}")
     return check_bank(bank, where, sliced=sliced)
+
+
+BIASES = ("up_bias", "down_bias")
+
+
+def with_both_biases(bank: Bank) -> Bank:
+    """A bank whose experts have one bias, and zeros for the other, as dmoe has both or none."""
+    (there, *more), gone = [name for name in BIASES if name in bank] or [""], [b for b in BIASES if b not in bank]
+    if not there or more:
+        return bank
+    experts, hidden, _ = bank["down"].shape
+    shape = (experts, hidden) if gone[0] == "down_bias" else bank["up"].shape[:2]
+    return {**bank, gone[0]: held(torch.zeros(shape, dtype=bank[there].dtype))}
 
 
 def _field(name: str, gated: bool) -> str:

@@ -16,6 +16,7 @@ PLAIN = {"top_k": 1, "activation": "gelu"}
 CASES = {
     "tutel": (cases.tutel_ffn, (1, 2, 4, 8), False, True),
     "tutel without biases": (cases.tutel_ffn, (1, 2), False, False),
+    "tutel with one bias": (cases.tutel_one_bias, (1, 2, 8), False, True),
     "tutel of old": (cases.tutel_old, (1, 2), False, True),
     "tutel llama_ffn": (cases.tutel_llama, (1, 2, 4), True, False),
     "swin-moe": (cases.tutel_ffn, (2, 4), False, True),
@@ -36,8 +37,11 @@ PREFIXES = ("blocks.0.moe.", "blocks.1.moe.")
 
 
 def layers_of(name):
-    _, _, gated, biased = CASES[name]
-    return [cases.drawn(seed, gated=gated, biased=biased) for seed in range(len(PREFIXES))]
+    make, _, gated, biased = CASES[name]
+    layers = [cases.drawn(seed, gated=gated, biased=biased) for seed in range(len(PREFIXES))]
+    for layer in layers:
+        make(layer, "", 0, 1)  # which may say what it lacks
+    return layers
 
 
 def write(name, ranks, folder):

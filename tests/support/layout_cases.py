@@ -64,6 +64,14 @@ def tutel_ffn(layer: Layer, prefix: str, rank: int, ranks: int) -> State:
     return state
 
 
+def tutel_one_bias(layer: Layer, prefix: str, rank: int, ranks: int) -> State:
+    """``has_fc2_bias=False``."""
+    state = tutel_ffn(layer, prefix, rank, ranks)
+    del state[f"{prefix}experts.batched_fc2_bias"]
+    layer["down_bias"] = torch.zeros_like(layer["down_bias"])
+    return state
+
+
 def tutel_old(layer: Layer, prefix: str, rank: int, ranks: int) -> State:
     state = tutel_ffn(layer, prefix, rank, ranks)
     del state[f"{prefix}_num_global_experts"]

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dmoe.checkpoint.bank import alike, to_dmoe, whole_layer
+from dmoe.checkpoint.bank import BIASES, alike, to_dmoe, whole_layer, with_both_biases
 from dmoe.checkpoint.formats.base import Options
 from dmoe.checkpoint.formats.rank_contents import (
     SHARED,
@@ -42,6 +42,7 @@ class RankFiles:
         inside, not_inside: what the layers' prefixes must, and must not, contain; None for any.
         nested: what is ours behind the prefix of a layer that has ``coefficient.weight``, as :class:`dmoe.ResidualMoE`
             has: ``moe.``; empty where a system has no such layers.
+        one_bias: whether its experts may have one bias alone.
         constants: tensors that it keeps beside a layer's, by name behind its prefix, and how they follow from these.
     """
 
@@ -53,6 +54,7 @@ class RankFiles:
     rank_file: Callable[[Path, int | str], Path] | None = None
     container: str = ""
     nested: str = ""
+    one_bias: bool = False
     inside: re.Pattern[str] | None = None
     not_inside: re.Pattern[str] | None = None
     constants: Mapping[str, Callable[[Mapping[str, Stored]], Stored]] = field(default_factory=dict)
@@ -122,6 +124,10 @@ class RankFiles:
         table, layers = self._layers(files, states)
         model = Model({}, {}, origin={"layout": self.name, "table": table.name, "ranks": len(files)})
         model.origin["constants"] = all(prefix + name in states[0] for prefix in layers[0] for name in self.constants)
+        if self.one_bias and layers[0]:
+            fields = {row.field for row, _ in next(iter(layers[0].values())).names}
+            absent = [name for name in BIASES if name not in fields]
+            model.origin["absent"] = absent if len(absent) == 1 else []
         owners = [{name: prefix for prefix, found in of.items() for name in self._names(found)} for of in layers]
         for name in states[0]:
             prefix = owners[0].get(name)
@@ -199,6 +205,7 @@ class RankFiles:
         parts = []
         for file, state, found in zip(files, states, layers, strict=True):
             bank, _ = found[prefix].read(state, here, f"{file}: {where}")
+            bank = with_both_biases(bank) if self.one_bias else bank
             parts.append(to_dmoe(bank, f"{file}: {where}", sliced=table.bias_sliced))
         total = total or parts[0]["experts.down_proj"].shape[0] * ranks
         return whole_layer(parts, table, total, f"{files[0]}: {where}")

@@ -70,6 +70,7 @@ def _of_rank(
         where = f"{system.name}: {prefix.removesuffix('.') or 'the layer'}"
         layer = model.of_layer(prefix)
         bank = from_dmoe(part_of_layer(layer, table or system.tables[0], rank, ranks, where), where, sliced=True)
+        bank = {name: stored for name, stored in bank.items() if name not in again.get("absent", ())}
         its = write_layer(table or _table_for(system, bank, where), bank, where)
         if again.get("constants", True):
             its |= {name: follows(layer) for name, follows in system.constants.items()}

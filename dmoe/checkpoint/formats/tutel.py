@@ -86,6 +86,7 @@ TUTEL = RankFiles(
     (FFN, FFN_OF_OLD, LLAMA),
     lambda beside, **facts: get("tutel", **facts),
     constants=_COUNT,
+    one_bias=True,
     not_inside=re.compile(r"\._moe_layer\."),
 )
 SWIN_MOE = RankFiles(
@@ -94,6 +95,7 @@ SWIN_MOE = RankFiles(
     (FFN, FFN_OF_OLD),
     lambda beside, **facts: get("swin_moe", **facts),
     constants=_COUNT,
+    one_bias=True,
     container="model",
     inside=re.compile(r"\._moe_layer\."),
     shared_file=lambda path: (
