@@ -76,13 +76,13 @@ def from_dmoe(tensors: Mapping[str, Stored], where: str, *, sliced: bool = False
 BIASES = ("up_bias", "down_bias")
 
 
-def with_both_biases(bank: Bank) -> Bank:
-    """A bank whose experts have one bias, and zeros for the other, as dmoe has both or none."""
+def with_both_biases(bank: Bank, slices: int) -> Bank:
+    """A bank whose experts have one bias, and zeros for the other, as dmoe has both or none; ``slices`` of it along H."""
     (there, *more), gone = [name for name in BIASES if name in bank] or [""], [b for b in BIASES if b not in bank]
     if not there or more:
         return bank
     experts, hidden, _ = bank["down"].shape
-    shape = (experts, hidden) if gone[0] == "down_bias" else bank["up"].shape[:2]
+    shape = (experts, hidden // slices) if gone[0] == "down_bias" else bank["up"].shape[:2]
     return {**bank, gone[0]: held(torch.zeros(shape, dtype=bank[there].dtype))}
 
 

@@ -205,7 +205,7 @@ class RankFiles:
         parts = []
         for file, state, found in zip(files, states, layers, strict=True):
             bank, _ = found[prefix].read(state, here, f"{file}: {where}")
-            bank = with_both_biases(bank) if self.one_bias else bank
+            bank = with_both_biases(bank, max(1, ranks // (total or ranks))) if self.one_bias else bank
             parts.append(to_dmoe(bank, f"{file}: {where}", sliced=table.bias_sliced))
         total = total or parts[0]["experts.down_proj"].shape[0] * ranks
         return whole_layer(parts, table, total, f"{files[0]}: {where}")
