@@ -77,7 +77,7 @@ BIASES = ("up_bias", "down_bias")
 
 
 def with_both_biases(bank: Bank, slices: int) -> Bank:
-    """A bank whose experts have one bias, and zeros for the other, as dmoe has both or none; ``slices`` of it along H."""
+    """A bank whose experts have one bias, with zeros (in ``slices`` along H) for the other: dmoe has both or none."""
     (there, *more), gone = [name for name in BIASES if name in bank] or [""], [b for b in BIASES if b not in bank]
     if not there or more:
         return bank
