@@ -110,6 +110,7 @@ def whole_layer(
         ValueError: parts that do not make E experts, or differ where ranks hold the same.
     """
     ranks = len(parts)
+    layout.check_ranks(ranks, num_experts, where)
     here = parts[0]["experts.down_proj"].shape[0]
     if ranks == 1:
         if here != num_experts:
@@ -150,6 +151,7 @@ def part_of_layer(whole: Mapping[str, Stored], layout: Layout, rank: int, ranks:
         ValueError: experts, or widths, that so many ranks cannot share evenly.
     """
     experts = whole["experts.down_proj"].shape[0]
+    layout.check_ranks(ranks, experts, where)
     blocks = min(ranks, experts)
     slices = ranks // blocks
     width = whole["experts.down_proj"].shape[2]

@@ -23,6 +23,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 
 from dmoe.checkpoint.maps import SAME, Map, Sizes
 from dmoe.checkpoint.stored import Stored, stacked, taken
@@ -74,8 +75,9 @@ class Layout:
         left_out: names behind the layer's prefix that have no counterpart and are not taken over.
         slices_first: with more ranks than blocks of experts, whether neighbours hold slices of F of the same experts
             (dmoe, Tutel), or the same slice of different ones (MegaBlocks).
+        routerless: whether a layer may have no router that would tell how many experts all ranks have (hash layers).
         bias_sliced: whether ``down_bias`` is cut along H then (Tutel), or whole on every slice.
-        slices_known: whether slices of F can be put together at all.
+        sliceable: whether more ranks than experts hold slices of F; elsewhere no rank is without an expert of its own.
         replicated: whether, with more ranks than experts, ranks hold copies of whole experts (fairseq).
     """
 
@@ -85,8 +87,22 @@ class Layout:
     left_out: str | None = None
     slices_first: bool = True
     bias_sliced: bool = False
-    slices_known: bool = True
+    sliceable: bool = False
+    routerless: bool = False
     replicated: bool = False
+
+    @property
+    def counted(self) -> bool:
+        """Whether nothing but the router tells how many experts a file holds."""
+        return any(row.counted for row in self.rows)
+
+    def check_ranks(self, ranks: int, experts: int, where: str) -> None:
+        """Raise ValueError where so many ranks cannot share a layer."""
+        if ranks > experts and not (self.sliceable or self.replicated):
+            raise ValueError(
+                f"{where}: expected at most {experts} ranks, each with experts of its own, as {self.name} has it, got "
+                f"{ranks}"
+            )
 
     def find(self, names: Mapping[str, Stored] | Iterable[str]) -> dict[str, Found]:
         """The MoE layers among tensors, by prefix: every prefix with experts in this layout."""
@@ -100,7 +116,7 @@ class Layout:
                     match = pattern.fullmatch(name)
                     if match and (row.dims is None or dims.get(name, row.dims) == row.dims):
                         found.setdefault(match["layer"], Found(self, match["layer"]))
-        for name in names:
+        for name in names if found else ():
             for row in self.rows:
                 for place, pattern in enumerate(row.patterns):
                     match = pattern.fullmatch(name)
@@ -141,6 +157,11 @@ class Found:
                 router = row.map.join([tensors[self.names[row, 0][0]]], Sizes(1, 0))
                 return router.shape[0] if len(router.shape) == 2 else None
         return None
+
+    def rows_of(self, field: str, tensors: Mapping[str, Stored]) -> int:
+        """The first dimension of a field's tensor; 0 where there is none."""
+        rows = [row for row in self.layout.rows if row.field == field and self.has(row)]
+        return tensors[self.names[rows[0], 0][0]].shape[0] if rows else 0
 
     def num_experts(self) -> int | None:
         """How many experts have tensors of their own; None where the layout has none such."""
@@ -193,7 +214,8 @@ class Found:
         names = self.names[row, place]
         if not row.by_expert:
             return tensors[names[0]]
-        if missing := [e for e in range(count or 0) if e not in names]:
+        # The first few alone: a file may name expert 10**12.
+        if missing := list(islice((e for e in range(count or 0) if e not in names), 6)):
             raise ValueError(
                 f"{where}: expected {_any(row.theirs[place])} of experts 0 to {(count or 0) - 1}, found none of "
                 f"{', '.join(map(str, missing[:5]))}{', ...' if len(missing) > 5 else ''}"

@@ -86,8 +86,9 @@ class Model:
                 raise ValueError(
                     f"{where}: {name}: expected {facts[name]!r}, which its tensors have, got {settings[name]!r}"
                 )
+        one = {"top_k": 1} if facts["num_experts"] == 1 else {}  # whatever a system's layer has by default
         try:
-            self.layers[layer] = build(**{**facts, **settings})
+            self.layers[layer] = build(**{**one, **facts, **settings})
         except (ValueError, TypeError) as error:
             raise ValueError(f"{where}: {error}") from None
 

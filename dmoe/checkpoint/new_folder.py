@@ -12,6 +12,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def is_name(text: object) -> bool:
+    """Whether something is the name of a file in a folder, and of nothing above or below."""
+    return (
+        isinstance(text, str)
+        and bool(text)
+        and text not in (".", "..")
+        and Path(text).name == text
+        and "\0" not in text
+    )
+
+
 @contextmanager
 def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False, marker: str = "config.json") -> Iterator[Path]:
     """A temporary folder beside ``path``, which becomes it when the block ends, and is gone if that raised.
@@ -30,6 +41,8 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False, marker:
         OSError: the folder around it is missing, or cannot be written.
     """
     path = Path(os.path.abspath(path))
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent}: expected a folder, for {path.name} in it, got none")
     _refuse_existing(path, overwrite, marker)
     _remove_left(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
@@ -43,8 +56,10 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False, marker:
         sync(temporary)
         _refuse_existing(path, overwrite, marker)  # somebody may have been faster
         _put_in_place(temporary, path)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError) and error.filename is None and error.errno is not None:  # a full disk, say
+            error.filename = str(path)
         raise
     finally:
         os.close(lock)
@@ -54,7 +69,7 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False, marker:
 def _remove_left(path: Path) -> None:
     """What killed processes have left of this folder: nobody holds its lock any more."""
     left = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{16}}\.part")
-    for folder in path.parent.iterdir() if path.parent.is_dir() else ():
+    for folder in path.parent.iterdir():
         if not left.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
             continue
         lock = os.open(folder, os.O_RDONLY)

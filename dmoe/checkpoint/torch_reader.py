@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+from torch import Tensor, _weights_only_unpickler
+from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_globals
 
 from dmoe.checkpoint.raw import read_bytes
 from dmoe.checkpoint.stand_ins import StandIn, stand_ins
-from dmoe.checkpoint.stored import Stored, held, in_one_piece
+from dmoe.checkpoint.stored import Stored, held, in_one_piece, mapped
 from dmoe.checkpoint.tree import children, is_list, rebuilt
 
 _UNREADABLE = re.compile(r"WeightsUnpickler error:\s*(\S[^\n]*)")
@@ -68,12 +69,63 @@ def _reason(error: Exception) -> str:
 
 def _read_zip(path: Path, known: tuple[Any, ...]) -> Any:
     with zipfile.ZipFile(path) as archive:
-        order = next((name for name in archive.namelist() if name.endswith("/byteorder")), None)
-        if order is not None and archive.read(order) != b"little":
+        records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+        if packed := next((info for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED), None):
+            raise ValueError(f"{packed.filename} compressed, as torch.save does not; load and save the file once more")
+        if "byteorder" in records and archive.read(records["byteorder"]) != b"little":
             raise ValueError("numbers in another byte order than this machine's")
-    with safe_globals([*known, *stand_ins(get_unsafe_globals_in_checkpoint(str(path)))]), FakeTensorMode():
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        if "data.pkl" not in records:
+            raise ValueError("an archive without data.pkl")
+        pickled = archive.read(records["data.pkl"])
+    names = _weights_only_unpickler.get_globals_in_pkl(io.BytesIO(pickled))
+    storages: dict[Any, Any] = {}
+    end = path.stat().st_size
+
+    def storage(saved: Any) -> Any:
+        """A storage without numbers that knows where in the file they are."""
+        kind, storage_type, key, _, count = saved
+        if kind != "storage":
+            raise ValueError(f"a reference to {kind!r:.80}")
+        dtype = torch.uint8 if storage_type is torch.UntypedStorage else storage_type.dtype
+        if key not in storages:
+            info = records.get(f"data/{key}")
+            size = int(count) * dtype.itemsize
+            if info is None or not 0 <= size <= info.file_size:
+                got = "none" if info is None else info.file_size
+                raise ValueError(f"data/{key}: expected {size} bytes, got {got}")
+            start = _start_of(file, info)
+            if start + size > end:
+                raise ValueError(f"data/{key}: expected {size} bytes at {start}, got a file of {end}")
+            made = torch.UntypedStorage(size, device="meta")
+            made._offset_in_file = start  # type: ignore[attr-defined]
+            storages[key] = made
+        return torch.storage.TypedStorage(wrap_storage=storages[key], dtype=dtype, _internal=True)
+
+    with open(path, "rb") as file, _only([*known, *stand_ins(names)]):
+        unpickler: Any = _weights_only_unpickler.Unpickler(io.BytesIO(pickled), encoding="utf-8")
+        unpickler.persistent_load = storage
+        content = unpickler.load()
     return _with_stored(content, path, whole=False)
+
+
+def _start_of(file: BinaryIO, info: zipfile.ZipInfo) -> int:
+    """Where the bytes of a record begin: behind its header, whose length stands in it."""
+    file.seek(info.header_offset + 26)
+    lengths = file.read(4)
+    return info.header_offset + 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
+
+
+@contextmanager
+def _only(allowed: list[Any]) -> Iterator[None]:
+    """Let PyTorch's reader make objects of these classes alone: a framework that is imported may have added its own."""
+    before = get_safe_globals()
+    clear_safe_globals()
+    try:
+        add_safe_globals(allowed)
+        yield
+    finally:
+        clear_safe_globals()
+        add_safe_globals(before)
 
 
 def _read_old(path: Path, known: tuple[Any, ...]) -> Any:
@@ -81,7 +133,7 @@ def _read_old(path: Path, known: tuple[Any, ...]) -> Any:
     names: list[str] = []
     while True:
         try:
-            with warnings.catch_warnings(), safe_globals([*known, *stand_ins(names)]):
+            with warnings.catch_warnings(), _only([*known, *stand_ins(names)]):
                 warnings.simplefilter("ignore")  # of the pickle's protocol: what cannot be read is an error
                 return torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
@@ -93,41 +145,52 @@ def _read_old(path: Path, known: tuple[Any, ...]) -> Any:
             names.append(name)
 
 
-def _with_stored(node: Any, path: Path, *, whole: bool) -> Any:
+def _with_stored(node: Any, path: Path, *, whole: bool, seen: dict[int, Any] | None = None) -> Any:
+    """The same, with a :class:`Stored` for each tensor; what stands at several places is made once."""
+    seen = {} if seen is None else seen
+    if id(node) in seen:
+        return seen[id(node)]
+    made = node
     if isinstance(node, Tensor):
-        return held(node, str(path)) if whole else _stored(node, path)
-    if isinstance(node, Mapping) or is_list(node):
-        return rebuilt(node, {key: _with_stored(value, path, whole=whole) for key, value in children(node)})
-    if isinstance(node, argparse.Namespace | StandIn):
+        made = held(node, str(path)) if whole else _stored(node, path)
+    elif isinstance(node, torch.Size):
+        pass
+    elif isinstance(node, Mapping) or is_list(node):
+        made = rebuilt(node, {key: _with_stored(value, path, whole=whole, seen=seen) for key, value in children(node)})
+    elif isinstance(node, argparse.Namespace | StandIn):
+        seen[id(node)] = node
         for key, value in vars(node).items():
-            vars(node)[key] = _with_stored(value, path, whole=whole)
-    return node
+            vars(node)[key] = _with_stored(value, path, whole=whole, seen=seen)
+    seen[id(node)] = made
+    return made
 
 
-def _stored(fake: Tensor, path: Path) -> Stored:
+def _stored(meta: Tensor, path: Path) -> Stored:
     """A tensor of an archive, whose storage lies there in one piece."""
-    if fake.layout != torch.strided or fake.is_quantized:
-        raise ValueError(f"a tensor that is {fake.layout}")
-    storage = fake.untyped_storage()
-    start: int | None = getattr(storage, "_checkpoint_offset", None)
+    if meta.layout != torch.strided or meta.is_quantized:
+        raise ValueError(f"a tensor that is {meta.layout}")
+    storage = meta.untyped_storage()
+    start: int | None = getattr(storage, "_offset_in_file", None)
     if start is None:
         raise ValueError("a tensor without numbers")
-    shape, stride, dtype = tuple(fake.shape), fake.stride(), fake.dtype
-    first, size, held_bytes = int(fake.storage_offset()), dtype.itemsize, int(storage.nbytes())
-    last = first + sum((length - 1) * step for length, step in zip(shape, stride, strict=True))
-    if fake.numel() and (last + 1) * size > held_bytes:
+    shape, stride, dtype = tuple(meta.shape), meta.stride(), meta.dtype
+    first, size, length = int(meta.storage_offset()), dtype.itemsize, int(storage.nbytes())
+    last = first + sum((count - 1) * step for count, step in zip(shape, stride, strict=True))
+    if meta.numel() and (min(first, last) < 0 or (last + 1) * size > length):
         raise ValueError(f"a tensor of {shape} that ends behind its storage")
-    if start + held_bytes > path.stat().st_size:
-        raise ValueError(f"a tensor of {shape} that ends behind the file")
     where = str(path)
-    if fake.is_contiguous():
+    if meta.is_contiguous():
 
         def numbers(a: int, b: int) -> Tensor:
             return read_bytes(path, start + (first + a) * size, (b - a) * size).view(dtype)
 
-        return in_one_piece(shape, dtype, numbers, where)
+        made = in_one_piece(shape, dtype, numbers, where)
+    else:
 
-    def fetch(a: int, b: int) -> Tensor:
-        return read_bytes(path, start, held_bytes).view(dtype).as_strided(shape, stride, first)[a:b].contiguous()
+        def fetch(a: int, b: int) -> Tensor:
+            return read_bytes(path, start, length).view(dtype).as_strided(shape, stride, first)[a:b].contiguous()
 
-    return Stored(shape, dtype, fetch, where)
+        made = Stored(shape, dtype, fetch, where)
+    if meta.is_conj():
+        made = mapped([made], lambda tensors: tensors[0].conj().resolve_conj(), by_rows=True)
+    return mapped([made], lambda tensors: -tensors[0], by_rows=True) if meta.is_neg() else made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +46,22 @@ def as_asked(stored: Stored, options: Options) -> Stored:
     """A tensor in the dtype that the user wants floating-point numbers in."""
     wide = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     return stored if options.dtype is None or stored.dtype not in wide else cast(stored, options.dtype)
+
+
+FILES = {"vocab": "vocab.json", "merges": "merges.txt"}  # of a tokenizer, and what they are called in a folder
+
+
+def files_beside(model: Model, options: Options) -> dict[str, Path]:
+    """The tokenizer's files: those that the user gives, else the model's own."""
+    given = {"vocab": options.vocab, "merges": options.merges}
+    own = {what: Path(path) for what, path in model.files.items() if what in FILES}
+    return own | {what: path for what, path in given.items() if path is not None}
+
+
+def copy_files(model: Model, options: Options, folder: Path) -> None:
+    """Put them into a folder."""
+    for what, path in files_beside(model, options).items():
+        shutil.copyfile(path, folder / FILES[what])
 
 
 class Format(Protocol):

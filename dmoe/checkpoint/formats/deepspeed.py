@@ -38,7 +38,7 @@ from dmoe.checkpoint.formats.rank_contents import ENDINGS, Content, expanded, in
 from dmoe.checkpoint.formats.rank_files import RankFiles
 from dmoe.checkpoint.layers import Layout, write_layer
 from dmoe.checkpoint.model import Model
-from dmoe.checkpoint.new_folder import new_folder
+from dmoe.checkpoint.new_folder import is_name, new_folder
 from dmoe.checkpoint.stored import Stored
 from dmoe.checkpoint.torch_reader import read_lazily
 from dmoe.checkpoint.torch_writer import write_lazily
@@ -77,8 +77,9 @@ class DeepSpeed:
         """See :class:`Format`."""
         if len(sources) == 1 and sources[0].is_dir() and _dense_files(folder_of(sources[0])):
             return self._read_folder(sources[0], options)
-        files = [file for source in sources for file in expanded(source)]
-        files = in_order_of_ranks(files)
+        files = in_order_of_ranks([file for source in sources for file in expanded(source)])
+        if not files:
+            raise FileNotFoundError(f"{', '.join(map(str, sources))}: expected files of DeepSpeed, got none")
         layout = layout_for(Content.of(files[0]).tensors(), str(files[0]))
         model = self._of_ranks(layout).read(files, options)
         return remember(model, layout, {"folder": False})
@@ -103,7 +104,7 @@ class DeepSpeed:
             tensors |= _experts_of(file, layer, expert, order)
         layout = layout_for(tensors, str(folder))
         _refuse_missing(folder, tensors)
-        ordered = _in_order(tensors, layout)
+        ordered = _in_order(tensors)
         model = self._of_ranks(layout).of_states([dense[0]], [ordered], content.beside, options)
         model.beside = {"ranks": [content.beside], "values": {}}
         about = {"folder": True, "old": old, "key": key, "tag": folder.name if folder != source else None}
@@ -123,6 +124,8 @@ class DeepSpeed:
 
     def _write_folder(self, model: Model, folder: Path, again: Mapping[str, Any], options: Options) -> None:
         tag = again.get("tag", "converted") if again else "converted"
+        if tag is not None and not is_name(tag):
+            raise ValueError(f"deepspeed: tag: expected the name of a folder, got {tag!r:.80}")
         inside = folder / tag if tag else folder
         inside.mkdir(exist_ok=True)
         of_expert: dict[str, str] = {}  # the files of experts' tensors
@@ -178,7 +181,7 @@ def folder_of(source: Path) -> Path:
     if not latest.is_file():
         return source
     tag = latest.read_text(encoding="utf-8", errors="replace").strip()
-    if not tag or Path(tag).name != tag or not (source / tag).is_dir():
+    if not is_name(tag) or not (source / tag).is_dir():
         raise ValueError(f"{latest}: expected the name of a folder beside it, got {tag!r:.80}")
     return source / tag
 
@@ -239,17 +242,17 @@ def _refuse_missing(folder: Path, tensors: Mapping[str, Stored]) -> None:
                 )
 
 
-def _in_order(tensors: Mapping[str, Stored], layout: Layout) -> dict[str, Stored]:
+def _in_order(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
     """Experts behind their layer's gate rather than at the end."""
-    layers = layout.find(tensors)
+    experts: dict[str, dict[str, Stored]] = {}
+    for name, stored in tensors.items():
+        if match := KEY.match(name):
+            experts.setdefault(match["layer"] or "", {})[name] = stored
     ordered: dict[str, Stored] = {}
     for name, stored in tensors.items():
         ordered.setdefault(name, stored)
-        for prefix in layers:
-            if name.startswith(prefix) and "gate" in name:
-                ordered |= {
-                    each: value for each, value in tensors.items() if each.startswith(prefix) and KEY.match(each)
-                }
+        if name.endswith(GATE):
+            ordered |= experts.get(name.removesuffix(GATE), {})
     return ordered
 
 

@@ -18,12 +18,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dmoe.checkpoint.formats.base import Options, as_asked
+from dmoe.checkpoint.formats.base import FILES, Options, as_asked, copy_files, files_beside
 from dmoe.checkpoint.formats.dmoe_layers import LAYOUT
 from dmoe.checkpoint.formats.rank_contents import ENDINGS, Content, expanded
 from dmoe.checkpoint.formats.rank_files import RankFiles
 from dmoe.checkpoint.model import Model
-from dmoe.checkpoint.new_folder import new_folder
+from dmoe.checkpoint.new_folder import is_name, new_folder
 from dmoe.checkpoint.torch_reader import read_lazily
 from dmoe.checkpoint.torch_writer import write_lazily
 from dmoe.config import MoEConfig
@@ -83,16 +83,17 @@ class DmoeFiles:
 
         tensors = {name: as_asked(stored, options) for name, stored in model.tensors.items()}
         with new_folder(target, overwrite=options.overwrite, marker=FILE) as folder:
-            files = SharedFiles({name: stored.meta() for name, stored in tensors.items()})
-            files.create(folder)
-            with files.writer(folder) as writer:
+            shards = SharedFiles({name: stored.meta() for name, stored in tensors.items()})
+            shards.create(folder)
+            with shards.writer(folder) as writer:
                 for name, stored in tensors.items():
                     writer.write(name, 0, stored.read())
                     options.progress(stored.nbytes)
             if beside := _beside(model):
                 with open(folder / BESIDE, "xb") as file:
                     write_lazily(file, beside)
-            write_json(folder / FILE, _json_of(model))
+            copy_files(model, options, folder)
+            write_json(folder / FILE, _json_of(model, {what: FILES[what] for what in files_beside(model, options)}))
         return [target]
 
 
@@ -104,9 +105,9 @@ def _beside(model: Model) -> dict[str, Any]:
     return found if any(found.values()) else {}
 
 
-def _json_of(model: Model) -> dict[str, Any]:
+def _json_of(model: Model, files: Mapping[str, str] | None = None) -> dict[str, Any]:
     layers = {prefix: None if config is None else config_to_json(config) for prefix, config in model.layers.items()}
-    return {"format": FORMAT, "layers": layers, "gpt": model.gpt, "origin": model.origin, "files": model.files}
+    return {"format": FORMAT, "layers": layers, "gpt": model.gpt, "origin": model.origin, "files": files or {}}
 
 
 def _read_folder(folder: Path, options: Options) -> Model:
@@ -129,7 +130,14 @@ def _with(model: Model, told: Any, where: str, options: Options) -> Model:
     layers, origin, files = told.get("layers"), told.get("origin") or {}, told.get("files") or {}
     if not isinstance(layers, Mapping) or not isinstance(origin, Mapping) or not isinstance(files, Mapping):
         raise ValueError(f"{where}: expected the configs of layers by their prefix, got {layers!r:.80}")
-    model.gpt, model.origin, model.files = told.get("gpt"), dict(origin), dict(files)
+    gpt = told.get("gpt")
+    if gpt is not None and not isinstance(gpt, Mapping):
+        raise ValueError(f"{where}: gpt: expected the config of a model, got {gpt!r:.80}")
+    model.gpt, model.origin = None if gpt is None else dict(gpt), dict(origin)
+    for what, name in files.items():
+        if what not in FILES or not is_name(name):
+            raise ValueError(f"{where}: {what}: expected the name of a file beside this one, got {name!r:.80}")
+        model.files[str(what)] = str(Path(where).parent / name)
     for prefix, values in layers.items():
         if not any(name.startswith(prefix) for name in model.tensors):
             raise ValueError(f"{where}: expected tensors of the layer {prefix.removesuffix('.')}, got none")

@@ -26,4 +26,6 @@ LAYOUT = Layout(
         Row("shared_down_bias", (f"{_SHARED}down_bias",), ROW),
         Row("shared_gate", ("shared_expert.gate.weight",)),
     ),
+    sliceable=True,
+    routerless=True,
 )

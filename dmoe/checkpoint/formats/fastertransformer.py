@@ -16,16 +16,15 @@ without ``config.ini``) this one is right, or refuses.
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dmoe.checkpoint.formats.base import Options
+from dmoe.checkpoint.formats.base import Options, copy_files, files_beside
 from dmoe.checkpoint.formats.ft_config import ARGS, CONFIG, DTYPES, END_ID, FTConfig, args_text, check_gpus, end_of_text
-from dmoe.checkpoint.formats.ft_read import FILES, FOLDER, file_names, find_folder, read_folder
+from dmoe.checkpoint.formats.ft_read import FOLDER, file_names, find_folder, read_folder
 from dmoe.checkpoint.formats.gpt_model import sizes_of
 from dmoe.checkpoint.formats.gpt_names import Part, Sizes, all_parts, ft_pieces
 from dmoe.checkpoint.formats.megatron_args import default_args, tanh_gelu_warnings
@@ -103,8 +102,7 @@ class FasterTransformer:
                         model.notes.append(f"{theirs}: {ours}: numbers beyond float16's range became infinite")
                 (part / CONFIG).write_bytes(config.text.encode())
                 (part / ARGS).write_bytes(args_text(args).encode())
-                for what, path in _beside(model, options).items():
-                    shutil.copyfile(path, part / FILES[what])
+                copy_files(model, options, part)
         except BaseException:
             if made:
                 with contextlib.suppress(OSError):  # of another process's, too, it is not ours
@@ -132,19 +130,12 @@ def _config(model: Model, sizes: Sizes, options: Options) -> FTConfig:
     if dtype not in DTYPES.values():
         raise ValueError(f"{name}: dtype: expected {' or '.join(DTYPES)}, got {dtype}")
     assert model.gpt is not None
-    vocab = _beside(model, options).get("vocab")
+    vocab = files_beside(model, options).get("vocab")
     end = None if vocab is None else end_of_text(vocab)
     ids = [int(model.origin.get(key, END_ID)) for key in ("start_id", "end_id")]
     if options.vocab is not None or (vocab is not None and "end_id" not in model.origin):
         ids = [END_ID if end is None else end] * 2
     return FTConfig(sizes, model.gpt["norm_eps"], ids[0], ids[1], dtype, gpus)
-
-
-def _beside(model: Model, options: Options) -> dict[str, Path]:
-    """The tokenizer's files: those given, else the model's own."""
-    given = {"vocab": options.vocab, "merges": options.merges}
-    own = {what: Path(path) for what, path in model.files.items() if what in given}
-    return own | {what: path for what, path in given.items() if path is not None}
 
 
 def _warnings(model: Model, options: Options) -> list[str]:
@@ -155,7 +146,7 @@ def _warnings(model: Model, options: Options) -> list[str]:
     if not told and model.gpt is not None and model.gpt["activation"] != "gelu_tanh":
         told = [f"activation = {model.gpt['activation']}"]
     found += [f"{each}; FasterTransformer runs tanh gelu" for each in told]
-    vocab = _beside(model, options).get("vocab")
+    vocab = files_beside(model, options).get("vocab")
     if vocab is not None and end_of_text(vocab) is None:
         found.append(f"{vocab}: no <|endoftext|>: start_id and end_id are {END_ID}")
     return found

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmoe.checkpoint.formats.base import FILES
 from dmoe.checkpoint.formats.ft_config import ARGS, CONFIG, FTConfig, read_args, read_config
 from dmoe.checkpoint.formats.gpt_model import gpt_model
 from dmoe.checkpoint.formats.gpt_names import Part, all_parts, ft_joined, ft_pieces
@@ -18,7 +19,6 @@ from dmoe.checkpoint.raw import read_bytes
 from dmoe.checkpoint.stored import Stored, mapped
 
 FOLDER = re.compile(r"(\d+)-gpu")
-FILES = {"vocab": "vocab.json", "merges": "merges.txt"}
 
 
 def find_folder(source: Path) -> Path:

@@ -28,6 +28,7 @@ DROPLESS = Layout(
         *_BESIDE,
     ),
     slices_first=False,
+    sliceable=True,
 )
 WITH_CAPACITY = Layout(
     "MoE",
@@ -38,6 +39,7 @@ WITH_CAPACITY = Layout(
         *_BESIDE,
     ),
     slices_first=False,
+    sliceable=True,
 )
 MEGABLOCKS = RankFiles(
     "megablocks",

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dmoe.checkpoint.new_folder import is_name
+
 LATEST = "latest"  # a file that holds the name of the folder beside it
 # Paths of the dense states, the first that exists counts; and whether Megatron wrote them, not DeepSpeed.
 PATTERNS = {
@@ -126,7 +128,7 @@ def _folder(source: Path) -> tuple[Path, str | None]:
     if not latest.is_file():
         return source, None
     tag = latest.read_text(encoding="utf-8", errors="replace").strip()
-    if not tag or Path(tag).name != tag or tag == "..":
+    if not is_name(tag):
         raise ValueError(f"{latest}: expected the name of a folder beside it, got {tag!r:.80}")
     return source / tag, tag
 

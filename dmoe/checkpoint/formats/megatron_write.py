@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dmoe.checkpoint.formats.base import Options
+from dmoe.checkpoint.formats.base import Options, copy_files
 from dmoe.checkpoint.formats.gpt_model import sizes_of
 from dmoe.checkpoint.formats.gpt_names import (
     EXPERTS,
@@ -29,7 +28,7 @@ from dmoe.checkpoint.formats.megatron_args import default_args, from_text
 from dmoe.checkpoint.formats.megatron_files import EXPERT, LATEST, PATTERNS
 from dmoe.checkpoint.formats.megatron_state import ATTENTIONS, EMBEDDINGS, HEAD, KEYS, MOES, VERSION
 from dmoe.checkpoint.model import Model
-from dmoe.checkpoint.new_folder import new_folder
+from dmoe.checkpoint.new_folder import is_name, new_folder
 from dmoe.checkpoint.stored import Stored, cast, cut, mapped, taken
 from dmoe.checkpoint.torch_writer import write_lazily
 
@@ -73,10 +72,7 @@ def write_checkpoint(model: Model, target: Path, options: Options, layout: str) 
     tensors = {name: _dtype(name, tensor, options, bool(own)) for name, tensor in model.tensors.items()}
     marker = LATEST if plan.tag else plan.pattern.format(tp=0, pp=0)
     with new_folder(target, overwrite=options.overwrite, marker=marker) as folder:
-        for kind in ("vocab", "merges"):
-            given = getattr(options, kind) or model.files.get(kind)
-            if given is not None:
-                shutil.copyfile(given, folder / {"vocab": "vocab.json", "merges": "merges.txt"}[kind])
+        copy_files(model, options, folder)
         inner = folder
         if plan.tag:
             (folder / LATEST).write_text(plan.tag)
@@ -110,6 +106,8 @@ def _plan(sizes: Sizes, own: Mapping[str, Any], ranks: int | None, layout: str) 
     pattern = own.get("pattern", next(iter(PATTERNS)))
     if sum(stages) != sizes.layers or pattern not in PATTERNS:
         raise ValueError(f"{layout}: origin: expected stages of {sizes.layers} layers together, got {stages}")
+    if own.get("tag") is not None and not is_name(own["tag"]):
+        raise ValueError(f"{layout}: origin: expected the name of a folder as its tag, got {own['tag']!r:.80}")
     megatron = PATTERNS[pattern]
     held = own.get("expert_ranks") or [[[0]] * count for count in sizes.experts.values()]
     if [len(experts) for experts in held] != list(sizes.experts.values()):

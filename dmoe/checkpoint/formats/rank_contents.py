@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +44,7 @@ class Content:
 
             tensors, texts = stored_tensors(path), metadata_of(path)
             return cls({"": tensors}, {"dmoe": read_json_text(texts["dmoe"], path)} if "dmoe" in texts else {})
-        content = read_lazily(path)
+        content = _remembered(path)
         if not isinstance(content, Mapping):
             raise ValueError(f"{path}: expected a state dict, or a dict around one, got {type(content).__name__}")
         keys = [key for key in content if key in CONTAINERS or (isinstance(key, str) and CHUNKS.fullmatch(key))]
@@ -61,7 +63,7 @@ class Content:
             self.prefix(key) + name: value
             for key, state in self.states.items()
             for name, value in state.items()
-            if isinstance(value, Stored)
+            if isinstance(value, Stored) and isinstance(name, str)
         }
 
     def prefix(self, key: str) -> str:
@@ -81,6 +83,21 @@ def nested(
             chunks[key][own] = value
         return {**beside, **chunks}
     return {**beside, containers[0]: dict(state)} if containers[0] else {**beside, **state}
+
+
+_recent: OrderedDict[Any, Any] = OrderedDict()  # what files hold besides numbers, of those that were read last
+_KEPT = 64
+
+
+def _remembered(path: Path) -> Any:
+    """What a file holds: every layout looks at it, one after the other."""
+    stat = path.stat()
+    key = (os.path.realpath(path), stat.st_mtime_ns, stat.st_size, stat.st_ino)
+    if key not in _recent:
+        _recent[key] = read_lazily(path)
+        if len(_recent) > _KEPT:
+            _recent.popitem(last=False)
+    return _recent[key]
 
 
 def values_of(content: Content) -> dict[str, Any]:

@@ -39,7 +39,8 @@ class RankFiles:
         shared_file: from a rank's file to the one that holds what all ranks have, if the system keeps that apart.
         rank_file: from the target and a rank to the name of its file; None: the target has ``{rank}`` in it.
         container: the key under which the state dict lies in its files; "" for none.
-        inside, not_inside: what the layers' prefixes must, and must not, contain; None for any.
+        inner: what every layer's prefix ends with, and no other system's (Swin-MoE's ``_moe_layer.``); "" for nothing.
+        not_inner: what no layer's prefix ends with.
         nested: what is ours behind the prefix of a layer that has ``coefficient.weight``, as :class:`dmoe.ResidualMoE`
             has: ``moe.``; empty where a system has no such layers.
         one_bias: whether its experts may have one bias alone.
@@ -55,8 +56,8 @@ class RankFiles:
     container: str = ""
     nested: str = ""
     one_bias: bool = False
-    inside: re.Pattern[str] | None = None
-    not_inside: re.Pattern[str] | None = None
+    inner: str = ""
+    not_inner: str = ""
     constants: Mapping[str, Callable[[Mapping[str, Stored]], Stored]] = field(default_factory=dict)
 
     def fits(self, sources: Sequence[Path]) -> bool:
@@ -72,8 +73,8 @@ class RankFiles:
         return {
             prefix: found
             for prefix, found in table.find(state).items()
-            if (self.inside is None or self.inside.search(prefix))
-            and not (self.not_inside is not None and self.not_inside.search(prefix))
+            if f".{prefix}".endswith(f".{self.inner}" if self.inner else "")
+            and not (self.not_inner and f".{prefix}".endswith(f".{self.not_inner}"))
         }
 
     def files(self, sources: Sequence[Path]) -> list[Path]:
@@ -133,13 +134,13 @@ class RankFiles:
             prefix = owners[0].get(name)
             if prefix is None:
                 if table.left_out is None or not re.search(table.left_out, name):
-                    model.tensors[name] = self._on_all_ranks(name, files, states)
+                    self._keep(model, {name: self._on_all_ranks(name, files, states)}, files[0])
                 continue
             ours = prefix + (self.nested if f"{prefix}coefficient.weight" in states[0] else "")
             if ours not in model.layers:
-                layer = self._layer(table, prefix, files, states, layers, options)
+                layer = self._layer(model, table, prefix, files, states, layers, options)
                 model.layers[ours] = None
-                model.tensors |= {ours + each: stored for each, stored in layer.items()}
+                self._keep(model, {ours + each: stored for each, stored in layer.items()}, files[0])
         for file, state, owned in zip(files, states, owners, strict=True):
             if more := [name for name in state if name not in states[0] and name not in owned]:
                 raise ValueError(f"{file}: {more[0]}: expected tensors that {files[0]} has as well, got this one")
@@ -147,6 +148,14 @@ class RankFiles:
             model.set_config(prefix, partial(self.config, beside), options.settings)
         self._say_what_is_assumed(model, options)
         return model
+
+    def _keep(self, model: Model, tensors: Mapping[str, Stored], file: Path) -> None:
+        if twice := model.tensors.keys() & tensors.keys():
+            raise ValueError(
+                f"{file}: {min(twice)}: expected one tensor that has this name in dmoe, got another beside the MoE "
+                "layer's"
+            )
+        model.tensors.update(tensors)
 
     def _say_what_is_assumed(self, model: Model, options: Options) -> None:
         config = next(iter(model.layers.values()))
@@ -187,6 +196,7 @@ class RankFiles:
 
     def _layer(
         self,
+        model: Model,
         table: Layout,
         prefix: str,
         files: Sequence[Path],
@@ -198,16 +208,24 @@ class RankFiles:
         where = prefix.removesuffix(".") or "the layer"
         ranks = len(files)
         total = options.num_experts or layers[0][prefix].routed(states[0])
-        local = layers[0][prefix].num_experts()
-        if total is None and local is not None:
-            total = local * ranks
-        here = None if total is None else max(1, total // ranks)
+        if total is None and table.routerless:
+            total = layers[0][prefix].rows_of("down", states[0]) * ranks
+        if total is None:
+            raise ValueError(
+                f"{files[0]}: {where}: expected a router beside the experts, which tells how many there are on all "
+                "ranks, or --num-experts, got neither"
+            )
+        if table.counted and ranks > 1:
+            model.note(
+                f"{self.name} does not say how many ranks there are: {total} experts were read from {ranks} files, as "
+                "is right if these are all"
+            )
+        here = max(1, total // ranks)
         parts = []
         for file, state, found in zip(files, states, layers, strict=True):
             bank, _ = found[prefix].read(state, here, f"{file}: {where}")
-            bank = with_both_biases(bank, max(1, ranks // (total or ranks))) if self.one_bias else bank
+            bank = with_both_biases(bank, max(1, ranks // total)) if self.one_bias else bank
             parts.append(to_dmoe(bank, f"{file}: {where}", sliced=table.bias_sliced))
-        total = total or parts[0]["experts.down_proj"].shape[0] * ranks
         return whole_layer(parts, table, total, f"{files[0]}: {where}")
 
     def _names(self, found: Found) -> set[str]:

@@ -43,6 +43,9 @@ def write_ranks(system: RankFiles, model: Model, target: Path, options: Options)
     elif rest:
         contents = {file: {**rest, **content} for file, content in contents.items()}
     written = {file: _written(file, model, content, options) for file, content in contents.items()}
+    following = _file(system, target, ranks, ranks) if ranks > 1 else None
+    if following is not None and following.exists():
+        raise FileExistsError(f"{following}: expected no file of a rank {ranks} beside those of {ranks} ranks, got one")
     write_together(name_of(target), written, overwrite=options.overwrite)
     return list(contents)
 
@@ -69,12 +72,14 @@ def _of_rank(
     def made(prefix: str) -> dict[str, Stored]:
         where = f"{system.name}: {prefix.removesuffix('.') or 'the layer'}"
         layer = model.of_layer(prefix)
-        bank = from_dmoe(part_of_layer(layer, table or system.tables[0], rank, ranks, where), where, sliced=True)
-        bank = {name: stored for name, stored in bank.items() if name not in again.get("absent", ())}
-        its = write_layer(table or _table_for(system, bank, where), bank, where)
+        chosen = table or _table_for(system, from_dmoe(layer, where), where)
+        bank = from_dmoe(part_of_layer(layer, chosen, rank, ranks, where), where, sliced=True)
+        its = write_layer(chosen, {each: t for each, t in bank.items() if each not in again.get("absent", ())}, where)
         if again.get("constants", True):
             its |= {name: follows(layer) for name, follows in system.constants.items()}
         theirs = model.without(prefix, system.nested)
+        if not f".{theirs}".endswith(f".{system.inner}"):
+            theirs += system.inner
         return {theirs + name: stored for name, stored in its.items()}
 
     state = {name: as_asked(stored, options) for name, stored in model.with_layers(made).items()}

@@ -44,6 +44,7 @@ def _ffn(name: str, biases: Map, dims: int) -> Layout:
             Row("up_bias", ("experts.batched_fc1_bias",), biases, dims=dims),
             Row("down_bias", ("experts.batched_fc2_bias",), biases, dims=dims),
         ),
+        sliceable=True,
         bias_sliced=True,
     )
 
@@ -77,7 +78,6 @@ LLAMA = Layout(
         Row("up", ("experts.W_fc1", "experts.W_fc2"), PAIR.after(_ROW_OF_UP), gated=True, dims=1, counted=True),
         Row("down", ("experts.W_fc3",), _ROW_OF_DOWN, dims=1, counted=True),
     ),
-    slices_known=False,  # Tutel cuts the row of numbers, not F
 )
 _COUNT = {"_num_global_experts": lambda layer: held(torch.tensor(layer["experts.down_proj"].shape[0]))}
 TUTEL = RankFiles(
@@ -87,7 +87,7 @@ TUTEL = RankFiles(
     lambda beside, **facts: get("tutel", **facts),
     constants=_COUNT,
     one_bias=True,
-    not_inside=re.compile(r"\._moe_layer\."),
+    not_inner="_moe_layer.",
 )
 SWIN_MOE = RankFiles(
     "swin-moe",
@@ -97,7 +97,7 @@ SWIN_MOE = RankFiles(
     constants=_COUNT,
     one_bias=True,
     container="model",
-    inside=re.compile(r"\._moe_layer\."),
+    inner="_moe_layer.",
     shared_file=lambda path: (
         path.with_name(re.sub(r"\.rank\d+$", ".master", path.name)) if re.search(r"\.rank\d+$", path.name) else None
     ),
