@@ -143,7 +143,9 @@ def _lines(file: Path) -> list[str]:
 
 def _device(name: str) -> torch.device:
     try:
-        return torch.empty(0, device=name).device
+        device = torch.zeros(1, device=name)
+        device.item()  # which a device without numbers, as meta, cannot tell
+        return device.device
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
         raise ValueError(f"--device {name}: expected one that torch can use: {str(error).splitlines()[0]}") from error
 

@@ -1,4 +1,4 @@
-"""``python -m dmoe.checkpoint merge|split|inspect``; see the package for what the files hold."""
+"""``python -m dmoe.checkpoint inspect|convert|merge|split``; see the package for what the files hold."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import dmoe.checkpoint
 from dmoe.checkpoint.command import progress_over, run_command
-from dmoe.checkpoint.convert_command import add_convert, add_source_options, options_of_user
+from dmoe.checkpoint.convert_command import add_convert, add_source_options, options_of_user, read_model
 from dmoe.checkpoint.files import in_rank_order, read_file, write_file
 from dmoe.checkpoint.formats.dmoe_files import DMOE
 from dmoe.checkpoint.formats.known import find_format, fitting
@@ -79,7 +79,6 @@ def build_parser() -> argparse.ArgumentParser:
     inspect = command("inspect", _inspect, "What a checkpoint of any layout holds; which rank holds which experts.")
     inspect.add_argument("files", nargs="+", metavar="SRC", help="a folder or file; or the files of all ranks")
     add_source_options(inspect)
-    _as_given(inspect)
     return parser
 
 
@@ -127,9 +126,13 @@ def _inspect(options: argparse.Namespace) -> None:
     sources = [Path(file) for file in options.files]
     formats = fitting(sources, options.source_layout)
     if formats and not (formats[0] is DMOE and all(source.is_file() for source in sources)):
-        model = find_format(sources, options.source_layout).read(sources, options_of_user(options))
+        model = read_model(sources, layout=options.source_layout, options=options_of_user(options))
         print(describe_model(model, ", ".join(options.files)))
         return
+    if not formats and not all(
+        source.is_file() and source.suffix not in (".npz", ".safetensors") for source in sources
+    ):
+        find_format(sources, options.source_layout)  # which says what is wrong
     files = _ordered(options)
     found = []
     for file in files:

@@ -20,11 +20,15 @@ def run_command(
         arguments: None is ``sys.argv``.
 
     Returns:
-        The exit status: 0, or 2 where ``run`` raised OSError, ValueError, TypeError or ImportError.
+        The exit status: 0, or 2 where ``run`` raised OSError, ValueError, TypeError or ImportError;
+        130 where somebody stopped it.
     """
     options = parser.parse_args(arguments)
     try:
         run(options)
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: stopped; nothing was changed", file=sys.stderr)
+        return 130
     except ImportError as error:
         print(f"{parser.prog}: error: expected a package that is missing: pip install {error.name}", file=sys.stderr)
         return 2

@@ -54,6 +54,11 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--num-experts", type=_count, metavar="E", help="of a layer, where no router tells")
     parser.add_argument(
+        "--as-given",
+        action="store_true",
+        help="the files are in the order of the ranks [by the number in their names, if they differ in it alone]",
+    )
+    parser.add_argument(
         "--set",
         action="append",
         default=[],
@@ -75,7 +80,28 @@ def read_model(sources: _Path | Sequence[_Path], *, layout: str | None = None, o
         ValueError: files in no layout, or damaged ones; the message names the file.
     """
     paths = [Path(sources)] if isinstance(sources, str | os.PathLike) else [Path(each) for each in sources]
-    return find_format(paths, layout).read(paths, options or Options())
+    given = options or Options()
+    model = find_format(paths, layout).read(paths, given)
+    model.apply_settings(given.settings)
+    return model
+
+
+def write_model(model: Model, target: _Path, to: str, options: Options) -> list[Path]:
+    """Write a model in a layout: all of it or nothing.
+
+    Raises:
+        OSError, ValueError: it cannot be written, or held by the layout; or what is kept with the model of the files
+            that it comes from is not what that layout keeps.
+    """
+    try:
+        return FORMATS[to].write(model, Path(target), options)
+    except (AttributeError, KeyError, IndexError, TypeError) as error:
+        if not model.from_json:
+            raise
+        raise ValueError(
+            f"{to}: expected origin and gpt in dmoe.json as they were written, got others: {type(error).__name__} "
+            f"{error}"
+        ) from error
 
 
 def convert(
@@ -102,7 +128,7 @@ def convert(
     """
     given = options or Options()
     model = read_model(sources, layout=layout, options=given)
-    return FORMATS[to].write(model, Path(target), given), model.notes
+    return write_model(model, target, to, given), model.notes
 
 
 def run(options: argparse.Namespace) -> None:
@@ -112,9 +138,9 @@ def run(options: argparse.Namespace) -> None:
             raise FileNotFoundError(f"{file}: expected a file, got nothing of that name")
     sources = [Path(source) for source in options.sources]
     given = options_of_user(options)
-    model = find_format(sources, options.source_layout).read(sources, given)
+    model = read_model(sources, layout=options.source_layout, options=given)
     with progress_bar("converting", total_bytes(model.tensors), "B") as progress:
-        written = FORMATS[options.to].write(model, Path(options.target), options_of_user(options, progress))
+        written = write_model(model, options.target, options.to, options_of_user(options, progress))
     for note in model.notes:
         print(f"{options.to}: {note}", file=sys.stderr)
     for path in written:
@@ -130,6 +156,7 @@ def options_of_user(options: argparse.Namespace, progress: Callable[[int], objec
     return Options(
         **kept,
         dtype=None if dtype is None else DTYPES[dtype],
+        as_given=getattr(options, "as_given", False),
         settings=dict(_setting(text) for text in options.set),
         overwrite=getattr(options, "overwrite", False),
         progress=progress,

@@ -51,7 +51,11 @@ def read_file(path: str | os.PathLike[str], *, mapped: bool = False) -> dict[str
                 f"{path}: expected plain tensors, got DTensors: files of those are read and written by "
                 "torch.distributed.checkpoint, which knows their parts; or save value.to_local()"
             ) from error
-        refused = re.search(r"Unsupported (?:global|class): .*?(?=\s*was not|\s*$)", str(error), re.MULTILINE)
+        refused = re.search(
+            r"(?:Unsupported (?:global|class): .*?|unsupported GLOBAL \S+)(?=\s*was not| whose|\s*$)",
+            str(error),
+            re.MULTILINE,
+        )
         no_pickle = re.search(r"Unsupported operand.*", str(error))  # a byte that stands for nothing there
         reason = (refused or no_pickle or [str(error).splitlines()[0]])[0]
         plain = "" if no_pickle else " with plain data only"

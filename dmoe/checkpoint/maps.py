@@ -6,10 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from dmoe.checkpoint.stored import Stored, cut, mapped, reshaped
+from dmoe.checkpoint.stored import Stored, concatenated, cut, mapped, reshaped
 
 
 class Sizes(NamedTuple):
@@ -72,7 +71,7 @@ FLAT = Map(
 FLAT_TRANSPOSED = TRANSPOSED.after(FLAT)
 # a gate's and an up projection's rows, (E, F, ...) each, beside (E, 2F, ...)
 PAIR = Map(
-    lambda parts, _: mapped(parts, lambda tensors: torch.cat(list(tensors), 1), by_rows=True),
+    lambda parts, _: concatenated(parts, 1),
     _halves,
 )
 PAIR_FLAT = PAIR.after(FLAT)
@@ -92,6 +91,6 @@ COLUMN = Map(
 )
 # two (F, H) beside (2F, H)
 PAIR_OF_ONE = Map(
-    lambda parts, _: mapped(parts, lambda tensors: torch.cat(list(tensors), 0)),
+    lambda parts, _: concatenated(parts, 0),
     lambda ours, _: [cut(ours, 0, 0, ours.shape[0] // 2), cut(ours, 0, ours.shape[0] // 2, ours.shape[0])],
 )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from dmoe.checkpoint.options_of import options_of
@@ -29,6 +30,7 @@ class Model:
         beside: what stood beside the model in its files, as ``args``: for layouts that can hold it. Never executed.
         files: paths of other files that belong to it, by what they are: ``vocab``, ``merges``.
         notes: sentences for the user, as of options that dmoe does not have.
+        from_json: whether ``gpt`` and ``origin`` stood in a file, where anything may stand.
     """
 
     tensors: dict[str, Stored]
@@ -38,6 +40,7 @@ class Model:
     beside: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    from_json: bool = False
 
     def of_layer(self, layer: str) -> dict[str, Stored]:
         """The tensors of a MoE layer, by the names of :class:`dmoe.MoE`'s state dict."""
@@ -97,7 +100,28 @@ class Model:
         outer = layer.removesuffix(nested) if nested else layer
         return outer if f"{outer}coefficient.weight" in self.tensors else layer
 
+    def apply_settings(self, settings: Mapping[str, Any]) -> None:
+        """Let the layers' configs say what the user does, where reading has not seen to it.
+
+        Raises:
+            ValueError: no such field, a value that it cannot have, or that disagrees with the tensors; or a GPT, whose
+                files say all of it.
+        """
+        if not settings:
+            return
+        if self.gpt is not None:
+            raise ValueError(
+                f"--set: expected nothing for a GPT, whose files tell all options, got {', '.join(settings)}"
+            )
+        for layer, config in list(self.layers.items()):
+            if config is None or any(getattr(config, name, None) != value for name, value in settings.items()):
+                self.set_config(layer, MoEConfig if config is None else partial(_changed, config, settings), settings)
+
     def note(self, sentence: str) -> None:
         """Keep a sentence for the user, once."""
         if sentence not in self.notes:
             self.notes.append(sentence)
+
+
+def _changed(config: MoEConfig, settings: Mapping[str, Any], **_: Any) -> MoEConfig:
+    return replace(config, **settings)

@@ -98,15 +98,19 @@ def reshaped(stored: Stored, shape: tuple[int, ...]) -> Stored:
     return mapped([stored], lambda tensors: tensors[0].reshape(shape))
 
 
-def mapped(parts: Sequence[Stored], join: Join, *, by_rows: bool = False) -> Stored:
+def mapped(
+    parts: Sequence[Stored], join: Join, *, by_rows: bool = False, shape: tuple[int, ...] | None = None
+) -> Stored:
     """What ``join`` makes of tensors.
 
     Args:
         parts: what it is given, in a list.
-        join: a pure function of tensors. It is called with tensors on ``meta`` first, for shape and dtype.
+        join: a pure function of tensors. It is called with tensors on ``meta`` first, for shape and dtype, without a
+            ``shape``.
         by_rows: whether rows of the result are made of the same rows of every part, so that a few need only those.
+        shape: of the result, in the dtype of the first part. ``torch.cat`` on ``meta`` would import what takes 145 MB.
     """
-    made = join([part.meta() for part in parts])
+    made = join([part.meta() for part in parts]) if shape is None else None
     where = next((part.where for part in parts if part.where), "")
 
     def fetch(start: int, stop: int) -> Tensor:
@@ -115,6 +119,9 @@ def mapped(parts: Sequence[Stored], join: Join, *, by_rows: bool = False) -> Sto
         whole = join([part.read() for part in parts])
         return whole[start:stop] if whole.dim() else whole
 
+    if made is None:
+        assert shape is not None
+        return Stored(shape, parts[0].dtype, fetch, where)
     return Stored(tuple(made.shape), made.dtype, fetch, where)
 
 
@@ -152,7 +159,8 @@ def concatenated(parts: Sequence[Stored], dim: int = 0) -> Stored:
         return parts[0]
     first = _alike(parts, dim, free=True)
     if dim:
-        return mapped(parts, lambda tensors: torch.cat(list(tensors), dim), by_rows=True)
+        shape = (*first.shape[:dim], sum(part.shape[dim] for part in parts), *first.shape[dim + 1 :])
+        return mapped(parts, lambda tensors: torch.cat(list(tensors), dim), by_rows=True, shape=shape)
 
     def fetch(start: int, stop: int) -> Tensor:
         whole = torch.empty((stop - start, *first.shape[1:]), dtype=first.dtype)

@@ -141,6 +141,8 @@ def name_of(pattern: _Path) -> Path:
 def refuse_existing(paths: Iterable[Path], overwrite: bool) -> None:
     """Raise FileExistsError for the first path that exists, unless it may be replaced."""
     for path in paths:
+        if path.exists() and not path.is_file():
+            raise FileExistsError(f"{path}: expected the name of a file to write, got a folder or a device")
         if not overwrite and path.exists():
             raise FileExistsError(f"{path}: expected no file of that name, got one; --overwrite replaces it")
 

@@ -12,6 +12,9 @@ from torch import Tensor
 _BESIDE_TEMPERATURE = 1e-6  # FasterTransformer adds it to every temperature but 1
 
 
+_LARGEST = 1e30  # of penalties and temperatures
+
+
 @dataclass(frozen=True)
 class GenerationOptions:
     """How texts go on. Without ``top_k`` and ``top_p`` each next token is the most likely one (greedy search).
@@ -57,6 +60,8 @@ class GenerationOptions:
             number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
             positive = name == "presence_penalty" or (number and value > 0)
             self._require(number and positive, name, "a number" + " above 0" * (name != "presence_penalty"))
+            self._require(abs(value) <= _LARGEST, name, f"at most {_LARGEST:g}, so that no logit becomes infinite")
+        self._require(self.end_id is None or self.end_id < 2**31, "end_id", "an integer below 2**31")
         share = self.top_p
         number = isinstance(share, int | float) and not isinstance(share, bool) and 0 <= share <= 1
         self._require(share is None or number, "top_p", "a number in [0, 1], or None")

@@ -51,8 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("out", metavar="OUT", help="a file; with {rank} in it where several are written")
     convert.add_argument("files", nargs="+", metavar="IN", help="of each expert-parallel rank, in order")
     convert.add_argument("--to", choices=LAYOUTS, default="dmoe", help="[dmoe]")
-    convert.add_argument("--ranks", type=int, metavar="W", help="expert-parallel ranks to write for [as many as files]")
-    convert.add_argument("--num-experts", type=int, metavar="E", help="of a layer, where no router tells")
+    convert.add_argument("--ranks", type=_count, metavar="W", help="expert-parallel ranks to write [as many as files]")
+    convert.add_argument("--num-experts", type=_count, metavar="E", help="of a layer, where no router tells")
     convert.add_argument("--overwrite", action="store_true", help="replace files that exist")
     convert.add_argument(
         "--trust",
@@ -73,7 +73,12 @@ def _convert(options: argparse.Namespace) -> None:
         if target.exists() and not options.overwrite:
             raise ValueError(f"{target} exists; --overwrite replaces it")
     contents = [_read(path, options.trust) for path in options.files]
-    keys = [key for key, value in contents[0].items() if _MODEL.fullmatch(key) and isinstance(value, Mapping)]
+    keys = [key for key, value in contents[0].items() if _MODEL.fullmatch(str(key)) and isinstance(value, Mapping)]
+    for path, content in zip(options.files, contents, strict=True):
+        if odd := [key for key in keys if not isinstance(content.get(key), Mapping)]:
+            raise ValueError(f"{path}: expected {odd[0]} in it, as in {options.files[0]}, got none")
+        if not keys and any(isinstance(value, Mapping) for key, value in content.items() if _MODEL.fullmatch(str(key))):
+            raise ValueError(f"{path}: expected a state dict, as in {options.files[0]}, got one under 'model'")
     if keys:
         models = {key: _converted([content[key] for content in contents], options) for key in keys}
         wholes = [dict(contents[rank if ranks == len(contents) else 0]) for rank in range(ranks)]
@@ -88,6 +93,13 @@ def _convert(options: argparse.Namespace) -> None:
     write_together(name, files, overwrite=True)
     for target, said in zip(targets, without, strict=True):
         print(f"{target}{said}")
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
+    return value
 
 
 def _converted(states: list[Mapping[str, Any]], options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -95,7 +95,7 @@ def convert_ranks(
     parts = [convert_state(state, "dmoe", expert_parallel_size=given, num_experts=num_experts) for state in states]
     whole = merge_states(parts) if given > 1 else parts[0]
     parts = split_state(whole, ranks) if ranks != 1 else [whole]
-    return parts if to == "dmoe" else [convert_state(part, to) for part in parts]
+    return parts if to == "dmoe" else [convert_state(part, to, expert_parallel_size=len(parts)) for part in parts]
 
 
 def _stored(value: Any) -> Stored:

@@ -26,6 +26,7 @@ class Options:
         num_experts: E of a layer, where nothing in the files tells.
         family: of Hugging Face's models, as ``mixtral``; None finds it.
         settings: fields of :class:`dmoe.MoEConfig` that the user knows, for all layers.
+        as_given: whether files of ranks are in order; else the numbers in their names tell.
         overwrite: whether what exists is replaced.
         progress: told the bytes that have been written, tensor by tensor.
     """
@@ -38,6 +39,7 @@ class Options:
     num_experts: int | None = None
     family: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    as_given: bool = False
     overwrite: bool = False
     progress: Callable[[int], object] = lambda count: None
 

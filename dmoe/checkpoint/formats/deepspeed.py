@@ -34,7 +34,7 @@ from dmoe.checkpoint.formats.deepspeed_names import (
     remember,
 )
 from dmoe.checkpoint.formats.megatron_deepspeed import MEGATRON_DEEPSPEED
-from dmoe.checkpoint.formats.rank_contents import ENDINGS, Content, expanded, in_order_of_ranks
+from dmoe.checkpoint.formats.rank_contents import ENDINGS, Content, expanded
 from dmoe.checkpoint.formats.rank_files import RankFiles
 from dmoe.checkpoint.layers import Layout, write_layer
 from dmoe.checkpoint.model import Model
@@ -77,7 +77,7 @@ class DeepSpeed:
         """See :class:`Format`."""
         if len(sources) == 1 and sources[0].is_dir() and _dense_files(folder_of(sources[0])):
             return self._read_folder(sources[0], options)
-        files = in_order_of_ranks([file for source in sources for file in expanded(source)])
+        files = [file for source in sources for file in expanded(source)]
         if not files:
             raise FileNotFoundError(f"{', '.join(map(str, sources))}: expected files of DeepSpeed, got none")
         layout = layout_for(Content.of(files[0]).tensors(), str(files[0]))

@@ -133,6 +133,7 @@ def _with(model: Model, told: Any, where: str, options: Options) -> Model:
     gpt = told.get("gpt")
     if gpt is not None and not isinstance(gpt, Mapping):
         raise ValueError(f"{where}: gpt: expected the config of a model, got {gpt!r:.80}")
+    model.from_json = True
     model.gpt, model.origin = None if gpt is None else dict(gpt), dict(origin)
     for what, name in files.items():
         if what not in FILES or not is_name(name):

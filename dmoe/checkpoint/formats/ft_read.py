@@ -91,7 +91,7 @@ def _stored(folder: Path, names: list[str], part: Part, config: FTConfig) -> Sto
     def join(tensors: Any) -> Tensor:
         return ft_joined(part, tensors).contiguous()
 
-    return mapped(pieces, join, by_rows=part.by_rows)
+    return mapped(pieces, join, by_rows=part.by_rows, shape=tuple(part.shape))
 
 
 def _file(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Stored:

@@ -51,7 +51,7 @@ def read_npz(path: Path) -> dict[str, Stored]:
             if wrong is not None:
                 raise ValueError(f"expected arrays (.npy) alone, got {wrong}")
             return {each.filename.removesuffix(".npy"): _array(path, archive, each) for each in entries}
-    except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+    except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise ValueError(f"{path}: expected a file of numpy.savez, got: {error}") from error
 
 
@@ -103,7 +103,7 @@ def _reader(path: Path, entry: zipfile.ZipInfo, start: int, size: int) -> Callab
             with zipfile.ZipFile(path) as archive, archive.open(entry) as file:
                 file.read(start)
                 content = bytearray(file.read(size))
-        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
             raise ValueError(f"{path}: expected a whole {entry.filename}, got: {error}") from error
         return torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
 

@@ -77,11 +77,12 @@ class RankFiles:
             and not (self.not_inner and f".{prefix}".endswith(f".{self.not_inner}"))
         }
 
-    def files(self, sources: Sequence[Path]) -> list[Path]:
+    def files(self, sources: Sequence[Path], options: Options) -> list[Path]:
         """Every rank's file, in order, from what the user names; without the one that all share."""
         found = self._named(sources)
         shared = {self.shared_file(file) for file in found}
-        return in_order_of_ranks([file for file in found if file not in shared])
+        found = [file for file in found if file not in shared]
+        return found if options.as_given else in_order_of_ranks(found)
 
     def _named(self, sources: Sequence[Path]) -> list[Path]:
         found = [file for source in sources for file in expanded(source)]
@@ -92,7 +93,7 @@ class RankFiles:
 
     def read(self, sources: Sequence[Path], options: Options) -> Model:
         """See :class:`Format`."""
-        files = self.files(sources)
+        files = self.files(sources, options)
         if not files:
             raise FileNotFoundError(f"{', '.join(map(str, sources))}: expected files of ranks, got none")
         for folder in {file.parent for file in files}:

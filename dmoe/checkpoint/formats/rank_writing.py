@@ -46,7 +46,12 @@ def write_ranks(system: RankFiles, model: Model, target: Path, options: Options)
     following = _file(system, target, ranks, ranks) if ranks > 1 else None
     if following is not None and following.exists():
         raise FileExistsError(f"{following}: expected no file of a rank {ranks} beside those of {ranks} ranks, got one")
-    write_together(name_of(target), written, overwrite=options.overwrite)
+    try:
+        write_together(name_of(target), written, overwrite=options.overwrite)
+    except OSError as error:
+        if error.filename is None and error.errno is not None:  # a full disk, say
+            error.filename = str(target)
+        raise
     return list(contents)
 
 
