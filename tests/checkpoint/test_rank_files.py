@@ -291,3 +291,19 @@ def test_a_reader_holds_no_file_open(tmp_path):
         assert isinstance(stored, Stored)
         stored.read()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_every_dtype_that_a_model_may_hold_goes_along(tmp_path):
+    from dmoe.checkpoint.hub_folder import DTYPES
+
+    content = state(cases.tutel_ffn)
+    for dtype in DTYPES:
+        content[f"other.{dtype}"] = torch.randint(0, 2, (64,), dtype=torch.uint8).view(dtype)
+    torch.save(content, tmp_path / "in.pt")
+    convert(tmp_path / "in.pt", tmp_path / "ours", "dmoe")
+    convert(tmp_path / "ours", tmp_path / "back.pt", "tutel")
+    found = torch.load(tmp_path / "back.pt", weights_only=True)
+    assert found.keys() == content.keys()
+    for name, tensor in content.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(*(each.reshape(-1).view(torch.uint8) for each in (found[name], tensor))), name
