@@ -158,12 +158,14 @@ class Color(enum.Enum):
 
 
 def module_of(monkeypatch, name):
-    """A module of this name that can be imported, whose classes would notice if they were made."""
+    """An empty module of this name that can be imported, whoever has made one before."""
     made = types.ModuleType(name)
-    for depth in range(1, name.count(".") + 2):
-        part = ".".join(name.split(".")[:depth])
+    parts = name.split(".")
+    for depth in range(1, len(parts)):
+        part = ".".join(parts[:depth])
         if part not in sys.modules:
-            monkeypatch.setitem(sys.modules, part, made if part == name else types.ModuleType(part))
+            monkeypatch.setitem(sys.modules, part, types.ModuleType(part))
+    monkeypatch.setitem(sys.modules, name, made)
     return made
 
 
