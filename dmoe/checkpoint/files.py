@@ -38,7 +38,7 @@ def read_file(path: str | os.PathLike[str], *, mapped: bool = False) -> dict[str
     """
     finish_writing(Path(path).parent)
     try:
-        with torch.serialization.safe_globals([MoEConfig, ClampedSwiGLU, SoftcappedSwiGLU, *registered()]):
+        with torch.serialization.safe_globals(list(plain_classes())):
             try:
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
             except RuntimeError as error:
@@ -68,6 +68,11 @@ def read_file(path: str | os.PathLike[str], *, mapped: bool = False) -> dict[str
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: expected a state dict, or a dict around one, got {type(content).__name__}")
     return dict(content) if type(content) is dict else content  # type: ignore[return-value]
+
+
+def plain_classes() -> tuple[type, ...]:
+    """dmoe's own classes that a file may hold: a layer's config, and what is in one."""
+    return MoEConfig, ClampedSwiGLU, SoftcappedSwiGLU, *registered()
 
 
 def write_file(path: str | os.PathLike[str], content: Mapping[str, Any], *, overwrite: bool = False) -> None:

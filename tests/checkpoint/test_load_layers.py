@@ -119,3 +119,15 @@ def test_what_the_user_says_and_the_tensors_do_not_have(tmp_path):
     model.tensors["experts.more"] = held(torch.ones(1))
     with pytest.raises(ValueError, match="expected none, got"):
         dmoe.checkpoint.build_layer(model, "")
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss", "gmoe"])
+def test_a_config_that_stands_beside_a_state_dict(tmp_path, name):
+    layer = dmoe.MoE(config_of(name)).eval()
+    torch.save({"model": layer.state_dict(), "config": layer.config}, tmp_path / "file.pt")
+    dmoe.checkpoint.convert(tmp_path / "file.pt", tmp_path / "folder", "dmoe")
+    dmoe.checkpoint.convert(tmp_path / "folder", tmp_path / "again.pt", "dmoe")
+    found = load_layers(tmp_path / "again.pt")[""]
+    assert found.config == load_layers(tmp_path / "file.pt")[""].config == layer.config
+    x = torch.randn(5, 16)
+    assert torch.equal(found(x), layer(x))

@@ -15,9 +15,11 @@ A target with the ending of a file becomes one of ``torch.save`` with the same: 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dmoe.checkpoint.files import plain_classes
 from dmoe.checkpoint.formats.base import FILES, Options, as_asked, copy_files, files_beside
 from dmoe.checkpoint.formats.dmoe_layers import LAYOUT
 from dmoe.checkpoint.formats.rank_contents import ENDINGS, Content, expanded
@@ -31,8 +33,18 @@ from dmoe.config_json import config_from_json, config_to_json
 
 FORMAT = "dmoe checkpoint 1"
 FILE, BESIDE = "dmoe.json", "beside.pt"
-_PLAIN = RankFiles("dmoe", "", (LAYOUT,), lambda beside, **facts: MoEConfig(**facts), container="model")
 _KEPT = ("optimizer", "optimizer_state", "last_optimizer_state")  # of other parameters: not kept
+
+
+def _config(beside: Mapping[str, Any], **facts: Any) -> MoEConfig:
+    """That which stands as ``config`` beside a state dict, where somebody put it there; else the defaults."""
+    config = beside.get("config")
+    if not isinstance(config, MoEConfig):
+        return MoEConfig(**facts)
+    return replace(config, **{name: value for name, value in facts.items() if name != "router"})
+
+
+_PLAIN = RankFiles("dmoe", "", (LAYOUT,), _config, container="model")
 
 
 class DmoeFiles:
@@ -115,7 +127,7 @@ def _read_folder(folder: Path, options: Options) -> Model:
 
     model = _with(Model(stored_tensors(folder), {}), read_json(folder / FILE), str(folder / FILE), options)
     if (folder / BESIDE).exists():
-        model.beside = dict(read_lazily(folder / BESIDE))
+        model.beside = dict(read_lazily(folder / BESIDE, known=plain_classes()))
     return model
 
 

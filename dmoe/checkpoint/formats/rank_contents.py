@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dmoe.checkpoint.files import in_rank_order
+from dmoe.checkpoint.files import in_rank_order, plain_classes
 from dmoe.checkpoint.stored import Stored
 from dmoe.checkpoint.torch_reader import read_lazily
 
@@ -94,7 +94,7 @@ def _remembered(path: Path) -> Any:
     stat = path.stat()
     key = (os.path.realpath(path), stat.st_mtime_ns, stat.st_size, stat.st_ino)
     if key not in _recent:
-        _recent[key] = read_lazily(path)
+        _recent[key] = read_lazily(path, known=plain_classes())
         if len(_recent) > _KEPT:
             _recent.popitem(last=False)
     return _recent[key]
