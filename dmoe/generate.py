@@ -14,8 +14,8 @@ import torch
 
 from dmoe import models
 from dmoe.checkpoint import progress_bar, run_command
+from dmoe.checkpoint.formats.base import DTYPES
 
-DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -78,7 +78,8 @@ def run(options: argparse.Namespace) -> None:
     vocab, merges = (getattr(options, name) or extras.get(name) for name in ("vocab", "merges"))
     if texts and not (vocab and merges):
         raise ValueError(
-            f"--text, --file: expected --vocab and --merges with {options.model}, which has none, got none"
+            f"--text, --file: expected --vocab and --merges with {options.model}, which does not have both, got "
+            f"{vocab or 'no vocab'} and {merges or 'no merges'}"
         )
     bpe: Any = None
     # Of ids alone the text is an extra, which a package that is missing does not stand in the way of.
@@ -156,7 +157,7 @@ def _tokenizer(vocab: str | Path, merges: str | Path) -> Any:
         import tokenizers
     except ImportError as error:
         raise ValueError(
-            "--text, --file: expected the tokenizers package, which is missing: pip install tokenizers"
+            "expected the tokenizers package for text, which is missing: pip install tokenizers"
         ) from error
     for file in (vocab, merges):
         Path(file).open("rb").close()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import dmoe.checkpoint
 from dmoe.checkpoint.command import progress_over, run_command
-from dmoe.checkpoint.convert_command import add_convert, add_source_options, options_of_user, read_model
+from dmoe.checkpoint.convert_command import add_as_given, add_convert, add_source_options, options_of_user, read_model
 from dmoe.checkpoint.files import in_rank_order, read_file, write_file
 from dmoe.checkpoint.formats.dmoe_files import DMOE
 from dmoe.checkpoint.formats.known import find_format, fitting
@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="PATTERN",
         help="what may differ between ranks, as 'rng*' or 'model/step'; the first rank's is kept; may be repeated",
     )
-    _as_given(merge)
+    add_as_given(merge)
     sharing(merge)
     split = command("split", _split, "A file for each of W ranks from that of one process.")
     split.add_argument("file", metavar="IN")
@@ -80,14 +80,6 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("files", nargs="+", metavar="SRC", help="a folder or file; or the files of all ranks")
     add_source_options(inspect)
     return parser
-
-
-def _as_given(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--as-given",
-        action="store_true",
-        help="the files are in the order of the ranks [by the number in their names, if they differ in it alone]",
-    )
 
 
 def _merge(options: argparse.Namespace) -> None:
@@ -125,14 +117,12 @@ def _split(options: argparse.Namespace) -> None:
 def _inspect(options: argparse.Namespace) -> None:
     sources = [Path(file) for file in options.files]
     formats = fitting(sources, options.source_layout)
-    if formats and not (formats[0] is DMOE and all(source.is_file() for source in sources)):
+    of_torch = all(source.is_file() and source.suffix not in (".npz", ".safetensors") for source in sources)
+    if not of_torch or (formats and (formats[0] is not DMOE or DMOE.holds_configs(sources))):
+        layout = find_format(sources, options.source_layout).name
         model = read_model(sources, layout=options.source_layout, options=options_of_user(options))
-        print(describe_model(model, ", ".join(options.files)))
+        print(describe_model(model, ", ".join(options.files), layout))
         return
-    if not formats and not all(
-        source.is_file() and source.suffix not in (".npz", ".safetensors") for source in sources
-    ):
-        find_format(sources, options.source_layout)  # which says what is wrong
     files = _ordered(options)
     found = []
     for file in files:

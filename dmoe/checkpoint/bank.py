@@ -13,7 +13,6 @@ from dmoe.checkpoint.stored import Stored, concatenated, cut, held, mapped, resh
 _SHARED = "shared_expert.mlp."
 # Fields that are of no expert, in dmoe's names.
 _RENAMED = {
-    "output_bias": "output_bias",
     "shared_gate": "shared_expert.gate.weight",
 }
 _EXPERTS = ("up", "down", "up_bias", "down_bias")

@@ -27,16 +27,25 @@ def run_command(
     try:
         run(options)
     except KeyboardInterrupt:
-        print(f"{parser.prog}: stopped; nothing was changed", file=sys.stderr)
+        print(f"{parser.prog}: stopped", file=sys.stderr)
         return 130
     except ImportError as error:
-        print(f"{parser.prog}: error: expected a package that is missing: pip install {error.name}", file=sys.stderr)
+        package = (error.name or "").partition(".")[0]
+        advice = f": pip install -U {package}" if package else ""
+        print(f"{parser.prog}: error: expected a package that is missing: {error}{advice}", file=sys.stderr)
         return 2
     except (OSError, ValueError, TypeError) as error:
         text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
         print(f"{parser.prog}: error: {text}", file=sys.stderr)
         return 2
     return 0
+
+
+def count(text: str) -> int:
+    """For a command line: an integer of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
+    return int(text)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""``convert`` and what it shares with ``inspect``: sources, targets, options and the bar."""
+"""``convert``, and the sources and options that it shares with ``inspect``."""
 
 from __future__ import annotations
 
@@ -9,21 +9,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import torch
-
-from dmoe.checkpoint.command import progress_bar
-from dmoe.checkpoint.formats.base import Options
+from dmoe.checkpoint.command import count, progress_bar
+from dmoe.checkpoint.formats.base import DTYPES, Options
 from dmoe.checkpoint.formats.known import FORMATS, find_format
 from dmoe.checkpoint.model import Model
 from dmoe.checkpoint.stored import total_bytes
 
 _Path: TypeAlias = str | os.PathLike[str]
-DTYPES = {
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "fp32": torch.float32,
-    "fp64": torch.float64,
-}
 
 
 def add_convert(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -38,9 +30,11 @@ def add_convert(add: Callable[..., argparse.ArgumentParser]) -> None:
     convert.add_argument("target", metavar="DST", help="a folder or file; with {rank} where each rank has a file")
     convert.add_argument("--to", required=True, choices=[*FORMATS], metavar="LAYOUT", help="see below")
     add_source_options(convert)
-    convert.add_argument("--ranks", type=_count, metavar="W", help="expert-parallel ranks to write files for [1]")
-    convert.add_argument("--gpus", type=_count, metavar="N", help="inference ranks (fastertransformer) [1]")
-    convert.add_argument("--dtype", choices=[*DTYPES], help="of all floating-point numbers [as they are]")
+    convert.add_argument("--ranks", type=count, metavar="W", help="ranks to write for [as in the same layout, else 1]")
+    convert.add_argument(
+        "--gpus", type=count, metavar="N", help="inference ranks (fastertransformer) [as read, else 1]"
+    )
+    convert.add_argument("--dtype", choices=[*DTYPES], help="of floating-point numbers [as they are]")
     convert.add_argument("--vocab", type=Path, metavar="F", help="vocab.json, to go beside the model")
     convert.add_argument("--merges", type=Path, metavar="F", help="merges.txt, to go beside the model")
     convert.add_argument("--family", metavar="NAME", help="of a Hugging Face model, as mixtral [as its files say]")
@@ -52,18 +46,23 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--from", dest="source_layout", metavar="LAYOUT", help="layout of SRC [found by names and files]"
     )
-    parser.add_argument("--num-experts", type=_count, metavar="E", help="of a layer, where no router tells")
-    parser.add_argument(
-        "--as-given",
-        action="store_true",
-        help="the files are in the order of the ranks [by the number in their names, if they differ in it alone]",
-    )
+    parser.add_argument("--num-experts", type=count, metavar="E", help="of a layer, where no router tells")
+    add_as_given(parser)
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="NAME=VALUE",
         help="a field of dmoe.MoEConfig that the files do not tell, as top_k=2 or activation=gelu; may be repeated",
+    )
+
+
+def add_as_given(parser: argparse.ArgumentParser) -> None:
+    """How the files of ranks are ordered, which ``merge`` asks for as well."""
+    parser.add_argument(
+        "--as-given",
+        action="store_true",
+        help="the files are in the order of the ranks [by the number in their names, if they differ in it alone]",
     )
 
 
@@ -95,12 +94,16 @@ def write_model(model: Model, target: _Path, to: str, options: Options) -> list[
     """
     try:
         return FORMATS[to].write(model, Path(target), options)
+    except OSError as error:
+        if error.filename is None and error.errno is not None:  # a full disk, say
+            error.filename = str(target)
+        raise
     except (AttributeError, KeyError, IndexError, TypeError) as error:
         if not model.from_json:
             raise
         raise ValueError(
-            f"{to}: expected origin and gpt in dmoe.json as they were written, got others: {type(error).__name__} "
-            f"{error}"
+            f"{to}: expected origin and gpt beside the tensors as they were written, got others: "
+            f"{type(error).__name__} {error}"
         ) from error
 
 
@@ -176,10 +179,3 @@ def _setting(text: str) -> tuple[str, Any]:
         except ValueError:
             continue
     return name, value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
-    return value

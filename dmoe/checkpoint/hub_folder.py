@@ -98,19 +98,18 @@ def read_index(folder: str | os.PathLike[str]) -> dict[str, str]:
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{folder / INDEX}: expected a weight_map of tensors and files, got {weight_map!r:.80}")
-    by_file: dict[str | None, set[str]] = {}
+    by_file: dict[str, set[str]] = {}
     for name, file in weight_map.items():
-        if isinstance(file, str):
-            by_file.setdefault(file, set()).add(name)
-    for file, wanted in by_file.items() or [(None, set())]:
-        if file is None or Path(file).name != file or not file.endswith(".safetensors"):
+        if not isinstance(file, str):
+            raise ValueError(f"{folder / INDEX}: expected names of safetensors files, got {file!r}")
+        by_file.setdefault(file, set()).add(name)
+    for file, wanted in by_file.items():
+        if Path(file).name != file or not file.endswith(".safetensors"):
             raise ValueError(f"{folder / INDEX}: expected names of safetensors files in the same folder, got {file!r}")
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder}: expected {file}, which {INDEX} names, got no such file")
         if missing := sorted(wanted - _names(folder / file)):
             raise ValueError(f"{folder / file}: expected {missing[0]}, as {INDEX} says, got no such tensor")
-    if wrong := [file for file in weight_map.values() if not isinstance(file, str)]:
-        raise ValueError(f"{folder / INDEX}: expected names of safetensors files, got {wrong[0]!r}")
     return weight_map
 
 

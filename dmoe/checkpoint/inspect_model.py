@@ -13,18 +13,20 @@ from dmoe.config_json import config_to_json
 _TOLD = ("hidden_size", "ffn_hidden_size", "num_experts", "gated", "bias")  # by the line of the layer
 
 
-def describe_model(model: Model, name: str) -> str:
+def describe_model(model: Model, name: str, layout: str) -> str:
     """Lines about a model in files; no tensor is read.
 
     Args:
         model: that was read.
         name: of its files.
+        layout: that they are in.
     """
-    layout = model.origin.get("layout", "dmoe")
+    origin = model.origin.get("layout", layout)
+    source = f" (from {origin})" if origin != layout else ""
     size = total_bytes(model.tensors)
     lines = [
-        f"{name}: layout {layout}, {len(model.layers)} MoE layers, {len(model.tensors)} tensors, {size:,} bytes, of "
-        f"which {sum(total_bytes(model.of_layer(layer)) for layer in model.layers):,} in MoE layers"
+        f"{name}: layout {layout}{source}, {len(model.layers)} MoE layers, {len(model.tensors)} tensors, {size:,} "
+        f"bytes, of which {sum(total_bytes(model.of_layer(layer)) for layer in model.layers):,} in MoE layers"
     ]
     if model.gpt is not None:
         lines.append(f"  a GPT: {_settings({k: v for k, v in model.gpt.items() if k not in ('moe', 'residual')})}")

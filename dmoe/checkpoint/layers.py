@@ -39,7 +39,7 @@ class Row:
         field: of the bank.
         theirs: names behind the layer's prefix; with ``{e}`` for an expert's number, a tensor for each expert.
         map: how they become the field: of all experts, those with ``{e}`` stacked first.
-        gated: only where experts are gated, or are not; None for both.
+        gated: for writing: only where experts are gated, or are not; None for both.
         counted: whether the map needs to know how many experts there are.
         dims: of each of their tensors, without the dimension of experts where the name has ``{e}``; None for any.
     """
@@ -69,7 +69,8 @@ class Layout:
 
     Attributes:
         name: of the layout.
-        rows: the table; of several rows for one field the first is taken whose tensors are there.
+        rows: the table; of several rows for one field the first is taken whose tensors are all there, unless one with
+            more tensors is there as well.
         inside: prefixes behind the layer's own under which no other names may be than the table's: an unknown one
             would be lost.
         left_out: names behind the layer's prefix that have no counterpart and are not taken over.
@@ -158,7 +159,7 @@ class Found:
                 return router.shape[0] if len(router.shape) == 2 else None
         return None
 
-    def rows_of(self, field: str, tensors: Mapping[str, Stored]) -> int:
+    def length_of(self, field: str, tensors: Mapping[str, Stored]) -> int:
         """The first dimension of a field's tensor; 0 where there is none."""
         rows = [row for row in self.layout.rows if row.field == field and self.has(row)]
         return tensors[self.names[rows[0], 0][0]].shape[0] if rows else 0
@@ -183,7 +184,7 @@ class Found:
         bank: Bank = {}
         used: set[str] = set()
         for row in self.layout.rows:
-            if row.field in bank or not self.has(row) or not self._is(row):
+            if row.field in bank or not self.has(row) or not self._is_widest(row):
                 continue
             parts = [self._part(row, place, tensors, count, where) for place in range(len(row.theirs))]
             if count is None and row.counted:
@@ -205,8 +206,8 @@ class Found:
             raise ValueError(f"{where}: {unknown[0]}: expected a name of the layout {self.layout.name}")
         return bank, used
 
-    def _is(self, row: Row) -> bool:
-        """Whether a row that says what experts are is of such: the row of the other kind is not all there."""
+    def _is_widest(self, row: Row) -> bool:
+        """Whether no row of the same field with more tensors, a gate's as well, is all there."""
         others = [each for each in self.layout.rows if each.field == row.field and len(each.theirs) > len(row.theirs)]
         return not any(self.has(each) for each in others)
 

@@ -27,7 +27,7 @@ def load_layers(
     Args:
         sources: a folder or a file, or the files of all ranks.
         layout: a name of ``python -m dmoe.checkpoint convert --help``; None finds it.
-        dtype: of the parameters; None is the files'. Routers keep at least float32 if they have it in the files.
+        dtype: of the parameters; None is the files'. Routers keep theirs.
         device: where to put them; None is the CPU.
         **settings: fields of :class:`dmoe.MoEConfig` that the files do not tell, for all layers.
 
@@ -57,7 +57,10 @@ def build_layer(
     config = model.layers[prefix]
     name = prefix.removesuffix(".") or "the layer"
     if config is None:
-        raise ValueError(f"load_layers: {name}: expected a layer that dmoe.MoE can be, got: {'; '.join(model.notes)}")
+        raise ValueError(
+            f"load_layers: {name}: expected a layer that dmoe.MoE can be, got: "
+            f"{'; '.join(model.notes) or 'no config beside its tensors; say its options, as top_k=2'}"
+        )
     layer = MoE(config, device="meta")
     stored, expected = model.of_layer(prefix), layer.state_dict()
     for key in dict.fromkeys((*expected, *stored)):

@@ -75,7 +75,6 @@ PAIR = Map(
     _halves,
 )
 PAIR_FLAT = PAIR.after(FLAT)
-PAIR_TRANSPOSED = PAIR.after(TRANSPOSED)
 # (E, 2, F, ...) beside (E, 2F, ...)
 TWO = by_rows(lambda theirs: theirs.flatten(1, 2), lambda ours: ours.unflatten(1, (2, -1)))
 # rows gate 0, up 0, gate 1, up 1 ... beside the gate's and then up's
@@ -84,11 +83,8 @@ TURNS = by_rows(
     lambda ours: ours.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2),
 )
 TURNS_TRANSPOSED = TURNS.after(TRANSPOSED)
-# a row, (1, ...), beside (...), and the other way round
+# a row, (1, ...), beside (...)
 ROW = Map(lambda parts, _: reshaped(parts[0], parts[0].shape[1:]), lambda ours, _: [reshaped(ours, (1, *ours.shape))])
-COLUMN = Map(
-    lambda parts, _: reshaped(parts[0], (1, *parts[0].shape)), lambda ours, _: [reshaped(ours, ours.shape[1:])]
-)
 # two (F, H) beside (2F, H)
 PAIR_OF_ONE = Map(
     lambda parts, _: concatenated(parts, 0),

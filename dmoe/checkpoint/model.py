@@ -95,7 +95,7 @@ class Model:
         except (ValueError, TypeError) as error:
             raise ValueError(f"{where}: {error}") from None
 
-    def without(self, layer: str, nested: str) -> str:
+    def their_prefix(self, layer: str, nested: str) -> str:
         """A layer's prefix in a system that has no name for the mixture beside a dense block (PR-MoE), as ours has."""
         outer = layer.removesuffix(nested) if nested else layer
         return outer if f"{outer}coefficient.weight" in self.tensors else layer

@@ -56,10 +56,8 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False, marker:
         sync(temporary)
         _refuse_existing(path, overwrite, marker)  # somebody may have been faster
         _put_in_place(temporary, path)
-    except BaseException as error:
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError) and error.filename is None and error.errno is not None:  # a full disk, say
-            error.filename = str(path)
         raise
     finally:
         os.close(lock)

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import os
+import zipfile
 
 import torch
 from torch import Tensor
+
+
+def start_of_entry(path: str | os.PathLike[str], entry: zipfile.ZipInfo) -> int:
+    """Where in an archive an entry's own bytes begin: its header there may be longer than the list at the end says."""
+    with open(path, "rb") as file:
+        file.seek(entry.header_offset + 26)
+        lengths = file.read(4)
+    return entry.header_offset + 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
 
 
 def read_bytes(path: str | os.PathLike[str], start: int, length: int) -> Tensor:

@@ -12,7 +12,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable
 from typing import Any
 
-# Whose names a file may hold. Any other is refused.
+# Packages whose names a file may hold; of others only those below, and argparse.Namespace.
 PACKAGES = (
     "apex",
     "deepspeed",
@@ -23,13 +23,12 @@ PACKAGES = (
     "transformer_engine",
     "tutel",
 )
-# How numpy rebuilds arrays and scalars, which random states are kept in, and what Python 3.11 writes for a member of an
-# enumeration.
+# How numpy rebuilds arrays and scalars, which random states are kept in.
 _REBUILDERS = re.compile(
     r"numpy\.(?:_?core\.(?:multiarray\.(?:_reconstruct|scalar|_frombuffer)|numeric\._frombuffer)|ndarray|dtype|dtypes\.\w+"
     r"|random\._pickle\.__\w+_ctor|random\._\w+\.\w+)"
 )
-_GETATTR = "builtins.getattr"
+_GETATTR = "builtins.getattr"  # what Python 3.11 writes for a member of an enumeration
 # str() of members of enumerations, which args print and whose pickles hold the value alone.
 _MEMBERS = {
     ("ModelType", 1): "encoder_or_decoder",

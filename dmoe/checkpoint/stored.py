@@ -66,9 +66,9 @@ class Stored:
 
 def held(tensor: Tensor, where: str = "") -> Stored:
     """A tensor in memory as one to be read."""
-    tensor = tensor.detach()
+    tensor = tensor.detach().to("cpu")
     shape = tuple(tensor.shape)
-    if tensor.is_contiguous() and tensor.device.type == "cpu":
+    if tensor.is_contiguous():
         return in_one_piece(shape, tensor.dtype, lambda a, b: tensor.view(-1)[a:b], where)
     return Stored(shape, tensor.dtype, lambda a, b: tensor[a:b] if shape else tensor, where)
 

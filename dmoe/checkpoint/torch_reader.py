@@ -12,13 +12,13 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor, _weights_only_unpickler
 from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_globals
 
-from dmoe.checkpoint.raw import read_bytes
+from dmoe.checkpoint.raw import read_bytes, start_of_entry
 from dmoe.checkpoint.stand_ins import StandIn, stand_ins
 from dmoe.checkpoint.stored import Stored, held, in_one_piece, mapped
 from dmoe.checkpoint.tree import children, is_list, rebuilt
@@ -49,9 +49,9 @@ def read_lazily(path: str | os.PathLike[str], *, known: tuple[Any, ...] = ()) ->
             if file.read(2) == b"PK":
                 raise ValueError("an archive without its end")
         return _with_stored(_read_old(path, known), path, whole=True)
-    except (MemoryError, FileNotFoundError, PermissionError, IsADirectoryError):
-        raise
     except Exception as error:  # bytes that are no pickle, or a part of one, end in an error of almost any type
+        if isinstance(error, MemoryError) or getattr(error, "filename", None) is not None:  # no such file, say
+            raise
         raise ValueError(f"{path}: {_reason(error)}") from error
 
 
@@ -93,7 +93,7 @@ def _read_zip(path: Path, known: tuple[Any, ...]) -> Any:
             if info is None or not 0 <= size <= info.file_size:
                 got = "none" if info is None else info.file_size
                 raise ValueError(f"data/{key}: expected {size} bytes, got {got}")
-            start = _start_of(file, info)
+            start = start_of_entry(path, info)
             if start + size > end:
                 raise ValueError(f"data/{key}: expected {size} bytes at {start}, got a file of {end}")
             made = torch.UntypedStorage(size, device="meta")
@@ -101,18 +101,11 @@ def _read_zip(path: Path, known: tuple[Any, ...]) -> Any:
             storages[key] = made
         return torch.storage.TypedStorage(wrap_storage=storages[key], dtype=dtype, _internal=True)
 
-    with open(path, "rb") as file, _only([*known, *stand_ins(names)]):
+    with _only([*known, *stand_ins(names)]):
         unpickler: Any = _weights_only_unpickler.Unpickler(io.BytesIO(pickled), encoding="utf-8")
         unpickler.persistent_load = storage
         content = unpickler.load()
     return _with_stored(content, path, whole=False)
-
-
-def _start_of(file: BinaryIO, info: zipfile.ZipInfo) -> int:
-    """Where the bytes of a record begin: behind its header, whose length stands in it."""
-    file.seek(info.header_offset + 26)
-    lengths = file.read(4)
-    return info.header_offset + 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
 
 
 @contextmanager

@@ -28,7 +28,7 @@ def write_lazily(file: BinaryIO, content: Any, progress: Callable[[int], object]
 
     Raises:
         OSError: it cannot be written.
-        TypeError: something that is neither of these.
+        pickle.PicklingError, TypeError: an object that cannot be pickled.
     """
     pickler = _Pickler(buffer := io.BytesIO())
     pickler.dump(content)
@@ -86,7 +86,6 @@ class _Pickler(_PYTHONS):
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, protocol=2)
         self.tensors: list[Stored] = []
-        self._numbers: dict[int, int] = {}
 
     def persistent_id(self, obj: Any) -> Any:
         if not isinstance(obj, _Storage):

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from dmoe.checkpoint import finish_writing, name_of, run_command, write_together
+from dmoe.checkpoint.command import count
 from dmoe.checkpoint.together import Written
 from dmoe.checkpoint.torch_reader import read_lazily
 from dmoe.checkpoint.torch_writer import write_lazily
@@ -51,8 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("out", metavar="OUT", help="a file; with {rank} in it where several are written")
     convert.add_argument("files", nargs="+", metavar="IN", help="of each expert-parallel rank, in order")
     convert.add_argument("--to", choices=LAYOUTS, default="dmoe", help="[dmoe]")
-    convert.add_argument("--ranks", type=_count, metavar="W", help="expert-parallel ranks to write [as many as files]")
-    convert.add_argument("--num-experts", type=_count, metavar="E", help="of a layer, where no router tells")
+    convert.add_argument("--ranks", type=count, metavar="W", help="expert-parallel ranks to write [as many as files]")
+    convert.add_argument("--num-experts", type=count, metavar="E", help="of a layer, where no router tells")
     convert.add_argument("--overwrite", action="store_true", help="replace files that exist")
     convert.add_argument(
         "--trust",
@@ -93,13 +94,6 @@ def _convert(options: argparse.Namespace) -> None:
     write_together(name, files, overwrite=True)
     for target, said in zip(targets, without, strict=True):
         print(f"{target}{said}")
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
-    return value
 
 
 def _converted(states: list[Mapping[str, Any]], options: argparse.Namespace) -> list[dict[str, Any]]:

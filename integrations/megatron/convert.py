@@ -11,6 +11,7 @@ weights, has no counterpart and is left out.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dmoe.checkpoint import merge_states, split_state
+from dmoe.checkpoint.formats.megatron import LEFT_OUT
 from dmoe.checkpoint.layers import Bank, Found, check_bank, write_layer
 from dmoe.checkpoint.stored import Stored, held
 from dmoe.integrations.megatron.expert_layouts import LAYOUTS, TABLES, LayoutName
@@ -121,9 +123,9 @@ def _find(tensors: Mapping[str, Stored]) -> dict[str, Found]:
 
 def _is_left_out(key: Any, layers: Mapping[str, Found]) -> bool:
     """Whether a value is what experts keep beside their weights."""
-    return (
-        isinstance(key, str) and key.endswith("._extra_state") and any(key.startswith(f"{p}experts.") for p in layers)
-    )
+    if not isinstance(key, str) or not re.search(LEFT_OUT, key):
+        return False
+    return any(key.startswith(f"{prefix}experts.") for prefix in layers)
 
 
 def _written(bank: Bank, found: Found, to: LayoutName, where: str, ranks: int) -> dict[str, Stored]:

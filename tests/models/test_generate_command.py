@@ -126,7 +126,7 @@ def test_text_in_and_text_out(model, bpe, capsys, tmp_path):
 BAD = [
     (["MODEL"], "expected a prompt: --ids, --text or --file, got none"),
     (["NOWHERE", "--ids", "1"], "NOWHERE: No such file or directory"),
-    (["MODEL", "--text", "a"], "--text, --file: expected --vocab and --merges with MODEL, which has none"),
+    (["MODEL", "--text", "a"], "--text, --file: expected --vocab and --merges with MODEL, which does not have both"),
     (["MODEL", "--text", "a", "--vocab", "no.json", "--merges", "no.txt"], "no.json: No such file or directory"),
     (["MODEL", "--file", "no.txt"], "no.txt: No such file or directory"),
     (["MODEL", "--ids", "300"], "prompts: expected ids in [0, 300), got 300 in prompt 0"),
@@ -179,7 +179,9 @@ def test_a_vocabulary_that_is_none_and_a_package_that_is_missing(model, bpe, cap
 
     monkeypatch.setattr(builtins, "__import__", without)
     assert main(["MODEL", "--text", "a", "--vocab", vocab, "--merges", merges]) == 2
-    assert "expected the tokenizers package, which is missing: pip install tokenizers" in capsys.readouterr().err
+    assert (
+        "expected the tokenizers package for text, which is missing: pip install tokenizers" in capsys.readouterr().err
+    )
 
 
 def test_the_recorded_continuations(monkeypatch, capsys):

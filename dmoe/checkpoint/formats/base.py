@@ -44,10 +44,12 @@ class Options:
     progress: Callable[[int], object] = lambda count: None
 
 
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+
+
 def as_asked(stored: Stored, options: Options) -> Stored:
     """A tensor in the dtype that the user wants floating-point numbers in."""
-    wide = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    return stored if options.dtype is None or stored.dtype not in wide else cast(stored, options.dtype)
+    return stored if options.dtype is None or stored.dtype not in DTYPES.values() else cast(stored, options.dtype)
 
 
 FILES = {"vocab": "vocab.json", "merges": "merges.txt"}  # of a tokenizer, and what they are called in a folder

@@ -34,7 +34,7 @@ from dmoe.checkpoint.formats.deepspeed_names import (
     remember,
 )
 from dmoe.checkpoint.formats.megatron_deepspeed import MEGATRON_DEEPSPEED
-from dmoe.checkpoint.formats.rank_contents import ENDINGS, Content, expanded
+from dmoe.checkpoint.formats.rank_contents import ENDINGS, OPTIMIZERS, Content, expanded
 from dmoe.checkpoint.formats.rank_files import RankFiles
 from dmoe.checkpoint.layers import Layout, write_layer
 from dmoe.checkpoint.model import Model
@@ -146,7 +146,7 @@ class DeepSpeed:
         key = again.get("key") or "module"
         dense = {
             key: state,
-            **{name: value for name, value in beside.items() if name not in ("optimizer", "lr_scheduler")},
+            **{name: value for name, value in beside.items() if name not in OPTIMIZERS},
         }
         _save(inside / "mp_rank_00_model_states.pt", dense, options)
         if tag:
@@ -159,7 +159,7 @@ class DeepSpeed:
         where = f"deepspeed: {prefix.removesuffix('.') or 'the layer'}"
         bank = from_dmoe(model.of_layer(prefix), where)
         layout = layout_again(again) if again else _fresh(model)
-        theirs, found = model.without(prefix, "moe."), {}
+        theirs, found = model.their_prefix(prefix, "moe."), {}
         for name, stored in write_layer(layout, bank, where).items():
             match, file = KEY.match(name), None
             if match is not None:

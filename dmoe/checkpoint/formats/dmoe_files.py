@@ -3,13 +3,15 @@
 ==================  ================================================================================================
 in a folder         what it is
 ==================  ================================================================================================
-``dmoe.json``       ``{"format", "layers": {prefix: config}, "gpt", "origin"}``
+``dmoe.json``       ``{"format", "layers": {prefix: config}, "gpt", "origin", "files"}``
 ``model*``          the tensors, as ``safetensors``, in several files with an index where they are many
+``vocab.json`` ...  a tokenizer's files, if there are any
 ``beside.pt``       what stood beside the model in the files that it comes from, if anything
 ==================  ================================================================================================
 
-A target with the ending of a file becomes one of ``torch.save`` with the same: tensors under ``model``, the JSON under
-``dmoe``; with ``{rank}`` in its name, one for each rank with its own experts.
+A target with the ending of a file becomes one file: of ``torch.save``, with tensors under ``model`` and the JSON under
+``dmoe``; or, as ``.safetensors``, tensors with the JSON in the header. With ``{rank}`` in its name there is one for
+each rank with its own experts.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from typing import Any
 from dmoe.checkpoint.files import plain_classes
 from dmoe.checkpoint.formats.base import FILES, Options, as_asked, copy_files, files_beside
 from dmoe.checkpoint.formats.dmoe_layers import LAYOUT
-from dmoe.checkpoint.formats.rank_contents import ENDINGS, Content, expanded
+from dmoe.checkpoint.formats.rank_contents import ENDINGS, OPTIMIZERS, Content, expanded
 from dmoe.checkpoint.formats.rank_files import RankFiles
 from dmoe.checkpoint.model import Model
 from dmoe.checkpoint.new_folder import is_name, new_folder
@@ -33,7 +35,6 @@ from dmoe.config_json import config_from_json, config_to_json
 
 FORMAT = "dmoe checkpoint 1"
 FILE, BESIDE = "dmoe.json", "beside.pt"
-_KEPT = ("optimizer", "optimizer_state", "last_optimizer_state")  # of other parameters: not kept
 
 
 def _config(beside: Mapping[str, Any], **facts: Any) -> MoEConfig:
@@ -64,16 +65,20 @@ class DmoeFiles:
         except (OSError, ValueError):
             return False
 
+    def holds_configs(self, sources: Sequence[Path]) -> bool:
+        """Whether files of this layout say what their layers are, as those that :meth:`write` makes do."""
+        return "dmoe" in Content.of(expanded(sources[0])[0]).beside
+
     def read(self, sources: Sequence[Path], options: Options) -> Model:
         """See :class:`Format`."""
         if len(sources) == 1 and (sources[0] / FILE).is_file():
-            return _read_folder(sources[0], options)
+            return _read_folder(sources[0])
         model = _PLAIN.read(sources, options)
         of_ranks: list[dict[str, Any]] = model.beside.get("ranks", [{}])
         if (told := of_ranks[0].get("dmoe")) is None:
             return model
         kept = of_ranks[0].get("beside", {})
-        found = _with(Model(model.tensors, {}), told, str(sources[0]), options)
+        found = _with(Model(model.tensors, {}), told, str(sources[0]))
         found.beside = dict(kept) if isinstance(kept, Mapping) else {}
         return found
 
@@ -113,7 +118,8 @@ def _beside(model: Model) -> dict[str, Any]:
     """What stood beside, without states of optimizers, which do not fit."""
     found = dict(model.beside)
     if isinstance(found.get("ranks"), list):
-        found["ranks"] = [{key: value for key, value in each.items() if key not in _KEPT} for each in found["ranks"]]
+        ranks = found["ranks"]
+        found["ranks"] = [{key: each[key] for key in each if key not in OPTIMIZERS} for each in ranks]
     return found if any(found.values()) else {}
 
 
@@ -122,26 +128,28 @@ def _json_of(model: Model, files: Mapping[str, str] | None = None) -> dict[str, 
     return {"format": FORMAT, "layers": layers, "gpt": model.gpt, "origin": model.origin, "files": files or {}}
 
 
-def _read_folder(folder: Path, options: Options) -> Model:
+def _read_folder(folder: Path) -> Model:
     from dmoe.checkpoint.hub_folder import read_json, stored_tensors
 
-    model = _with(Model(stored_tensors(folder), {}), read_json(folder / FILE), str(folder / FILE), options)
+    model = _with(Model(stored_tensors(folder), {}), read_json(folder / FILE), str(folder / FILE))
     if (folder / BESIDE).exists():
         model.beside = dict(read_lazily(folder / BESIDE, known=plain_classes()))
     return model
 
 
-def _with(model: Model, told: Any, where: str, options: Options) -> Model:
+def _with(model: Model, told: Any, where: str) -> Model:
     """A model with what the JSON beside its tensors says.
 
     Raises:
         ValueError: it is of another format, or says what the tensors are not.
     """
     if not isinstance(told, Mapping) or told.get("format") != FORMAT:
-        raise ValueError(f"{where}: expected the format {FORMAT!r}, got {told.get('format') if told else told!r}")
-    layers, origin, files = told.get("layers"), told.get("origin") or {}, told.get("files") or {}
-    if not isinstance(layers, Mapping) or not isinstance(origin, Mapping) or not isinstance(files, Mapping):
-        raise ValueError(f"{where}: expected the configs of layers by their prefix, got {layers!r:.80}")
+        got = told.get("format") if isinstance(told, Mapping) else told
+        raise ValueError(f"{where}: expected the format {FORMAT!r}, got {got!r:.80}")
+    layers, origin, files = told.get("layers") or {}, told.get("origin") or {}, told.get("files") or {}
+    for name, value in (("layers", layers), ("origin", origin), ("files", files)):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where}: {name}: expected an object with names, got {value!r:.80}")
     gpt = told.get("gpt")
     if gpt is not None and not isinstance(gpt, Mapping):
         raise ValueError(f"{where}: gpt: expected the config of a model, got {gpt!r:.80}")
@@ -156,7 +164,7 @@ def _with(model: Model, told: Any, where: str, options: Options) -> Model:
             raise ValueError(f"{where}: expected tensors of the layer {prefix.removesuffix('.')}, got none")
         model.layers[prefix] = None
         if values is not None:
-            model.set_config(prefix, _again(values, where), options.settings)
+            model.set_config(prefix, _again(values, where), {})
     return model
 
 
@@ -165,13 +173,11 @@ def _again(values: Any, where: str) -> Any:
 
     def build(**facts: Any) -> MoEConfig:
         try:
-            config = config_from_json(
-                {**values, **{k: v for k, v in facts.items() if k not in values and k == "top_k"}}
-            )
+            config = config_from_json(values)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
         for name, value in facts.items():
-            if name != "router" and getattr(config, name) != value and not _says_the_same(name, config, value):
+            if name not in ("router", "top_k") and not _says_the_same(name, config, value):
                 raise ValueError(
                     f"{where}: {name}: expected {value!r}, as its tensors have it, got {getattr(config, name)!r}"
                 )
@@ -181,7 +187,9 @@ def _again(values: Any, where: str) -> Any:
 
 
 def _says_the_same(name: str, config: MoEConfig, value: Any) -> bool:
-    return name == "ffn_hidden_size" and config.ffn_sizes == (value,) * config.num_experts
+    if name == "ffn_hidden_size":
+        return config.ffn_sizes == (value,) * config.num_experts
+    return bool(getattr(config, name) == value)
 
 
 DMOE = DmoeFiles()

@@ -22,7 +22,6 @@ from dmoe.checkpoint.formats.hf_layers import (
     layer_config,
     natural,
     renamed_to,
-    router_experts,
     unsure,
 )
 from dmoe.checkpoint.formats.hf_packed import unpacked
@@ -76,7 +75,7 @@ class HuggingFace:
         said = Said(config) if config is not None and sure else None
         for prefix, layer in sorted(found.items(), key=lambda item: natural(item[0])):
             where = f"{files.where}: {prefix}"
-            bank, used = layer.read(tensors, router_experts(layer, tensors), where)
+            bank, used = layer.read(tensors, layer.routed(tensors), where)
             check_whole(family, bank, where)
             renamed[next(name for name in tensors if name in used)] = {
                 prefix + name: tensor for name, tensor in to_dmoe(bank, where).items()

@@ -12,6 +12,7 @@ from dmoe.checkpoint.formats.hf_families import FAMILIES, Family, by_config, by_
 from dmoe.checkpoint.formats.hf_files import Files
 from dmoe.checkpoint.layers import Bank, Found, check_bank, write_layer
 from dmoe.checkpoint.model import Model
+from dmoe.checkpoint.options_of import options_of
 from dmoe.checkpoint.stored import Stored
 from dmoe.config import MoEConfig
 from dmoe.layer import MoE
@@ -65,12 +66,6 @@ def natural(prefix: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in prefix.split(".")]
 
 
-def router_experts(layer: Found, tensors: Mapping[str, Stored]) -> int | None:
-    """E, by the router's tensor; None where there is none."""
-    names = next((of for (row, _), of in layer.names.items() if row.field == "router.weight"), None)
-    return None if names is None or not tensors[names[0]].shape else tensors[names[0]].shape[0]
-
-
 def check_whole(family: Family, bank: Bank, where: str) -> None:
     """Refuse a layer that a family's models do not have.
 
@@ -100,19 +95,7 @@ def layer_config(
     """
     if said is None:
         return None, None
-    experts, hidden, width = bank["down"].shape
-    shared = bank.get("shared_down")
-    told = {
-        "hidden_size": hidden,
-        "ffn_hidden_size": width,
-        "num_experts": experts,
-        "gated": bank["up"].shape[1] == 2 * width,
-        "bias": "expert" if "up_bias" in bank else "none",
-        "router_bias": "router.bias" in bank,
-        "selection_bias": "router.selection_bias" in bank,
-        "shared_ffn_hidden_size": None if shared is None else shared.shape[-1],
-        "shared_expert_gate": "shared_gate" in bank,
-    }
+    told = options_of(to_dmoe(bank, prefix))
     for field, (names, values) in sizes(family.name, said).items():
         if told[field] not in values:
             raise ValueError(

@@ -41,8 +41,8 @@ def find_format(sources: Sequence[Path], name: str | None = None) -> Format:
         name: what the user says it is; None looks.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a name that no layout has, files in none, or in several that all fit.
+        FileNotFoundError: there is no such file, one of several.
+        ValueError: a name that no layout has, files in none (or no files), or in several that all fit.
     """
     for source in sources:
         if "{rank" not in str(source) and not source.exists() and len(sources) > 1:

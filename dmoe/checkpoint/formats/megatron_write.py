@@ -27,6 +27,7 @@ from dmoe.checkpoint.formats.gpt_names import (
 from dmoe.checkpoint.formats.megatron_args import default_args, from_text
 from dmoe.checkpoint.formats.megatron_files import EXPERT, LATEST, PATTERNS
 from dmoe.checkpoint.formats.megatron_state import ATTENTIONS, EMBEDDINGS, HEAD, KEYS, MOES, VERSION
+from dmoe.checkpoint.formats.rank_contents import OPTIMIZERS
 from dmoe.checkpoint.model import Model
 from dmoe.checkpoint.new_folder import is_name, new_folder
 from dmoe.checkpoint.stored import Stored, cast, cut, mapped, taken
@@ -177,6 +178,8 @@ def _around(model: Model, plan: _Plan, options: Options, rank: int, stage: int) 
     if before:
         rest = before.get(f"{rank}/{stage}") or before[f"0/{stage}"]
         args = rest["args"]
+        if plan.tp != model.origin.get("tp"):  # cut otherwise, the optimizer's states would fit no rank
+            rest = {name: None if name in OPTIMIZERS else value for name, value in rest.items()}
     else:
         gpt = model.gpt or {}
         top_k = next((config.top_k for config in model.layers.values() if config is not None), 1)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dmoe.checkpoint.new_folder import sync
-from dmoe.checkpoint.raw import read_bytes
+from dmoe.checkpoint.raw import read_bytes, start_of_entry
 from dmoe.checkpoint.stored import Stored, in_one_piece
 
 _DTYPES = {
@@ -75,7 +75,7 @@ def _array(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Stor
         raise ValueError(f"{name} of {shape}, {kind.str}, in {entry.file_size - start} bytes instead of {size}")
     whole = _reader(path, entry, start, size)
     if entry.compress_type == zipfile.ZIP_STORED and not fortran:
-        place = _place(path, entry) + start
+        place = start_of_entry(path, entry) + start
         bytes_of = lambda a, b: read_bytes(path, place + a, b - a)  # noqa: E731
         return in_one_piece(shape, dtype, _numbers(bytes_of, dtype), str(path))
 
@@ -89,12 +89,6 @@ def _array(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Stor
 
 def _numbers(bytes_of: Callable[[int, int], Tensor], dtype: torch.dtype) -> Callable[[int, int], Tensor]:
     return lambda a, b: bytes_of(a * dtype.itemsize, b * dtype.itemsize).view(dtype)
-
-
-def _place(path: Path, entry: zipfile.ZipInfo) -> int:
-    """Where in the file an entry's own bytes begin: its header there may be longer than the list at the end says."""
-    header = bytes(read_bytes(path, entry.header_offset, 30).tolist())
-    return entry.header_offset + 30 + sum(int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
 
 
 def _reader(path: Path, entry: zipfile.ZipInfo, start: int, size: int) -> Callable[[], Tensor]:

@@ -17,6 +17,8 @@ from dmoe.checkpoint.torch_reader import read_lazily
 CHUNKS = re.compile(r"model\d+")  # of Megatron's virtual pipeline
 SHARED = " of all ranks"  # of a file's content, where that was apart: a key that no file has
 ENDINGS = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")  # of files that hold a state dict
+# States of optimizers and the like: of other parameters, or shapes, than the converted ones.
+OPTIMIZERS = ("optimizer", "optimizer_state", "last_optimizer_state", "opt_param_scheduler", "lr_scheduler", "scaler")
 CONTAINERS = ("model", "module", "state_dict")
 
 
@@ -86,7 +88,7 @@ def nested(
 
 
 _recent: OrderedDict[Any, Any] = OrderedDict()  # what files hold besides numbers, of those that were read last
-_KEPT = 64
+_REMEMBERED = 64
 
 
 def _remembered(path: Path) -> Any:
@@ -95,7 +97,7 @@ def _remembered(path: Path) -> Any:
     key = (os.path.realpath(path), stat.st_mtime_ns, stat.st_size, stat.st_ino)
     if key not in _recent:
         _recent[key] = read_lazily(path, known=plain_classes())
-        if len(_recent) > _KEPT:
+        if len(_recent) > _REMEMBERED:
             _recent.popitem(last=False)
     return _recent[key]
 

@@ -210,7 +210,7 @@ class RankFiles:
         ranks = len(files)
         total = options.num_experts or layers[0][prefix].routed(states[0])
         if total is None and table.routerless:
-            total = layers[0][prefix].rows_of("down", states[0]) * ranks
+            total = layers[0][prefix].length_of("down", states[0]) * ranks
         if total is None:
             raise ValueError(
                 f"{files[0]}: {where}: expected a router beside the experts, which tells how many there are on all "

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dmoe.checkpoint.bank import from_dmoe, part_of_layer
 from dmoe.checkpoint.formats.base import Options, as_asked
-from dmoe.checkpoint.formats.rank_contents import CONTAINERS, SHARED, filled, nested
+from dmoe.checkpoint.formats.rank_contents import CHUNKS, CONTAINERS, OPTIMIZERS, SHARED, filled, nested
 from dmoe.checkpoint.layers import Layout, write_layer
 from dmoe.checkpoint.model import Model
 from dmoe.checkpoint.stored import Stored
@@ -19,8 +19,6 @@ from dmoe.checkpoint.torch_writer import write_lazily
 
 if TYPE_CHECKING:
     from dmoe.checkpoint.formats.rank_files import RankFiles
-
-_OPTIMIZERS = ("optimizer", "optimizer_state", "last_optimizer_state", "opt_param_scheduler", "lr_scheduler", "scaler")
 
 
 def write_ranks(system: RankFiles, model: Model, target: Path, options: Options) -> list[Path]:
@@ -46,12 +44,7 @@ def write_ranks(system: RankFiles, model: Model, target: Path, options: Options)
     following = _file(system, target, ranks, ranks) if ranks > 1 else None
     if following is not None and following.exists():
         raise FileExistsError(f"{following}: expected no file of a rank {ranks} beside those of {ranks} ranks, got one")
-    try:
-        write_together(name_of(target), written, overwrite=options.overwrite)
-    except OSError as error:
-        if error.filename is None and error.errno is not None:  # a full disk, say
-            error.filename = str(target)
-        raise
+    write_together(name_of(target), written, overwrite=options.overwrite)
     return list(contents)
 
 
@@ -82,7 +75,7 @@ def _of_rank(
         its = write_layer(chosen, {each: t for each, t in bank.items() if each not in again.get("absent", ())}, where)
         if again.get("constants", True):
             its |= {name: follows(layer) for name, follows in system.constants.items()}
-        theirs = model.without(prefix, system.nested)
+        theirs = model.their_prefix(prefix, system.nested)
         if not f".{theirs}".endswith(f".{system.inner}"):
             theirs += system.inner
         return {theirs + name: stored for name, stored in its.items()}
@@ -108,9 +101,9 @@ def _beside(system: RankFiles, model: Model, rank: int, ranks: int) -> dict[str,
     """What stood beside the model in that rank's file, or the first one's; an optimizer's state does not fit."""
     of_ranks = model.beside.get("ranks", [{}])
     kept = of_ranks[rank] if len(of_ranks) == ranks else of_ranks[0]
-    if any(kept.get(name) is not None for name in _OPTIMIZERS):
+    if any(kept.get(name) is not None for name in OPTIMIZERS):
         model.note(f"{system.name}: written without the optimizer's state, which does not fit the converted model")
-    return {key: value for key, value in kept.items() if key not in _OPTIMIZERS}
+    return {key: value for key, value in kept.items() if key not in OPTIMIZERS}
 
 
 def _written(file: Path, model: Model, content: dict[str, Any], options: Options) -> Written:
@@ -118,6 +111,10 @@ def _written(file: Path, model: Model, content: dict[str, Any], options: Options
         return Written(partial(write_lazily, content=content, progress=options.progress))
     from dmoe.checkpoint.shared_files import write_safetensors
 
+    if any(CHUNKS.fullmatch(str(key)) and isinstance(value, Mapping) for key, value in content.items()):
+        raise ValueError(
+            f"{file}: expected one state dict for a safetensors file, got the chunks of a virtual pipeline; write a .pt"
+        )
     states = [content, *(content[key] for key in CONTAINERS if isinstance(content.get(key), Mapping))]
     tensors = {name: value for state in states for name, value in state.items() if isinstance(value, Stored)}
     metadata = {"dmoe": json.dumps(content["dmoe"])} if "dmoe" in content else {}

@@ -13,21 +13,17 @@ import torch
 
 from dmoe.checkpoint.formats.rank_files import RankFiles
 from dmoe.checkpoint.layers import Layout, Row
-from dmoe.checkpoint.maps import PAIR, ROW, SAME, TRANSPOSED, Map, Sizes, by_rows
-from dmoe.checkpoint.stored import Stored, held, mapped, reshaped
+from dmoe.checkpoint.maps import PAIR, ROW, SAME, TRANSPOSED, TURNED, Map, Sizes
+from dmoe.checkpoint.stored import Stored, held, reshaped
 from dmoe.presets import get
 
-_TURNED = Map(
-    lambda parts, _: mapped(parts, lambda tensors: tensors[0].t()),
-    lambda ours, _: [mapped([ours], lambda tensors: tensors[0].t())],
-)
 _BETWEEN = Map(
     lambda parts, _: reshaped(parts[0], (parts[0].shape[0], parts[0].shape[-1])),
     lambda ours, _: [reshaped(ours, (ours.shape[0], 1, ours.shape[1]))],
 )
 _GATES = (
     Row("router.weight", ("gates.0.wg.weight",)),
-    Row("router.weight", ("gates.0.sim_matrix",), _TURNED),
+    Row("router.weight", ("gates.0.sim_matrix",), TURNED),
     Row("router.projection", ("gates.0.cosine_projector.weight",)),
     Row("router.projection_bias", ("gates.0.cosine_projector.bias",)),
     Row("router.log_scale", ("gates.0.temperature",), ROW),
@@ -51,19 +47,16 @@ def _ffn(name: str, biases: Map, dims: int) -> Layout:
 
 FFN = _ffn("ffn", SAME, 2)
 FFN_OF_OLD = _ffn("ffn with biases (E, 1, F)", _BETWEEN, 3)
+
+
 # All numbers of all experts in a row, (E, H, F) and (E, F, H): the router knows H.
-_ROW_OF_UP = by_rows(lambda theirs: theirs.mT, lambda ours: ours.mT).after(
-    Map(
-        lambda parts, sizes: _cut_in_three(parts[0], sizes, hidden_last=False),
-        lambda ours, _: [reshaped(ours, (math.prod(ours.shape),))],
+def _in_a_row(*, hidden_last: bool) -> Map:
+    return TRANSPOSED.after(
+        Map(
+            lambda parts, sizes: _cut_in_three(parts[0], sizes, hidden_last=hidden_last),
+            lambda ours, _: [reshaped(ours, (math.prod(ours.shape),))],
+        )
     )
-)
-_ROW_OF_DOWN = by_rows(lambda theirs: theirs.mT, lambda ours: ours.mT).after(
-    Map(
-        lambda parts, sizes: _cut_in_three(parts[0], sizes, hidden_last=True),
-        lambda ours, _: [reshaped(ours, (math.prod(ours.shape),))],
-    )
-)
 
 
 def _cut_in_three(numbers: Stored, sizes: Sizes, *, hidden_last: bool) -> Stored:
@@ -71,12 +64,20 @@ def _cut_in_three(numbers: Stored, sizes: Sizes, *, hidden_last: bool) -> Stored
     return reshaped(numbers, (sizes.experts, *((width, sizes.hidden) if hidden_last else (sizes.hidden, width))))
 
 
+_UP_IN_A_ROW, _DOWN_IN_A_ROW = _in_a_row(hidden_last=False), _in_a_row(hidden_last=True)
 LLAMA = Layout(
     "llama_ffn",
     (
         *_GATES,
-        Row("up", ("experts.W_fc1", "experts.W_fc2"), PAIR.after(_ROW_OF_UP), gated=True, dims=1, counted=True),
-        Row("down", ("experts.W_fc3",), _ROW_OF_DOWN, dims=1, counted=True),
+        Row(
+            "up",
+            ("experts.W_fc1", "experts.W_fc2"),
+            PAIR.after(_UP_IN_A_ROW),
+            gated=True,
+            dims=1,
+            counted=True,
+        ),
+        Row("down", ("experts.W_fc3",), _DOWN_IN_A_ROW, dims=1, counted=True),
     ),
 )
 _COUNT = {"_num_global_experts": lambda layer: held(torch.tensor(layer["experts.down_proj"].shape[0]))}
