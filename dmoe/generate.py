@@ -15,8 +15,7 @@ import torch
 from dmoe import models
 from dmoe.checkpoint import progress_bar, run_command
 from dmoe.checkpoint.formats.base import DTYPES
-
-END_OF_TEXT = "<|endoftext|>"
+from dmoe.checkpoint.formats.ft_config import END_OF_TEXT
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from dmoe.checkpoint.layers import Bank, Layout, check_bank, is_gated
+from dmoe.checkpoint.layers import BIASES, Bank, Layout, check_bank, is_gated
 from dmoe.checkpoint.layout import FFN_DIM
 from dmoe.checkpoint.stored import Stored, concatenated, cut, held, mapped, reshaped, same
 
@@ -15,7 +15,7 @@ _SHARED = "shared_expert.mlp."
 _RENAMED = {
     "shared_gate": "shared_expert.gate.weight",
 }
-_EXPERTS = ("up", "down", "up_bias", "down_bias")
+_EXPERTS = ("up", "down", *BIASES)
 
 
 def to_dmoe(bank: Bank, where: str, *, sliced: bool = False) -> dict[str, Stored]:
@@ -70,9 +70,6 @@ def from_dmoe(tensors: Mapping[str, Stored], where: str, *, sliced: bool = False
         if needed not in bank:
             raise ValueError(f"{where}: expected experts.{needed}_proj, found none beside {', '.join(tensors)}")
     return check_bank(bank, where, sliced=sliced)
-
-
-BIASES = ("up_bias", "down_bias")
 
 
 def with_both_biases(bank: Bank, slices: int) -> Bank:

@@ -29,6 +29,7 @@ from dmoe.checkpoint.maps import SAME, Map, Sizes
 from dmoe.checkpoint.stored import Stored, stacked, taken
 
 Bank = dict[str, Stored]
+BIASES = ("up_bias", "down_bias")  # of the experts: a bank has both or none
 
 
 @dataclass(frozen=True)
@@ -305,7 +306,7 @@ def check_bank(bank: Bank, where: str, *, sliced: bool = False) -> Bank:
         ValueError: they do not.
     """
     up, down = bank["up"].shape, bank["down"].shape
-    biases = [None if name not in bank else bank[name].shape for name in ("up_bias", "down_bias")]
+    biases = [None if name not in bank else bank[name].shape for name in BIASES]
     fits = len(up) == len(down) == 3 and up[0] == down[0] and up[2] == down[1] and up[1] in (down[2], 2 * down[2])
     fits = fits and biases[0] in (None, up[:2])
     if fits and biases[1] is not None:

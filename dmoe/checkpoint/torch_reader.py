@@ -27,6 +27,10 @@ _UNREADABLE = re.compile(r"WeightsUnpickler error:\s*(\S[^\n]*)")
 _UNSUPPORTED = re.compile(r"Unsupported (?:global|class): GLOBAL (\S+)")
 
 
+class RefusedError(ValueError):
+    """A file names something that is not made here."""
+
+
 def read_lazily(path: str | os.PathLike[str], *, known: tuple[Any, ...] = ()) -> Any:
     """What a file of ``torch.save`` holds, with a :class:`Stored` for every tensor.
 
@@ -52,19 +56,24 @@ def read_lazily(path: str | os.PathLike[str], *, known: tuple[Any, ...] = ()) ->
     except Exception as error:  # bytes that are no pickle, or a part of one, end in an error of almost any type
         if isinstance(error, MemoryError) or getattr(error, "filename", None) is not None:  # no such file, say
             raise
-        raise ValueError(f"{path}: {_reason(error)}") from error
+        if (name := _refused(error)) is not None:
+            raise RefusedError(
+                f"{path}: expected tensors, plain data and objects of known frameworks, got {name}: nothing of the "
+                "file was executed"
+            ) from error
+        raise ValueError(f"{path}: expected a whole file of torch.save, got: {_reason(error)}") from error
+
+
+def _refused(error: Exception) -> str | None:
+    """The name that PyTorch's reader did not know, if it is that."""
+    refused = _UNSUPPORTED.search(str(error)) or re.search(r"unsupported GLOBAL (\S+)", str(error))
+    return None if refused is None else refused[1]
 
 
 def _reason(error: Exception) -> str:
-    refused = _UNSUPPORTED.search(str(error)) or re.search(r"unsupported GLOBAL (\S+)", str(error))
-    if refused is not None:
-        return (
-            f"expected tensors, plain data and objects of known frameworks, got {refused[1]}: nothing of the file was "
-            "executed"
-        )
     if (why := _UNREADABLE.search(str(error))) is not None:  # not the advice around it, to load the file unsafely
-        return f"expected a whole file of torch.save, got: {why[1]}"
-    return f"expected a whole file of torch.save, got: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        return why[1]
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _read_zip(path: Path, known: tuple[Any, ...]) -> Any:

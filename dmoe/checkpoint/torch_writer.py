@@ -96,9 +96,9 @@ class _Pickler(_PYTHONS):
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, Tensor):
-            return self._tensor(held(obj), obj)
+            return self._tensor(held(obj))
         if isinstance(obj, Stored):
-            return self._tensor(obj, obj)
+            return self._tensor(obj)
         return NotImplemented
 
     def save(self, obj: Any, save_persistent_id: bool = True) -> Any:
@@ -127,7 +127,7 @@ class _Pickler(_PYTHONS):
         module, _, name = path.rpartition(".")
         self.write(pickle.GLOBAL + f"{module}\n{name}\n".encode())
 
-    def _tensor(self, stored: Stored, obj: Any) -> Any:
+    def _tensor(self, stored: Stored) -> Any:
         number = len(self.tensors)
         self.tensors.append(stored)
         stride = torch.empty(stored.shape, device="meta").stride()

@@ -26,7 +26,7 @@ import torch
 from dmoe.checkpoint import finish_writing, name_of, run_command, write_together
 from dmoe.checkpoint.command import count
 from dmoe.checkpoint.together import Written
-from dmoe.checkpoint.torch_reader import read_lazily
+from dmoe.checkpoint.torch_reader import RefusedError, read_lazily
 from dmoe.checkpoint.torch_writer import write_lazily
 from dmoe.integrations.megatron.convert import convert_ranks
 from dmoe.integrations.megatron.expert_layouts import LAYOUTS
@@ -105,9 +105,7 @@ def _read(path: str, trust: bool) -> Mapping[str, Any]:
         return _read_objects(path)
     try:
         content = read_lazily(path)
-    except ValueError as error:
-        if "objects of known frameworks" not in str(error):
-            raise
+    except RefusedError as error:
         raise ValueError(f"{error}; --trust reads any Python object, if you know where the file is from") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: expected a state dict, or a dict around one, got {type(content).__name__}")

@@ -17,32 +17,13 @@ from __future__ import annotations
 
 from typing import Literal
 
+from dmoe.checkpoint.formats.dmoe_layers import expert_rows
 from dmoe.checkpoint.formats.megablocks import DROPLESS, WITH_CAPACITY
 from dmoe.checkpoint.formats.megatron import EXPERTS, LEFT_OUT, ROUTER
 from dmoe.checkpoint.layers import Layout, Row
-from dmoe.checkpoint.maps import TWO
 
 LayoutName = Literal["dmoe", "dmoe_experts", "sequential", "te", "grouped"]
 LAYOUTS: tuple[LayoutName, ...] = ("dmoe", "dmoe_experts", "sequential", "te", "grouped")
-
-
-def _fields(*prefixes: str) -> tuple[Row, ...]:
-    """dmoe's experts, written behind the first of some prefixes and found behind any."""
-    kinds = (
-        ("up", "gate_up_proj", True, 4),
-        ("up", "up_proj", False, 3),
-        ("up_bias", "gate_up_bias", True, 3),
-        ("up_bias", "up_bias", False, 2),
-        ("down", "down_proj", None, 3),
-        ("down_bias", "down_bias", None, 2),
-    )
-    return tuple(
-        Row(field, (prefix + name,), TWO, gated=gated, dims=dims)
-        if gated
-        else Row(field, (prefix + name,), gated=gated, dims=dims)
-        for field, name, gated, dims in kinds
-        for prefix in prefixes
-    )
 
 
 _OURS = ("weight", "bias", "selection_bias", "qb_beta")
@@ -51,13 +32,13 @@ TABLES: dict[str, Layout] = {
         "dmoe",
         (
             *(Row(f"router.{name}", (f"moe.router.{name}",)) for name in _OURS),
-            *_fields("moe.experts.", "moe."),
+            *expert_rows("moe.experts.", "moe."),
             Row("output_bias", ("moe.output_bias",)),
         ),
         inside=("moe.experts.", "moe.output_bias"),
         left_out=LEFT_OUT,
     ),
-    "dmoe_experts": Layout("dmoe_experts", (*ROUTER, *_fields("experts.experts.")), left_out=LEFT_OUT),
+    "dmoe_experts": Layout("dmoe_experts", (*ROUTER, *expert_rows("experts.experts.")), left_out=LEFT_OUT),
     **{name: Layout(name, (*ROUTER, *rows), left_out=LEFT_OUT) for name, rows in EXPERTS.items()},
     "megablocks": DROPLESS,
     "megablocks with a capacity": WITH_CAPACITY,

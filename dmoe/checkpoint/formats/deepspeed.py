@@ -34,6 +34,7 @@ from dmoe.checkpoint.formats.deepspeed_names import (
     remember,
 )
 from dmoe.checkpoint.formats.megatron_deepspeed import MEGATRON_DEEPSPEED
+from dmoe.checkpoint.formats.megatron_files import LATEST, tagged_folder
 from dmoe.checkpoint.formats.rank_contents import ENDINGS, OPTIMIZERS, Content, expanded
 from dmoe.checkpoint.formats.rank_files import RankFiles
 from dmoe.checkpoint.layers import Layout, write_layer
@@ -118,7 +119,7 @@ class DeepSpeed:
         if target.suffix in ENDINGS:
             layout = layout_again(again) if again else _fresh(model)
             return self._of_ranks(layout).write(model, target, options)
-        with new_folder(target, overwrite=options.overwrite, marker="latest") as folder:
+        with new_folder(target, overwrite=options.overwrite, marker=LATEST) as folder:
             self._write_folder(model, folder, again, options)
         return [target]
 
@@ -150,7 +151,7 @@ class DeepSpeed:
         }
         _save(inside / "mp_rank_00_model_states.pt", dense, options)
         if tag:
-            (folder / "latest").write_text(tag, encoding="utf-8")
+            (folder / LATEST).write_text(tag, encoding="utf-8")
 
     def _layer(
         self, model: Model, prefix: str, number: int, again: Mapping[str, Any]
@@ -177,13 +178,10 @@ def _fresh(model: Model) -> Layout:
 
 def folder_of(source: Path) -> Path:
     """The folder that ``latest`` names, or the given one."""
-    latest = source / "latest"
-    if not latest.is_file():
-        return source
-    tag = latest.read_text(encoding="utf-8", errors="replace").strip()
-    if not is_name(tag) or not (source / tag).is_dir():
-        raise ValueError(f"{latest}: expected the name of a folder beside it, got {tag!r:.80}")
-    return source / tag
+    folder, tag = tagged_folder(source)
+    if not folder.is_dir():
+        raise ValueError(f"{source / LATEST}: expected the name of a folder beside it, got {tag!r:.80}")
+    return folder
 
 
 def _dense_files(folder: Path) -> list[Path]:

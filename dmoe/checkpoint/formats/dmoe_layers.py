@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 from dmoe.checkpoint.layers import Layout, Row
-from dmoe.checkpoint.maps import ROW, TWO
+from dmoe.checkpoint.maps import ROW, SAME, TWO
 
 _ROUTER = ("weight", "bias", "selection_bias", "qb_beta", "projection", "projection_bias", "log_scale")
 _SHARED = "shared_expert.mlp."
+
+
+def expert_rows(*prefixes: str) -> tuple[Row, ...]:
+    """The rows of dmoe's experts, written behind the first of some prefixes and found behind any."""
+    kinds = (
+        ("up", "gate_up_proj", True, 4),
+        ("up", "up_proj", False, 3),
+        ("up_bias", "gate_up_bias", True, 3),
+        ("up_bias", "up_bias", False, 2),
+        ("down", "down_proj", None, 3),
+        ("down_bias", "down_bias", None, 2),
+    )
+    return tuple(
+        Row(field, (prefix + name,), TWO if gated else SAME, gated=gated, dims=dims)
+        for field, name, gated, dims in kinds
+        for prefix in prefixes
+    )
+
+
 LAYOUT = Layout(
     "dmoe",
     (
         *(Row(f"router.{name}", (f"router.{name}",)) for name in _ROUTER),
-        Row("up", ("experts.gate_up_proj",), TWO, gated=True, dims=4),
-        Row("up", ("experts.up_proj",), gated=False, dims=3),
-        Row("up_bias", ("experts.gate_up_bias",), TWO, gated=True, dims=3),
-        Row("up_bias", ("experts.up_bias",), gated=False, dims=2),
-        Row("down", ("experts.down_proj",), dims=3),
-        Row("down_bias", ("experts.down_bias",), dims=2),
+        *expert_rows("experts."),
         Row("output_bias", ("output_bias",)),
         Row("shared_up", (f"{_SHARED}gate_up_proj",), ROW.after(TWO), gated=True),
         Row("shared_up", (f"{_SHARED}up_proj",), ROW, gated=False),

@@ -79,14 +79,9 @@ def gpt_model(
         "num_heads": sizes.heads,
         "ffn_hidden_size": sizes.ffn,
         "max_positions": sizes.positions,
-        "norm": "layer",
+        **_FIXED,
         "norm_eps": norm_eps,
-        "positions": "learned",
-        "qk_norm": False,
-        "bias": True,
-        "tied_head": True,
         "activation": activation,
-        "gated": False,
         "moe": moe,
     }
     if sizes.residual:

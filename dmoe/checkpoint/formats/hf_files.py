@@ -105,16 +105,17 @@ def _indexed(index: Path) -> dict[str, Stored]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: expected a weight_map of tensors and files, got {weight_map!r:.80}")
-    for file in weight_map.values():
+    by_file: dict[str, set[str]] = {}
+    for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".bin"):
             raise ValueError(f"{index}: expected names of .bin files in the same folder, got {file!r}")
+        by_file.setdefault(file, set()).add(name)
     found: dict[str, Stored] = {}
-    for file in dict.fromkeys(weight_map.values()):
+    for file, wanted in by_file.items():
         path = index.parent / file
         if not path.is_file():
             raise FileNotFoundError(f"{path}: expected this file, which {index.name} names, got none")
         tensors = _of_bin(path)
-        wanted = {name for name, of in weight_map.items() if of == file}
         if missing := sorted(wanted - tensors.keys()):
             raise ValueError(f"{path}: expected {missing[0]}, as {index.name} says, got no such tensor")
         found |= {name: tensor for name, tensor in tensors.items() if name in wanted}

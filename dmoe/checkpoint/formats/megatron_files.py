@@ -55,7 +55,7 @@ def find_files(source: Path) -> Files:
         OSError: no such files.
         ValueError: a ``latest`` that names no folder beside it.
     """
-    folder, tag = _folder(source)
+    folder, tag = tagged_folder(source)
     if tag is not None and (found := _ranks(source)):
         folder, tag = source, None
     else:
@@ -123,7 +123,12 @@ def find_experts(folder: Path, counts: Sequence[int], tp: int) -> list[list[list
     return found
 
 
-def _folder(source: Path) -> tuple[Path, str | None]:
+def tagged_folder(source: Path) -> tuple[Path, str | None]:
+    """The folder that ``latest`` names, and that name; the given one and None where there is no such file.
+
+    Raises:
+        ValueError: it holds something else than a name.
+    """
     latest = source / LATEST
     if not latest.is_file():
         return source, None

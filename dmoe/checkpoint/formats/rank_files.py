@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dmoe.checkpoint.bank import BIASES, alike, to_dmoe, whole_layer, with_both_biases
+from dmoe.checkpoint.bank import alike, to_dmoe, whole_layer, with_both_biases
 from dmoe.checkpoint.formats.base import Options
 from dmoe.checkpoint.formats.rank_contents import (
     SHARED,
@@ -20,7 +20,7 @@ from dmoe.checkpoint.formats.rank_contents import (
     values_of,
 )
 from dmoe.checkpoint.formats.rank_writing import write_ranks
-from dmoe.checkpoint.layers import Found, Layout
+from dmoe.checkpoint.layers import BIASES, Found, Layout
 from dmoe.checkpoint.model import Model
 from dmoe.checkpoint.stored import Stored
 from dmoe.checkpoint.together import finish_writing
