@@ -20,6 +20,7 @@ from dmoe.model_tools import (
     update_selection_bias,
 )
 from dmoe.plan import RoutingPlan, device_tile_rows, plan_expert_choice, plan_token_choice
+from dmoe.quantized_weight import QuantizedWeight
 from dmoe.replace import replace_ffn
 from dmoe.residual import ResidualMoE
 from dmoe.routing import Routing
@@ -33,6 +34,7 @@ __all__ = [
     "LowRank",
     "MoE",
     "MoEConfig",
+    "QuantizedWeight",
     "ResidualMoE",
     "Routing",
     "RoutingPlan",
