@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dmoe.kernels.operands import Rows
 
 
-def _rows_of_experts(expert_offsets: Tensor, num_experts: int, rows: int) -> Iterator[tuple[slice, Tensor | None]]:
+def rows_of_experts(expert_offsets: Tensor, num_experts: int, rows: int) -> Iterator[tuple[slice, Tensor | None]]:
     """For each expert a slice that holds its rows, and a mask ``(R, 1)`` of the others in it, None without others.
 
     On the CPU the slice is exact. On CUDA its ends would have to come to the host, so it is all rows, and a mask.
@@ -35,7 +35,7 @@ def _rows_of_experts(expert_offsets: Tensor, num_experts: int, rows: int) -> Ite
 def grouped_gemm_ref(a: Tensor, b: Tensor, expert_offsets: Tensor, trans_b: bool) -> Tensor:
     """Plain-PyTorch meaning of :func:`grouped_gemm`; on CUDA it multiplies every row by every expert."""
     out = a.new_zeros(a.shape[0], b.shape[1 if trans_b else 2])
-    for e, (rows, others) in enumerate(_rows_of_experts(expert_offsets, b.shape[0], a.shape[0])):
+    for e, (rows, others) in enumerate(rows_of_experts(expert_offsets, b.shape[0], a.shape[0])):
         product = a[rows] @ (b[e].t() if trans_b else b[e])
         out[rows] = product if others is None else torch.where(others, out, product)
     return out
@@ -44,7 +44,7 @@ def grouped_gemm_ref(a: Tensor, b: Tensor, expert_offsets: Tensor, trans_b: bool
 def grouped_gemm_weight_ref(a: Tensor, b: Tensor, expert_offsets: Tensor, num_experts: int) -> Tensor:
     """Plain-PyTorch meaning of :func:`grouped_gemm_weight`; on CUDA it sums over every row for every expert."""
     out = a.new_zeros(num_experts, a.shape[1], b.shape[1])
-    for e, (rows, others) in enumerate(_rows_of_experts(expert_offsets, num_experts, a.shape[0])):
+    for e, (rows, others) in enumerate(rows_of_experts(expert_offsets, num_experts, a.shape[0])):
         left, right = a[rows], b[rows]
         if others is not None:  # filled, not multiplied by 0: they may hold NaN
             left, right = left.masked_fill(others, 0), right.masked_fill(others, 0)
