@@ -16,7 +16,15 @@ from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
 
-from dmoe.ops import block_sparse, block_sparse_mlp, grouped_gemm, moe_mlp, moe_mlp_deferred, router_logits  # noqa: F401
+from dmoe.ops import (  # noqa: F401
+    block_sparse,
+    block_sparse_mlp,
+    grouped_gemm,
+    moe_mlp,
+    moe_mlp_deferred,
+    quantized_gemm,
+    router_logits,
+)
 from dmoe.ops._moe_mlp_call import Call
 
 _ops = torch.ops.dmoe
@@ -92,6 +100,13 @@ def _backward_weights(grad_y: Tensor, grad_pre: Tensor, hidden: Tensor, *argumen
 @_register("grouped_gemm", "grouped_gemm_portable")
 def _grouped_gemm(a: Tensor, b: Tensor, expert_offsets: Tensor, *_: Any, out_val: Any = None) -> int:
     return 2 * _last(expert_offsets, a.shape[0]) * b.shape[1] * b.shape[2]
+
+
+@_register("quantized_gemm")
+def _quantized_gemm(a: Tensor, codes: Tensor, *rest: Any, out_val: Any = None) -> int:
+    expert_offsets, a2 = rest[4], rest[6] if len(rest) > 6 else None
+    rows, columns = _last(expert_offsets, a.shape[0]), out_val.shape[1]
+    return 2 * rows * columns * (a.shape[1] + (0 if a2 is None else a2.shape[1]))
 
 
 @_register("grouped_gemm_weight", "grouped_gemm_weight_portable")
