@@ -17,7 +17,6 @@ from .optimizer import optimizer
 from .settings import Settings
 from .training import Run
 
-
 _OF_COMPARISONS = ("compare_dense", "teacher", "kd_temperature", "kd_coefficient", "kd_stop")
 
 
@@ -102,13 +101,8 @@ class FineTuning(Run):
 
 def settings_of(base: Mapping[str, Any], **changed: Any) -> Settings:
     """Settings of a fine-tuning: the base's, with what is changed; nothing is compared and nobody teaches."""
-    plain: dict[str, Any] = {
-        "compare_dense": False,
-        "teacher": None,
-        "kd_temperature": 1.0,
-        "kd_coefficient": 1.0,
-        "kd_stop": None,
-    }
+    default = Settings()
+    plain: dict[str, Any] = {name: getattr(default, name) for name in _OF_COMPARISONS}
     return dataclasses.replace(Settings.from_dict(dict(base)), **plain, **changed)
 
 
