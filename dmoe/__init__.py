@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dmoe import checkpoint, dense_copies, functional, losses, metrics, models, ops, parallel, presets, routing
+from dmoe import checkpoint, dense_copies, functional, losses, metrics, models, ops, parallel, presets, quant, routing
 from dmoe.activations import ClampedSwiGLU, SoftcappedSwiGLU
 from dmoe.adapters import Adapters, LowRank
 from dmoe.config import MoEConfig
@@ -57,6 +57,7 @@ __all__ = [
     "plan_expert_choice",
     "plan_token_choice",
     "presets",
+    "quant",
     "reduce_metrics",
     "replace_ffn",
     "routing",

@@ -79,6 +79,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "expert_weights",
         "functional",
     },
+    "quant": {"expert_slice", "experts", "ops", "quantized_weight"},
     "shared_expert": {"ops", "plan", "config", "experts"},
     "parallel": {"ops", "plan", "config", "expert_slice"},
     "layer": {
@@ -178,6 +179,7 @@ TESTED = {
     "checkpoint": "dmoe/checkpoint",
     "models": "dmoe/models",
     "compat": "dmoe/compat",
+    "quant": "dmoe/quant",
     "gpu": "dmoe",
     "megatron": "integrations/megatron",
     "fairseq": "integrations/fairseq_moe",
