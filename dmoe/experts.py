@@ -167,12 +167,12 @@ class Experts(nn.Module):
         hooked = hasattr(self, "unshard") or "forward" in self.__dict__ or bool(self._forward_pre_hooks)
         return None if hooked or self.lora is not None else self._weights_at_work().deferred()
 
-    def _adapters_at_work(self) -> dict[str, Any]:
-        """The adapters beside the weights and their choice by tokens, as :func:`dmoe.run_experts` takes them."""
+    def _adapters_at_work(self, dtype: torch.dtype | None) -> dict[str, Any]:
+        """Adapters beside weights of such a dtype, and tokens' choice, as :func:`dmoe.run_experts` takes them."""
         held: Any = self.lora
         if held is None:
             return {}
-        adapters, adapter_ids = held.value()
+        adapters, adapter_ids = held.value(dtype)
         scale = self.owned.grad_scale
         if scale != 1 and adapters is not None:
             several = isinstance(adapters, list)
@@ -236,11 +236,12 @@ class Experts(nn.Module):
     ) -> Tensor:
         """``(T, H)`` through the experts, or through those of :meth:`in_parts`; see :func:`dmoe.run_experts`."""
         config = self.config
+        weights = self._weights_at_work() if weights is None else weights
         return run_experts(
             x,
             plan,
             gate_weights,
-            self._weights_at_work() if weights is None else weights,
+            weights,
             activation=config.activation,
             gate_weight_on=config.gate_weight_on,
             activation_dropout=config.activation_dropout if self.training else 0.0,
@@ -249,7 +250,7 @@ class Experts(nn.Module):
             residual=residual,
             main_grads=self._main_grads(),
             recompute=config.recompute_pre_activation,
-            **self._adapters_at_work(),
+            **self._adapters_at_work(weights.dtype),
         )
 
     def extra_repr(self) -> str:
