@@ -96,6 +96,8 @@ class FineTuning(Run):
         inputs, _ = training_batch(self.corpus, seed=s.seed, step=0, batch=s.batch, seq_len=s.seq_len)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             self._logits(self.model, self._to_device(inputs))
+        if self.model.moe_layers:
+            dmoe.aux_loss(self.model)  # read, and thereby gone
         return sum(found.values())
 
 
@@ -107,8 +109,9 @@ def settings_of(base: Mapping[str, Any], **changed: Any) -> Settings:
 
 
 def _tensors_of(module: torch.nn.Module) -> list[Tensor]:
-    adapters = {id(t) for part in module.children() for t in part.parameters() if t.requires_grad}
-    return [t for t in (*module.parameters(), *module.buffers()) if id(t) not in adapters]
+    """Of the experts themselves, without their adapters."""
+    held = (*module.named_parameters(), *module.named_buffers())
+    return [tensor for name, tensor in held if not name.startswith("lora.")]
 
 
 def _bytes(tensor: Tensor) -> int:
