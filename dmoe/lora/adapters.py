@@ -45,6 +45,11 @@ class AdapterSet(nn.Module):
         held: Any = self._modules[name]
         return held.config
 
+    def summary(self) -> list[tuple[str, str, int | None]]:
+        """Name, options and seed of each: what ranks compare."""
+        held: Any = self._modules
+        return [(name, str(adapter.config), adapter.seed) for name, adapter in held.items()]
+
     def put(self, name: str, adapter: nn.Module) -> None:
         """Add one under a name, which becomes the only active one.
 
@@ -94,7 +99,41 @@ class AdapterSet(nn.Module):
         return ", ".join(told + ([f"merged={list(self.merged)}"] if self.merged else []))
 
 
-class ExpertAdapter(nn.Module):
+class Adapter(nn.Module):
+    """What adapters of experts and of routers have in common.
+
+    Attributes:
+        config: its options.
+        seed: what the initial values were made from; None on the meta device, and once values were loaded.
+    """
+
+    def __init__(self, config: LoRA) -> None:
+        super().__init__()
+        self.config = config
+        self.seed: int | None = None
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Fresh values, from a seed that PyTorch's default generator draws."""
+        one = next(self.parameters())
+        if one.is_meta or is_fake(one):
+            return
+        self.seed = draw_seed()
+        self._fill(self.seed)
+
+    def _fill(self, seed: int) -> None:
+        raise NotImplementedError
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.seed = None  # the values come from elsewhere now
+
+    def extra_repr(self) -> str:
+        """Options."""
+        return str(self.config)
+
+
+class ExpertAdapter(Adapter):
     """One adapter of all experts: :class:`Factors` by the name of the projection they stand beside.
 
     Args:
@@ -103,8 +142,7 @@ class ExpertAdapter(nn.Module):
         where: which experts live here.
         device, dtype: of the parameters.
 
-    Attributes:
-        seed: what the initial values were made from; None on the meta device.
+    Initial values of expert e are a function of (seed, e), so who holds which expert does not change them.
     """
 
     def __init__(
@@ -116,8 +154,8 @@ class ExpertAdapter(nn.Module):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__()
-        self.config, self.where, self.seed = config, where, None
+        super().__init__(config)
+        self.where = where
         for name, projection in projections.items():
             self.add_module(name, Factors(projection, config, where, device=device, dtype=dtype))
         self.reset_parameters()
@@ -128,13 +166,7 @@ class ExpertAdapter(nn.Module):
         held: Any = dict(self._modules)
         return held
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Fresh values: expert e's are a function of (seed, e), so who holds which expert does not change them."""
-        one = next(self.parameters())
-        if one.is_meta or is_fake(one):
-            return
-        self.seed = seed = draw_seed()
+    def _fill(self, seed: int) -> None:
         generators = generators_of(self.where, seed)
         for factors in self.factors.values():
             factors.fill(self.config, self.where.experts, generators)
@@ -152,10 +184,6 @@ class ExpertAdapter(nn.Module):
         for each, a, b in zip(held.values(), tensors[::2], tensors[1::2], strict=True):
             found["up" if each.projection.up else "down"] = LowRank(a, b, self.config.scale, dropout)
         return Adapters(**found)
-
-    def extra_repr(self) -> str:
-        """Options."""
-        return str(self.config)
 
 
 class ExpertAdapters(AdapterSet):

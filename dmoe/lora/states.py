@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dmoe.lora.config import LoRA
 from dmoe.lora.model import attach, build
+from dmoe.lora.router import RouterAdapter
 from dmoe.lora.targets import Target, adapted_modules, find_targets
 
 # How the path of an adapted module ends -> the part of the layer that it is.
@@ -63,6 +64,7 @@ def load_state_dict(
     held, left = adapted_modules(model), dict(values)
     fresh: list[tuple[Target, nn.Module]] = []
     todo: list[tuple[Tensor, Any]] = []
+    loaded: list[Any] = []
     wrong: list[str] = []
     for path, config in configs.items():
         existing = held.get(path)
@@ -79,6 +81,7 @@ def load_state_dict(
             target = _target_at(model, path, values)
             adapter = build(target, config, dtype)
             fresh.append((target, adapter))
+        loaded.append(adapter)
         for key, parameter in adapter.named_parameters():
             whole = _join(path, key)
             if whole not in left:
@@ -96,6 +99,8 @@ def load_state_dict(
         )
     for parameter, value in todo:
         parameter.copy_(value)
+    for each in loaded:
+        each.seed = None  # as after load_state_dict
     for target, adapter in fresh:
         attach(target, name, adapter)
 
@@ -130,6 +135,6 @@ def _target_at(model: nn.Module, path: str, keys: Iterable[str]) -> Target:
 
 def _part_of(adapter: Any, value: Any, parameter: Tensor) -> Any:
     """What lives here of a value, when that is of all experts."""
-    where = getattr(adapter, "where", None)
-    packed = any(factors.projection.widths for factors in adapter.factors.values()) if where is not None else True
-    return value if packed else where.part_of(value, parameter, None)
+    if isinstance(adapter, RouterAdapter) or any(each.projection.widths for each in adapter.factors.values()):
+        return value
+    return adapter.where.part_of(value, parameter, None)
