@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmoe.lora.adapters import Adapter, AdapterSet
+from dmoe.lora.adapters import Adapter, AdapterSet, of_block
 from dmoe.lora.config import LoRA
 from dmoe.lora.factors import fill_a
 from dmoe.ops.router_logits import router_logits
@@ -70,12 +70,9 @@ class RouterAdapters(AdapterSet):
         """
         held: Any = self._modules
         chosen = self.tokens_choice()
-        ids = None
-        if chosen is None:
-            working = [(number, held[name]) for number, name in enumerate(self.at_work())]
-        else:
-            names, ids = chosen
-            working = [(number, held[name]) for number, name in enumerate(names) if name in held]
+        names = self.at_work() if chosen is None else chosen.names
+        ids = None if chosen is None else chosen.ids
+        working = [(number, held[name]) for number, name in enumerate(names) if name in held]
         if not working:
             return project(weight)
         ranks = [adapter.config.rank for _, adapter in working]
@@ -93,4 +90,5 @@ class RouterAdapters(AdapterSet):
             ]
         thin = torch.cat([part * adapter.config.scale for part, (_, adapter) in zip(inner, working, strict=True)], 1)
         back = torch.cat([adapter.weight.b.to(wide) for _, adapter in working], 1)
+        back = of_block(back, None if chosen is None else chosen.block)
         return plain + router_logits(thin, back, None, dtype=dtype, backend=backend)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dmoe.lora.adapters import Adapter, check_name
 from dmoe.lora.config import LoRA
 from dmoe.lora.model import attach, build
 from dmoe.lora.router import RouterAdapter
@@ -60,18 +61,19 @@ def load_state_dict(
         TypeError: something that is no such state.
         ValueError: layers, keys, shapes or options that do not fit; all keys are named. Nothing has changed then.
     """
+    check_name(name)
     configs, values = _parts_of(state)
     held, left = adapted_modules(model), dict(values)
-    fresh: list[tuple[Target, nn.Module]] = []
+    fresh: list[tuple[Target, Adapter]] = []
     todo: list[tuple[Tensor, Any]] = []
     loaded: list[Any] = []
     wrong: list[str] = []
     for path, config in configs.items():
         existing = held.get(path)
-        if existing is not None and existing.lora.merged:
+        if existing is not None and name in existing.lora.merged:
             raise ValueError(
-                f"dmoe.lora.load_state_dict: {path}: expected adapters beside the weights, got "
-                f"{list(existing.lora.merged)} merged into them; dmoe.lora.unmerge(model) first"
+                f"dmoe.lora.load_state_dict: {path}: expected an adapter beside the weights, got {name!r}, which is "
+                "merged into them; dmoe.lora.unmerge(model) first"
             )
         if existing is not None and name in existing.lora.names:
             adapter = existing.lora.get_submodule(name)
@@ -101,8 +103,8 @@ def load_state_dict(
         parameter.copy_(value)
     for each in loaded:
         each.seed = None  # as after load_state_dict
-    for target, adapter in fresh:
-        attach(target, name, adapter)
+    if fresh:
+        attach(model, name, fresh)
 
 
 def _join(path: str, key: str) -> str:
