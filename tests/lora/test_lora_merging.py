@@ -126,3 +126,18 @@ def test_codes_take_no_sum():
     dmoe.quant.dequantize(layer)
     dmoe.lora.merge(layer)
     torch.testing.assert_close(layer(x), before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_adapters_stand_beside_codes(dtype):
+    torch.manual_seed(0)
+    layer, x = dmoe.MoE(**FIELDS, dtype=torch.bfloat16), torch.randn(15, 12, dtype=torch.bfloat16)
+    dmoe.quant.quantize(layer, "int8")
+    trained = dmoe.lora.add(layer, rank=2, dtype=dtype)
+    assert {p.dtype for p in trained.values()} == {torch.bfloat16}  # unless given, the router's
+    randomise(trained.values())
+    y = layer(x)
+    y.float().sum().backward()
+    assert all(p.grad.abs().max() > 0 for p in trained.values())
+    dmoe.quant.dequantize(layer)
+    torch.testing.assert_close(layer(x), y, rtol=0.05, atol=0.2)
