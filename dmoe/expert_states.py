@@ -1,4 +1,4 @@
-"""What of a state dict is experts of another layout."""
+"""What of a state dict is experts of another layout, or adapters that the model does not have."""
 
 from __future__ import annotations
 
@@ -45,3 +45,16 @@ def other_layout(state_dict: Mapping[str, Any], prefix: str, names: Iterable[str
         f"({found}), of which none would be loaded. Bring them into these shapes and names before, as "
         "dmoe.ExpertWeights describes them"
     )
+
+
+def adapters_without_place(state_dict: Mapping[str, Any], prefix: str, lora: Any) -> list[str]:
+    """Keys of adapters (:mod:`dmoe.lora`) for a module that has none: what a strict ``load_state_dict`` reports.
+
+    PyTorch passes over everything under the name of a child that is None.
+
+    Args:
+        state_dict: of any model.
+        prefix: of the module's names.
+        lora: the module's child of that name.
+    """
+    return [] if lora is not None else [key for key in state_dict if key.startswith(f"{prefix}lora.")]

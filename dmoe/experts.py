@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import is_fake
 from dmoe.config import MoEConfig
 from dmoe.expert_init import initialise
 from dmoe.expert_slice import ExpertSlice, local_part, scaled
-from dmoe.expert_states import other_layout, weights_for_codes
+from dmoe.expert_states import adapters_without_place, other_layout, weights_for_codes
 from dmoe.expert_weights import F_DIM, ExpertWeights, Weight
 from dmoe.functional import run_experts
 from dmoe.ops._checks import check_plain
@@ -119,6 +119,7 @@ class Experts(nn.Module):
             if isinstance(value, Tensor) and isinstance(self.config.ffn_hidden_size, int):
                 state_dict[prefix + name] = self.owned.part_of(value, parameter, self._shard_dim(name))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        args[-2].extend(adapters_without_place(state_dict, prefix, self.lora))  # torch's unexpected_keys
         self.mark_parameters()  # load_state_dict(assign=True) brings parameters of its own
         self.seed = None  # the values come from elsewhere now
 

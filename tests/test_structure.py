@@ -42,6 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "config",
         "buffers",
         "capacity",
+        "expert_states",
         "initial",
         "losses",
         "parallel",

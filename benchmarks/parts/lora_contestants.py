@@ -78,8 +78,9 @@ def exact_results(contestants: list[Contestant]) -> dict[str, dict[str, Tensor]]
         given = next(each for each in contestants if each.name == kind)
         module = copy.deepcopy(given.module)
         for each in module.modules():
-            if hasattr(each, "config"):
-                each.config._experts_implementation = "eager"
+            config: Any = getattr(each, "config", None)
+            if config is not None:
+                config._experts_implementation = "eager"
         by_loop[kind] = _Wide(kind, given.case, module.double()).results(0)
     lora, full = by_loop.values()
     found = {each.name: lora for each in contestants if each.name.startswith("PEFT")}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,38 @@ from dmoe.lora.config import LoRA
 from dmoe.lora.factors import Factors, ProjectionShape, draw_seed, generators_of
 
 
+class TokensChoice(NamedTuple):
+    """One block of :func:`dmoe.lora.use`.
+
+    Attributes:
+        names: adapters to choose from.
+        ids: which of them each token takes, ``(T,)``.
+        block: of no numbers, in a shape that no other block's has.
+    """
+
+    names: tuple[str, ...]
+    ids: Tensor
+    block: Tensor
+
+
+class _OfBlock(torch.autograd.Function):
+    """A tensor as it is; the graph keeps the block that it was used in.
+
+    Activation checkpointing compares the shapes of what is kept, and so will not go on with what it has computed again
+    in another block, with other ids.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, block: Tensor) -> Tensor:
+        ctx.save_for_backward(block)
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        _ = ctx.saved_tensors  # has it computed again
+        return grad, None
+
+
 class AdapterSet(nn.Module):
     """Adapters beside one module's weights, by name, as children; which of them work is kept here.
 
@@ -23,7 +55,7 @@ class AdapterSet(nn.Module):
         active: names of those that are added to the weights.
         enabled: False is the base alone.
         merged: names of those whose product is in the weights already.
-        by_token: names, and the number of one of them for each token, ``(T,)``, while :func:`dmoe.lora.use` is on.
+        by_token: what each token has chosen, while :func:`dmoe.lora.use` is on.
     """
 
     def __init__(self) -> None:
@@ -31,7 +63,7 @@ class AdapterSet(nn.Module):
         self.active: tuple[str, ...] = ()
         self.enabled = True
         self.merged: tuple[str, ...] = ()
-        self.by_token: tuple[tuple[str, ...], Tensor] | None = None
+        self.by_token: TokensChoice | None = None
         self.base: dict[str, Tensor] = {}  # what merge was told to keep
         self._chosen_by_token = False
 
@@ -45,17 +77,14 @@ class AdapterSet(nn.Module):
         held: Any = self._modules[name]
         return held.config
 
-    def put(self, name: str, adapter: nn.Module) -> None:
-        """Add one under a name, which becomes the only active one.
+    def summary(self) -> list[tuple[str, str, int | None]]:
+        """Name, options and seed of each: what ranks compare."""
+        held: Any = self._modules
+        return [(name, str(adapter.config), adapter.seed) for name, adapter in held.items()]
 
-        Raises:
-            ValueError: a name that cannot be a module's, or is taken.
-        """
-        if not isinstance(name, str) or not name or "." in name or hasattr(self, name):
-            why = "one that is free" if name in self._modules else "a word without dots, and no attribute's name"
-            raise ValueError(f"dmoe.lora.add: name: expected {why}, got {name!r}")
+    def put(self, name: str, adapter: nn.Module) -> None:
+        """Add one under a name that :func:`check_name` has seen."""
         self.add_module(name, adapter.train(self.training))
-        self.active = (name,)
 
     def drop(self, name: str) -> None:
         """Take one out."""
@@ -67,7 +96,7 @@ class AdapterSet(nn.Module):
         """Names of what is added to the weights, for all tokens alike."""
         return tuple(name for name in self.active if name not in self.merged) if self.enabled else ()
 
-    def tokens_choice(self) -> tuple[tuple[str, ...], Tensor] | None:
+    def tokens_choice(self) -> TokensChoice | None:
         """``by_token``, where it is to be heeded.
 
         Raises:
@@ -94,7 +123,57 @@ class AdapterSet(nn.Module):
         return ", ".join(told + ([f"merged={list(self.merged)}"] if self.merged else []))
 
 
-class ExpertAdapter(nn.Module):
+def of_block(tensor: Tensor, block: Tensor | None) -> Tensor:
+    """The tensor, of which the graph knows that it was used in this block; a compiler sees to that itself."""
+    return tensor if block is None or torch.compiler.is_compiling() else _OfBlock.apply(tensor, block)
+
+
+def check_name(name: Any) -> None:
+    """A name of an adapter, which becomes a module's.
+
+    Raises:
+        ValueError: it cannot be one.
+    """
+    if not isinstance(name, str) or not name or "." in name or hasattr(AdapterSet(), name):
+        raise ValueError(f"dmoe.lora.add: name: expected a word without dots that no attribute has, got {name!r}")
+
+
+class Adapter(nn.Module):
+    """What adapters of experts and of routers have in common.
+
+    Attributes:
+        config: its options.
+        seed: what the initial values were made from; None on the meta device, and once values were loaded.
+        number: that adapters of a model are ordered by, equal where the name is.
+    """
+
+    def __init__(self, config: LoRA) -> None:
+        super().__init__()
+        self.config, self.number = config, 0
+        self.seed: int | None = None
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Fresh values, from a seed that PyTorch's default generator draws."""
+        one = next(self.parameters())
+        if one.is_meta or is_fake(one):
+            return
+        self.seed = draw_seed()
+        self._fill(self.seed)
+
+    def _fill(self, seed: int) -> None:
+        raise NotImplementedError
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.seed = None  # the values come from elsewhere now
+
+    def extra_repr(self) -> str:
+        """Options."""
+        return str(self.config)
+
+
+class ExpertAdapter(Adapter):
     """One adapter of all experts: :class:`Factors` by the name of the projection they stand beside.
 
     Args:
@@ -103,8 +182,7 @@ class ExpertAdapter(nn.Module):
         where: which experts live here.
         device, dtype: of the parameters.
 
-    Attributes:
-        seed: what the initial values were made from; None on the meta device.
+    Initial values of expert e are a function of (seed, e), so who holds which expert does not change them.
     """
 
     def __init__(
@@ -116,8 +194,8 @@ class ExpertAdapter(nn.Module):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__()
-        self.config, self.where, self.seed = config, where, None
+        super().__init__(config)
+        self.where = where
         for name, projection in projections.items():
             self.add_module(name, Factors(projection, config, where, device=device, dtype=dtype))
         self.reset_parameters()
@@ -128,34 +206,25 @@ class ExpertAdapter(nn.Module):
         held: Any = dict(self._modules)
         return held
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Fresh values: expert e's are a function of (seed, e), so who holds which expert does not change them."""
-        one = next(self.parameters())
-        if one.is_meta or is_fake(one):
-            return
-        self.seed = seed = draw_seed()
+    def _fill(self, seed: int) -> None:
         generators = generators_of(self.where, seed)
         for factors in self.factors.values():
             factors.fill(self.config, self.where.experts, generators)
 
-    def value(self, dtype: torch.dtype | None) -> Adapters:
-        """What lives here of the factors, as one value, in ``dtype`` (None: in their own)."""
+    def value(self, dtype: torch.dtype | None, block: Tensor | None = None) -> Adapters:
+        """What lives here of the factors, as one value, in ``dtype`` (None: in their own); used in a block, if any."""
         dropout = self.config.dropout if self.training else 0.0
         held = self.factors
         tensors: list[Tensor] = [local_part(factor) for each in held.values() for factor in (each.a, each.b)]
         if self.where.share_overflow is not None:
             tensors = list(self.where.share_overflow(tensors))
+        tensors[0] = of_block(tensors[0], block)
         if dtype is not None:
             tensors = [tensor.to(dtype) for tensor in tensors]
         found: dict[str, LowRank | None] = {"up": None, "down": None}
         for each, a, b in zip(held.values(), tensors[::2], tensors[1::2], strict=True):
             found["up" if each.projection.up else "down"] = LowRank(a, b, self.config.scale, dropout)
         return Adapters(**found)
-
-    def extra_repr(self) -> str:
-        """Options."""
-        return str(self.config)
 
 
 class ExpertAdapters(AdapterSet):
@@ -170,8 +239,8 @@ class ExpertAdapters(AdapterSet):
         held: Any = self._modules
         chosen = self.tokens_choice()
         if chosen is not None:
-            names, ids = chosen
-            return [held[name].value(dtype) if name in held else Adapters() for name in names], ids
+            found = [held[name].value(dtype, chosen.block) if name in held else Adapters() for name in chosen.names]
+            return found, chosen.ids
         names = self.at_work()
         if not names:
             return None, None
@@ -186,10 +255,10 @@ def summed(adapters: Sequence[Adapters]) -> Adapters:
     """
     if len(adapters) == 1:
         return adapters[0]
-    up, down = (
-        _joined(name, [low for each in adapters if (low := getattr(each, name)) is not None]) for name in ("up", "down")
+    return Adapters(
+        _joined("up", [each.up for each in adapters if each.up is not None]),
+        _joined("down", [each.down for each in adapters if each.down is not None]),
     )
-    return Adapters(up, down)
 
 
 def _joined(name: str, factors: Sequence[LowRank]) -> LowRank | None:

@@ -79,7 +79,7 @@ def unmerge(model: nn.Module) -> None:
 
 def _check_plain(path: str, module: Any, adapter: nn.Module) -> None:
     for name in adapter._modules:
-        weight = getattr(module, name)
+        weight: Any = getattr(module, name)
         if not isinstance(weight, Tensor):
             raise ValueError(
                 f"dmoe.lora.merge: {path}.{name}: expected a tensor, got codes ({weight.value().format}), to which "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmoe.lora.adapters import AdapterSet, ExpertAdapter, ExpertAdapters
+from dmoe.lora.adapters import Adapter, AdapterSet, ExpertAdapter, ExpertAdapters, TokensChoice, check_name
 from dmoe.lora.config import LoRA
 from dmoe.lora.router import RouterAdapter, RouterAdapters
 from dmoe.lora.targets import Target, adapted_modules, find_targets
 from dmoe.model_tools import moe_layers
 from dmoe.parallel import AllToAllDispatcher
+
+_BLOCKS = itertools.count(1)  # of use, in this process
 
 
 def add(
@@ -52,22 +55,22 @@ def add(
             cannot have adapters; the model is as before.
     """
     config = config_of(config, fields)
+    check_name(name)
     targets = find_targets(model, config.targets, layers)
-    fresh: list[tuple[Target, nn.Module]] = []
+    fresh: list[tuple[Target, Adapter]] = []
     for target in targets:
         held = target.module.lora
-        if held is not None and (name in held.names or held.merged):
-            got = f"{name!r} for a second time" if name in held.names else f"one beside {held.merged}, which are merged"
-            raise ValueError(f"dmoe.lora.add: {target.path}: expected an adapter of another name, got {got}")
+        if held is not None and name in held.names:
+            raise ValueError(f"dmoe.lora.add: name: expected one that {target.path} has no adapter of, got {name!r}")
         fresh.append((target, build(target, config, dtype)))
     if freeze:
         others = {id(each) for module in adapted_modules(model).values() for each in module.lora.parameters()}
         for parameter in model.parameters():
             if id(parameter) not in others:
                 parameter.requires_grad_(False)
+    attach(model, name, fresh)
     added = {}
     for target, adapter in fresh:
-        attach(target, name, adapter)
         prefix = f"{target.path}.lora.{name}."
         added.update({prefix + each: parameter for each, parameter in adapter.named_parameters()})
     return added
@@ -88,7 +91,7 @@ def config_of(config: LoRA | None, fields: dict[str, Any]) -> LoRA:
     return config
 
 
-def build(target: Target, config: LoRA, dtype: torch.dtype | None) -> nn.Module:
+def build(target: Target, config: LoRA, dtype: torch.dtype | None) -> Adapter:
     """An adapter that fits a target, nowhere yet.
 
     Raises:
@@ -111,16 +114,27 @@ def build(target: Target, config: LoRA, dtype: torch.dtype | None) -> nn.Module:
     return ExpertAdapter(target.projections, config, where, device=weights.up_proj.device, dtype=dtype)
 
 
-def attach(target: Target, name: str, adapter: nn.Module) -> None:
-    """Put an adapter beside its weights."""
-    module = target.module
-    if module.lora is None:
-        module.lora = (RouterAdapters() if target.is_router else ExpertAdapters()).train(module.training)
-    module.lora.put(name, adapter)
-    if not target.is_router:
-        module.mark_parameters()
-    if isinstance(target.layer.dispatcher, AllToAllDispatcher):
-        target.layer._ranks_agree = False  # asked again: do all have it?
+def attach(model: nn.Module, name: str, fresh: Sequence[tuple[Target, Adapter]]) -> None:
+    """Put adapters of one name beside their weights, and let them alone be active in the model."""
+    order = names_of(model)
+    for target, adapter in fresh:
+        module = target.module
+        if module.lora is None:
+            module.lora = (RouterAdapters() if target.is_router else ExpertAdapters()).train(module.training)
+        adapter.number = order.get(name, max(order.values(), default=-1) + 1)
+        module.lora.put(name, adapter)
+        if not target.is_router:
+            module.mark_parameters()
+        if isinstance(target.layer.dispatcher, AllToAllDispatcher):
+            target.layer._ranks_agree = False  # asked again: do all have it?
+    set_active(model, name)
+
+
+def names_of(model: nn.Module) -> dict[str, int]:
+    """All adapters' names with their numbers, in the order in which they were added."""
+    held = [module.lora for module in adapted_modules(model).values()]
+    found = {name: adapters.get_submodule(name).number for adapters in held for name in adapters.names}
+    return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
 def remove(model: nn.Module, name: str = "default") -> None:
@@ -211,9 +225,7 @@ def use(model: nn.Module, adapter_ids: Tensor, names: Sequence[str] | None = Non
             experts without their ids. The layers raise it for another number of ids than tokens.
     """
     held = adapted_modules(model)
-    if names is None:
-        names = list(dict.fromkeys(name for module in held.values() for name in module.lora.names))
-    names = tuple(names)
+    names = tuple(names_of(model) if names is None else names)
     _modules_with(model, names, "use")
     if not isinstance(adapter_ids, Tensor) or adapter_ids.dtype not in (torch.int32, torch.int64):
         got = adapter_ids.dtype if isinstance(adapter_ids, Tensor) else type(adapter_ids).__name__
@@ -228,20 +240,20 @@ def use(model: nn.Module, adapter_ids: Tensor, names: Sequence[str] | None = Non
                 f"{layer.dispatcher.num_ranks} ranks: tokens travel without their adapters' numbers"
             )
     before = [(module.lora, module.lora.by_token) for module in held.values()]
-    flat = adapter_ids.reshape(-1)
+    block = torch.empty(0, next(_BLOCKS), device=adapter_ids.device)
+    chosen = TokensChoice(names, adapter_ids.reshape(-1), block)
     for adapters, _ in before:
-        adapters.by_token = (names, flat)
+        adapters.by_token = chosen
     try:
         yield
     finally:
-        for adapters, chosen in before:
-            adapters.by_token = chosen
+        for adapters, outer in before:
+            adapters.by_token = outer
 
 
 def _modules_with(model: nn.Module, names: Sequence[str], operation: str) -> dict[str, Any]:
     """Those that have the last of some adapters, each of which some module has."""
-    held = adapted_modules(model)
-    known = list(dict.fromkeys(name for module in held.values() for name in module.lora.names))
+    held, known = adapted_modules(model), list(names_of(model))
     for name in names:
         if name not in known:
             raise ValueError(f"dmoe.lora.{operation}: expected names of the model's adapters {known}, got {name!r}")

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import is_fake
 
-from dmoe.lora.adapters import AdapterSet
+from dmoe.lora.adapters import Adapter, AdapterSet, of_block
 from dmoe.lora.config import LoRA
-from dmoe.lora.factors import draw_seed, fill_a
+from dmoe.lora.factors import fill_a
 from dmoe.ops.router_logits import router_logits
 
 
@@ -23,13 +22,17 @@ class _RouterFactors(nn.Module):
         self.a = nn.Parameter(torch.empty(config.rank, weight.shape[1], **where))
         self.b = nn.Parameter(torch.empty(weight.shape[0], config.rank, **where))
 
+    def extra_repr(self) -> str:
+        """Shapes."""
+        return f"a={tuple(self.a.shape)}, b={tuple(self.b.shape)}, {self.a.dtype}"
+
     def product(self, scale: float) -> Tensor:
         """``scale B A``, ``(E, H)`` in float32 (float64 of float64)."""
         wide = torch.promote_types(self.a.dtype, torch.float32)
         return (self.b.detach().to(wide) @ self.a.detach().to(wide)).mul_(scale)
 
 
-class RouterAdapter(nn.Module):
+class RouterAdapter(Adapter):
     """One adapter of a router; its factors stand under ``weight``.
 
     Args:
@@ -39,25 +42,16 @@ class RouterAdapter(nn.Module):
     """
 
     def __init__(self, weight: Tensor, config: LoRA, *, device: Any = None, dtype: Any = None) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.weight = _RouterFactors(weight, config, device=device, dtype=dtype)
         self.reset_parameters()
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Fresh values, from a seed that PyTorch's default generator draws."""
+    def _fill(self, seed: int) -> None:
         a, b = self.weight.a, self.weight.b
-        if a.is_meta or is_fake(a):
-            return
         fresh = torch.empty(a.shape, dtype=torch.float32, device="cpu")
-        fill_a(fresh, self.config, torch.Generator(device="cpu").manual_seed(draw_seed()))
+        fill_a(fresh, self.config, torch.Generator(device="cpu").manual_seed(seed))
         a.copy_(fresh)
         b.zero_()
-
-    def extra_repr(self) -> str:
-        """Options."""
-        return str(self.config)
 
 
 class RouterAdapters(AdapterSet):
@@ -76,12 +70,9 @@ class RouterAdapters(AdapterSet):
         """
         held: Any = self._modules
         chosen = self.tokens_choice()
-        ids = None
-        if chosen is None:
-            working = [(number, held[name]) for number, name in enumerate(self.at_work())]
-        else:
-            names, ids = chosen
-            working = [(number, held[name]) for number, name in enumerate(names) if name in held]
+        names = self.at_work() if chosen is None else chosen.names
+        ids = None if chosen is None else chosen.ids
+        working = [(number, held[name]) for number, name in enumerate(names) if name in held]
         if not working:
             return project(weight)
         ranks = [adapter.config.rank for _, adapter in working]
@@ -99,4 +90,5 @@ class RouterAdapters(AdapterSet):
             ]
         thin = torch.cat([part * adapter.config.scale for part, (_, adapter) in zip(inner, working, strict=True)], 1)
         back = torch.cat([adapter.weight.b.to(wide) for _, adapter in working], 1)
+        back = of_block(back, None if chosen is None else chosen.block)
         return plain + router_logits(thin, back, None, dtype=dtype, backend=backend)

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dmoe.lora.adapters import Adapter, check_name
 from dmoe.lora.config import LoRA
 from dmoe.lora.model import attach, build
+from dmoe.lora.router import RouterAdapter
 from dmoe.lora.targets import Target, adapted_modules, find_targets
 
 # How the path of an adapted module ends -> the part of the layer that it is.
@@ -59,17 +61,19 @@ def load_state_dict(
         TypeError: something that is no such state.
         ValueError: layers, keys, shapes or options that do not fit; all keys are named. Nothing has changed then.
     """
+    check_name(name)
     configs, values = _parts_of(state)
     held, left = adapted_modules(model), dict(values)
-    fresh: list[tuple[Target, nn.Module]] = []
+    fresh: list[tuple[Target, Adapter]] = []
     todo: list[tuple[Tensor, Any]] = []
+    loaded: list[Any] = []
     wrong: list[str] = []
     for path, config in configs.items():
         existing = held.get(path)
-        if existing is not None and existing.lora.merged:
+        if existing is not None and name in existing.lora.merged:
             raise ValueError(
-                f"dmoe.lora.load_state_dict: {path}: expected adapters beside the weights, got "
-                f"{list(existing.lora.merged)} merged into them; dmoe.lora.unmerge(model) first"
+                f"dmoe.lora.load_state_dict: {path}: expected an adapter beside the weights, got {name!r}, which is "
+                "merged into them; dmoe.lora.unmerge(model) first"
             )
         if existing is not None and name in existing.lora.names:
             adapter = existing.lora.get_submodule(name)
@@ -79,6 +83,7 @@ def load_state_dict(
             target = _target_at(model, path, values)
             adapter = build(target, config, dtype)
             fresh.append((target, adapter))
+        loaded.append(adapter)
         for key, parameter in adapter.named_parameters():
             whole = _join(path, key)
             if whole not in left:
@@ -96,8 +101,10 @@ def load_state_dict(
         )
     for parameter, value in todo:
         parameter.copy_(value)
-    for target, adapter in fresh:
-        attach(target, name, adapter)
+    for each in loaded:
+        each.seed = None  # as after load_state_dict
+    if fresh:
+        attach(model, name, fresh)
 
 
 def _join(path: str, key: str) -> str:
@@ -130,6 +137,6 @@ def _target_at(model: nn.Module, path: str, keys: Iterable[str]) -> Target:
 
 def _part_of(adapter: Any, value: Any, parameter: Tensor) -> Any:
     """What lives here of a value, when that is of all experts."""
-    where = getattr(adapter, "where", None)
-    packed = any(factors.projection.widths for factors in adapter.factors.values()) if where is not None else True
-    return value if packed else where.part_of(value, parameter, None)
+    if isinstance(adapter, RouterAdapter) or any(each.projection.widths for each in adapter.factors.values()):
+        return value
+    return adapter.where.part_of(value, parameter, None)

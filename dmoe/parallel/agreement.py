@@ -43,7 +43,8 @@ def check_layers(layer: Any, dtype: torch.dtype) -> None:
         )
     options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     weights = {"dtype of x": dtype, "dtype of the experts": next(layer.experts.parameters()).dtype}
-    hints = {"seed": "call torch.manual_seed with one value on all ranks before the layer is built"}
+    before = "call torch.manual_seed with one value on all ranks before"
+    hints = {"seed": f"{before} the layer is built", "adapters": f"{before} dmoe.lora.add"}
     levels, losses = dispatcher.two_level, layer.auxiliary.ranks
     hops = {"ep_levels": None if levels is None else (levels.num_nodes, levels.ranks_per_node)}
     groups = {
@@ -51,7 +52,10 @@ def check_layers(layer: Any, dtype: torch.dtype) -> None:
         "ranks of loss_group": None if losses is None else losses.num_ranks,
         "frozen parameters": [name for name, parameter in layer.named_parameters() if not parameter.requires_grad],
     }
-    fields = {**options, **weights, **hops, **groups, "seed": getattr(layer.experts, "seed", None)}
+    parts = {"router": layer.router, "experts": layer.experts}
+    adapters = {part: held.summary() for part, module in parts.items() if (held := getattr(module, "lora", None))}
+    seed = {"adapters": adapters, "seed": getattr(layer.experts, "seed", None)}
+    fields = {**options, **weights, **hops, **groups, **seed}
     check_agreement("MoE", fields, dispatcher.groups, hints)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dmoe.buffers import Float32Buffers
 from dmoe.config import MoEConfig
+from dmoe.expert_states import adapters_without_place
 from dmoe.initial import router_weight
 from dmoe.losses import NOISE_LOSSES
 from dmoe.ops._checks import check_plain
@@ -197,6 +198,10 @@ class LinearRouter(Float32Buffers):
 
     def update_selection_bias(self) -> None:
         """No bias to move, unless a family has one."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        args[-2].extend(adapters_without_place(state_dict, prefix, self.lora))  # torch's unexpected_keys
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

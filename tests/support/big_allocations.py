@@ -10,10 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class BigAllocations(TorchDispatchMode):
-    """Names of operations, but for dmoe's own, whose results are new memory of at least so many bytes."""
+    """Names of operations, dmoe's own only if asked for, whose results are new memory of at least so many bytes."""
 
-    def __init__(self, size, *known):
+    def __init__(self, size, *known, own=False):
         super().__init__()
+        self.own = own
         self.size, self.known, self.found = size, {tensor.untyped_storage().data_ptr() for tensor in known}, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -21,7 +22,7 @@ class BigAllocations(TorchDispatchMode):
         for tensor in results if isinstance(results, tuple | list) else (results,):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes() >= self.size:
                 storage = tensor.untyped_storage().data_ptr()
-                if storage not in self.known and not str(func).startswith("dmoe."):
+                if storage not in self.known and (self.own or not str(func).startswith("dmoe.")):
                     self.found.append(str(func))
                 self.known.add(storage)
         return results
