@@ -12,7 +12,7 @@ from dmoe.ops._checks import check_index_tensors
 from dmoe.ops._library import compiled, count_flops, define, has_triton, refuse_double_backward, register_autograd
 from dmoe.ops._trust import Subject, kind_of, precision
 from dmoe.ops.tile_table import preferred_tile_rows, tile_table
-from dmoe.strides import is_transposed
+from dmoe.strides import is_transposed, readable
 
 if TYPE_CHECKING:
     from dmoe.kernels.operands import Rows
@@ -132,6 +132,45 @@ def grouped_gemm_weight_cuda(a: Tensor, b: Tensor, expert_offsets: Tensor, num_e
     return out
 
 
+def _by_rows_or_columns(b: Tensor) -> Tensor:
+    """Itself where kernels can read it as it lies, an expanded factor of all experts too; else a contiguous copy."""
+    return readable(b) if b.stride(-1) == 1 or is_transposed(b) else b.contiguous()
+
+
+def _sum_served(a: Tensor, b: Tensor, a2: Tensor, b2: Tensor, expert_offsets: Tensor, trans_b: bool) -> bool:
+    fits = a2.shape[0] == a.shape[0] and b.shape[1 if trans_b else 2] == b2.shape[1 if trans_b else 2]
+    alike = a.dtype == b.dtype == a2.dtype == b2.dtype and b.shape[0] == b2.shape[0]
+    return fits and alike and _served(a, b, a2, b2)
+
+
+def _sum_composed(a: Tensor, b: Tensor, a2: Tensor, b2: Tensor, *rest: Any) -> Tensor:
+    return _grouped_gemm(a, b, *rest).add_(_grouped_gemm(a2, b2, *rest))
+
+
+def _sum_subjects(*arguments: Any) -> Sequence[Subject]:
+    if not _sum_served(*arguments):
+        return []
+    a, expert_offsets, trans_b = arguments[0], arguments[4], arguments[5]
+    extra = (preferred_tile_rows(a.shape[0], expert_offsets.shape[0] - 1), precision())
+    return [Subject("grouped_gemm_sum", arguments, extra, (*map(kind_of, arguments[:4]), trans_b))]
+
+
+def grouped_gemm_sum_cuda(
+    a: Tensor, b: Tensor, a2: Tensor, b2: Tensor, expert_offsets: Tensor, trans_b: bool
+) -> Tensor:
+    """Both products in one launch."""
+    if not _sum_served(a, b, a2, b2, expert_offsets, trans_b):
+        return _sum_composed(a, b, a2, b2, expert_offsets, trans_b)
+    from dmoe.kernels.moe_mlp import multiply_rows
+
+    a, a2 = a.contiguous(), a2.contiguous()
+    b, b2 = _by_rows_or_columns(b), _by_rows_or_columns(b2)
+    out = a.new_zeros(a.shape[0], b.shape[1 if trans_b else 2])  # rows of no expert stay zeros
+    kernel = "down" if trans_b else "row_grad"
+    multiply_rows(kernel, a, b, out, _rows(a, expert_offsets), trans_b=trans_b, second=(a2, b2))
+    return out
+
+
 _grouped_gemm = define(
     "grouped_gemm(Tensor a, Tensor b, Tensor expert_offsets, bool trans_b) -> Tensor",
     grouped_gemm_ref,
@@ -146,8 +185,10 @@ _grouped_gemm = define(
 # differentiable, for those who know its gradient.
 grouped_gemm_sum = define(
     "grouped_gemm_sum(Tensor a, Tensor b, Tensor a2, Tensor b2, Tensor expert_offsets, bool trans_b) -> Tensor",
-    lambda a, b, a2, b2, *rest: _grouped_gemm(a, b, *rest).add_(_grouped_gemm(a2, b2, *rest)),
+    _sum_composed,
     fake=lambda a, b, a2, b2, *rest: _fake(a, b, *rest),
+    cuda=grouped_gemm_sum_cuda,
+    subjects=_sum_subjects,
 )
 refuse_double_backward(grouped_gemm_sum)
 

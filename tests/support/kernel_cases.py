@@ -311,3 +311,23 @@ def _() -> None:
     grouped_gemm_cuda(a, weight, offsets, True)
     grouped_gemm_cuda(b, weight, offsets, False)
     grouped_gemm_weight_cuda(b, a, offsets, 32)
+
+
+def _sum(rank: int, dtype: torch.dtype = torch.bfloat16, *, inner: int = 1024, columns: int = 512) -> None:
+    """A product with the low-rank one beside it, both ways, of 16384 rows and 32 experts."""
+    from dmoe.ops.grouped_gemm import grouped_gemm_sum_cuda
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    offsets, weight = torch.empty(33, dtype=torch.int32, device="meta"), tensor(32, columns, inner)
+    thin = tensor(16384, rank)
+    grouped_gemm_sum_cuda(tensor(16384, inner), weight, thin, tensor(32, columns, rank), offsets, True)
+    grouped_gemm_sum_cuda(tensor(16384, columns), weight, thin, tensor(32, rank, inner), offsets, False)
+
+
+for _rank in (4, 16, 256):
+    case(f"grouped_gemm_sum, rank {_rank}")(functools.partial(_sum, _rank))
+case("grouped_gemm_sum, float32, rank 24, odd sizes")(
+    functools.partial(_sum, 24, torch.float32, inner=1001, columns=777)
+)
