@@ -72,7 +72,8 @@ def precision(like: Tensor) -> str:
 def copy_descriptor(matrix: Tensor, block_rows: int, block_columns: int) -> TensorDescriptor | None:
     """A view ``(rows, columns)`` for the copy engine (TMA), where the GPU has one and rows are 16-byte aligned."""
     aligned = matrix.stride(0) * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0
-    if matrix.element_size() > 2 or not aligned or capability(matrix.device) // 10 not in (9, 10):
+    short = block_columns * matrix.element_size() < 16  # less than the copy engine takes at once
+    if matrix.element_size() > 2 or short or not aligned or capability(matrix.device) // 10 not in (9, 10):
         return None
     return TensorDescriptor(matrix, list(matrix.shape), [matrix.stride(0), 1], [block_rows, block_columns])
 

@@ -1,9 +1,9 @@
 """Products of rows with quantised weights, decoded inside the loop over K: no decoded weight is ever in memory.
 
-A tile of codes comes like any operand, in a quarter or half of its bytes, is decoded in registers to the rows' dtype and
-multiplied. A decoded value is computed in float32 and rounded once, as :mod:`dmoe.ops.weight_formats` has it, so that the
-kernel and plain PyTorch multiply the same numbers. e4m3 and e2m1 are read as float16 whose bits are shifted, which takes
-no GPU that knows fp8.
+A tile of codes comes like any operand, in a quarter or half of its bytes, is decoded in registers to the rows' dtype
+and multiplied. A decoded value is computed in float32 and rounded once, as :mod:`dmoe.ops.weight_formats` has it: the
+kernel and plain PyTorch multiply the same numbers. e4m3 and e2m1 are read as float32 whose exponent is too small,
+which takes no GPU that knows fp8.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from dmoe.kernels.operands import (
     precision,
     shape_options,
 )
+
+_ALL = 1 << 30  # columns that share a scale, where all do: more than there are, and a power of two
 
 
 @triton.jit
@@ -208,7 +210,7 @@ def quantized_rows_kernel(
         starts = a + tl.minimum(rows, num_rows - 1).to(tl.int64)[:, None] * length if not DESCRIPTOR_A else 0
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, length, BLOCK_K):
-            if DESCRIPTOR_A:  # noqa: SIM108  # the other branch would be compiled too
+            if DESCRIPTOR_A:  # the other branch would be compiled too
                 left = a.load([first, k])
             else:
                 left = rows_tile(starts, k + tl.arange(0, BLOCK_K), length, length % BLOCK_K == 0)
@@ -289,7 +291,7 @@ def multiply_quantized_rows(
         N=n,
         K=k,
         FORMAT=format,
-        GROUP=block[1],
+        GROUP=block[1] if pack == 2 else _ALL,
         SUM_ROWS=not trans_b,
         DESCRIPTOR_A=descriptor is not None,
         DESCRIPTOR_B=by_copy is not None,

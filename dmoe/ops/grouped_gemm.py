@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dmoe.kernels.operands import Rows
 
 
-def _rows_of_experts(expert_offsets: Tensor, num_experts: int, rows: int) -> Iterator[tuple[slice, Tensor | None]]:
+def rows_of_experts(expert_offsets: Tensor, num_experts: int, rows: int) -> Iterator[tuple[slice, Tensor | None]]:
     """For each expert a slice that holds its rows, and a mask ``(R, 1)`` of the others in it, None without others.
 
     On the CPU the slice is exact. On CUDA its ends would have to come to the host, so it is all rows, and a mask.
@@ -35,7 +35,7 @@ def _rows_of_experts(expert_offsets: Tensor, num_experts: int, rows: int) -> Ite
 def grouped_gemm_ref(a: Tensor, b: Tensor, expert_offsets: Tensor, trans_b: bool) -> Tensor:
     """Plain-PyTorch meaning of :func:`grouped_gemm`; on CUDA it multiplies every row by every expert."""
     out = a.new_zeros(a.shape[0], b.shape[1 if trans_b else 2])
-    for e, (rows, others) in enumerate(_rows_of_experts(expert_offsets, b.shape[0], a.shape[0])):
+    for e, (rows, others) in enumerate(rows_of_experts(expert_offsets, b.shape[0], a.shape[0])):
         product = a[rows] @ (b[e].t() if trans_b else b[e])
         out[rows] = product if others is None else torch.where(others, out, product)
     return out
@@ -44,7 +44,7 @@ def grouped_gemm_ref(a: Tensor, b: Tensor, expert_offsets: Tensor, trans_b: bool
 def grouped_gemm_weight_ref(a: Tensor, b: Tensor, expert_offsets: Tensor, num_experts: int) -> Tensor:
     """Plain-PyTorch meaning of :func:`grouped_gemm_weight`; on CUDA it sums over every row for every expert."""
     out = a.new_zeros(num_experts, a.shape[1], b.shape[1])
-    for e, (rows, others) in enumerate(_rows_of_experts(expert_offsets, num_experts, a.shape[0])):
+    for e, (rows, others) in enumerate(rows_of_experts(expert_offsets, num_experts, a.shape[0])):
         left, right = a[rows], b[rows]
         if others is not None:  # filled, not multiplied by 0: they may hold NaN
             left, right = left.masked_fill(others, 0), right.masked_fill(others, 0)
@@ -83,7 +83,8 @@ def _served(a: Tensor, *others: Tensor) -> bool:
     return has_triton() and a.dtype != torch.float64 and all(tensor.numel() for tensor in (a, *others))
 
 
-def _rows(a: Tensor, expert_offsets: Tensor) -> Rows:
+def rows_in_tiles(a: Tensor, expert_offsets: Tensor) -> Rows:
+    """What kernels are told of rows ``a``: their tiles, cut from offsets that are cut to their range."""
     from dmoe.kernels.operands import Rows
 
     num_rows, num_experts = a.shape[0], expert_offsets.shape[0] - 1
@@ -116,7 +117,7 @@ def grouped_gemm_cuda(a: Tensor, b: Tensor, expert_offsets: Tensor, trans_b: boo
     a, b = a.contiguous(), b.contiguous()
     out = a.new_zeros(a.shape[0], b.shape[1 if trans_b else 2])  # rows of no expert stay zeros
     kernel = "down" if trans_b else "row_grad"
-    multiply_rows(kernel, a, b, out, _rows(a, expert_offsets), trans_b=trans_b)
+    multiply_rows(kernel, a, b, out, rows_in_tiles(a, expert_offsets), trans_b=trans_b)
     return out
 
 
@@ -128,11 +129,11 @@ def grouped_gemm_weight_cuda(a: Tensor, b: Tensor, expert_offsets: Tensor, num_e
 
     a, b = a.contiguous(), b.contiguous()
     out = a.new_empty(num_experts, a.shape[1], b.shape[1])
-    weight_grad(a, b, out, _rows(a, expert_offsets))
+    weight_grad(a, b, out, rows_in_tiles(a, expert_offsets))
     return out
 
 
-def _by_rows_or_columns(b: Tensor) -> Tensor:
+def by_rows_or_columns(b: Tensor) -> Tensor:
     """Itself where kernels can read it as it lies, an expanded factor of all experts too; else a contiguous copy."""
     return readable(b) if b.stride(-1) == 1 or is_transposed(b) else b.contiguous()
 
@@ -164,10 +165,10 @@ def grouped_gemm_sum_cuda(
     from dmoe.kernels.moe_mlp import multiply_rows
 
     a, a2 = a.contiguous(), a2.contiguous()
-    b, b2 = _by_rows_or_columns(b), _by_rows_or_columns(b2)
+    b, b2 = by_rows_or_columns(b), by_rows_or_columns(b2)
     out = a.new_zeros(a.shape[0], b.shape[1 if trans_b else 2])  # rows of no expert stay zeros
     kernel = "down" if trans_b else "row_grad"
-    multiply_rows(kernel, a, b, out, _rows(a, expert_offsets), trans_b=trans_b, second=(a2, b2))
+    multiply_rows(kernel, a, b, out, rows_in_tiles(a, expert_offsets), trans_b=trans_b, second=(a2, b2))
     return out
 
 
