@@ -262,7 +262,9 @@ def multiply_quantized_rows(
     """
     pack = 2 if format in ("int4", "nf4", "mxfp4") else 1
     n, k = codes.shape[1], codes.shape[2] * pack
-    config = config_of("quantized", a, rows.tile_rows, a.shape[1], out.shape[1])
+    config = config_of(
+        "quantized_int8" if format == "int8" else "quantized", a, rows.tile_rows, a.shape[1], out.shape[1]
+    )
     # A tile lies in one block of fp8, and has whole groups of the others or a part of one.
     config = replace(config, block_n=min(config.block_n, 128), block_k=min(config.block_k, 128))
     thin = Product.second_of(second, config, rows.tile_rows, trans_b=trans_b)
