@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from dmoe import checkpoint, dense_copies, functional, losses, metrics, models, ops, parallel, presets, routing
+from dmoe import (
+    checkpoint,
+    dense_copies,
+    functional,
+    lora,
+    losses,
+    metrics,
+    models,
+    ops,
+    parallel,
+    presets,
+    quant,
+    routing,
+)
 from dmoe.activations import ClampedSwiGLU, SoftcappedSwiGLU
 from dmoe.adapters import Adapters, LowRank
 from dmoe.config import MoEConfig
@@ -20,6 +33,7 @@ from dmoe.model_tools import (
     update_selection_bias,
 )
 from dmoe.plan import RoutingPlan, device_tile_rows, plan_expert_choice, plan_token_choice
+from dmoe.quantized_weight import QuantizedWeight
 from dmoe.replace import replace_ffn
 from dmoe.residual import ResidualMoE
 from dmoe.routing import Routing
@@ -33,6 +47,7 @@ __all__ = [
     "LowRank",
     "MoE",
     "MoEConfig",
+    "QuantizedWeight",
     "ResidualMoE",
     "Routing",
     "RoutingPlan",
@@ -46,6 +61,7 @@ __all__ = [
     "functional",
     "info",
     "is_expert_param",
+    "lora",
     "losses",
     "metrics",
     "models",
@@ -55,6 +71,7 @@ __all__ = [
     "plan_expert_choice",
     "plan_token_choice",
     "presets",
+    "quant",
     "reduce_metrics",
     "replace_ffn",
     "routing",

@@ -34,7 +34,8 @@ class Options(NamedTuple):
     residual: Tensor | None
     main_grads: Sequence[Tensor | None] | None
     recompute: bool
-    adapters: Adapters | None
+    adapters: Adapters | Sequence[Adapters] | None
+    adapter_ids: Tensor | None
 
 
 def check_choices(x: Tensor, expert_indices: Tensor, gate_weights: Tensor, weights: ExpertWeights) -> None:
@@ -115,15 +116,17 @@ def check_call(
             f"moe_mlp: expected all tensors on one device, got x on {x.device}, weights on {weights.up_proj.device}, "
             f"gate_weights on {gate_weights.device}, indices on {indices.device}"
         )
-    if x.dtype != weights.up_proj.dtype and not torch.is_autocast_enabled(x.device.type):
+    if weights.dtype not in (None, x.dtype) and not torch.is_autocast_enabled(x.device.type):
         raise ValueError(
-            f"moe_mlp: expected x and weights of one dtype, got {x.dtype} and {weights.up_proj.dtype}; convert one, or "
-            "use torch.autocast"
+            f"moe_mlp: expected x and weights of one dtype, got {x.dtype} and {weights.dtype}; convert one, or use "
+            "torch.autocast"
         )
     if options.residual is not None:
         _check_residual(options.residual, x)
-    if options.adapters is not None:
-        check_adapters(options.adapters, weights)
+    if options.adapters is not None or options.adapter_ids is not None:
+        check_adapters(options.adapters, options.adapter_ids, weights, leading)
+    if options.adapters is not None or weights.is_quantized:
+        _check_composed(options, weights)
     if options.main_grads is not None:
         _check_main_grads(options.main_grads, weights)
 
@@ -148,15 +151,17 @@ def _check_options(options: Options) -> None:
         raise ValueError(
             f"moe_mlp: {name}: expected {allowed} with backend={backend!r}, whose backward has no such option"
         )
-    if options.adapters is not None and (backend is not None or recompute or options.main_grads is not None):
-        given = [
-            f"backend={backend!r}",
-            f"recompute={recompute}",
-            f"main_grads={'None' if options.main_grads is None else 'given'}",
-        ]
+
+
+def _check_composed(options: Options, weights: ExpertWeights) -> None:
+    """Adapters, and weights that are codes, go with what the composition knows."""
+    what = "weights that are codes" if options.adapters is None else "adapters"
+    if options.main_grads is not None:
+        raise ValueError(f"moe_mlp: main_grads: expected None beside {what}, got buffers")
+    allowed = ("grouped", "torch") if weights.is_quantized else ("grouped", "torch", "reference")
+    if options.backend not in (None, *allowed):
         raise ValueError(
-            "moe_mlp: adapters: expected backend=None, recompute=False and main_grads=None beside them, got "
-            + ", ".join(given)
+            f"moe_mlp: backend: expected None, {' or '.join(allowed)} beside {what}, got {options.backend!r}"
         )
 
 

@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import is_fake
 from dmoe.config import MoEConfig
 from dmoe.expert_init import initialise
 from dmoe.expert_slice import ExpertSlice, local_part, scaled
-from dmoe.expert_states import other_layout
-from dmoe.expert_weights import F_DIM, ExpertWeights
+from dmoe.expert_states import other_layout, weights_for_codes
+from dmoe.expert_weights import F_DIM, ExpertWeights, Weight
 from dmoe.functional import run_experts
 from dmoe.ops._checks import check_plain
 from dmoe.plan import RoutingPlan
@@ -74,6 +74,7 @@ class Experts(nn.Module):
         with_bias = config.bias == "expert"
         self.register_parameter(self.up_bias_name, parameter(*up, shard_dim=len(up) - 1) if with_bias else None)
         self.register_parameter("down_bias", parameter(experts, hidden, shard_dim=None) if with_bias else None)
+        self.register_module("lora", None)  # what dmoe.lora puts beside the weights
         self.mark_parameters()
         self.reset_parameters()
 
@@ -82,6 +83,10 @@ class Experts(nn.Module):
         if name == "down_bias":
             return None
         return 2 if name == "down_proj" or self.config.gated else 1
+
+    def _coded(self) -> list[str]:
+        """Projections that are codes: what dmoe.quant puts in a parameter's place."""
+        return [name for name in (self.up_name, "down_proj") if isinstance(getattr(self, name), nn.Module)]
 
     def mark_parameters(self) -> None:
         """Set ``expert`` and ``allreduce`` on each parameter, and freeze what is, as after something replaced them."""
@@ -100,11 +105,13 @@ class Experts(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Marks again: a deep copy of a parameter is without its attributes."""
         super().__setstate__(state)
+        self._modules.setdefault("lora", None)
         self.mark_parameters()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         names = dict(self.named_parameters())
         wrong = other_layout(state_dict, prefix, names, [name for name in names if name in (self.up_name, "down_proj")])
+        wrong = wrong or weights_for_codes(state_dict, prefix, self._coded())
         if wrong is not None:
             args[-1].append(wrong)  # torch's error_msgs, which are raised with strict=False, too
         for name, parameter in self.named_parameters() if self.distributed else ():
@@ -121,11 +128,16 @@ class Experts(nn.Module):
         def here(parameter: Tensor | None) -> Tensor | None:
             return None if parameter is None else local_part(parameter)
 
-        up_proj, down_proj = local_part(getattr(self, self.up_name)), local_part(self.down_proj)
-        check_plain("Experts", up_proj=up_proj, down_proj=down_proj)
+        def projection(name: str) -> Weight:
+            held = getattr(self, name)
+            if isinstance(held, nn.Module):  # what dmoe.quant puts in a parameter's place
+                return held.value()  # type: ignore[operator]
+            check_plain("Experts", **{name: (weight := local_part(held))})
+            return weight
+
         return ExpertWeights(
-            up_proj=up_proj,
-            down_proj=down_proj,
+            up_proj=projection(self.up_name),
+            down_proj=projection("down_proj"),
             up_bias=here(getattr(self, self.up_bias_name)),
             down_bias=here(self.down_bias),
             gated=self.config.gated,
@@ -138,7 +150,7 @@ class Experts(nn.Module):
         share = self.owned.share_overflow
         if scale == 1 and shards == 1 and share is None:
             return weights
-        given = {name: tensor for name in F_DIM if (tensor := getattr(weights, name)) is not None}
+        given = {name: tensor for name in F_DIM if isinstance(tensor := getattr(weights, name), Tensor)}
         if share is not None:
             given = dict(zip(given, share(tuple(given.values())), strict=True))
         # Every shard adds its part of the sum over F; the bias, which all of them hold, has to come out once.
@@ -153,7 +165,20 @@ class Experts(nn.Module):
         offloading replaces the forward, or hooks it, to bring them.
         """
         hooked = hasattr(self, "unshard") or "forward" in self.__dict__ or bool(self._forward_pre_hooks)
-        return None if hooked else self._weights_at_work().deferred()
+        return None if hooked or self.lora is not None else self._weights_at_work().deferred()
+
+    def _adapters_at_work(self, dtype: torch.dtype | None) -> dict[str, Any]:
+        """Adapters beside weights of such a dtype, and tokens' choice, as :func:`dmoe.run_experts` takes them."""
+        held: Any = self.lora
+        if held is None:
+            return {}
+        adapters, adapter_ids = held.value(dtype)
+        scale = self.owned.grad_scale
+        if scale != 1 and adapters is not None:
+            several = isinstance(adapters, list)
+            adapters = [each.with_grad_scale(scale) for each in (adapters if several else [adapters])]
+            adapters = adapters if several else adapters[0]
+        return {"adapters": adapters, "adapter_ids": adapter_ids}
 
     def in_parts(self, count: int) -> list[ExpertWeights]:
         """The weights at work in ``count`` groups of consecutive experts, for :meth:`forward` one by one.
@@ -166,6 +191,8 @@ class Experts(nn.Module):
                 f"Experts: overlap_degree: expected 1 for experts that FSDP shards, got {count}: their weights are "
                 "gathered for one forward, not for each chunk"
             )
+        if self.lora is not None:
+            raise ValueError(f"Experts: overlap_degree: expected 1 for experts that have adapters, got {count}")
         return self._weights_at_work().parts(count)
 
     @torch.no_grad()
@@ -173,10 +200,11 @@ class Experts(nn.Module):
         """Fresh values: expert e's are a function of (seed, e), so who holds which expert does not change them.
 
         One seed is drawn from PyTorch's default generator. Values are as the config's ``init`` says, or normal with
-        ``init_std`` and zero biases.
+        ``init_std`` and zero biases. Projections that are codes have their values from elsewhere, and so has the rest
+        beside them.
         """
-        one = next(self.parameters())
-        if one.is_meta or is_fake(one):
+        one = next(self.parameters(), None)
+        if self._coded() or one is None or one.is_meta or is_fake(one):
             return
         self.seed = int(torch.randint(2**62, (), device="cpu").item())  # whatever the default device is
         c = self.config
@@ -208,11 +236,12 @@ class Experts(nn.Module):
     ) -> Tensor:
         """``(T, H)`` through the experts, or through those of :meth:`in_parts`; see :func:`dmoe.run_experts`."""
         config = self.config
+        weights = self._weights_at_work() if weights is None else weights
         return run_experts(
             x,
             plan,
             gate_weights,
-            self._weights_at_work() if weights is None else weights,
+            weights,
             activation=config.activation,
             gate_weight_on=config.gate_weight_on,
             activation_dropout=config.activation_dropout if self.training else 0.0,
@@ -221,6 +250,7 @@ class Experts(nn.Module):
             residual=residual,
             main_grads=self._main_grads(),
             recompute=config.recompute_pre_activation,
+            **self._adapters_at_work(weights.dtype),
         )
 
     def extra_repr(self) -> str:

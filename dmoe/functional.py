@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dmoe.activations import Activation, activation_of
+from dmoe.adapter_factors import factors_of, factors_of_several
 from dmoe.adapters import Adapters
 from dmoe.config import DropOrder, GateWeightOn
 from dmoe.expert_inputs import Options, check_call, check_choices, check_planned
@@ -18,12 +19,14 @@ from dmoe.ops.activation import accumulate_dtype
 from dmoe.ops.block_sparse import block_size_for
 from dmoe.ops.block_sparse_mlp import block_sparse_mlp
 from dmoe.ops.moe_mlp import moe_mlp as moe_mlp_op
-from dmoe.ops.moe_mlp_adapted import Factors, moe_mlp_adapted
+from dmoe.ops.moe_mlp_composed import moe_mlp_composed
 from dmoe.ops.moe_mlp_deferred import moe_mlp_deferred
 from dmoe.ops.philox import draw_seed
+from dmoe.ops.projection import Codes
 from dmoe.outputs import as_output
-from dmoe.plan import RoutingPlan, device_tile_rows, plan_token_choice
-from dmoe.strides import bias_beside, in_memory_order, is_interleaved, readable
+from dmoe.plan import RoutingPlan, device_tile_rows, plan_token_choice, sort_by_group
+from dmoe.quantized_weight import QuantizedWeight
+from dmoe.strides import bias_beside, is_interleaved, readable
 
 __all__ = ["ExpertWeights", "moe_mlp", "run_experts"]
 
@@ -44,7 +47,8 @@ def moe_mlp(
     residual: Tensor | None = None,
     main_grads: Sequence[Tensor | None] | None = None,
     recompute: bool = False,
-    adapters: Adapters | None = None,
+    adapters: Adapters | Sequence[Adapters] | None = None,
+    adapter_ids: Tensor | None = None,
 ) -> Tensor:
     """``y_t = sum_k w_tk * expert_{i_tk}(x_t)``: every token through its experts, weighted and summed.
 
@@ -60,7 +64,8 @@ def moe_mlp(
         capacity: the most rows one expert takes; None drops nothing.
         drop_order: which choices come first where the capacity binds; see :class:`dmoe.MoEConfig`.
         backend: who computes; see :class:`dmoe.MoEConfig`.
-        residual, main_grads, recompute, adapters: see :func:`run_experts`; ``residual`` is ``(..., H)``.
+        residual, main_grads, recompute, adapters, adapter_ids: see :func:`run_experts`; ``residual`` is ``(..., H)``,
+            ``adapter_ids`` has x's leading dimensions.
 
     Returns:
         ``(..., H)``. Gradients flow to x, gate_weights and the weights; saved for backward are x, the up projection's
@@ -81,6 +86,7 @@ def moe_mlp(
         main_grads,
         recompute,
         adapters,
+        adapter_ids,
     )
     check_choices(x, expert_indices, gate_weights, weights)
     check_call(x, x.shape[:-1], expert_indices, gate_weights, weights, options)
@@ -95,6 +101,8 @@ def moe_mlp(
     )
     if residual is not None:
         options = options._replace(residual=_rows(residual))
+    if adapter_ids is not None:
+        options = options._replace(adapter_ids=adapter_ids.reshape(-1))
     y = _compute(_rows(x), plan, gates, weights, options)
     return as_output(y, (*x.shape[:-1], y.shape[-1]))
 
@@ -113,7 +121,8 @@ def run_experts(
     residual: Tensor | None = None,
     main_grads: Sequence[Tensor | None] | None = None,
     recompute: bool = False,
-    adapters: Adapters | None = None,
+    adapters: Adapters | Sequence[Adapters] | None = None,
+    adapter_ids: Tensor | None = None,
 ) -> Tensor:
     """Every token through its experts, weighted and summed.
 
@@ -132,8 +141,10 @@ def run_experts(
         recompute: save x only, not the pre-activation, and compute that again in backward: ``R * F`` numbers (gated:
             ``R * 2 F``) less memory, a sixth of a training step's products (gated: 22%) more. Only with the default
             backend.
-        adapters: low-rank ones beside the projections (:class:`dmoe.Adapters`), multiplied factor by factor. Weights
-            that are frozen then cost backward no gradient. Only with the default backend.
+        adapters: low-rank ones beside the projections (:class:`dmoe.Adapters`), multiplied factor by factor; or a list
+            of N, one of them chosen by each token. Weights that are frozen then cost backward no gradient. Not with
+            ``main_grads``, nor block-sparse products; weights that are codes likewise.
+        adapter_ids: ``(T,)`` int32 or int64 in [-1, N), which of a list of adapters each token takes; -1 takes none.
 
     Returns:
         ``(T, H)`` in x's dtype (autocast's under autocast).
@@ -152,6 +163,7 @@ def run_experts(
         main_grads,
         recompute,
         adapters,
+        adapter_ids,
     )
     check_planned(plan, gate_weights, weights)
     check_call(x, (plan.num_tokens,), plan.token_rows, gate_weights, weights, options)
@@ -167,17 +179,29 @@ def _compute(x: Tensor, plan: RoutingPlan, gate_weights: Tensor, weights: Expert
     """Which operation, on which arguments: those of :func:`run_experts`, checked."""
     gate_weights = gate_weights.to(accumulate_dtype(x.dtype))
     packed, gate_proj = bool(weights.ffn_sizes), weights.gate_proj
-    up_proj, down_proj = (readable(weight, packed=packed) for weight in (weights.up_proj, weights.down_proj))
-    gate_proj = None if gate_proj is None else readable(gate_proj, packed=packed)
-    if gate_proj is not None and x.is_cuda and gate_proj.stride() != up_proj.stride():
+    up_proj, down_proj = (_operand(weight, packed) for weight in (weights.up_proj, weights.down_proj))
+    gate_proj = None if gate_proj is None else _operand(gate_proj, packed)
+    composed = options.adapters is not None or weights.is_quantized
+    if gate_proj is not None and x.is_cuda and not composed and gate_proj.stride() != up_proj.stride():
         gate_proj, up_proj = gate_proj.contiguous(), up_proj.contiguous()  # one kernel reads both, in one way
-    seed = draw_seed(x.device) if options.activation_dropout or options.expert_dropout else None
+    up_bias = weights.up_bias
+    if up_bias is not None and isinstance(up_proj, Tensor):
+        up_bias = bias_beside(up_bias, up_proj)
+    up = down = group_offsets = None
+    interleaved = weights.gated and gate_proj is None and not packed and _takes_turns(up_proj)
+    if isinstance(options.adapters, Adapters):
+        up, down = factors_of(options.adapters, weights, interleaved)
+    elif options.adapters is not None and options.adapter_ids is not None:
+        up, down = factors_of_several(options.adapters, weights, interleaved)
+        plan, group_offsets = sort_by_group(plan, options.adapter_ids, len(options.adapters))
+    drops = any((options.activation_dropout, options.expert_dropout, *(low.dropout for low in (up, down) if low)))
+    seed = draw_seed(x.device) if drops else None
     arguments: tuple[Any, ...] = (
         x.contiguous(),
         gate_weights.contiguous(),
         up_proj,
         down_proj,
-        None if weights.up_bias is None else bias_beside(weights.up_bias, up_proj),
+        up_bias,
         None if weights.down_bias is None else weights.down_bias.contiguous(),
         plan.expert_offsets,
         plan.row_to_token,
@@ -192,8 +216,8 @@ def _compute(x: Tensor, plan: RoutingPlan, gate_weights: Tensor, weights: Expert
         options.activation_dropout,
         options.expert_dropout,
     )
-    if options.adapters is not None:
-        return moe_mlp_adapted(*_factors(options.adapters, up_proj), *arguments, options.residual)
+    if composed:
+        return _composed(up, down, group_offsets, arguments, gate_proj, options)
     backend, residual, recompute = options.backend, options.residual, options.recompute
     plain = options.main_grads is None and not recompute
     if backend == "block_sparse" or (backend is None and plain and _block_sparse_by_default(x, weights)):
@@ -216,15 +240,22 @@ def _compute(x: Tensor, plan: RoutingPlan, gate_weights: Tensor, weights: Expert
     return moe_mlp_op(*arguments, backend=backend, recompute=recompute)
 
 
-def _factors(adapters: Adapters, up_proj: Tensor) -> tuple[Factors | None, Factors | None]:
-    """As the operation takes them: with columns in the order in which products with ``up_proj`` have them."""
-    up, down = adapters.up, adapters.down
-    if up is not None:
-        b = in_memory_order(up.b) if is_interleaved(up_proj) else up.b.flatten(1, -2)
-    return (
-        None if up is None else Factors(up.a, b, up.scale),
-        None if down is None else Factors(down.a, down.b, down.scale),
-    )
+def _composed(
+    up: Any, down: Any, group_offsets: Any, arguments: tuple[Any, ...], gate: Any, options: Options
+) -> Tensor:
+    """On the composition, which takes what the kernels do not know."""
+    behind = (options.residual, None, None, 0, None, None, gate)
+    backend, recompute = options.backend, options.recompute
+    return moe_mlp_composed(up, down, group_offsets, *arguments, *behind, backend=backend, recompute=recompute)
+
+
+def _operand(weight: Any, packed: bool) -> Any:
+    """A projection as operations read it."""
+    return weight.operand if isinstance(weight, QuantizedWeight) else readable(weight, packed=packed)
+
+
+def _takes_turns(up: Tensor | Codes) -> bool:
+    return up.interleaved if isinstance(up, Codes) else is_interleaved(up)
 
 
 def _in_one_piece(arguments: tuple[Any, ...], weights: ExpertWeights) -> tuple[Any, ...]:

@@ -260,3 +260,42 @@ def device_tile_rows(device: torch.device, num_assignments: int, num_experts: in
 def _descending(values: Tensor) -> Tensor:
     """Positions of the values from largest to smallest, equal ones in order, int32."""
     return torch.sort(values.detach(), stable=True, descending=True).indices.to(torch.int32)
+
+
+def sort_by_group(plan: RoutingPlan, group_of_token: Tensor, num_groups: int) -> tuple[RoutingPlan, Tensor]:
+    """The same routing with each expert's rows sorted by a group of their tokens, as adapters of several tenants need.
+
+    Args:
+        plan: any.
+        group_of_token: ``(T,)`` integers in [0, G); rows of any other token, and of none, come last in their expert.
+        num_groups: G.
+
+    Returns:
+        The plan, without tiles, and the first row of each group of each expert, ``(E * (G + 1) + 1,)`` int32 with a
+        leading 0: expert by expert the G groups, then the rest.
+    """
+    each = num_groups + 1
+    rows = torch.arange(plan.num_rows, device=plan.row_to_token.device, dtype=torch.int32)
+    expert = torch.searchsorted(plan.expert_offsets[1:].contiguous(), rows, right=True)  # E behind the last one's rows
+    groups = group_of_token.long() if group_of_token.numel() else group_of_token.new_full((1,), -1, dtype=torch.long)
+    group = groups[plan.row_to_token.clamp(min=0).long()]
+    outside = (plan.row_to_token < 0) | (group < 0) | (group >= num_groups)
+    key = expert * each + group.masked_fill(outside, num_groups)
+    key, order = torch.sort(key.masked_fill(expert >= plan.num_experts, plan.num_experts * each), stable=True)
+    bounds = torch.arange(plan.num_experts * each + 1, device=key.device)
+    offsets = torch.searchsorted(key, bounds).to(torch.int32)
+    place = torch.empty_like(rows)
+    place[order] = rows
+    token_rows = plan.token_rows
+    if place.numel():
+        token_rows = torch.where(token_rows < 0, token_rows, place[token_rows.clamp(min=0).long()])
+    moved = replace(
+        plan,
+        row_to_token=plan.row_to_token[order],
+        row_to_slot=plan.row_to_slot[order],
+        token_rows=token_rows,
+        tiles=None,
+        experts_by_load=None,
+        tile_rows=0,
+    )
+    return moved, offsets

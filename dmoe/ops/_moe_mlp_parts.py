@@ -14,7 +14,7 @@ from dmoe.ops.philox import dropout_scale
 from dmoe.strides import in_halves, in_layout_of, in_memory_order, is_interleaved, matrices
 
 
-def _stack(packed: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
+def stack_widths(packed: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
     """Experts of different widths, side by side along ``dim``, to zero-padded ones stacked in front."""
     widest, parts = max(sizes), []
     for part in packed.split(list(sizes), dim=dim):
@@ -25,7 +25,7 @@ def _stack(packed: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
 
 
 def _unstack(stacked: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
-    """The inverse of :func:`_stack`: drop the padding."""
+    """The inverse of :func:`stack_widths`: drop the padding."""
     return torch.cat([part.narrow(dim, 0, size) for part, size in zip(stacked, sizes, strict=True)], dim=dim)
 
 
@@ -60,9 +60,9 @@ def stacked_weights(call: Call) -> Stacked:
     """The call's weights in that form; experts of different widths are padded with zeros."""
     up, gate, down, up_bias = call.up_proj, call.gate_proj, call.down_proj, call.up_bias
     if call.ffn_sizes:
-        up, down = _stack(up, call.ffn_sizes, -2), _stack(down, call.ffn_sizes, -1)
-        gate = None if gate is None else _stack(gate, call.ffn_sizes, -2)
-        up_bias = None if up_bias is None else _stack(up_bias, call.ffn_sizes, -1)
+        up, down = stack_widths(up, call.ffn_sizes, -2), stack_widths(down, call.ffn_sizes, -1)
+        gate = None if gate is None else stack_widths(gate, call.ffn_sizes, -2)
+        up_bias = None if up_bias is None else stack_widths(up_bias, call.ffn_sizes, -1)
     interleaved = call.gated and gate is None and is_interleaved(up)
     if up_bias is not None:
         up_bias = in_memory_order(up_bias) if interleaved else up_bias.reshape(down.shape[0], -1)
@@ -127,28 +127,37 @@ def of_assignments(call: Call, row_grads: Tensor) -> Tensor:
 
 
 def grads_as_given(
-    call: Call, grads_up: Sequence[Tensor], grad_down: Tensor, up_bias: Tensor | None, down_bias: Tensor | None
+    call: Call,
+    interleaved: bool,
+    grads_up: Sequence[Tensor],
+    grad_down: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """Gradients in the order of ``WEIGHTS``, each in its weight's shape and memory order; empty where there is none.
 
     Args:
         call: whose weights.
-        grads_up, grad_down: of :class:`Stacked`'s ``up`` and ``down``.
+        interleaved: as in :class:`Stacked`.
+        grads_up, grad_down: of :class:`Stacked`'s ``up`` and ``down``; none, and None, where they are not wanted.
         up_bias, down_bias: of the biases, ``(E, C)`` and ``(E, H)``.
     """
-    interleaved = call.gated and call.gate_proj is None and not call.ffn_sizes and is_interleaved(call.up_proj)
-    grad_up, grad_gate = grads_up[-1], call.x.new_empty(0)  # results do not share memory: each its own empty one
-    if call.gate_proj is not None:
-        grad_gate = _as_given(call, grads_up[0], call.gate_proj, -2)
-    elif len(grads_up) == 2:
-        grad_up = torch.stack(list(grads_up), 1)
-    elif call.gated:
-        grad_up = in_halves(grad_up, interleaved)
-    grad_up, grad_down = _as_given(call, grad_up, call.up_proj, -2), _as_given(call, grad_down, call.down_proj, -1)
+    grad_up = grad_gate = None
+    if grads_up:
+        grad_up = grads_up[-1]
+        if call.gate_proj is not None:
+            grad_gate = _as_given(call, grads_up[0], call.gate_proj, -2)
+        elif len(grads_up) == 2:
+            grad_up = torch.stack(list(grads_up), 1)
+        elif call.gated:
+            grad_up = in_halves(grad_up, interleaved)
+        grad_up = _as_given(call, grad_up, call.up_proj, -2)
+    if grad_down is not None:
+        grad_down = _as_given(call, grad_down, call.down_proj, -1)
     if call.up_bias is not None and up_bias is not None:
         up_bias = _as_given(call, in_halves(up_bias, interleaved) if call.gated else up_bias, call.up_bias, -1)
-    up_bias, down_bias = (call.x.new_empty(0) if bias is None else bias for bias in (up_bias, down_bias))
-    return grad_up, grad_down, up_bias, down_bias, grad_gate
+    grads = (grad_up, grad_down, up_bias, down_bias, grad_gate)
+    return tuple(call.x.new_empty(0) if grad is None else grad for grad in grads)  # none shares memory with another
 
 
 def _as_given(call: Call, grad: Tensor, weight: Tensor, f_dim: int) -> Tensor:

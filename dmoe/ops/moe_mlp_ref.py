@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -27,6 +28,9 @@ from dmoe.ops.permute import permute, unpermute
 from dmoe.ops.philox import ACTIVATION_DROPOUT, EXPERT_DROPOUT
 from dmoe.strides import is_transposed
 
+Added = Callable[[Tensor, Tensor], Tensor] | None
+NOTHING: tuple[Added, Added] = (None, None)
+
 
 def moe_mlp_ref(*arguments: Any) -> tuple[Tensor, Tensor]:
     """y and the pre-activation."""
@@ -37,9 +41,13 @@ def moe_mlp_ref(*arguments: Any) -> tuple[Tensor, Tensor]:
     return y if call.residual is None else y + call.residual, pre
 
 
-def moe_mlp_twice_differentiable(*arguments: Any) -> Tensor:
-    """y, through operations that autograd may differentiate again: the weights are multiplied in before the sum."""
-    out, gate, _ = _expert_rows(*arguments)
+def moe_mlp_twice_differentiable(*arguments: Any, added: Sequence[Added] = NOTHING) -> Tensor:
+    """y, through operations that autograd may differentiate again: the weights are multiplied in before the sum.
+
+    ``added`` makes, of the rows that the up and the down projection multiply and of their assignments, what is added to
+    the products.
+    """
+    out, gate, _ = _expert_rows(*arguments, added=added)
     call = Call(*arguments)
     if call.gate_weight_on == "output":
         out = out * gate
@@ -47,7 +55,7 @@ def moe_mlp_twice_differentiable(*arguments: Any) -> Tensor:
     return (y if call.residual is None else y + call.residual).to(call.x.dtype)
 
 
-def _expert_rows(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _expert_rows(*arguments: Any, added: Sequence[Added] = NOTHING) -> tuple[Tensor, Tensor, Tensor]:
     """Every row through its expert ``(R, H)``, the rows' gate weights ``(R, 1)``, and the pre-activation."""
     call = Call(*arguments)
     weights = stacked_weights(call)
@@ -58,6 +66,8 @@ def _expert_rows(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     if call.gate_weight_on == "input":
         rows = (rows * gate).to(dtype)
     pre = beside([grouped_gemm(rows, up, call.expert_offsets) for up in weights.up])
+    if added[0] is not None:
+        pre = pre + added[0](rows, assignment)
     if weights.up_bias is not None:
         pre = pre + bias_rows(weights.up_bias, expert, real)
     pre = weights.half_beside_half(pre)
@@ -69,6 +79,8 @@ def _expert_rows(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     if call.gate_weight_on == "activation":
         hidden = hidden * gate
     out = grouped_gemm(hidden.to(dtype), weights.down, call.expert_offsets)
+    if added[1] is not None:
+        out = out + added[1](hidden.to(dtype), assignment)
     if call.down_bias is not None:
         out = out + bias_rows(call.down_bias, expert, real)
     mask = dropout_mask(call, EXPERT_DROPOUT, call.expert_dropout, assignment, call.x.shape[1], accumulate_dtype(dtype))
@@ -163,4 +175,4 @@ def moe_mlp_backward_weights_ref(
     if call.down_bias is not None:
         weighted = (grad_out * gate).to(call.x.dtype) if call.gate_weight_on == "output" else grad_out
         grad_down_bias = per_expert_sum(weighted)
-    return grads_as_given(call, grads_up, grad_down, grad_up_bias, grad_down_bias)
+    return grads_as_given(call, weights.interleaved, grads_up, grad_down, grad_up_bias, grad_down_bias)

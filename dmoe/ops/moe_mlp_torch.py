@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Collection, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,28 +43,15 @@ def _chunks(rows: int, width: int, device: torch.device) -> Iterator[slice]:
     return (slice(begin, min(begin + step, rows)) for begin in range(0, rows, step))
 
 
-class Products(Protocol):
-    """Every expert's products over the rows of one plan; :class:`dmoe.ops.expert_products.ExpertProducts`, say."""
-
-    def rows(self, a: Tensor, b: Tensor) -> Tensor:
-        """``out[r] = a[r] @ b[e]``."""
-
-    def sums(self, a: Tensor, b: Tensor, *, columns_first: bool = False) -> Tensor:
-        """``out[e] = a_e^T @ b_e``."""
-
-    def row_sums(self, a: Tensor) -> Tensor:
-        """Of each expert's rows."""
-
-
 class Pass:
     """One call, and what both of its directions derive from it.
 
-    The products with the projections are methods, for :mod:`dmoe.ops.moe_mlp_adapted` to add to.
+    The products with the projections are methods, for :mod:`dmoe.ops.moe_mlp_composed` to make otherwise.
     """
 
-    def __init__(self, call: Call, products: Products | None = None) -> None:
+    def __init__(self, call: Call, products: Any = None, weights: Stacked | None = None) -> None:
         self.call = call
-        self.weights: Stacked = stacked_weights(call)
+        self.weights: Stacked = stacked_weights(call) if weights is None else weights
         self.real, self.expert, self.assignment, self.gate = row_values(call)
         operands = (call.x, *self.weights.up, self.weights.down)
         self.products = ExpertProducts(call.expert_offsets, *operands) if products is None else products
@@ -184,16 +171,17 @@ def moe_mlp_torch(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def forward_of(now: Pass) -> tuple[Tensor, Tensor]:
     """The same of a pass."""
-    pre = _pre_activation(now)
+    pre = pre_activation_of(now)
     return _from_pre_activation(now, pre), pre
 
 
 def pre_activation_torch(*arguments: Any) -> Tensor:
     """The pre-activation alone."""
-    return _pre_activation(Pass(Call(*arguments)))
+    return pre_activation_of(Pass(Call(*arguments)))
 
 
-def _pre_activation(now: Pass) -> Tensor:
+def pre_activation_of(now: Pass) -> Tensor:
+    """The same of a pass."""
     pre = now.through_up(now.inputs())
     if now.weights.up_bias is not None:
         pre.add_(bias_rows(now.weights.up_bias, now.expert, now.real))
@@ -249,21 +237,26 @@ def backward_weights_torch(grad_y: Tensor, grad_pre: Tensor, hidden: Tensor, *ar
     return backward_weights_of(Pass(Call(*arguments)), grad_y, grad_pre, hidden)
 
 
-def backward_weights_of(now: Pass, grad_y: Tensor, grad_pre: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:
-    """The same of a pass."""
+def backward_weights_of(
+    now: Pass, grad_y: Tensor, grad_pre: Tensor, hidden: Tensor, wanted: Collection[str] = WEIGHTS
+) -> tuple[Tensor, ...]:
+    """The same of a pass; of those that are not wanted, empty ones."""
     call, weights, products = now.call, now.weights, now.products
     grad_out = now.drop_outputs(now.gathered(grad_y))
-    grad_down = products.sums(grad_out, hidden, columns_first=is_transposed(weights.down))
-    grad_up_bias = grad_down_bias = None
-    if call.down_bias is not None:
+    grad_down = grad_up_bias = grad_down_bias = None
+    grads_up: list[Tensor] = []
+    if "down_proj" in wanted:
+        grad_down = products.sums(grad_out, hidden, columns_first=is_transposed(weights.down))
+    if call.down_bias is not None and "down_bias" in wanted:
         if call.gate_weight_on == "output":
             for part in now.chunks(grad_out.shape[1]):
                 grad_out[part] = grad_out[part] * now.gate[part]
         grad_down_bias = products.row_sums(grad_out)
     del grad_out
-    rows = now.inputs()
-    halves = zip(grad_pre.split(weights.widths, 1), weights.up, strict=True)
-    grads_up = [products.sums(half, rows, columns_first=is_transposed(up)) for half, up in halves]
-    if call.up_bias is not None:
+    if "up_proj" in wanted or "gate_proj" in wanted:
+        rows = now.inputs()
+        halves = zip(grad_pre.split(weights.widths, 1), weights.up, strict=True)
+        grads_up = [products.sums(half, rows, columns_first=is_transposed(up)) for half, up in halves]
+    if call.up_bias is not None and "up_bias" in wanted:
         grad_up_bias = products.row_sums(grad_pre)
-    return grads_as_given(call, grads_up, grad_down, grad_up_bias, grad_down_bias)
+    return grads_as_given(call, weights.interleaved, grads_up, grad_down, grad_up_bias, grad_down_bias)

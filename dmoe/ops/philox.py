@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-ACTIVATION_DROPOUT, EXPERT_DROPOUT, INPUT_JITTER = 0, 1, 2  # streams: the same seed serves all three independently
+# Streams: the same seed serves all of them independently.
+ACTIVATION_DROPOUT, EXPERT_DROPOUT, INPUT_JITTER, UP_ADAPTER_DROPOUT, DOWN_ADAPTER_DROPOUT = range(5)
 
 _MASK = 0xFFFFFFFF
 

@@ -195,15 +195,28 @@ def test_what_does_not_fit_is_said():
         dmoe.LowRank(up.a, [1.0])
     with pytest.raises(TypeError, match="Adapters: down: expected LowRank or None, got tuple"):
         dmoe.Adapters(up, (up.a, up.b))
-    with pytest.raises(ValueError, match=r"adapters.down: expected a .* beside down_proj, got"):
+    with pytest.raises(ValueError, match=r"adapters.down: expected a .* beside down_proj .*got"):
         moe_mlp(x, indices, gates, weights, adapters=dmoe.Adapters(down=up))
     with pytest.raises(TypeError, match=r"adapters: expected dmoe\.Adapters or None, got LowRank"):
         moe_mlp(x, indices, gates, weights, adapters=up)
     narrow = dmoe.LowRank(up.a.float(), up.b.float())
     with pytest.raises(TypeError, match=r"adapters.up: expected torch.float64 on cpu as up_proj, got torch.float32"):
         moe_mlp(x, indices, gates, weights, adapters=dmoe.Adapters(narrow))
-    with pytest.raises(ValueError, match=r"adapters: expected backend=None, .* got backend='torch'"):
-        moe_mlp(x, indices, gates, weights, adapters=adapters, backend="torch")
-    apart = dmoe.ExpertWeights(weights.up_proj[:, 1], weights.down_proj, gate_proj=weights.up_proj[:, 0])
-    with pytest.raises(ValueError, match="adapters: expected weights without gate_proj"):
-        moe_mlp(x, indices, gates, apart, adapters=adapters)
+    with pytest.raises(ValueError, match=r"backend: expected None, grouped or torch or reference .* 'block_sparse'"):
+        moe_mlp(x, indices, gates, weights, adapters=adapters, backend="block_sparse")
+    with pytest.raises(ValueError, match="main_grads: expected None beside adapters, got buffers"):
+        moe_mlp(x, indices, gates, weights, adapters=adapters, main_grads=[None, None])
+    with pytest.raises(ValueError, match=r"LowRank: dropout: expected 0 <= p < 1, got 1\.0"):
+        dmoe.LowRank(up.a, up.b, dropout=1.0)
+    with pytest.raises(ValueError, match=r"adapter_ids: expected shape \(23,\) beside a list of adapters, got None"):
+        moe_mlp(x, indices, gates, weights, adapters=[adapters])
+    with pytest.raises(ValueError, match="adapter_ids: expected a list of adapters beside them"):
+        moe_mlp(x, indices, gates, weights, adapters=adapters, adapter_ids=torch.zeros(T, dtype=torch.long))
+    with pytest.raises(ValueError, match="adapters: expected at least one of them, got an empty list"):
+        moe_mlp(x, indices, gates, weights, adapters=[], adapter_ids=torch.zeros(T, dtype=torch.long))
+    with pytest.raises(RuntimeError, match="adapter_ids: expected numbers of 1 adapters, or -1 for none, got 0 to 1"):
+        moe_mlp(x, indices, gates, weights, adapters=[adapters], adapter_ids=torch.arange(T) % 2)
+    with pytest.raises(TypeError, match=r"adapter_ids: expected int32 or int64, got torch\.float32"):
+        moe_mlp(x, indices, gates, weights, adapters=[adapters], adapter_ids=torch.zeros(T))
+    with pytest.raises(ValueError, match=r"adapter_ids: expected one for each token, shape \(23,\) on cpu, got \(2,\)"):
+        moe_mlp(x, indices, gates, weights, adapters=[adapters], adapter_ids=torch.zeros(2, dtype=torch.int32))

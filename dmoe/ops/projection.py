@@ -1,0 +1,181 @@
+"""One projection of all experts as compositions multiply by it: plain weights or codes, and thin factors beside them.
+
+``rows W^T + s (rows A^T) B^T``: the product with W, and the thin one that is added while its results are in cache. W
+may be held as codes (:mod:`dmoe.ops.weight_formats`), which are decoded block by block inside the product.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from dmoe.ops._moe_mlp_parts import beside
+from dmoe.ops.expert_products import ExpertProducts
+from dmoe.ops.grouped_gemm import grouped_gemm, grouped_gemm_sum, grouped_gemm_weight
+from dmoe.ops.quantized_gemm import quantized_gemm, quantized_gemm_ref
+
+
+class Factors(NamedTuple):
+    """Thin factors of one projection: ``a (G, r, in)``, ``b (G, out, r)``, ``out`` in the order of its columns.
+
+    G groups of rows: the experts, or those of each expert and each of several adapters.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float = 1.0
+    dropout: float = 0.0
+
+
+class Codes(NamedTuple):
+    """A projection's matrices ``(E, N, K)`` as codes; see :class:`dmoe.QuantizedWeight`."""
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    format: str
+    block: tuple[int, int]
+    shape: tuple[int, int, int]
+    interleaved: bool = False
+
+    def times(self, multiply: Callable[..., Tensor], a: Tensor, offsets: Tensor, back: bool, added: Added) -> Tensor:
+        """``multiply``, the operation or its reference, of rows and these."""
+        block = list(self.block)
+        return multiply(a, self.codes, self.scales, self.zeros, self.format, block, offsets, not back, *added)
+
+
+Added = tuple[Tensor | None, Tensor | None]
+NOTHING: Added = (None, None)
+
+
+class Products(Protocol):
+    """Every expert's products over the rows of one plan."""
+
+    def rows(self, a: Tensor, b: Tensor) -> Tensor:
+        """``out[r] = a[r] @ b[e]``."""
+
+    def sums(self, a: Tensor, b: Tensor, *, columns_first: bool = False) -> Tensor:
+        """``out[e] = a_e^T @ b_e``."""
+
+    def row_sums(self, a: Tensor) -> Tensor:
+        """Of each expert's rows."""
+
+    def through(self, a: Tensor, weight: Tensor | Codes, back: bool, added: Added = NOTHING) -> Tensor:
+        """``a[r] @ W[e]^T``, ``@ W[e]`` for the way back, plus the product of ``added``, in the same order."""
+
+
+class GroupedProducts:
+    """By this library's own kernels."""
+
+    def __init__(self, expert_offsets: Tensor) -> None:
+        self.expert_offsets = expert_offsets
+
+    def rows(self, a: Tensor, b: Tensor) -> Tensor:
+        """See :class:`Products`."""
+        return grouped_gemm(a, b, self.expert_offsets, trans_b=False)
+
+    def sums(self, a: Tensor, b: Tensor, *, columns_first: bool = False) -> Tensor:
+        """See :class:`Products`."""
+        return self.sums(b, a).mT if columns_first else grouped_gemm_weight(a, b, self.expert_offsets)
+
+    def row_sums(self, a: Tensor) -> Tensor:
+        """See :class:`Products`."""
+        return self.sums(a, a.new_ones(a.shape[0], 1)).squeeze(2)
+
+    def through(self, a: Tensor, weight: Tensor | Codes, back: bool, added: Added = NOTHING) -> Tensor:
+        """See :class:`Products`."""
+        if isinstance(weight, Codes):
+            return weight.times(quantized_gemm, a, self.expert_offsets, back, added)
+        if added[0] is None:
+            return grouped_gemm(a, weight, self.expert_offsets, trans_b=not back)
+        return grouped_gemm_sum(a, weight, *added, self.expert_offsets, not back)
+
+
+class TorchProducts(ExpertProducts):
+    """By PyTorch's own operations."""
+
+    def through(self, a: Tensor, weight: Tensor | Codes, back: bool, added: Added = NOTHING) -> Tensor:
+        """See :class:`Products`."""
+        if isinstance(weight, Codes):
+            return weight.times(quantized_gemm_ref, a, self.expert_offsets, back, added)
+        out = self.rows(a, weight if back else weight.mT)
+        thin, factor = added
+        return out if thin is None or factor is None else out.add_(self.rows(thin, factor if back else factor.mT))
+
+
+class Projection:
+    """One projection of a pass, with its factors if it has some, and the r numbers a row that both directions make.
+
+    Args:
+        weights: its matrices, ``(E, N, K)`` each, whose columns of results stand side by side.
+        products: over the experts' rows.
+        factors: thin ones beside it.
+        thin: products over the factors' groups of rows; ``products`` where these are the experts.
+        dropped: rows of its input under the factors' dropout.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[Tensor | Codes],
+        products: Products,
+        factors: Factors | None,
+        thin: Products,
+        dropped: Callable[[Tensor], Tensor],
+    ) -> None:
+        self.weights, self.products, self.factors, self.thin, self.dropped = weights, products, factors, thin, dropped
+        self.inner: Tensor | None = None  # s A times the projection's rows; in backward those times the gate
+        self.back: Tensor | None = None  # s B^T times the gradients of its results
+        self.b_grad: Tensor | None = None
+        self.trained = False
+
+    @property
+    def _in_one(self) -> bool:
+        """Whether the thin product can be added inside the other one."""
+        return len(self.weights) == 1 and self.thin is self.products
+
+    def through(self, rows: Tensor) -> Tensor:
+        """``rows W^T + s (rows A^T) B^T``."""
+        if self.factors is None:
+            return beside([self.products.through(rows, weight, False) for weight in self.weights])
+        self.inner = self.thin.rows(self.dropped(rows), self.factors.a.mT).mul_(self.factors.scale)
+        if self._in_one:
+            return self.products.through(rows, self.weights[0], False, (self.inner, self.factors.b))
+        plain = beside([self.products.through(rows, weight, False) for weight in self.weights])
+        return plain.add_(self.thin.rows(self.inner, self.factors.b.mT))
+
+    def back_through(self, grads: Tensor) -> Tensor:
+        """``grads W + s (grads B) A``, and of the same rows b's gradient, if they are trained."""
+        if self.factors is None:
+            return self._back_through_weights(grads)
+        if self.trained and self.inner is not None:
+            self.b_grad = self.thin.sums(grads, self.inner)
+        self.back = self.thin.rows(grads, self.factors.b).mul_(self.factors.scale)
+        if self._in_one and not self.factors.dropout:
+            return self.products.through(grads, self.weights[0], True, (self.back, self.factors.a))
+        thin = self.dropped(self.thin.rows(self.back, self.factors.a))
+        return self._back_through_weights(grads).add_(thin)
+
+    def _back_through_weights(self, grads: Tensor) -> Tensor:
+        widths = [weight.shape[1] for weight in self.weights]
+        parts = zip(grads.split(widths, 1), self.weights, strict=True)
+        return functools.reduce(operator.add, (self.products.through(part, weight, True) for part, weight in parts))
+
+    def grads(self, rows: Callable[[], Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        """Of a and b; the projection's rows are made only if they are needed."""
+        if self.back is None or not self.trained:
+            return None, None
+        return self.thin.sums(self.back, self.dropped(rows())), self.b_grad
+
+
+def masked_rows(rows: Tensor, mask_of: Callable[[slice], Tensor | None], chunks: Sequence[slice]) -> Tensor:
+    """A copy of the rows, each chunk times its mask."""
+    out = torch.empty_like(rows)
+    for part in chunks:
+        mask = mask_of(part)
+        out[part] = rows[part] if mask is None else rows[part] * mask
+    return out
