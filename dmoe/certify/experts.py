@@ -173,7 +173,7 @@ def backward(asked: Sequence[Any], draw: Draw, tile_rows: int, precision: str = 
     )
 
 
-def _counted(offsets: Tensor, device: torch.device) -> tuple[int, int, Tensor]:
+def counted(offsets: Tensor, device: torch.device) -> tuple[int, int, Tensor]:
     """Experts, rows and offsets of a drawn product: an empty expert, a tail of nobody's rows."""
     experts = min(4, offsets.shape[0] - 1)
     counts = [150, 0, 1, 70][:experts]
@@ -183,7 +183,7 @@ def _counted(offsets: Tensor, device: torch.device) -> tuple[int, int, Tensor]:
 def product(asked: Sequence[Any], draw: Draw, *extra: Any) -> Iterator[Run]:
     """``grouped_gemm``."""
     a, b, offsets, trans_b = asked
-    experts, rows, ends = _counted(offsets, draw.device)
+    experts, rows, ends = counted(offsets, draw.device)
     yield Run(
         "product",
         lambda *arguments: {"rows": grouped_gemm_cuda(*arguments)},
@@ -195,7 +195,7 @@ def product(asked: Sequence[Any], draw: Draw, *extra: Any) -> Iterator[Run]:
 def product_sum(asked: Sequence[Any], draw: Draw, *extra: Any) -> Iterator[Run]:
     """``grouped_gemm_sum``."""
     a, b, a2, b2, offsets, trans_b = asked
-    experts, rows, ends = _counted(offsets, draw.device)
+    experts, rows, ends = counted(offsets, draw.device)
 
     def apart(a: Tensor, b: Tensor, a2: Tensor, b2: Tensor, *rest: Any) -> dict[str, Tensor]:
         return {"rows": grouped_gemm_ref(a, b, *rest) + grouped_gemm_ref(a2, b2, *rest)}
@@ -216,7 +216,7 @@ def product_sum(asked: Sequence[Any], draw: Draw, *extra: Any) -> Iterator[Run]:
 def sums(asked: Sequence[Any], draw: Draw, *extra: Any) -> Iterator[Run]:
     """``grouped_gemm_weight``."""
     a, b, offsets, _ = asked
-    experts, rows, ends = _counted(offsets, draw.device)
+    experts, rows, ends = counted(offsets, draw.device)
     left, right = (draw.normal(each, rows, scale=1.0) for each in (a, b))
     yield Run(
         "sums",
