@@ -41,11 +41,12 @@ def product(asked: Sequence[Any], draw: Draw, *extra: Any) -> Iterator[Run]:
     if experts > 1:
         scales[1] = 255 if format == "mxfp4" else torch.nan
     zeros = None if zero_type is None else _bytes(draw, 0, 16, *shape).to(zero_type)
-    weight = tuple(None if each is None else each.to(draw.device) for each in (codes, scales, zeros))
-    about = (format, list(block), ends, trans_b)
+    codes, scales = codes.to(draw.device), scales.to(draw.device)
+    zeros = None if zeros is None else zeros.to(draw.device)
+    about: tuple[Any, ...] = (format, list(block), ends, trans_b)
 
     def decoded(a: Tensor, a2: Tensor | None, b2: Tensor | None) -> dict[str, Tensor]:
-        parts = zip(weight[0], weight[1], [None] * experts if zeros is None else zeros.to(a.device), strict=True)
+        parts = zip(codes, scales, [None] * experts if zeros is None else zeros, strict=True)
         matrices = torch.stack([decode(*part, format, block, dtype).to(a.dtype) for part in parts])
         out = grouped_gemm_ref(a, matrices, ends, trans_b)
         return {"rows": out if a2 is None else out + grouped_gemm_ref(a2, b2, ends, trans_b)}  # type: ignore[arg-type]
@@ -53,7 +54,7 @@ def product(asked: Sequence[Any], draw: Draw, *extra: Any) -> Iterator[Run]:
     dtype = a["dtype"]
     yield Run(
         "a product with quantised weights",
-        lambda a, a2, b2: {"rows": quantized_gemm_cuda(a, *weight, *about, a2, b2)},
+        lambda a, a2, b2: {"rows": quantized_gemm_cuda(a, codes, scales, zeros, *about, a2, b2)},
         decoded,
         (draw.normal(a, rows, scale=1.0), draw.normal(a2, rows, scale=1.0), draw.normal(b2, experts)),
     )
