@@ -19,6 +19,10 @@ import torch
 from torch import Tensor
 
 import dmoe
+from dmoe.ops.fp8 import fp8_gemm, quantize_blocks, quantize_rows
+from dmoe.ops.grouped_gemm import grouped_gemm_sum
+from dmoe.ops.quantized_gemm import quantized_gemm
+from dmoe.ops.weight_formats import FORMATS, WeightFormat, scales_shape
 
 CASES: dict[str, Callable[[torch.device], object]] = {}
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]  # --dtypes leaves some
@@ -108,6 +112,41 @@ def products(device: torch.device) -> None:
                 b = torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
                 out = dmoe.ops.grouped_gemm(a, b, offsets, trans_b=trans_b)
                 finite(out, *torch.autograd.grad(out.float().sum(), (a, b)))
+
+
+@case
+def quantized(device: torch.device) -> None:
+    """Products with quantised weights, both ways and with a thin one beside; rows and weights in fp8, their product."""
+    offsets = torch.tensor([0, 0, 130, 131, 195], device=device, dtype=torch.int32)
+
+    def codes_of(form: WeightFormat, rows: int, columns: int) -> Tensor:
+        codes = torch.randint(0, 127, (4, rows, columns * form.bits // 8), device=device, dtype=torch.uint8)
+        return codes.view(form.codes)
+
+    for dtype in DTYPES:
+        for name, form in FORMATS.items():
+            for rows, columns in ((33, 128), (136, 256)) if form.bits == 4 else ((33, 17), (136, 256)):
+                block = form.block(columns)
+                shape = scales_shape((4, rows, columns), block)
+                scales = torch.rand(shape, device=device)
+                if name == "mxfp4":
+                    scales = torch.randint(110, 120, shape, device=device, dtype=torch.uint8)
+                zeros = scales if name == "int4" else None
+                weight = codes_of(form, rows, columns), scales, zeros, name, list(block)
+                a2 = torch.randn(201, 5, device=device, dtype=dtype)
+                for trans_b, inner, thin in ((True, columns, (rows, 5)), (False, rows, (5, columns))):
+                    a, b2 = torch.randn(201, inner, device=device), torch.randn(4, *thin, device=device)
+                    finite(quantized_gemm(a.to(dtype), *weight, offsets, trans_b, a2, b2.to(dtype)))
+        for inner, columns in ((16, 32), (33, 17), (272, 136)):
+            a, b = (torch.randn(shape, device=device, dtype=dtype) for shape in ((201, inner), (4, columns, inner)))
+            factors = [torch.randn(shape, device=device, dtype=dtype) for shape in ((201, 5), (4, columns, 5))]
+            finite(grouped_gemm_sum(a, b, *factors, offsets, True))
+            token = torch.randint(-1, 201, (201,), device=device, dtype=torch.int32)
+            codes, scales = quantize_rows(a, token, torch.rand(201, device=device))
+            w_codes, w_scales, turned = quantize_blocks(b, with_transposed=True)
+            finite(fp8_gemm(codes, scales, w_codes, w_scales, offsets))
+            assert turned is not None
+            finite(fp8_gemm(codes, scales, turned, w_scales.mT, offsets, trans_b=False))
 
 
 @case

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dmoe.certify import experts, far, routing
+from dmoe.certify import experts, far, quantized, routing
 from dmoe.certify.compare import Run, judge
 from dmoe.certify.draw import Draw
 
@@ -16,7 +16,12 @@ PARTS: dict[str, Callable[..., Iterator[Run]]] = {
     "moe_mlp": experts.forward,
     "moe_mlp_backward": experts.backward,
     "grouped_gemm": experts.product,
+    "grouped_gemm_sum": experts.product_sum,
     "grouped_gemm_weight": experts.sums,
+    "quantized_gemm": quantized.product,
+    "fp8_quantize_rows": quantized.rows,
+    "fp8_quantize_blocks": quantized.blocks,
+    "fp8_gemm": quantized.fp8_product,
     "router_logits": routing.logits,
     "router_logits_backward": routing.logits_backward,
     "router_top_k": routing.choice,

@@ -10,6 +10,7 @@ from torch import Tensor
 from dmoe.activations import ClampedSwiGLU, SoftcappedSwiGLU
 from dmoe.ops._moe_mlp_call import Call
 from dmoe.ops._trust import Subject
+from dmoe.ops.weight_formats import FORMATS
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -95,7 +96,31 @@ def standard_subjects() -> dict[str, Subject]:
         offsets = torch.zeros(5, dtype=torch.int32)
         found[f"grouped_gemm {kind}"] = Subject("grouped_gemm", (a, b, offsets, True))
         found[f"grouped_gemm {kind}, transposed"] = Subject("grouped_gemm", (a, b.mT.contiguous(), offsets, False))
+        thin = tuple(torch.empty(*shape, dtype=dtype, device="meta") for shape in ((64, 24), (4, 40, 24)))
+        found[f"grouped_gemm_sum {kind}"] = Subject("grouped_gemm_sum", (a, b, *thin, offsets, True))
+        found |= {f"{name}, {kind}": subject for name, subject in _quantized(dtype, offsets).items()}
         found[f"grouped_gemm_weight {kind}"] = Subject("grouped_gemm_weight", (a, a[:, :40].contiguous(), offsets, 4))
+    return found
+
+
+def _quantized(dtype: torch.dtype, offsets: Tensor) -> dict[str, Subject]:
+    """Quantised weights (40, 256), and fp8."""
+    found = {}
+    a, a2, b2 = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((64, 256), (64, 24), (4, 40, 24)))
+    for name, form in FORMATS.items():
+        for zeros in (None, torch.float32) if name == "int4" else (None,):
+            told = (40, 256 * form.bits // 8), 256, torch.uint8 if name == "mxfp4" else torch.float32, zeros
+            asked = (a, told, name, form.block(256), offsets, True, a2, b2)
+            found[f"quantized_gemm {name}{'' if zeros is None else ' with zero points'}"] = Subject(
+                "quantized_gemm", asked, (128, "ieee")
+            )
+        if form.bits == 4:
+            back = (a[:, :40].contiguous(), told, name, form.block(256), offsets, False, None, None)
+            found[f"quantized_gemm {name}, transposed"] = Subject("quantized_gemm", back, (128, "ieee"))
+    weights, token = torch.empty(64, device="meta"), torch.zeros(64, dtype=torch.int32)
+    found["fp8_quantize_rows"] = Subject("fp8_quantize_rows", (a, token, weights))
+    found["fp8_quantize_blocks"] = Subject("fp8_quantize_blocks", (torch.stack([a, a]), True))
+    found["fp8_gemm"] = Subject("fp8_gemm", ((136, 272), offsets, True, dtype), (128,))
     return found
 
 

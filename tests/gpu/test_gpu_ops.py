@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import quantized_cases
 import torch
 from gpu_helpers import DEVICE, assert_equal_bits, cuda_only, here, leaf_there, there
 from helpers import assert_as_accurate
@@ -15,10 +16,19 @@ import dmoe
 from dmoe.ops import _library
 from dmoe.ops.balanced_assignment import balanced_assignment
 from dmoe.ops.cumsum import exclusive_cumsum, exclusive_cumsum_ref, inclusive_cumsum, inclusive_cumsum_ref
+from dmoe.ops.fp8 import fp8_gemm, quantize_blocks, quantize_rows
+from dmoe.ops.fp8_ref import fp8_gemm_ref, quantize_blocks_ref, quantize_rows_ref
 from dmoe.ops.gate_weights import gate_weights, gate_weights_backward_ref, gate_weights_ref
-from dmoe.ops.grouped_gemm import grouped_gemm, grouped_gemm_ref, grouped_gemm_weight, grouped_gemm_weight_ref
+from dmoe.ops.grouped_gemm import (
+    grouped_gemm,
+    grouped_gemm_ref,
+    grouped_gemm_sum,
+    grouped_gemm_weight,
+    grouped_gemm_weight_ref,
+)
 from dmoe.ops.histogram import histogram, histogram_ref
 from dmoe.ops.permute import permute, permute_ref, unpermute, unpermute_backward_ref, unpermute_ref
+from dmoe.ops.quantized_gemm import quantized_gemm
 from dmoe.ops.replicate import replicate, replicate_backward_ref, replicate_ref
 from dmoe.ops.routing_plan import routing_plan, routing_plan_ref
 from dmoe.ops.sort import sort, sort_ref
@@ -240,6 +250,72 @@ def test_grouped_gemm(dtype, counts, inner, columns):
     sparse[used:] = float("nan")
     got = grouped_gemm_weight(there(sparse), there(grad), there(offsets))
     assert_equal_bits("grouped_gemm_weight", got, grouped_gemm_weight_ref(sparse, grad, offsets, len(counts)))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("counts", [[0, 3, 0, 70], [130, 0, 1, 64, 65]], ids=str)
+@pytest.mark.parametrize(("inner", "rank", "columns"), [(32, 16, 136), (33, 5, 17), (16, 40, 40)])
+def test_grouped_gemm_sum(dtype, counts, inner, rank, columns):
+    """Exact on small integers: a product and a thin one in one kernel."""
+    offsets, rows = torch.tensor([0, *counts]).cumsum(0).int(), sum(counts) + 7
+    a, a2 = (small((rows, width), dtype, width) for width in (inner, rank))
+    a[sum(counts) :], a2[sum(counts) :] = float("nan"), float("nan")
+    for trans_b in (True, False):
+        b, b2 = (
+            small((len(counts), *((columns, width) if trans_b else (width, columns))), dtype, width + 1)
+            for width in (inner, rank)
+        )
+        got = grouped_gemm_sum(*there([a, b, a2, b2]), there(offsets), trans_b)
+        expected = grouped_gemm_ref(a, b, offsets, trans_b) + grouped_gemm_ref(a2, b2, offsets, trans_b)
+        assert_equal_bits("grouped_gemm_sum", got, expected)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("format", quantized_cases.BLOCKS)
+def test_quantized_gemm(format, dtype):
+    """A unit matrix picks out the decoded weights, every bit of them, whichever way round."""
+    rows, columns = 136, 384
+    for block in quantized_cases.BLOCKS[format]:
+        block = block[0], block[1] or columns
+        for zero_points in (False, True)[: 2 if format == "int4" else 1]:
+            weight = quantized_cases.random_weights(format, block, 2, rows, columns, seed=1, zero_points=zero_points)
+            values = quantized_cases.decoded(*weight, format, block, dtype)
+            for trans_b in (True, False):
+                count = columns if trans_b else rows
+                unit, offsets = torch.eye(count, dtype=dtype).repeat(2, 1), torch.tensor([0, count, 2 * count]).int()
+                got = quantized_gemm(*there([unit, *weight]), format, list(block), there(offsets), trans_b)
+                assert_equal_bits(format, got, (values.mT if trans_b else values).flatten(0, 1))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_fp8(dtype):
+    """Codes and scales to the bit; products to float32's rounding and one of the result."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(300, 272, generator=generator) * torch.rand(300, 1, generator=generator).mul(6).exp()
+    rows[5], rows[6, 3], rows[7, 3] = 0, float("nan"), float("inf")
+    token = torch.randint(-1, 300, (400,), generator=generator).int()
+    weights, weight = torch.rand(400, generator=generator), torch.randn(3, 200, 272, generator=generator)
+
+    def bits(tensors):
+        return [each.view(torch.uint8) if each.dtype == torch.float8_e4m3fn else each for each in tensors]
+
+    for arguments in ((rows.to(dtype), None, None), (rows.to(dtype), token, weights)):
+        got = quantize_rows(*there(list(arguments)))
+        assert_equal_bits("quantize_rows", here(list(got))[1], quantize_rows_ref(*arguments)[1])
+        real = quantize_rows_ref(*arguments)[1].isfinite()
+        assert_equal_bits("codes", bits(here(list(got)))[0][real], bits(quantize_rows_ref(*arguments))[0][real])
+    blocks = quantize_blocks_ref(weight.to(dtype), True)
+    got = quantize_blocks(there(weight.to(dtype)), with_transposed=True)
+    assert_equal_bits("quantize_blocks", bits(here(list(got))), bits(blocks))
+    codes, scales = quantize_rows_ref(rows[8:])
+    offsets = torch.tensor([0, 150, 150, 280]).int()
+    exact = fp8_gemm_ref(codes, scales, blocks[0], blocks[1], offsets, True, torch.float32).double()
+    for trans_b in (True, False):
+        factor = (blocks[0], blocks[1]) if trans_b else (blocks[2], blocks[1].mT)
+        got = fp8_gemm(*there([codes, scales, *factor, offsets]), trans_b=trans_b, dtype=dtype)
+        error = (here(got).double() - exact).norm() / exact.norm()
+        assert error < 2 * torch.finfo(dtype).eps + 1e-3  # fp8 units add up 128 products in fewer bits than float32
+        assert not here(got)[280:].any()
 
 
 @pytest.mark.parametrize("p", [0.0, 1.0, 2.0])

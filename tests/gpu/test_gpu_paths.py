@@ -15,7 +15,8 @@ from dmoe.ops.tile_table import tile_table, tile_table_ref
 
 pytestmark = pytest.mark.gpu
 
-TRITON = ("block_sdd", "block_dsd", "block_dds", "block_sparse_mlp", "grouped_gemm", "moe_mlp", "moe_mlp_backward",
+TRITON = ("block_sdd", "block_dsd", "block_dds", "block_sparse_mlp", "fp8_gemm", "fp8_quantize_blocks",
+          "fp8_quantize_rows", "grouped_gemm", "grouped_gemm_sum", "moe_mlp", "moe_mlp_backward", "quantized_gemm",
           "moe_mlp_backward_data", "moe_mlp_backward_into", "moe_mlp_backward_weights",
           "moe_mlp_backward_weights_into", "moe_mlp_lean", "router_logits", "router_top_k", "tile_table")  # fmt: skip
 

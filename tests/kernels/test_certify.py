@@ -18,9 +18,10 @@ from patience import MOMENT, PATIENCE
 import dmoe.certify
 from dmoe import MoE
 from dmoe.certify import far
+from dmoe.certify.checks import certify
 from dmoe.certify.standard import call
 from dmoe.info import report
-from dmoe.ops import _library, _trust, _verdicts
+from dmoe.ops import _library, _trust, _verdicts, fp8_ref, weight_formats
 
 pytest.importorskip("triton")
 from dmoe.kernels import _launch, moe_mlp, moe_mlp_rows, offline  # noqa: F401  # needs Triton
@@ -241,6 +242,48 @@ def test_far_away_gives_the_same_bits_or_is_told(part):
 
     with offline.instead_of_launching(wrapped):
         assert "beyond 2**31 numbers it differs" in far.difference(part, asked, cpu, 16, 5000)
+
+
+def _calls():
+    """By operation, arguments that its kernels serve."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    offsets = torch.tensor([0, 3, 3, 9], dtype=torch.int32)
+    codes, scales, zeros = weight_formats.encode(normal(3, 20, 64), "int4", (1, 32), True)
+    thin = normal(9, 5), normal(3, 20, 5)
+    rows, weight = normal(9, 64), normal(3, 20, 64)
+    a_codes, w_codes = fp8_ref.quantize_rows_ref(rows), fp8_ref.quantize_blocks_ref(weight)
+    return {
+        "grouped_gemm_sum": (rows, weight, *thin, offsets, True),
+        "quantized_gemm": (rows, codes, scales, zeros, "int4", [1, 32], offsets, True, *thin),
+        "fp8_quantize_rows": (rows, torch.arange(-1, 9, dtype=torch.int32), torch.rand(10)),
+        "fp8_quantize_blocks": (weight, True),
+        "fp8_gemm": (*a_codes, *w_codes[:2], offsets, True, torch.float32),
+    }
+
+
+@interpreted
+@pytest.mark.parametrize("name", _calls())
+def test_what_a_call_tells_is_certified_and_what_is_broken_refused(name):
+    """Thin products, quantised weights and fp8: a kernel with one number wrong, or one bit of a code, is found."""
+    (subject,) = _trust.guards[name].subjects(*_calls()[name])
+    assert not [v for v in subject.arguments if isinstance(v, torch.Tensor) and v.dtype in (torch.uint8, torch.int8)]
+    described = [_verdicts._described(value) for value in subject.arguments]
+    cpu, original = torch.device("cpu"), _launch.launch
+    assert certify(subject.part, described, subject.extra, cpu) == ""
+
+    def wrong(kernel, grid, *arguments, **options):
+        original(kernel, grid, *arguments, **options)
+        names = kernel.arg_names
+        result = arguments[names.index("out" if "out" in names else "codes")].view(-1)
+        result[7] = result[7] ^ 1 if result.dtype == torch.uint8 else 100.0
+
+    with offline.instead_of_launching(wrong):
+        reason = certify(subject.part, described, subject.extra, cpu)
+    assert ("the worst row is off by" if "gemm" in name else "integers are wrong") in reason
 
 
 COMPILE = """
