@@ -29,10 +29,11 @@ class MoEConfig:
         hidden_size: H, the last dimension of input and output.
         ffn_hidden_size: F, the inner width of each expert; a list gives every expert its own.
         num_experts: E.
-        activation: ``silu``, ``gelu`` (exact), ``gelu_tanh``, ``relu`` or ``relu_squared`` (Primer, Nemotron); with a
-            gate also a :class:`dmoe.ClampedSwiGLU` (GPT-OSS, DeepSeek-V4) or :class:`dmoe.SoftcappedSwiGLU`
-            (Inkling-2), or such a one as text, ``str(dmoe.ClampedSwiGLU())``, or as ``dataclasses.asdict`` makes it,
-            which a file may hold. Either becomes the object.
+        activation: ``silu``, ``gelu`` (exact), ``gelu_tanh``, ``relu``, ``relu_squared`` (Primer, Nemotron) or
+            ``sigmoid`` (with a gate the GLU of Dauphin 2017); with a gate also a :class:`dmoe.ClampedSwiGLU` (GPT-OSS,
+            DeepSeek-V4) or :class:`dmoe.SoftcappedSwiGLU` (Inkling-2), or such a one as text,
+            ``str(dmoe.ClampedSwiGLU())``, or as ``dataclasses.asdict`` makes it, which a file may hold. Either becomes
+            the object.
         gated: ``act(x @ gate) * (x @ up)`` (SwiGLU and its kin, Shazeer 2020) instead of ``act(x @ up)``.
         bias: ``none``; ``expert``: one per expert and projection; ``output``: a single (H,) vector for the whole layer,
             as in MegaBlocks and Megatron.

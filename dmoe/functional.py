@@ -57,7 +57,7 @@ def moe_mlp(
         expert_indices: ``(..., K)`` int32 or int64 in [0, E]; E marks a choice that takes no expert.
         gate_weights: ``(..., K)`` floating point, usually float32. Used as given; a dropped choice adds nothing.
         weights: the experts' :class:`dmoe.ExpertWeights`, in x's dtype.
-        activation: ``silu``, ``gelu``, ``gelu_tanh``, ``relu`` or ``relu_squared``; with a gate also a
+        activation: ``silu``, ``gelu``, ``gelu_tanh``, ``relu``, ``relu_squared`` or ``sigmoid``; with a gate also a
             :class:`dmoe.ClampedSwiGLU` or :class:`dmoe.SoftcappedSwiGLU`.
         gate_weight_on: what the weight multiplies: ``output``, ``activation`` (not ``down_bias``) or ``input``.
         activation_dropout, expert_dropout: dropout probabilities; masks are drawn anew in each call when above 0.

@@ -68,7 +68,8 @@ _TABLE: dict[str, _Factor] = {
     "gelu": _Factor(torch.nn.functional.gelu, _gelu_slope),
     "gelu_tanh": _Factor(lambda x: torch.nn.functional.gelu(x, approximate="tanh"), _gelu_tanh_slope),
     "relu": _Factor(torch.relu, lambda x: (x > 0).to(x.dtype)),
-    "relu_squared": _Factor(lambda x: torch.relu(x).square(), lambda x: 2 * torch.relu(x)),  # So et al. 2021 (Primer)
+    "relu_squared": _Factor(lambda x: torch.relu(x).square(), lambda x: 2 * torch.relu(x)),
+    "sigmoid": _Factor(torch.sigmoid, lambda x: torch.sigmoid(x) * torch.sigmoid(-x)),
     "silu": _Factor(torch.nn.functional.silu, _silu_slope),
 }
 

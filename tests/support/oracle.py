@@ -15,6 +15,7 @@ ACT = {
     "silu": F.silu,
     "relu": F.relu,
     "relu_squared": lambda x: F.relu(x) ** 2,
+    "sigmoid": lambda x: 1 / (1 + torch.exp(-x)),
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
