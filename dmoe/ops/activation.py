@@ -80,17 +80,17 @@ _TABLE: dict[str, _Factor] = {
 
 
 class _OfFunction:
-    """A function of a tensor that somebody gave, and autograd's derivative; it may write into what it is given."""
+    """A function of a tensor that somebody gave, and autograd's derivative."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         self.function = function
 
     def value(self, x: Tensor) -> Tensor:
-        """Of a copy."""
-        return self.function(x.clone())
+        """Of x, into which the function may write."""
+        return self.function(x)
 
     def both(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """In one run of the function."""
+        """In one run of the function; x stays as it is."""
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             value = self.function(leaf.clone())
@@ -129,6 +129,8 @@ def activate(pre: Tensor, activation: Activated, gated: bool, outside: Tensor | 
     """
     of_gate, of_up = _factors(activation)
     gate, up = _halves(pre, gated, outside)
+    if outside is None and not isinstance(activation, str):
+        gate = gate.clone()
     value = of_gate.value(gate)
     if up is not None:
         value = value * (up if of_up is None else of_up.value(up))
@@ -156,5 +158,5 @@ def _halves(pre: Tensor, gated: bool, outside: Tensor | None) -> tuple[Tensor, T
     """Gate and up, or what takes the gate's place and None, in the accumulation dtype."""
     pre = pre.to(accumulate_dtype(pre.dtype))
     gate, up = pre.chunk(2, dim=-1) if gated else (pre, None)
-    # Most functions are finite there, and so are their derivatives: under autograd 0 times infinity would be NaN.
+    # Most functions are finite of 1/2, and so are their derivatives: under autograd 0 times infinity would be NaN.
     return gate if outside is None else gate.masked_fill(outside, 0.5), up

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import pickle
+import types
 from pathlib import Path
 
 import oracle
@@ -24,7 +25,9 @@ from dmoe.activations import NAMES
 from dmoe.functional import moe_mlp, run_experts
 from dmoe.ops._moe_mlp_call import Call
 from dmoe.ops.moe_mlp_composed import moe_mlp_composed
+from dmoe.parallel import agreement
 
+pytestmark = pytest.mark.filterwarnings("ignore:dmoe. a MoE layer ran a second training forward")
 F = nn.functional
 BACKENDS = (None, "torch", "reference")
 
@@ -32,6 +35,11 @@ BACKENDS = (None, "torch", "reference")
 def log_of_size(x):
     """Infinite at 0, where experts that are narrower, and rows without a token, have their pre-activation."""
     return x.abs().log()
+
+
+def two_poles(x):
+    """Infinite at 0 and at what the compositions put in the place of such numbers."""
+    return x.abs().log() + 1 / (x - 0.5)
 
 
 def own_relu(x):
@@ -57,7 +65,10 @@ class _Through(torch.autograd.Function):
 @settings(max_examples=15, deadline=None)
 @given(case=cases())
 def test_forward_and_backward_equal_the_loops(backend, case):
-    for name, function in (("mish", F.mish), ("log of size", log_of_size)):
+    functions = {"mish": F.mish, "log of size": log_of_size}
+    if backend != "reference":  # whose autograd would multiply 0 by infinity
+        functions["two poles"] = two_poles
+    for name, function in functions.items():
         case = {**case, "activation": name}
         arguments, grad, indices, kept = build(case, torch.float64)
         exact = truth(case, arguments, grad, indices, kept, torch.float64, torch.float64)
@@ -72,12 +83,12 @@ def test_forward_and_backward_equal_the_loops(backend, case):
         for got, right in zip(found, exact, strict=True):
             if right is not None:
                 got = torch.zeros_like(right) if got is None else got
-                torch.testing.assert_close(got, right, rtol=1e-9, atol=1e-9)
+                torch.testing.assert_close(got, right, rtol=1e-9, atol=1e-9 * max(1, float(right.abs().sum())))
 
 
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("gate_on", ["output", "activation", "input"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [None, "torch"])
 def test_gradcheck_with_dropout_and_recomputation(gated, gate_on, backend):
     recompute = backend == "torch"
     x, gates = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 2), (3, 2)))
@@ -353,6 +364,16 @@ def test_no_file_holds_a_function():
     with pytest.raises(ValueError, match=r"config_to_json: activation: .*the Python function torch.nn.functional.mish"):
         dmoe.config_to_json(config)
     assert dmoe.config_to_json(small_config(activation=F.silu)) == dmoe.config_to_json(small_config())
+
+
+def test_ranks_tell_each_other_a_functions_name(monkeypatch):
+    told = {}
+    monkeypatch.setattr(agreement, "check_agreement", lambda operation, fields, *_: told.update(fields))
+    layer = MoE(small_config(activation=log_of_size))
+    alone = types.SimpleNamespace(two_level=None, num_ranks=1, world_size=1, groups=())
+    monkeypatch.setitem(layer.__dict__, "dispatcher", alone)
+    agreement.check_layers(layer, torch.float32)
+    assert told["activation"] == f"{__name__}.log_of_size"
 
 
 def test_adapters_and_a_function_together():
