@@ -128,6 +128,19 @@ struct Silu : UpAsItIs {
   }
 };
 
+struct Sigmoid : UpAsItIs {
+  template <typename A>
+  DMOE_INLINE A value(A x) const {
+    return A(1) / (A(1) + exponential(-x));
+  }
+  template <typename A>
+  DMOE_INLINE void both(A x, A& value, A& slope) const {
+    const A e = exponential(-x);
+    value = A(1) / (A(1) + e);
+    slope = value * (e * value);  // 1 - s = e s, without the cancellation
+  }
+};
+
 struct Gelu : UpAsItIs {
   template <typename A>
   DMOE_INLINE static A cdf(A x) {
@@ -248,14 +261,15 @@ auto with_activation(const std::string& text, bool gated, const Function& fn) {
   if (text == "gelu_tanh") return fn(GeluTanh{});
   if (text == "relu") return fn(Relu{});
   if (text == "relu_squared") return fn(ReluSquared{});
+  if (text == "sigmoid") return fn(Sigmoid{});
   ClampedSwiGlu clamped{};
   SoftcappedSwiGlu softcapped{};
   const bool is_clamped = read_numbers(text, "clamped_swiglu", clamped.limit, clamped.alpha, clamped.up_offset);
   DMOE_CHECK(is_clamped || read_numbers(text, "softcapped_swiglu", softcapped.gate_cap, softcapped.up_cap),
-             "moe_mlp: activation: expected gelu, gelu_tanh, relu, relu_squared, silu, clamped_swiglu(limit,alpha,"
-             "up_offset) or softcapped_swiglu(gate_cap,up_cap), got ", text);
-  DMOE_CHECK(gated, "moe_mlp: activation: expected gelu, gelu_tanh, relu, relu_squared or silu without a gate, got ",
-             text);
+             "moe_mlp: activation: expected gelu, gelu_tanh, relu, relu_squared, sigmoid, silu, clamped_swiglu(limit,"
+             "alpha,up_offset) or softcapped_swiglu(gate_cap,up_cap), got ", text);
+  DMOE_CHECK(gated, "moe_mlp: activation: expected gelu, gelu_tanh, relu, relu_squared, sigmoid or silu without a gate, "
+             "got ", text);
   if (is_clamped) return fn(clamped);
   return fn(softcapped);
 }

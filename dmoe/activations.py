@@ -1,4 +1,16 @@
-"""The experts' activations: five by name, and those with numbers of their own, for experts with a gate.
+"""The experts' activations: six by name, and those with numbers of their own, for experts with a gate.
+
+========================  ============================================================================================
+``gelu``                  ``x Phi(x)``, the exact one (Hendrycks and Gimpel 2016, section 2)
+``gelu_tanh``             ``x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2`` (there, too)
+``relu``                  ``max(x, 0)``
+``relu_squared``          ``max(x, 0)^2`` (So et al. 2021, Primer)
+``sigmoid``               ``1 / (1 + exp(-x))``
+``silu``                  ``x sigmoid(x)`` (Hendrycks and Gimpel 2016; Ramachandran et al. 2017, Swish with beta = 1)
+========================  ============================================================================================
+
+Experts with a gate compute ``act(gate) * up``: the GLU of Dauphin et al. 2017 (eq. 1) with ``sigmoid``, and ReGLU,
+GEGLU and SwiGLU of Shazeer 2020 (eq. 5 and 6) with ``relu``, ``gelu`` and ``silu``.
 
 Operations take text, which is made here and read here, and once more in ``csrc/activation.h``: a name, or
 ``clamped_swiglu(7.0,1.702,1.0)`` for :class:`ClampedSwiGLU`, numbers as ``repr`` writes them.
@@ -11,7 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, get_args
 
-ActivationName = Literal["gelu", "gelu_tanh", "relu", "relu_squared", "silu"]
+ActivationName = Literal["gelu", "gelu_tanh", "relu", "relu_squared", "sigmoid", "silu"]
 NAMES: tuple[ActivationName, ...] = get_args(ActivationName)
 # What float32, in which kernels compute, can hold.
 _LEAST, _MOST = 2.0**-126, 3.4e38

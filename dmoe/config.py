@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dmoe.activations import Activation, activation_of
+from dmoe.activation_functions import ActivationFunction, read_given
+from dmoe.activations import Activation
 from dmoe.capacity import CapacityFormula, capacity_rows, round_up
 from dmoe.config_checks import check_config
 from dmoe.router_family import RouterFamily, family_of
@@ -29,10 +30,13 @@ class MoEConfig:
         hidden_size: H, the last dimension of input and output.
         ffn_hidden_size: F, the inner width of each expert; a list gives every expert its own.
         num_experts: E.
-        activation: ``silu``, ``gelu`` (exact), ``gelu_tanh``, ``relu`` or ``relu_squared`` (Primer, Nemotron); with a
-            gate also a :class:`dmoe.ClampedSwiGLU` (GPT-OSS, DeepSeek-V4) or :class:`dmoe.SoftcappedSwiGLU`
-            (Inkling-2), or such a one as text, ``str(dmoe.ClampedSwiGLU())``, or as ``dataclasses.asdict`` makes it,
-            which a file may hold. Either becomes the object.
+        activation: ``silu``, ``gelu`` (exact), ``gelu_tanh``, ``relu``, ``relu_squared`` (Primer, Nemotron) or
+            ``sigmoid`` (with a gate the GLU of Dauphin 2017); with a gate also a :class:`dmoe.ClampedSwiGLU` (GPT-OSS,
+            DeepSeek-V4) or :class:`dmoe.SoftcappedSwiGLU` (Inkling-2), or such a one as text,
+            ``str(dmoe.ClampedSwiGLU())``, or as ``dataclasses.asdict`` makes it, which a file may hold. Either becomes
+            the object. Or an elementwise function of a tensor, ``torch.nn.functional.mish`` or one of your own: experts
+            compute ``fn(gate) * up``, without a gate ``fn(x)``, and autograd its derivative, on the slower path of
+            :mod:`dmoe.activation_functions`; one that computes what a name here does becomes that name.
         gated: ``act(x @ gate) * (x @ up)`` (SwiGLU and its kin, Shazeer 2020) instead of ``act(x @ up)``.
         bias: ``none``; ``expert``: one per expert and projection; ``output``: a single (H,) vector for the whole layer,
             as in MegaBlocks and Megatron.
@@ -159,7 +163,7 @@ class MoEConfig:
     num_experts: int
     top_k: int = 2
 
-    activation: Activation = "silu"
+    activation: Activation | ActivationFunction = "silu"
     gated: bool = True
     bias: Literal["none", "expert", "output"] = "none"
     return_bias: bool = False
@@ -228,7 +232,7 @@ class MoEConfig:
             object.__setattr__(self, "ffn_hidden_size", tuple(self.ffn_hidden_size))
         if isinstance(self.losses, Mapping):
             object.__setattr__(self, "losses", tuple(self.losses.items()))
-        object.__setattr__(self, "activation", activation_of(self.activation, "MoEConfig", self.gated))
+        object.__setattr__(self, "activation", read_given(self.activation, "MoEConfig", self.gated))
         object.__setattr__(self, "router", family_of(self.router))
         check_config(self)
         # What forwards ask for again and again is settled here.

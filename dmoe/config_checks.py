@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from dmoe.activation_functions import name_of
 from dmoe.router_family import check_types, require
 
 if TYPE_CHECKING:
@@ -65,6 +66,10 @@ def _check_experts(c: MoEConfig) -> None:
         for name in ("accumulate_main_grad", "recompute_pre_activation"):
             allowed = f"False with backend={c.backend!r}, whose backward has no such option"
             _require(c, not getattr(c, name), name, allowed)
+    if callable(c.activation):
+        why = f"with the function {name_of(c.activation)} as activation"
+        _require(c, c.backend != "block_sparse", "backend", f"None, 'grouped', 'torch' or 'reference' {why}")
+        _require(c, not c.accumulate_main_grad, "accumulate_main_grad", f"False {why}")
     _require(c, not c.return_bias or c.bias == "output", "return_bias", "False unless bias='output'")
     _require(c, c.init_std is None or c.init_std >= 0, "init_std", "at least 0, or None")
     by_name = c.init == "linear" or c.init_std is None

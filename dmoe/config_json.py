@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dmoe.activation_functions import name_of
 from dmoe.config import MoEConfig
 from dmoe.router_family import RouterFamily, family_of, registered
 
@@ -24,7 +25,7 @@ def config_to_json(config: MoEConfig) -> dict[str, Any]:
 
     Raises:
         TypeError: no MoEConfig.
-        ValueError: a family without a name, or with an option that JSON cannot hold.
+        ValueError: a family without a name, or with an option that JSON cannot hold; an activation that is a function.
     """
     if not isinstance(config, MoEConfig):
         raise TypeError(f"config_to_json: config: expected a MoEConfig, got {type(config).__name__}")
@@ -35,6 +36,11 @@ def config_to_json(config: MoEConfig) -> dict[str, Any]:
             written = _family_to_json(config.family)
             if written != field.default:
                 found[name] = written
+        elif name == "activation" and callable(value):
+            raise ValueError(
+                "config_to_json: activation: expected a name, or one with numbers, got the Python function "
+                f"{name_of(value)}, which a file could not hold: leave it out, and give it again where the file is read"
+            )
         elif field.default is dataclasses.MISSING or value != field.default:
             found[name] = _plain(value, name, is_losses=name == "losses")
     return found

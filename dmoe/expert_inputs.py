@@ -11,7 +11,8 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from dmoe.activations import Activation, activation_of
+from dmoe.activation_functions import ActivationFunction, name_of, read_given
+from dmoe.activations import Activation
 from dmoe.adapters import Adapters, check_adapters
 from dmoe.config import Backend, GateWeightOn
 from dmoe.expert_weights import ExpertWeights
@@ -26,7 +27,7 @@ _GATE_WEIGHT_ON, _BACKENDS = get_args(GateWeightOn), get_args(Backend)
 class Options(NamedTuple):
     """One call beside its tokens, routing and weights; the fields are described at :func:`dmoe.run_experts`."""
 
-    activation: Activation
+    activation: Activation | ActivationFunction
     gate_weight_on: str
     activation_dropout: float
     expert_dropout: float
@@ -96,7 +97,7 @@ def check_call(
         ValueError: sizes, dtypes, devices or options that do not fit together.
         RuntimeError: forward-mode differentiation.
     """
-    activation_of(options.activation, "moe_mlp", weights.gated)
+    activation = read_given(options.activation, "moe_mlp", weights.gated)
     _check_options(options)
     if not x.is_floating_point():
         raise TypeError(f"moe_mlp: x: expected a floating-point tensor, got {x.dtype}")
@@ -127,6 +128,8 @@ def check_call(
         check_adapters(options.adapters, options.adapter_ids, weights, leading)
     if options.adapters is not None or weights.is_quantized:
         _check_composed(options, weights)
+    if callable(activation):
+        _check_beside_function(options, name_of(activation))
     if options.main_grads is not None:
         _check_main_grads(options.main_grads, weights)
 
@@ -150,6 +153,17 @@ def _check_options(options: Options) -> None:
         name, allowed = ("recompute", "False") if recompute else ("main_grads", "None")
         raise ValueError(
             f"moe_mlp: {name}: expected {allowed} with backend={backend!r}, whose backward has no such option"
+        )
+
+
+def _check_beside_function(options: Options, function: str) -> None:
+    """An activation that is a function goes with what the composition knows."""
+    if options.main_grads is not None:
+        raise ValueError(f"moe_mlp: main_grads: expected None with the function {function} as activation, got buffers")
+    if options.backend == "block_sparse":
+        raise ValueError(
+            "moe_mlp: backend: expected None, 'grouped', 'torch' or 'reference' with the function "
+            f"{function} as activation, got 'block_sparse'"
         )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
+from dmoe.activation_functions import name_of
 from dmoe.config import MoEConfig
 from dmoe.expert_init import initialise
 from dmoe.expert_slice import ExpertSlice, local_part, scaled
@@ -257,7 +258,7 @@ class Experts(nn.Module):
     def extra_repr(self) -> str:
         """Sizes and activation for ``print(model)``."""
         c = self.config
-        kind = f"gated {c.activation}" if c.gated else c.activation
+        kind = f"gated {name_of(c.activation)}" if c.gated else name_of(c.activation)
         owned = self.owned
         here = f" (here {owned.experts.start} to {owned.experts.stop - 1}" if self.distributed else ""
         if here:

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
-from dmoe.activations import Activation, activation_of
+from dmoe.activation_functions import ActivationFunction, check_function, read_given
+from dmoe.activations import Activation
 from dmoe.adapter_factors import factors_of, factors_of_several
 from dmoe.adapters import Adapters
 from dmoe.config import DropOrder, GateWeightOn
@@ -37,7 +39,7 @@ def moe_mlp(
     gate_weights: Tensor,
     weights: ExpertWeights,
     *,
-    activation: Activation = "silu",
+    activation: Activation | ActivationFunction = "silu",
     gate_weight_on: GateWeightOn = "output",
     activation_dropout: float = 0.0,
     expert_dropout: float = 0.0,
@@ -57,8 +59,9 @@ def moe_mlp(
         expert_indices: ``(..., K)`` int32 or int64 in [0, E]; E marks a choice that takes no expert.
         gate_weights: ``(..., K)`` floating point, usually float32. Used as given; a dropped choice adds nothing.
         weights: the experts' :class:`dmoe.ExpertWeights`, in x's dtype.
-        activation: ``silu``, ``gelu``, ``gelu_tanh``, ``relu`` or ``relu_squared``; with a gate also a
-            :class:`dmoe.ClampedSwiGLU` or :class:`dmoe.SoftcappedSwiGLU`.
+        activation: ``silu``, ``gelu``, ``gelu_tanh``, ``relu``, ``relu_squared`` or ``sigmoid``; with a gate also a
+            :class:`dmoe.ClampedSwiGLU` or :class:`dmoe.SoftcappedSwiGLU`; or an elementwise function of a tensor, on a
+            slower path (:class:`dmoe.MoEConfig`).
         gate_weight_on: what the weight multiplies: ``output``, ``activation`` (not ``down_bias``) or ``input``.
         activation_dropout, expert_dropout: dropout probabilities; masks are drawn anew in each call when above 0.
         capacity: the most rows one expert takes; None drops nothing.
@@ -113,7 +116,7 @@ def run_experts(
     gate_weights: Tensor,
     weights: ExpertWeights,
     *,
-    activation: Activation = "silu",
+    activation: Activation | ActivationFunction = "silu",
     gate_weight_on: GateWeightOn = "output",
     activation_dropout: float = 0.0,
     expert_dropout: float = 0.0,
@@ -181,7 +184,9 @@ def _compute(x: Tensor, plan: RoutingPlan, gate_weights: Tensor, weights: Expert
     packed, gate_proj = bool(weights.ffn_sizes), weights.gate_proj
     up_proj, down_proj = (_operand(weight, packed) for weight in (weights.up_proj, weights.down_proj))
     gate_proj = None if gate_proj is None else _operand(gate_proj, packed)
-    composed = options.adapters is not None or weights.is_quantized
+    activation = read_given(options.activation, "moe_mlp", weights.gated)
+    function = activation if callable(activation) else None
+    composed = options.adapters is not None or weights.is_quantized or function is not None
     if gate_proj is not None and x.is_cuda and not composed and gate_proj.stride() != up_proj.stride():
         gate_proj, up_proj = gate_proj.contiguous(), up_proj.contiguous()  # one kernel reads both, in one way
     up_bias = weights.up_bias
@@ -210,12 +215,14 @@ def _compute(x: Tensor, plan: RoutingPlan, gate_weights: Tensor, weights: Expert
         plan.token_rows,
         seed,
         list(weights.ffn_sizes) or None,  # an empty list is what AOTInductor's runtime cannot read back
-        str(activation_of(options.activation, "moe_mlp", weights.gated)),
+        str(activation) if function is None else function,
         weights.gated,
         options.gate_weight_on,
         options.activation_dropout,
         options.expert_dropout,
     )
+    if function is not None:
+        return _with_function(function, up, down, group_offsets, arguments, gate_proj, options)
     if composed:
         return _composed(up, down, group_offsets, arguments, gate_proj, options)
     backend, residual, recompute = options.backend, options.residual, options.recompute
@@ -247,6 +254,24 @@ def _composed(
     behind = (options.residual, None, None, 0, None, None, gate)
     backend, recompute = options.backend, options.recompute
     return moe_mlp_composed(up, down, group_offsets, *arguments, *behind, backend=backend, recompute=recompute)
+
+
+def _with_function(function: ActivationFunction, *arguments: Any) -> Tensor:
+    """The same with somebody's function, which runs as it is, not as a compiler sees it."""
+    return (_outside_graphs if torch.compiler.is_dynamo_compiling() else _checked)(function, *arguments)
+
+
+def _checked(
+    function: ActivationFunction, up: Any, down: Any, group_offsets: Any, arguments: Any, *rest: Any
+) -> Tensor:
+    x = arguments[0]
+    if not is_fake(x):
+        check_function(function, "moe_mlp", x.device, accumulate_dtype(x.dtype))
+    return _composed(up, down, group_offsets, arguments, *rest)
+
+
+# torch.compiler.disable would import dynamo with dmoe, which takes seconds.
+_outside_graphs: Any = torch._disable_dynamo(_checked)  # type: ignore[attr-defined]
 
 
 def _operand(weight: Any, packed: bool) -> Any:

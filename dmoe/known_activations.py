@@ -17,6 +17,7 @@ ACTIVATIONS: dict[ActivationName, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
     "relu": nn.functional.relu,
     "relu_squared": lambda x: nn.functional.relu(x).square(),
+    "sigmoid": torch.sigmoid,
 }
 
 

@@ -99,8 +99,8 @@ def replace_ffn(
         if options["activation"] is None or (upcycle and ffn.activation is None):
             raise ValueError(
                 f"replace_ffn: {aliases[0]!r} ({type(module).__name__}): expected the activation silu, gelu, "
-                "gelu_tanh, relu or relu_squared, got another one; without upcycle=True, activation=... chooses one "
-                "for the experts"
+                "gelu_tanh, relu, relu_squared or sigmoid, got another one; without upcycle=True, activation=... "
+                "chooses one for the experts"
             )
         config = MoEConfig(
             hidden_size=ffn.hidden_size, num_experts=experts, top_k=top_k, num_moe_layers=num_layers, **options

@@ -79,7 +79,7 @@ def kernels_of(shape: tuple[int, ...], capability: int, gated: bool, activation:
     looked_up = {
         "up_gated" if gated else "up": (hidden, ffn),
         "down": (ffn, hidden),
-        configs.hidden_grad_name(activation, 0.0, False): (hidden, ffn),
+        configs.hidden_grad_name(activation, 0.0, False, gated=gated): (hidden, ffn),
         "row_grad": (pre, hidden),
     }
     entries = [(kernel, k, n) for kernel, (k, n) in looked_up.items()]

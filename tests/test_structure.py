@@ -20,8 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 MAY_IMPORT: dict[str, set[str]] = {
     "activations": set(),
     "kernels": {"activations", "strides"},
-    "config": {"activations", "sizes", "capacity", "config_checks", "router_family"},
-    "config_checks": {"config", "router_family"},
+    "activation_functions": {"activations", "known_activations"},
+    "config": {"activation_functions", "activations", "sizes", "capacity", "config_checks", "router_family"},
+    "config_checks": {"activation_functions", "config", "router_family"},
     "capacity": set(),
     "router_family": {"config"},
     "initial": set(),
@@ -55,8 +56,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "expert_weights": {"ops", "quantized_weight"},
     "adapters": {"ops", "expert_slice", "expert_weights"},
     "adapter_factors": {"ops", "adapters", "expert_weights", "strides"},
-    "expert_inputs": {"activations", "ops", "plan", "config", "adapters", "expert_weights", "strides"},
+    "expert_inputs": {
+        "activation_functions",
+        "activations",
+        "ops",
+        "plan",
+        "config",
+        "adapters",
+        "expert_weights",
+        "strides",
+    },
     "functional": {
+        "activation_functions",
         "activations",
         "adapter_factors",
         "quantized_weight",
@@ -71,6 +82,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "expert_init": {"expert_slice", "expert_weights", "initial"},
     "experts": {
+        "activation_functions",
         "ops",
         "plan",
         "config",
@@ -82,7 +94,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "quant": {"expert_slice", "experts", "ops", "quantized_weight"},
     "shared_expert": {"ops", "plan", "config", "experts"},
-    "parallel": {"ops", "plan", "config", "expert_slice"},
+    "parallel": {"activation_functions", "ops", "plan", "config", "expert_slice"},
     "layer": {
         "ops",
         "plan",
@@ -109,7 +121,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "parallel",
         "routing",
     },
-    "config_json": {"config", "router_family"},
+    "config_json": {"activation_functions", "config", "router_family"},
     "models": {
         "activations",
         "checkpoint",

@@ -72,6 +72,7 @@ _EXPERTS: dict[str, dict[str, Any]] = {
     "gate apart": {"layout": "apart"},
     "transposed": {"layout": "transposed"},
     "relu_squared": {"gated": False, "activation": "relu_squared"},
+    "sigmoid": {"activation": "sigmoid"},
     "GPT-OSS": {"layout": "interleaved", "activation": str(ClampedSwiGLU()), "bias": True},
     "softcapped": {"activation": str(SoftcappedSwiGLU(4.0, 25.0)), "gate_weight_on": "activation"},
 }

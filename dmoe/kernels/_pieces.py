@@ -235,6 +235,8 @@ def act(
     elif ACTIVATION == "relu_squared":
         value = tl.where(x < 0.0, 0.0, x)
         value *= value
+    elif ACTIVATION == "sigmoid":
+        value = _sigmoid(x, SHORT)
     elif ACTIVATION == "gelu":
         value = x * 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
     else:  # gelu_tanh: (1 + tanh z) / 2 is sigmoid(2 z)
@@ -305,6 +307,9 @@ def act_slope(
     elif ACTIVATION == "relu_squared":
         x = tl.where(x < 0.0, 0.0, x)
         value, slope = x * x, 2.0 * x
+    elif ACTIVATION == "sigmoid":
+        s = _sigmoid(-tl.abs(x), SHORT)  # the smaller of s and 1 - s: the other has lost its digits
+        value, slope = tl.where(x < 0.0, s, 1.0 - s), s * (1.0 - s)
     elif ACTIVATION == "relu":
         off = x <= 0.0  # NaN stays NaN
         slope = (off == 0).to(tl.float32)

@@ -198,13 +198,16 @@ def _load_from_environment() -> None:
         load(path)
 
 
-def hidden_grad_name(activation: str, dropout: float, transposed: bool, interleaved: bool = False) -> str:
+def hidden_grad_name(
+    activation: str, dropout: float, transposed: bool, interleaved: bool = False, gated: bool = True
+) -> str:
     """Whose launch shape the product back through the activation takes.
 
     A mask in the epilogue, another activation than silu, or a weight that is transposed in memory, needs registers that
     two programs on a multiprocessor have not; columns that take turns, or an activation of both halves, still more.
+    Short activations of a gate do, too: the compiler computes them for all of a part at once.
     """
-    if interleaved or "(" in activation:
+    if interleaved or "(" in activation or (gated and activation in ("relu_squared", "sigmoid")):
         return "hidden_grad_long"
     return "hidden_grad_dropout" if dropout or activation != "silu" or transposed else "hidden_grad"
 

@@ -26,7 +26,13 @@ _BLOCK_K = 64  # 128 bytes, one row of the swizzled layout
 _GROUP = 8
 _STAGES = 4  # 48 KB each
 _TILE_ROWS = 128
-_ACTIVATIONS = ("silu", "relu", "gelu_tanh")  # gelu's polynomial needs more registers than there are
+_ACTIVATIONS = (
+    "silu",
+    "relu",
+    "relu_squared",
+    "sigmoid",
+    "gelu_tanh",
+)  # gelu's polynomial needs more registers than there are
 # Steps that a consumer group is ahead of the other, of the four that the ring holds. No sum has fewer, but for none.
 _SKEW = 1
 

@@ -191,6 +191,11 @@ def act(x, ACTIVATION: gl.constexpr):
         value = x * _sigmoid(x)
     elif ACTIVATION == "relu":
         value = gl.where(x < 0.0, 0.0, x)
+    elif ACTIVATION == "relu_squared":
+        value = gl.where(x < 0.0, 0.0, x)
+        value *= value
+    elif ACTIVATION == "sigmoid":
+        value = _sigmoid(x)
     else:
         value = x * _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     return value
@@ -206,6 +211,12 @@ def act_slope(x, ACTIVATION: gl.constexpr):
         off = x <= 0.0
         slope = (off == 0).to(gl.float32)
         value = gl.where(off, 0.0, x)
+    elif ACTIVATION == "relu_squared":
+        x = gl.where(x < 0.0, 0.0, x)
+        value, slope = x * x, 2.0 * x
+    elif ACTIVATION == "sigmoid":
+        s = _sigmoid(-gl.abs(x))
+        value, slope = gl.where(x < 0.0, s, 1.0 - s), s * (1.0 - s)
     else:
         z = 1.5957691216057308 * (x + 0.044715 * x * x * x)
         e = exp(-gl.abs(z))

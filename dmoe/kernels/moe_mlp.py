@@ -196,9 +196,9 @@ def num_columns(kernel: str, like: Tensor, rows: Rows, k: int, n: int) -> int:
     return math.ceil(n / config_of(kernel, like, rows.tile_rows, k, n).block_n)
 
 
-def hidden_grad_name(dropout: Dropout, weight: Tensor, activation: str, interleaved: bool) -> str:
+def hidden_grad_name(dropout: Dropout, weight: Tensor, activation: str, interleaved: bool, gated: bool) -> str:
     """Whose launch shape :func:`hidden_grad` takes."""
-    return configs.hidden_grad_name(activation, dropout.p, is_transposed(weight), interleaved)
+    return configs.hidden_grad_name(activation, dropout.p, is_transposed(weight), interleaved, gated)
 
 
 def hidden_grad(
@@ -224,7 +224,8 @@ def hidden_grad(
     of gate and up by turns.
     """
     h, f = weight.shape[-2:]
-    config = config_of(hidden_grad_name(dropout, weight, activation, interleaved), grad_out, rows.tile_rows, h, f)
+    name = hidden_grad_name(dropout, weight, activation, interleaved, gated)
+    config = config_of(name, grad_out, rows.tile_rows, h, f)
     plain, kept = gather and not dropout.p and not interleaved, (pre, gate_weights, grad_pre, hidden, row_grads)
     if gluon.hidden_grad(grad_out, weight, *kept, rows, gated, activation, weighed, plain, config.block_n):
         return

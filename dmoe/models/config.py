@@ -34,7 +34,8 @@ class MoEGPTConfig:
         qk_norm: RMS-normalise each head's queries and keys, without weights.
         bias: of linears and of LayerNorm; the experts' is in ``moe``.
         tied_head: the embedding is the output head, too.
-        activation: of the dense layers: ``silu``, ``gelu`` (exact), ``gelu_tanh``, ``relu`` or ``relu_squared``.
+        activation: of the dense layers: ``silu``, ``gelu`` (exact), ``gelu_tanh``, ``relu``, ``relu_squared`` or
+            ``sigmoid``.
         gated: ``act(gate) * up`` instead of ``act(up)`` in the dense layers.
         moe: layers with experts: the layer's number and its :class:`dmoe.MoEConfig`.
         residual: of these the layers of PR-MoE (:class:`dmoe.ResidualMoE`): the layer's number and the width of the

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -46,7 +46,7 @@ class Call(NamedTuple):
     token_rows: Tensor
     seed: Tensor | None
     ffn_sizes: Sequence[int] | None
-    activation: str
+    activation: Any  # text; for compositions also a function of a tensor
     gated: bool
     gate_weight_on: str
     activation_dropout: float

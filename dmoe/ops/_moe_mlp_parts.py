@@ -85,6 +85,23 @@ def row_values(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return real, expert, assignment, (weights[assignment] * real).unsqueeze(1)
 
 
+def row_widths(call: Call, expert: Tensor, real: Tensor) -> Tensor | None:
+    """How wide each row's expert is, ``(R, 1)``, 0 where a row holds no token.
+
+    None for an activation by name: it is finite of the zeros behind, and zeros are what it is multiplied by.
+    """
+    if isinstance(call.activation, str):
+        return None
+    sizes = call.ffn_sizes or [call.width] * call.num_experts
+    widths = torch.cat([expert.new_full((1,), size) for size in sizes])  # a copy from the host would wait
+    return (widths[expert.long()] * real).unsqueeze(1)
+
+
+def outside_experts(widths: Tensor | None, width: int) -> Tensor | None:
+    """Numbers of the hidden layer ``(R, width)`` that are no expert's; None if nobody minds."""
+    return None if widths is None else torch.arange(width, device=widths.device) >= widths
+
+
 def save_values(ctx: Any, values: Sequence[Any]) -> None:
     """Keep values of any kind for backward; tensors as autograd keeps them."""
     ctx.are_tensors = [isinstance(value, Tensor) for value in values]

@@ -1,7 +1,8 @@
 """The expert's activation and its derivative, in plain PyTorch; ``csrc/activation.h`` is the compiled twin.
 
 Every activation of experts with a gate is ``gate_factor(gate) * up_factor(up)``; ``up_factor`` is the identity but for
-those of :mod:`dmoe.activations` that have numbers. Low-precision input is computed in float32 and rounded once.
+those of :mod:`dmoe.activations` that have numbers. Low-precision input is computed in float32 and rounded once. A
+function of a tensor may stand for a name here: compositions take one, operations do not.
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ class _Factor(NamedTuple):
     value: Callable[[Tensor], Tensor]
     slope: Callable[[Tensor], Tensor]
 
+    def both(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Value and slope."""
+        return self.value(x), self.slope(x)
+
 
 def _clamped_silu(limit: float, alpha: float) -> _Factor:
     def slope(x: Tensor) -> Tensor:
@@ -68,14 +73,41 @@ _TABLE: dict[str, _Factor] = {
     "gelu": _Factor(torch.nn.functional.gelu, _gelu_slope),
     "gelu_tanh": _Factor(lambda x: torch.nn.functional.gelu(x, approximate="tanh"), _gelu_tanh_slope),
     "relu": _Factor(torch.relu, lambda x: (x > 0).to(x.dtype)),
-    "relu_squared": _Factor(lambda x: torch.relu(x).square(), lambda x: 2 * torch.relu(x)),  # So et al. 2021 (Primer)
+    "relu_squared": _Factor(lambda x: torch.relu(x).square(), lambda x: 2 * torch.relu(x)),
+    "sigmoid": _Factor(torch.sigmoid, lambda x: torch.sigmoid(x) * torch.sigmoid(-x)),
     "silu": _Factor(torch.nn.functional.silu, _silu_slope),
 }
 
 
-@functools.lru_cache(maxsize=64)
-def _factors(activation: str) -> tuple[_Factor, _Factor | None]:
+class _OfFunction:
+    """A function of a tensor that somebody gave, and autograd's derivative."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.function = function
+
+    def value(self, x: Tensor) -> Tensor:
+        """Of x, into which the function may write."""
+        return self.function(x)
+
+    def both(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """In one run of the function; x stays as it is."""
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            value = self.function(leaf.clone())
+            (slope,) = torch.autograd.grad(value, leaf, torch.ones_like(value))
+        return value.detach(), slope
+
+
+Activated = str | Callable[[Tensor], Tensor]  # an activation as operations take it, or a function of a tensor
+
+
+def _factors(activation: Activated) -> tuple[_Factor | _OfFunction, _Factor | None]:
     """Of the gate and of up, where that is not up itself."""
+    return _factors_of_text(activation) if isinstance(activation, str) else (_OfFunction(activation), None)
+
+
+@functools.lru_cache(maxsize=64)
+def _factors_of_text(activation: str) -> tuple[_Factor, _Factor | None]:
     kind, numbers = kind_and_numbers(activation)
     if kind == "clamped_swiglu":
         limit, alpha, offset = numbers
@@ -90,23 +122,41 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def activate(pre: Tensor, activation: str, gated: bool) -> Tensor:
-    """``act(pre)``, or ``act(gate) * up`` with the halves of the last dimension; accumulation dtype."""
+def activate(pre: Tensor, activation: Activated, gated: bool, outside: Tensor | None = None) -> Tensor:
+    """``act(pre)``, or ``act(gate) * up`` with the halves of the last dimension; accumulation dtype.
+
+    ``outside (R, F or 1)``: numbers that belong to no expert, which come out as 0. A function need not be finite there.
+    """
     of_gate, of_up = _factors(activation)
-    pre = pre.to(accumulate_dtype(pre.dtype))
-    if not gated:
-        return of_gate.value(pre)
-    gate, up = pre.chunk(2, dim=-1)
-    return of_gate.value(gate) * (up if of_up is None else of_up.value(up))
+    gate, up = _halves(pre, gated, outside)
+    if outside is None and not isinstance(activation, str):
+        gate = gate.clone()
+    value = of_gate.value(gate)
+    if up is not None:
+        value = value * (up if of_up is None else of_up.value(up))
+    return value if outside is None else value.masked_fill(outside, 0)
 
 
-def activate_backward(grad: Tensor, pre: Tensor, activation: str, gated: bool) -> Tensor:
+def activate_backward(
+    grad: Tensor, pre: Tensor, activation: Activated, gated: bool, outside: Tensor | None = None
+) -> Tensor:
     """Gradient of ``pre``, given the gradient of :func:`activate`'s result; accumulation dtype."""
     of_gate, of_up = _factors(activation)
+    gate, up = _halves(pre, gated, outside)
+    if up is None:
+        grads = [grad * of_gate.both(gate)[1]]
+    else:
+        value, slope = of_gate.both(gate)
+        factor, grad_up = up if of_up is None else of_up.value(up), grad * value
+        grads = [grad * factor * slope, grad_up if of_up is None else grad_up * of_up.slope(up)]
+    if outside is not None:
+        grads = [each.masked_fill(outside, 0) for each in grads]
+    return torch.cat(grads, -1) if len(grads) > 1 else grads[0]
+
+
+def _halves(pre: Tensor, gated: bool, outside: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Gate and up, or what takes the gate's place and None, in the accumulation dtype."""
     pre = pre.to(accumulate_dtype(pre.dtype))
-    if not gated:
-        return grad * of_gate.slope(pre)
-    gate, up = pre.chunk(2, dim=-1)
-    factor = up if of_up is None else of_up.value(up)
-    grad_up = grad * of_gate.value(gate)
-    return torch.cat((grad * factor * of_gate.slope(gate), grad_up if of_up is None else grad_up * of_up.slope(up)), -1)
+    gate, up = pre.chunk(2, dim=-1) if gated else (pre, None)
+    # Most functions are finite of 1/2, and so are their derivatives: under autograd 0 times infinity would be NaN.
+    return gate if outside is None else gate.masked_fill(outside, 0.5), up

@@ -240,7 +240,7 @@ def _through_down(
     grad_pre = torch.empty_like(pre)
     hidden = x.new_empty((num_rows, width)) if with_hidden else None
     dropout = Dropout(call.activation_dropout, call.seed)
-    kernel = kernels.hidden_grad_name(dropout, call.down_proj, call.activation, _interleaved(call))
+    kernel = kernels.hidden_grad_name(dropout, call.down_proj, call.activation, _interleaved(call), call.gated)
     parts = kernels.num_columns(kernel, x, rows, x.shape[1], width)
     with_bias = call.down_bias is not None and call.gate_weight_on == "output"
     row_grads = None if on_input else x.new_empty((parts + with_bias, num_rows), dtype=torch.float32)

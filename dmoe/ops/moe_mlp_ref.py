@@ -19,7 +19,9 @@ from dmoe.ops._moe_mlp_parts import (
     dropout_mask,
     grads_as_given,
     of_assignments,
+    outside_experts,
     row_values,
+    row_widths,
     stacked_weights,
 )
 from dmoe.ops.activation import accumulate_dtype, activate, activate_backward
@@ -72,7 +74,8 @@ def _expert_rows(*arguments: Any, added: Sequence[Added] = NOTHING) -> tuple[Ten
         pre = pre + bias_rows(weights.up_bias, expert, real)
     pre = weights.half_beside_half(pre)
 
-    hidden = activate(pre, call.activation, call.gated)
+    outside = outside_experts(row_widths(call, expert, real), call.width)
+    hidden = activate(pre, call.activation, call.gated, outside)
     mask = dropout_mask(call, ACTIVATION_DROPOUT, call.activation_dropout, assignment, call.width, hidden.dtype)
     if mask is not None:
         hidden = hidden * mask

@@ -23,7 +23,9 @@ from dmoe.ops._moe_mlp_parts import (
     dropout_mask,
     grads_as_given,
     of_assignments,
+    outside_experts,
     row_values,
+    row_widths,
     stacked_weights,
 )
 from dmoe.ops.activation import accumulate_dtype, activate, activate_backward
@@ -53,6 +55,7 @@ class Pass:
         self.call = call
         self.weights: Stacked = stacked_weights(call) if weights is None else weights
         self.real, self.expert, self.assignment, self.gate = row_values(call)
+        self.row_widths = row_widths(call, self.expert, self.real)
         operands = (call.x, *self.weights.up, self.weights.down)
         self.products = ExpertProducts(call.expert_offsets, *operands) if products is None else products
         self.wide = accumulate_dtype(call.x.dtype)
@@ -97,12 +100,17 @@ class Pass:
         assignment = self.assignment[part]
         return dropout_mask(call, ACTIVATION_DROPOUT, call.activation_dropout, assignment, call.width, self.wide)
 
+    def outside(self, part: slice) -> Tensor | None:
+        """Which numbers of the hidden layer are no expert's, for some rows; None for activations that do not mind."""
+        return outside_experts(None if self.row_widths is None else self.row_widths[part], self.call.width)
+
     def hidden_of(self, pre: Tensor) -> Tensor:
         """The activation, masked, and weighed where that is its place."""
         call = self.call
         hidden = pre.new_empty(pre.shape[0], call.width)
         for part in self.chunks(call.pre_width):
-            value, mask = activate(pre[part], call.activation, call.gated), self.activation_mask(part)
+            value = activate(pre[part], call.activation, call.gated, self.outside(part))
+            mask = self.activation_mask(part)
             if mask is not None:
                 value *= mask
             if call.gate_weight_on == "activation":
@@ -119,7 +127,8 @@ class Pass:
             hole = ~self.real[part].unsqueeze(1)  # what lies behind the last expert's rows may be anything
             grad = grad_hidden[part].to(self.wide).masked_fill(hole, 0)
             here = pre[part].masked_fill(hole, 0)
-            value, mask = activate(here, call.activation, call.gated), self.activation_mask(part)
+            outside = self.outside(part)
+            value, mask = activate(here, call.activation, call.gated, outside), self.activation_mask(part)
             if mask is not None:
                 grad *= mask
             row_grads[part] = (value * grad).sum(1)
@@ -129,7 +138,8 @@ class Pass:
                 value *= self.gate[part]
                 grad *= self.gate[part]
             hidden[part] = value
-            grad_pre[part] = self.weights.as_multiplied(activate_backward(grad, here, call.activation, call.gated))
+            grad_here = activate_backward(grad, here, call.activation, call.gated, outside)
+            grad_pre[part] = self.weights.as_multiplied(grad_here)
         return grad_pre, hidden, row_grads
 
     def drop_outputs(self, rows: Tensor) -> Tensor:

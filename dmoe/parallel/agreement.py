@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from dmoe.activation_functions import name_of
 from dmoe.parallel.collectives import outside_graphs
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ def check_layers(layer: Any, dtype: torch.dtype) -> None:
             "without: mark them with expert = True and allreduce = False"
         )
     options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    if callable(config.activation):  # whose repr may hold an address
+        options["activation"] = name_of(config.activation)
     weights = {"dtype of x": dtype, "dtype of the experts": next(layer.experts.parameters()).dtype}
     before = "call torch.manual_seed with one value on all ranks before"
     hints = {"seed": f"{before} the layer is built", "adapters": f"{before} dmoe.lora.add"}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import dmoe
 from dmoe.integrations.transformers.versions import Layout, layout_of
 
-_NAMED = ("silu", "gelu", "gelu_tanh", "relu", "relu_squared")
+_NAMED = ("silu", "gelu", "gelu_tanh", "relu", "relu_squared", "sigmoid")
 _ALPHAS, _OFFSETS = (1.0, 1.702), (0.0, 1.0)  # what published gates write into their formula
 _MOST_KNOWN = 256
 

@@ -28,7 +28,7 @@ REFUSED = {
     "a linear": ((nn.Linear(H, H), {}), r"expert: Linear is not recognised.*: it is a single linear.*Recognised: down"),
     "no activation": (
         (nn.Sequential(nn.Linear(H, WIDTH), nn.Linear(WIDTH, H)), {}),
-        r"expert: Sequential: expected the activation silu, gelu \(erf or tanh\), relu or its square, got another",
+        r"expert: Sequential: expected the activation silu, gelu \(erf or tanh\), relu, its square or sigmoid, got",
     ),
     "a layer": (
         (nn.TransformerEncoderLayer(H, 2, WIDTH), {}),

@@ -63,7 +63,7 @@ def test_forward_and_backward_as_the_reference(data):
         ffn=data.draw(sizes),
         gated=gated,
         bias=data.draw(st.booleans()),
-        activation=data.draw(st.sampled_from(["silu", "relu", "gelu_tanh"])),
+        activation=data.draw(st.sampled_from(["silu", "relu", "relu_squared", "sigmoid", "gelu_tanh"])),
     )
     check(call, seed=data.draw(st.integers(0, 99)))
 
@@ -161,6 +161,12 @@ def test_what_is_broken_is_found_out(name):
     call = make_call(counts=(150, 40, 129), hidden=456, ffn=136, holes=20)
     with pytest.raises(AssertionError, match=told):
         check(call, changes=changes)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("activation", ["silu", "relu", "relu_squared", "sigmoid", "gelu_tanh"])
+def test_every_activation_of_theirs(activation, gated):
+    check(make_call(counts=(70, 3), hidden=72, ffn=136, gated=gated, activation=activation))
 
 
 @pytest.mark.parametrize(

@@ -52,16 +52,17 @@ def _short(x, alone, value, slope, SIZE: tl.constexpr, ACTIVATION: tl.constexpr)
     tl.store(slope + at, both[1])
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "sigmoid"])
 def test_short_activations_are_good_to_far_less_than_sixteen_bits_hold(activation):
     """Value to 2^-16 of itself wherever it is a number of the normal range, slope to 2^-14: bfloat16 rounds at 2^-9."""
     x = torch.cat([torch.linspace(-80, 80, 8192 - 2048), torch.linspace(-6, 6, 2048)]).to(DEVICE)
     alone, value, slope = (torch.empty_like(x) for _ in range(3))
     _short[(1,)](x, alone, value, slope, SIZE=len(x), ACTIVATION=activation)
     wide = x.double()  # PyTorch's own cancels in 1 + tanh
-    exact = wide * torch.sigmoid(wide if activation == "silu" else 1.5957691216057308 * (wide + 0.044715 * wide**3))
+    inside = 1.5957691216057308 * (wide + 0.044715 * wide**3) if activation == "gelu_tanh" else wide
+    exact = torch.sigmoid(inside) * (1 if activation == "sigmoid" else wide)
     # gelu_tanh's exponent goes with the cube of x, and so does its rounding
-    relative = 2.0**-16 if activation == "silu" else 2.0**-14
+    relative = 2.0**-14 if activation == "gelu_tanh" else 2.0**-16
     for result in (alone, value):
         assert ((result - exact).abs() <= relative * exact.abs() + 1e-36).all()
     exact = activate_backward(torch.ones_like(x).double(), x.double(), activation, False)

@@ -142,12 +142,15 @@ def test_tf32_only_where_torch_allows_it(monkeypatch):
 def test_a_mask_in_the_epilogue_has_a_tile_of_its_own(monkeypatch):
     longer = (
         {"activation": "clamped_swiglu(7.0,1.702,1.0)"},
+        {"activation": "sigmoid"},
+        {"activation": "relu_squared"},
         {"weights": "interleaved"},
         {"dropout": 0.1, "weights": "interleaved"},
     )
     for options, name in (
         ({}, "hidden_grad"),
         ({"dropout": 0.1}, "hidden_grad_dropout"),
+        ({"activation": "sigmoid", "gated": False}, "hidden_grad_dropout"),
         *((options, "hidden_grad_long") for options in longer),
     ):
         found = [(o["BLOCK_N"], o["num_warps"]) for *_, o in launches(monkeypatch, **options) if "GATHER" in o]

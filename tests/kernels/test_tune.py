@@ -19,7 +19,8 @@ SHAPE = (4096, 1024, 512, 16, 4)
 
 
 @pytest.mark.parametrize(
-    ("gated", "activation"), [(True, "silu"), (False, "silu"), (True, "clamped_swiglu(7.0,1.702,1.0)")]
+    ("gated", "activation"),
+    [(True, "silu"), (False, "silu"), (True, "clamped_swiglu(7.0,1.702,1.0)"), (True, "sigmoid"), (False, "sigmoid")],
 )
 @pytest.mark.parametrize("tokens", [4096, 256, 16])
 def test_entries_are_what_the_layer_looks_up(monkeypatch, tokens, gated, activation):

@@ -60,7 +60,7 @@ def configs(draw):
         "ffn_hidden_size": draw(sizes | st.lists(sizes, min_size=experts, max_size=experts)),
         "num_experts": experts,
         "top_k": draw(st.integers(1, experts)),
-        "activation": draw(st.sampled_from(["silu", "gelu", "gelu_tanh", "relu"])),
+        "activation": draw(st.sampled_from(["silu", "gelu", "gelu_tanh", "relu", "relu_squared", "sigmoid"])),
         "gated": draw(st.booleans()),
         "bias": draw(st.sampled_from(["none", "expert", "output"])),
         "gate_weight_on": draw(st.sampled_from(["output", "activation", "input"])),
@@ -103,6 +103,9 @@ KERNEL_CASES = {
     "dropout": {"ffn_hidden_size": [16, 32, 16], "activation_dropout": 0.3, "expert_dropout": 0.2, "bias": "expert"},
     "capacity": {"ffn_hidden_size": 16, "capacity": 3},
     "expert_choice": {"ffn_hidden_size": [16, 32, 16], "router": "expert_choice", "causal": False},
+    "sigmoid": {"ffn_hidden_size": [16, 32, 16], "gated": False, "activation": "sigmoid", "bias": "expert"},
+    "squared": {"ffn_hidden_size": 16, "activation": "relu_squared", "gate_weight_on": "activation"},
+    "GPT-OSS": {"ffn_hidden_size": 32, "activation": dmoe.ClampedSwiGLU(), "bias": "expert"},
     "block_128": {"ffn_hidden_size": 128, "gated": False},
 }
 

@@ -28,7 +28,7 @@ def layer_cases(draw):
         "ffn_hidden_size": sizes,
         "num_experts": experts,
         "top_k": draw(st.integers(1, experts)),
-        "activation": draw(st.sampled_from(["silu", "gelu", "gelu_tanh", "relu"])),
+        "activation": draw(st.sampled_from(["silu", "gelu", "gelu_tanh", "relu", "relu_squared", "sigmoid"])),
         "gated": gated,
         "bias": draw(st.sampled_from(["none", "expert", "output"])),
         "gate_weight_on": draw(st.sampled_from(["output", "activation", "input"])),

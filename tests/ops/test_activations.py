@@ -12,7 +12,7 @@ import oracle
 import pytest
 import torch
 from helpers import interpreted, small_config
-from moe_mlp_cases import CASE, WITH_NUMBERS, build
+from moe_mlp_cases import CASE, WITH_NUMBERS, build, truth
 from moe_mlp_kernel_cases import small_blocks
 
 from dmoe import ClampedSwiGLU, ExpertWeights, MoE, MoEConfig, SoftcappedSwiGLU, plan_token_choice
@@ -20,6 +20,7 @@ from dmoe.activations import NAMES, activation_of, kind_and_numbers
 from dmoe.checkpoint.files import read_file
 from dmoe.functional import moe_mlp, run_experts
 from dmoe.ops.activation import activate, activate_backward
+from dmoe.ops.moe_mlp import moe_mlp as moe_mlp_op
 from dmoe.ops.moe_mlp_cuda import moe_mlp_backward_cuda, moe_mlp_cuda
 from dmoe.ops.moe_mlp_ref import moe_mlp_backward_ref, moe_mlp_ref
 
@@ -174,6 +175,24 @@ def test_the_derivative_in_plain_pytorch_is_the_formulas(activation):
     grad = torch.randn(40, 3 if gated else 6, dtype=torch.float64)
     (expected,) = torch.autograd.grad(activate(pre, activation, gated), pre, grad)
     torch.testing.assert_close(activate_backward(grad, pre.detach(), activation, gated), expected)
+
+
+@pytest.mark.parametrize("gate_on", ["output", "activation", "input"])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("activation", [*NAMES, *WITH_NUMBERS])
+def test_every_activation_with_every_place_of_the_gate_weight(activation, gated, gate_on):
+    """Whatever computes: compiled, composed, and the reference, against loops in float64."""
+    if not gated and activation in WITH_NUMBERS:
+        return
+    case = {**CASE, "activation": activation, "gated": gated, "gate_on": gate_on}
+    arguments, grad, indices, kept = build(case, torch.float64)
+    expected = truth(case, arguments, grad, indices, kept, torch.float64, torch.float64)
+    for backend in (None, "torch", "reference"):
+        given = [tensor.clone().requires_grad_() for tensor in arguments[:6]]
+        y = moe_mlp_op(*given, *arguments[6:], backend=backend)
+        y.backward(grad)
+        for got, right in zip([y.detach(), *(tensor.grad for tensor in given)], expected, strict=False):
+            torch.testing.assert_close(got, right, rtol=1e-10, atol=1e-10)
 
 
 @interpreted

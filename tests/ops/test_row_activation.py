@@ -14,8 +14,8 @@ from dmoe.ops.row_activation import (
     row_activation_ref,
 )
 
-GATED = ["silu", "gelu", str(dmoe.ClampedSwiGLU(1.5)), str(dmoe.SoftcappedSwiGLU(2.0, 3.0))]
-CASES = [(name, True) for name in GATED] + [(name, False) for name in ("relu", "relu_squared", "gelu_tanh")]
+GATED = ["silu", "gelu", str(dmoe.ClampedSwiGLU(1.5)), str(dmoe.SoftcappedSwiGLU(2.0, 3.0)), "sigmoid", "relu_squared"]
+CASES = [(name, True) for name in GATED] + [(name, False) for name in ("relu", "relu_squared", "gelu_tanh", "sigmoid")]
 
 
 def plain(pre, activation, gated):
@@ -33,6 +33,7 @@ def plain(pre, activation, gated):
         "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
         "relu": functional.relu,
         "relu_squared": lambda x: functional.relu(x).square(),
+        "sigmoid": torch.sigmoid,
     }[activation](gate)
     return value if up is None else value * up
 

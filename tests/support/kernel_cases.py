@@ -131,6 +131,8 @@ EXPERT_MLP = {
     "gate apart, down transposed": {"weights": "megablocks"},
     "both transposed": {"weights": "transposed"},
     "relu squared": {"gated": False, "activation": "relu_squared"},
+    "gated relu squared": {"activation": "relu_squared"},
+    "sigmoid": {"activation": "sigmoid"},
     "DeepSeek-V4": {"activation": "clamped_swiglu(10.0,1.0,0.0)", "gate_weight_on": "activation"},
     "Inkling-2": {"activation": "softcapped_swiglu(4.0,25.0)"},
     "interleaved": {"weights": "interleaved"},

@@ -15,6 +15,11 @@ ACT = {
     "silu": F.silu,
     "relu": F.relu,
     "relu_squared": lambda x: F.relu(x) ** 2,
+    "sigmoid": lambda x: 1 / (1 + torch.exp(-x)),
+    # Not dmoe's: functions that tests give it.
+    "mish": lambda x: x * torch.tanh(torch.log1p(torch.exp(x))),
+    "log of size": lambda x: torch.log(x.abs()),
+    "two poles": lambda x: torch.log(x.abs()) + 1 / (x - 0.5),
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }

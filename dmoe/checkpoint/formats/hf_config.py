@@ -21,6 +21,7 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
     "relu2": "relu_squared",
+    "sigmoid": "sigmoid",
 }
 # of NLLB, whose draws do not end with training
 _SECOND = {

@@ -267,7 +267,8 @@ def _read_expert(expert: nn.Module, hidden_size: int) -> DenseFFN:
         ) from error
     if ffn.activation is None:
         raise ValueError(
-            f"{what}: expected the activation silu, gelu (erf or tanh), relu or its square, got another one, or none"
+            f"{what}: expected the activation silu, gelu (erf or tanh), relu, its square or sigmoid, got another one, "
+            "or none"
         )
     if ffn.gate is not None and (ffn.gate.bias is None) != (ffn.up.bias is None):
         raise ValueError(f"{what}: expected a bias in both of the projections that are multiplied, or in none")

@@ -160,8 +160,8 @@ def _activation(function: Callable[..., Any] | None, default: ActivationName) ->
     name, dropout = read_activation(function) if callable(function) else (None, 0.0)
     if name is None:
         raise ValueError(
-            "moe_layer: experts: activation_fn: expected a function that computes relu, its square, gelu (erf or tanh) "
-            f"or silu, got {function!r:.80}, which computes another one, or draws random numbers other than by an "
-            "nn.Dropout on its result"
+            "moe_layer: experts: activation_fn: expected a function that computes relu, its square, gelu (erf or "
+            f"tanh), sigmoid or silu, got {function!r:.80}, which computes another one, or draws random numbers other "
+            "than by an nn.Dropout on its result"
         )
     return name, dropout
