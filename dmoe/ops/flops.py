@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
 
-from dmoe.ops import block_sparse, block_sparse_mlp, grouped_gemm, moe_mlp, moe_mlp_deferred, router_logits  # noqa: F401
+from dmoe.ops import block_sparse, block_sparse_mlp, fp8, grouped_gemm, moe_mlp, moe_mlp_deferred, router_logits  # noqa: F401
 from dmoe.ops._moe_mlp_call import Call
 
 _ops = torch.ops.dmoe
@@ -92,6 +92,18 @@ def _backward_weights(grad_y: Tensor, grad_pre: Tensor, hidden: Tensor, *argumen
 @_register("grouped_gemm", "grouped_gemm_portable")
 def _grouped_gemm(a: Tensor, b: Tensor, expert_offsets: Tensor, *_: Any, out_val: Any = None) -> int:
     return 2 * _last(expert_offsets, a.shape[0]) * b.shape[1] * b.shape[2]
+
+
+@_register("fp8_gemm")
+def _fp8_gemm(a_codes: Tensor, _: Tensor, w_codes: Tensor, __: Tensor, *rest: Any, out_val: Any = None) -> int:
+    return _grouped_gemm(a_codes, w_codes, rest[0])
+
+
+@_register("grouped_gemm_sum")
+def _grouped_gemm_sum(
+    a: Tensor, b: Tensor, a2: Tensor, b2: Tensor, expert_offsets: Tensor, *_: Any, out_val: Any = None
+) -> int:
+    return _grouped_gemm(a, b, expert_offsets) + _grouped_gemm(a2, b2, expert_offsets)
 
 
 @_register("grouped_gemm_weight", "grouped_gemm_weight_portable")

@@ -11,6 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dmoe
 from dmoe import ops
+from dmoe.ops.fp8 import fp8_gemm, quantize_blocks, quantize_rows
+from dmoe.ops.grouped_gemm import grouped_gemm_sum
 from dmoe.ops.moe_mlp_deferred import defer, moe_mlp_deferred
 
 T, H, F, E, K = 10, 8, 6, 4, 2
@@ -86,6 +88,10 @@ def test_products_and_their_gradients():
     assert counted(lambda: ops.grouped_gemm(a, b, offsets)) == 2 * 7 * 5 * 4
     assert counted(lambda: ops.grouped_gemm(a, b, offsets).sum().backward()) == 3 * 2 * 7 * 5 * 4
     assert counted(lambda: ops.grouped_gemm_weight(a, a, offsets)) == 2 * 7 * 5 * 5
+    thin = torch.randn(a.shape[0], 2), torch.randn(3, 4, 2)
+    assert counted(lambda: grouped_gemm_sum(a.detach(), b.detach(), *thin, offsets, True)) == 2 * 7 * 4 * (5 + 2)
+    codes = *quantize_rows(a.detach()), *quantize_blocks(b.detach())[:2]
+    assert counted(lambda: fp8_gemm(*codes, offsets)) == 2 * 7 * 5 * 4
     capacity_form = torch.randn(3, 2, 5)
     assert counted(lambda: ops.grouped_gemm(capacity_form, b)) == 2 * 6 * 5 * 4
 
