@@ -14,6 +14,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "check.h"
+#include "expert_rows.h"
 #include "few_rows.h"
 #include "gemm.h"
 #include "pages.h"
@@ -24,70 +25,6 @@ namespace {
 // A block this tall reaches nine tenths of the speed of a tall product in bfloat16 and all of it in float32; small
 // batches are cut finer so that there are blocks enough to share.
 int64_t block_rows(int64_t rows) { return rows >= 4096 ? 256 : 128; }
-
-// Whether memory behind an element of each row lies row by row, so that the GEMM takes it without a copy.
-bool has_dense_rows(const Tensor& tensor, int64_t row_dim, int64_t column_dim) {
-  return tensor.stride(column_dim) == 1 && tensor.stride(row_dim) >= std::max<int64_t>(1, tensor.size(column_dim));
-}
-
-Tensor with_dense_rows(const Tensor& matrix) {
-  return has_dense_rows(matrix, 0, 1) ? matrix : torch::stable::contiguous(matrix);
-}
-
-Tensor with_dense_experts(const Tensor& b) {
-  return has_dense_rows(b, 1, 2) || has_dense_rows(b, 2, 1) ? b : torch::stable::contiguous(b);
-}
-
-void check_product_dtype(const char* op, const Tensor& a, const Tensor& b) {
-  const ScalarType dtype = a.scalar_type();
-  DMOE_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
-                 dtype == ScalarType::Half,
-             op, ": a: expected float32, float64, bfloat16 or float16, got ", toString(dtype));
-  check_dtype(op, "b", b, dtype);
-}
-
-// The first row of each expert, then the end of the last; checked, since products will read and write there.
-std::vector<int64_t> read_offsets(const char* op, const Tensor& expert_offsets, int64_t num_experts, int64_t rows) {
-  check_dim(op, "expert_offsets", expert_offsets, 1);
-  check_dtype(op, "expert_offsets", expert_offsets, ScalarType::Int);
-  DMOE_CHECK(expert_offsets.size(0) == num_experts + 1, op, ": expert_offsets: expected shape (", num_experts + 1,
-             ",), one more than experts, got ", shape_of(expert_offsets));
-  const Tensor contiguous = torch::stable::contiguous(expert_offsets);
-  const auto* from = static_cast<const int32_t*>(contiguous.data_ptr());
-  std::vector<int64_t> offsets(from, from + num_experts + 1);
-  DMOE_CHECK(offsets[0] == 0, op, ": expert_offsets: expected a leading 0, got ", offsets[0]);
-  for (int64_t e = 0; e < num_experts; ++e) {
-    DMOE_CHECK(offsets[e] <= offsets[e + 1] && offsets[e + 1] <= rows, op,
-               ": expert_offsets: expected an ascending sequence up to ", rows, " rows, got ", offsets[e], ", ",
-               offsets[e + 1], " for expert ", e);
-  }
-  return offsets;
-}
-
-// Scratch that a thread keeps: two matrices of one task. Sized by a block of rows (or by the rows of one expert, for a
-// weight gradient in bfloat16), it stays small beside the operands.
-struct TaskScratch {
-  Scratch first, second;
-};
-TaskScratch& task_scratch() {
-  static thread_local TaskScratch scratch;
-  return scratch;
-}
-
-// Copies `rows` rows of `columns` elements into dense rows, and zeros up to `padded_rows`.
-void copy_padded(void* to, const char* from, int64_t rows, int64_t padded_rows, int64_t row_stride_bytes,
-                 int64_t row_bytes) {
-  auto* bytes = static_cast<char*>(to);
-  for (int64_t row = 0; row < rows; ++row) {
-    std::memcpy(bytes + row * row_bytes, from + row * row_stride_bytes, row_bytes);
-  }
-  std::memset(bytes + rows * row_bytes, 0, (padded_rows - rows) * row_bytes);
-}
-
-// What is added to a product while its rows are in cache: another, usually thin one.
-struct Addend {
-  Tensor a, b;  // rows and experts of the first's; b with the same order
-};
 
 Tensor grouped_gemm_of(const char* kOp, const Tensor& a, const Tensor& b, const Tensor& expert_offsets, bool trans_b,
                        const std::optional<Addend>& addend) {
@@ -100,14 +37,7 @@ Tensor grouped_gemm_of(const char* kOp, const Tensor& a, const Tensor& b, const 
              trans_b ? "(E, N, Kd)" : "(E, Kd, N)", " with Kd = ", inner, " for a of shape ", shape_of(a), ", got ",
              shape_of(b));
   const std::vector<int64_t> offsets = read_offsets(kOp, expert_offsets, num_experts, rows);
-  if (addend) {
-    check_product_dtype(kOp, a, addend->a), check_product_dtype(kOp, a, addend->b);
-    check_dim(kOp, "a2", addend->a, 2), check_dim(kOp, "b2", addend->b, 3);
-    DMOE_CHECK(addend->a.size(0) == rows && addend->b.size(0) == num_experts &&
-                   addend->b.size(trans_b ? 1 : 2) == columns && addend->b.size(trans_b ? 2 : 1) == addend->a.size(1),
-               kOp, ": expected a2 and b2 of ", rows, " rows, ", num_experts, " experts and ", columns,
-               " columns, got shapes ", shape_of(addend->a), " and ", shape_of(addend->b));
-  }
+  if (addend) check_addend(kOp, *addend, a, num_experts, columns, trans_b);
   Tensor out = large_empty(a, {rows, columns});
   const ScalarType dtype = a.scalar_type();
   const auto item = static_cast<int64_t>(a.element_size());
@@ -137,35 +67,20 @@ Tensor grouped_gemm_of(const char* kOp, const Tensor& a, const Tensor& b, const 
       }
     }
   }
-  // The rows of a task as its product takes them: where they are, or where that would read beyond the last, a copy.
-  const auto rows_of = [&](const Tensor& from, const Task& task, int64_t padded, Scratch& scratch) {
-    const int64_t stride = from.stride(0), width = from.size(1);
-    const char* first = static_cast<const char*>(from.data_ptr()) + task.first_row * stride * item;
-    if (task.first_row + padded <= rows) return row_major(first, padded, width, stride);  // any row does as padding
-    const Matrix copy = row_major(scratch.get(padded * width * item), padded, width, width);
-    copy_padded(copy.data, first, task.rows, padded, stride * item, width * item);
-    return copy;
-  };
-  const auto columns_of_expert = [&](const Tensor& of, const Task& task) {
-    const char* first = static_cast<const char*>(of.data_ptr()) + task.expert * of.stride(0) * item;
-    const Matrix weight{const_cast<char*>(first), of.size(1), of.size(2), of.stride(1), of.stride(2)};
-    return columns_of(trans_b ? transposed(weight) : weight, task.begin, task.end, item);
-  };
   parallel_tasks(static_cast<int64_t>(tasks.size()), [&](int64_t index) {
     const Task& task = tasks[index];
-    char* to = out_data + (task.first_row * columns + task.begin) * item;
     const int64_t width = task.end - task.begin, padded = rows_to_give(task.rows, width, dtype);
     TaskScratch& scratch = task_scratch();
-    Matrix result = row_major(to, padded, width, columns);
-    if (padded != task.rows) result = row_major(scratch.second.get(padded * width * item), padded, width, width);
-    const auto add_product = [&](const Tensor& rows, const Tensor& experts, bool accumulate) {
-      multiply(result, rows_of(rows, task, padded, scratch.first), columns_of_expert(experts, task), dtype, accumulate);
+    const ResultBlock result(out_data + (task.first_row * columns + task.begin) * item, columns, task.rows, width,
+                             padded, item, scratch.second);
+    const auto add_product = [&](const Tensor& from, const Tensor& experts, bool accumulate) {
+      const Matrix factor = rows_of(from, task.first_row, task.rows, padded, item, scratch.first);
+      multiply(result.matrix, factor, columns_of(matrix_of(experts, task.expert, trans_b, item), task.begin, task.end, item),
+               dtype, accumulate);
     };
     add_product(left, right, false);
     if (addend) add_product(left2, right2, true);
-    for (int64_t row = 0; result.data != to && row < task.rows; ++row) {
-      std::memcpy(to + row * columns * item, static_cast<char*>(result.data) + row * width * item, width * item);
-    }
+    result.put_back();
   });
   if (used < rows && columns > 0) std::memset(out_data + used * columns * item, 0, (rows - used) * columns * item);
   return out;

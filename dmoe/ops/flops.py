@@ -16,7 +16,16 @@ from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
 
-from dmoe.ops import block_sparse, block_sparse_mlp, fp8, grouped_gemm, moe_mlp, moe_mlp_deferred, router_logits  # noqa: F401
+from dmoe.ops import (  # noqa: F401
+    block_sparse,
+    block_sparse_mlp,
+    fp8,
+    grouped_gemm,
+    moe_mlp,
+    moe_mlp_deferred,
+    quantized_gemm,
+    router_logits,
+)
 from dmoe.ops._moe_mlp_call import Call
 
 _ops = torch.ops.dmoe
@@ -104,6 +113,13 @@ def _grouped_gemm_sum(
     a: Tensor, b: Tensor, a2: Tensor, b2: Tensor, expert_offsets: Tensor, *_: Any, out_val: Any = None
 ) -> int:
     return _grouped_gemm(a, b, expert_offsets) + _grouped_gemm(a2, b2, expert_offsets)
+
+
+@_register("quantized_gemm")
+def _quantized_gemm(a: Tensor, codes: Tensor, *rest: Any, out_val: Any = None) -> int:
+    expert_offsets, a2 = rest[4], rest[6] if len(rest) > 6 else None
+    rows, columns = _last(expert_offsets, a.shape[0]), out_val.shape[1]
+    return 2 * rows * columns * (a.shape[1] + (0 if a2 is None else a2.shape[1]))
 
 
 @_register("grouped_gemm_weight", "grouped_gemm_weight_portable")

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 from moe_mlp_cases import build
+from quantized_cases import random_weights
 
 import dmoe
 from dmoe import losses, metrics, ops
@@ -19,6 +20,7 @@ from dmoe.compat import megablocks
 from dmoe.compat.megablocks.layers.mlp import MLP
 from dmoe.ops import moe_mlp as moe_mlp_op
 from dmoe.ops.moe_mlp_deferred import defer, moe_mlp_deferred
+from dmoe.ops.quantized_gemm import quantized_gemm
 from dmoe.ops.router_top_k import TopKRule
 
 THREADS = (1, 2, 3, 4)
@@ -81,6 +83,20 @@ def grouped_gemm_of_few_rows(dtype):
 def grouped_gemm_weight(dtype):
     a, b = random(sum(COUNTS), INNER, dtype=dtype), random(sum(COUNTS), COLUMNS, dtype=dtype, seed=1)
     return with_gradients(lambda a, b: ops.grouped_gemm_weight(a, b, offsets()), a, b)
+
+
+@case
+def products_with_quantized_weights(dtype):
+    """A hot expert whose rows are cut, columns that are, a single row; both ways, with an addend."""
+    found = []
+    for counts, rows, columns in ((COUNTS, 80, 128), ((2000,), 96, 64), ((1, 0), 700, 640), ((50,), 700, 640)):
+        codes, scales, _ = random_weights("nf4", (1, 64), len(counts), rows, columns)
+        ends = torch.tensor([0, *counts]).cumsum(0).int()
+        for inner, out, trans_b in ((columns, rows, True), (rows, columns, False)):
+            a, a2 = random(sum(counts), inner, dtype=dtype), random(sum(counts), 8, dtype=dtype, seed=1)
+            b2 = random(len(counts), *((out, 8) if trans_b else (8, out)), dtype=dtype, seed=2)
+            found.append(quantized_gemm(a, codes, scales, None, "nf4", [1, 64], ends, trans_b, a2, b2))
+    return found
 
 
 @case
