@@ -11,7 +11,7 @@ from torch import Tensor
 from dmoe.activations import Activation, activation_of
 from dmoe.adapter_factors import factors_of, factors_of_several
 from dmoe.adapters import Adapters
-from dmoe.config import DropOrder, GateWeightOn
+from dmoe.config import DropOrder, ExpertCompute, GateWeightOn, SavedActivations
 from dmoe.expert_inputs import Options, check_call, check_choices, check_planned
 from dmoe.expert_weights import ExpertWeights
 from dmoe.ops._library import has_triton
@@ -49,6 +49,8 @@ def moe_mlp(
     recompute: bool = False,
     adapters: Adapters | Sequence[Adapters] | None = None,
     adapter_ids: Tensor | None = None,
+    compute: ExpertCompute | None = None,
+    saved: SavedActivations | None = None,
 ) -> Tensor:
     """``y_t = sum_k w_tk * expert_{i_tk}(x_t)``: every token through its experts, weighted and summed.
 
@@ -64,8 +66,8 @@ def moe_mlp(
         capacity: the most rows one expert takes; None drops nothing.
         drop_order: which choices come first where the capacity binds; see :class:`dmoe.MoEConfig`.
         backend: who computes; see :class:`dmoe.MoEConfig`.
-        residual, main_grads, recompute, adapters, adapter_ids: see :func:`run_experts`; ``residual`` is ``(..., H)``,
-            ``adapter_ids`` has x's leading dimensions.
+        residual, main_grads, recompute, adapters, adapter_ids, compute, saved: see :func:`run_experts`; ``residual`` is
+            ``(..., H)``, ``adapter_ids`` has x's leading dimensions.
 
     Returns:
         ``(..., H)``. Gradients flow to x, gate_weights and the weights; saved for backward are x, the up projection's
@@ -87,6 +89,8 @@ def moe_mlp(
         recompute,
         adapters,
         adapter_ids,
+        compute,
+        saved,
     )
     check_choices(x, expert_indices, gate_weights, weights)
     check_call(x, x.shape[:-1], expert_indices, gate_weights, weights, options)
@@ -123,6 +127,8 @@ def run_experts(
     recompute: bool = False,
     adapters: Adapters | Sequence[Adapters] | None = None,
     adapter_ids: Tensor | None = None,
+    compute: ExpertCompute | None = None,
+    saved: SavedActivations | None = None,
 ) -> Tensor:
     """Every token through its experts, weighted and summed.
 
@@ -145,6 +151,11 @@ def run_experts(
             of N, one of them chosen by each token. Weights that are frozen then cost backward no gradient. Not with
             ``main_grads``, nor block-sparse products; weights that are codes likewise.
         adapter_ids: ``(T,)`` int32 or int64 in [-1, N), which of a list of adapters each token takes; -1 takes none.
+        compute: ``fp8`` for products of e4m3 codes, forward and backward to x; gradients of weights, and the factors of
+            adapters, stay in x's dtype (``docs/fp8.md``). Not with ``main_grads``, weights that are codes, nor the
+            backends ``block_sparse`` and ``reference``.
+        saved: ``fp8`` for x and the pre-activation kept for backward as codes, with whatever products. The same
+            exceptions, but for weights that are codes.
 
     Returns:
         ``(T, H)`` in x's dtype (autocast's under autocast).
@@ -164,6 +175,8 @@ def run_experts(
         recompute,
         adapters,
         adapter_ids,
+        compute,
+        saved,
     )
     check_planned(plan, gate_weights, weights)
     check_call(x, (plan.num_tokens,), plan.token_rows, gate_weights, weights, options)
@@ -181,7 +194,7 @@ def _compute(x: Tensor, plan: RoutingPlan, gate_weights: Tensor, weights: Expert
     packed, gate_proj = bool(weights.ffn_sizes), weights.gate_proj
     up_proj, down_proj = (_operand(weight, packed) for weight in (weights.up_proj, weights.down_proj))
     gate_proj = None if gate_proj is None else _operand(gate_proj, packed)
-    composed = options.adapters is not None or weights.is_quantized
+    composed = options.is_composed(weights)
     if gate_proj is not None and x.is_cuda and not composed and gate_proj.stride() != up_proj.stride():
         gate_proj, up_proj = gate_proj.contiguous(), up_proj.contiguous()  # one kernel reads both, in one way
     up_bias = weights.up_bias
@@ -245,8 +258,17 @@ def _composed(
 ) -> Tensor:
     """On the composition, which takes what the kernels do not know."""
     behind = (options.residual, None, None, 0, None, None, gate)
-    backend, recompute = options.backend, options.recompute
-    return moe_mlp_composed(up, down, group_offsets, *arguments, *behind, backend=backend, recompute=recompute)
+    return moe_mlp_composed(
+        up,
+        down,
+        group_offsets,
+        *arguments,
+        *behind,
+        backend=options.backend,
+        recompute=options.recompute,
+        compute=options.compute,
+        saved=options.saved,
+    )
 
 
 def _operand(weight: Any, packed: bool) -> Any:
