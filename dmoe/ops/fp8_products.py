@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dmoe.ops.fp8 import (
+    decoded_codes,
     dequantize_blocks,
     fp8_gemm,
     quantize_blocks,
@@ -36,7 +37,7 @@ class Fp8Rows(NamedTuple):
     def decoded(self, dtype: torch.dtype) -> Tensor:
         """What they stand for: exact, but in float16, whose range is smaller than that of scales."""
         exact = exact_dtype(dtype)
-        return self.codes.to(exact).mul_(self.scales.to(exact).unsqueeze(1)).to(dtype)
+        return decoded_codes(self.codes, exact).mul_(self.scales.to(exact).unsqueeze(1)).to(dtype)
 
 
 def quantized(rows: Tensor, backend: str | None) -> Fp8Rows:
