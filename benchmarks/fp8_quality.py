@@ -1,6 +1,6 @@
 """What fp8 costs in quality: the example's loss curve beside bfloat16's, and errors of its experts' results.
 
-    python benchmarks/fp8_quality.py [--steps 200] [--quick] [--threads 1]
+    python benchmarks/fp8_quality.py [--steps 120] [--quick] [--threads 1]
 
 The model is `examples/train_lm.py`'s, under autocast to bfloat16. All runs take turns, from one measurement to the
 next; one of them is bfloat16 from another seed, which says how far apart two runs are anyway. Errors are measured on
@@ -68,7 +68,7 @@ def trained(steps: int, eval_bytes: int, seed: int) -> list[Run]:
         "dtype": "bfloat16",
         "steps": steps,
         "warmup": max(1, steps // 20),
-        "eval_every": max(1, steps // 20),
+        "eval_every": max(1, steps // 15),
         "eval_bytes": eval_bytes,
     }
     settings = {name: Settings(**{**common, "seed": seed, **more}) for name, more in RUNS.items()}
@@ -245,7 +245,7 @@ def plot(results: list[dict[str, Any]], env: dict[str, Any], path: Path) -> None
 def main() -> None:
     """Train, measure, write the report."""
     parser = arguments(__doc__.splitlines()[0], rounds=10)
-    parser.add_argument("--steps", type=int, default=200, help="training steps of each run")
+    parser.add_argument("--steps", type=int, default=120, help="training steps of each run")
     args = checked(parser)
     if args.quick:
         args.steps, args.rounds, args.warmup = min(args.steps, 2), min(args.rounds, 2), 1

@@ -63,11 +63,15 @@ DMOE_INLINE void store_lanes(float* p, const Lanes<W>& value) {
   std::memcpy(p, &value, sizeof(value));
 }
 template <int W>
-DMOE_INLINE void store_lanes(BFloat16* p, const Lanes<W>& value) {  // as store() in simd.h
+DMOE_INLINE HalfBits<W> bfloat16_bits(const Lanes<W>& value) {  // as store() in simd.h
   const Bits<W> bits = (Bits<W>)value;
   const Bits<W> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Bits<W> real = (Bits<W>)(value == value);
-  const HalfBits<W> out = __builtin_convertvector((rounded & real) | (~real & 0x7fc0), HalfBits<W>);
+  return __builtin_convertvector((rounded & real) | (~real & 0x7fc0), HalfBits<W>);
+}
+template <int W>
+DMOE_INLINE void store_lanes(BFloat16* p, const Lanes<W>& value) {
+  const HalfBits<W> out = bfloat16_bits<W>(value);
   std::memcpy(static_cast<void*>(p), &out, sizeof(out));
 }
 template <int W>

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from dmoe import checkpoint, dense_copies, functional, losses, metrics, models, ops, parallel, presets, routing
+from dmoe import (
+    checkpoint,
+    dense_copies,
+    functional,
+    lora,
+    losses,
+    metrics,
+    models,
+    ops,
+    parallel,
+    presets,
+    quant,
+    routing,
+)
 from dmoe.activations import ClampedSwiGLU, SoftcappedSwiGLU
 from dmoe.adapters import Adapters, LowRank
 from dmoe.config import MoEConfig
@@ -48,6 +61,7 @@ __all__ = [
     "functional",
     "info",
     "is_expert_param",
+    "lora",
     "losses",
     "metrics",
     "models",
@@ -57,6 +71,7 @@ __all__ = [
     "plan_expert_choice",
     "plan_token_choice",
     "presets",
+    "quant",
     "reduce_metrics",
     "replace_ffn",
     "routing",

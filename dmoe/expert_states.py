@@ -6,6 +6,17 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 
+def weights_for_codes(state_dict: Mapping[str, Any], prefix: str, coded: Iterable[str]) -> str | None:
+    """A sentence, where a state dict has weights of projections that the module holds as codes; else None."""
+    plain = [name for name in coded if prefix + name in state_dict]
+    if not plain:
+        return None
+    return (
+        f"{prefix.removesuffix('.') or 'Experts'}: expected codes ({plain[0]}.codes, ...), got weights "
+        f"({', '.join(plain)}): load them before dmoe.quant.quantize"
+    )
+
+
 def other_layout(state_dict: Mapping[str, Any], prefix: str, names: Iterable[str], needed: Iterable[str]) -> str | None:
     """A sentence, where a state dict has experts under other names than the module's; else None.
 
@@ -23,6 +34,11 @@ def other_layout(state_dict: Mapping[str, Any], prefix: str, names: Iterable[str
     others = [key for key in state_dict if key.startswith(prefix) and key[len(prefix) :] not in set(names)]
     if not missing or not others:
         return None
+    if any(key.endswith("proj.codes") for key in others):
+        return (
+            f"{prefix.removesuffix('.') or 'Experts'}: expected weights ({', '.join(missing)}), got codes: call "
+            "dmoe.quant.quantize as it was called on the model that was saved (it may be on meta), and load then"
+        )
     found = ", ".join(key[len(prefix) :] for key in others[:3]) + (", ..." if len(others) > 3 else "")
     return (
         f"{prefix.removesuffix('.') or 'Experts'}: expected {', '.join(needed)}, got experts of another layout "

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import is_fake
 from dmoe.config import MoEConfig
 from dmoe.expert_init import initialise
 from dmoe.expert_slice import ExpertSlice, local_part, scaled
-from dmoe.expert_states import other_layout
+from dmoe.expert_states import other_layout, weights_for_codes
 from dmoe.expert_weights import F_DIM, ExpertWeights, Weight
 from dmoe.functional import run_experts
 from dmoe.ops._checks import check_plain
@@ -84,6 +84,10 @@ class Experts(nn.Module):
             return None
         return 2 if name == "down_proj" or self.config.gated else 1
 
+    def _coded(self) -> list[str]:
+        """Projections that are codes: what dmoe.quant puts in a parameter's place."""
+        return [name for name in (self.up_name, "down_proj") if isinstance(getattr(self, name), nn.Module)]
+
     def mark_parameters(self) -> None:
         """Set ``expert`` and ``allreduce`` on each parameter, and freeze what is, as after something replaced them."""
         for param in self.parameters():
@@ -107,6 +111,7 @@ class Experts(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         names = dict(self.named_parameters())
         wrong = other_layout(state_dict, prefix, names, [name for name in names if name in (self.up_name, "down_proj")])
+        wrong = wrong or weights_for_codes(state_dict, prefix, self._coded())
         if wrong is not None:
             args[-1].append(wrong)  # torch's error_msgs, which are raised with strict=False, too
         for name, parameter in self.named_parameters() if self.distributed else ():
@@ -162,12 +167,12 @@ class Experts(nn.Module):
         hooked = hasattr(self, "unshard") or "forward" in self.__dict__ or bool(self._forward_pre_hooks)
         return None if hooked or self.lora is not None else self._weights_at_work().deferred()
 
-    def _adapters_at_work(self) -> dict[str, Any]:
-        """The adapters beside the weights and their choice by tokens, as :func:`dmoe.run_experts` takes them."""
+    def _adapters_at_work(self, dtype: torch.dtype | None) -> dict[str, Any]:
+        """Adapters beside weights of such a dtype, and tokens' choice, as :func:`dmoe.run_experts` takes them."""
         held: Any = self.lora
         if held is None:
             return {}
-        adapters, adapter_ids = held.value()
+        adapters, adapter_ids = held.value(dtype)
         scale = self.owned.grad_scale
         if scale != 1 and adapters is not None:
             several = isinstance(adapters, list)
@@ -195,10 +200,11 @@ class Experts(nn.Module):
         """Fresh values: expert e's are a function of (seed, e), so who holds which expert does not change them.
 
         One seed is drawn from PyTorch's default generator. Values are as the config's ``init`` says, or normal with
-        ``init_std`` and zero biases.
+        ``init_std`` and zero biases. Projections that are codes have their values from elsewhere, and so has the rest
+        beside them.
         """
-        one = next(self.parameters())
-        if one.is_meta or is_fake(one):
+        one = next(self.parameters(), None)
+        if self._coded() or one is None or one.is_meta or is_fake(one):
             return
         self.seed = int(torch.randint(2**62, (), device="cpu").item())  # whatever the default device is
         c = self.config
@@ -230,11 +236,12 @@ class Experts(nn.Module):
     ) -> Tensor:
         """``(T, H)`` through the experts, or through those of :meth:`in_parts`; see :func:`dmoe.run_experts`."""
         config = self.config
+        weights = self._weights_at_work() if weights is None else weights
         return run_experts(
             x,
             plan,
             gate_weights,
-            self._weights_at_work() if weights is None else weights,
+            weights,
             activation=config.activation,
             gate_weight_on=config.gate_weight_on,
             activation_dropout=config.activation_dropout if self.training else 0.0,
@@ -245,7 +252,7 @@ class Experts(nn.Module):
             recompute=config.recompute_pre_activation,
             compute=config.expert_compute,
             saved=config.saved_activations,
-            **self._adapters_at_work(),
+            **self._adapters_at_work(weights.dtype),
         )
 
     def extra_repr(self) -> str:

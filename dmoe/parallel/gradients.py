@@ -266,9 +266,10 @@ def data_parallel(
     """
     everyone: Any = dist.group.WORLD if process_group is None else process_group
     experts = [(name, parameter) for name, parameter in model.named_parameters() if is_sharded(parameter)]
-    if experts:
+    codes = _buffers_of_experts(model)
+    if experts or codes:
         _check_replicas(model, process_group, expert_replicas)
-        names = [name for name, _ in experts]
+        names = [*(name for name, _ in experts), *codes]
         nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
     for module in model.modules():
         if hasattr(module, "bias_ranks") and module.bias_ranks is None:
@@ -288,6 +289,12 @@ def dispatchers(model: nn.Module) -> list[tuple[nn.Module, AllToAllDispatcher]]:
 def experts_of(layer: Any) -> Any:
     """The experts of a layer, also where an adapter stands in their place, with the experts inside."""
     return next(module for module in layer.experts.modules() if hasattr(module, "owned"))
+
+
+def _buffers_of_experts(model: nn.Module) -> list[str]:
+    """Names of buffers of experts that other ranks have others of, such as weights that are codes."""
+    held = [(name, module) for name, module in model.named_modules() if getattr(module, "distributed", False)]
+    return [f"{name}.{buffer}".lstrip(".") for name, module in held for buffer, _ in module.named_buffers()]
 
 
 def _check_replicas(model: nn.Module, process_group: ProcessGroup | None, expert_replicas: ProcessGroup | None) -> None:

@@ -105,6 +105,7 @@ class LinearRouter(Float32Buffers):
         self.config, self.score_function = config, config.score_function
         self.by_sequence = config.token_groups == "sequence"
         self._make_parameters(config, device=device, dtype=dtype)
+        self.register_module("lora", None)  # what dmoe.lora puts beside the weight
         self.reset_parameters()
 
     def _make_parameters(self, config: MoEConfig, **where: Any) -> None:
@@ -122,7 +123,13 @@ class LinearRouter(Float32Buffers):
 
     def logits(self, x: Tensor) -> Tensor:
         """Router logits ``(T, E)`` in the router's dtype; jittered in training."""
-        return self.capped(self.project(x, self.weight, self.bias))
+        held: Any = self.lora
+        if held is None:
+            return self.capped(self.project(x, self.weight, self.bias))
+        logits = held.logits(
+            lambda weight: self.project(x, weight, None), self.weight, self.dtype_of(x), self.config.backend
+        )
+        return self.capped(logits if self.bias is None else logits + self.bias.to(logits.dtype))
 
     def capped(self, logits: Tensor) -> Tensor:
         """Logits through ``router_logit_softcap``, where the config has one."""
@@ -190,6 +197,10 @@ class LinearRouter(Float32Buffers):
 
     def update_selection_bias(self) -> None:
         """No bias to move, unless a family has one."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._modules.setdefault("lora", None)
 
     def extra_repr(self) -> str:
         """For ``print(model)``."""

@@ -20,6 +20,7 @@ from .settings import UsageError
 HELD_OUT_SHARE = 0.05
 # Below this many files a split by file would be a lottery, so the last part of every file is held out instead.
 MIN_FILES_FOR_SPLIT = 20
+_BLOCK = 1024  # bytes of the help topics that stay together
 # Of the standard library: other people's packages and tests are not its text; code pages and help topics are tables.
 SKIPPED_IN_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 
@@ -90,6 +91,17 @@ def load_corpus(data: Sequence[str], max_bytes: int, seq_len: int) -> Corpus:
                 f"(--seq-len {seq_len}, and the byte after it). Give more text, or a smaller --seq-len"
             )
     return Corpus(name, _as_tensor(train), _as_tensor(held_out), len(texts))
+
+
+def help_topics() -> Corpus:
+    """Python's help topics, English that comes with Python: what recipes fine-tune on."""
+    from pydoc_data.topics import topics
+
+    joined = "\n".join(topics[key] for key in sorted(topics)).encode()
+    text = torch.frombuffer(bytearray(joined), dtype=torch.uint8)
+    blocks = text[: len(text) // _BLOCK * _BLOCK].view(-1, _BLOCK)  # topics differ: some of each are held out
+    aside = torch.arange(len(blocks)) % 20 == 0
+    return Corpus("Python's help topics", blocks[~aside].flatten(), blocks[aside].flatten(), len(topics))
 
 
 def training_batch(corpus: Corpus, *, seed: int, step: int, batch: int, seq_len: int) -> tuple[Tensor, Tensor]:

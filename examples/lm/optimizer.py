@@ -27,7 +27,8 @@ def learning_rate(step: int, settings: Settings) -> float:
 
 
 def optimizer(model: ByteLM, settings: Settings) -> torch.optim.AdamW:
-    """AdamW; norms and the embedding are not decayed, and experts learn at ``sqrt(top_k / experts)`` times the rate.
+    """AdamW of what is trained. Norms and the embedding are not decayed, experts learn at ``sqrt(top_k / experts)`` of
+    the rate.
 
     An expert sees that share, ``top_k / experts`` of its layer, of a batch. Adam's rate goes with the square root of
     the batch (Malladi et al. 2022, "On the SDEs and Scaling Rules for Adaptive Gradient Algorithms"): at the rate which
@@ -39,9 +40,9 @@ def optimizer(model: ByteLM, settings: Settings) -> torch.optim.AdamW:
     for layer in model.moe_layers:
         scale = math.sqrt(experts_of_a_token(layer.config) / layer.config.num_experts)
         group = experts.setdefault(scale, {"params": [], "scale": scale})
-        group["params"] += [parameter for parameter in layer.parameters() if dmoe.is_expert_param(parameter)]
+        group["params"] += [p for p in layer.parameters() if dmoe.is_expert_param(p) and p.requires_grad]
     for parameter in model.parameters():
-        if dmoe.is_expert_param(parameter):
+        if dmoe.is_expert_param(parameter) or not parameter.requires_grad:
             continue
         if parameter.ndim < 2 or parameter is model.embedding.weight:
             plain["params"].append(parameter)

@@ -9,7 +9,7 @@
 Each of ``--ep`` ranks reads and holds its own experts, and brings its own sequences; further ranks are further such
 groups. ``parallelize`` builds the model, ``save_pretrained`` writes it as plain Transformers loads it, whatever the
 number of ranks. All weights are trained. Without ``--model`` the first rank trains a small one to begin with, as
-finetune_lora.py does. It ends with the model in ``OUT/tuned``, and the picture ``OUT/finetune_ep.png``.
+finetune_peft.py does. It ends with the model in ``OUT/tuned``, and the picture ``OUT/finetune_ep.png``.
 """
 
 from __future__ import annotations

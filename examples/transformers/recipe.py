@@ -24,7 +24,7 @@ from transformers import (
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # last: examples/transformers must not hide transformers
 
-from lm.data import load_corpus
+from lm.data import help_topics, load_corpus
 from lm.settings import UsageError as UsageError  # for the recipes
 
 from dmoe.integrations.transformers import register
@@ -63,9 +63,6 @@ class Text:
     """``(M,)`` int64."""
 
 
-_BLOCK = 1024  # bytes of the help topics that stay together
-
-
 class Windows(Dataset):
     """Sequences of a text, at places that follow from the seed: what a Trainer takes as its data.
 
@@ -98,22 +95,13 @@ def text_of(data: Sequence[str], seq_len: int, model: str | None = None) -> Text
         seq_len: tokens of a sequence.
         model: whose tokenizer makes the tokens; None is a token a byte.
     """
-    if data:
-        corpus = load_corpus(data, 8_000_000, seq_len)
-        name, parts = corpus.name, [corpus.train, corpus.held_out]
-    else:
-        from pydoc_data.topics import topics
-
-        name, joined = "Python's help topics", "\n".join(topics[key] for key in sorted(topics)).encode()
-        text = torch.frombuffer(bytearray(joined), dtype=torch.uint8)
-        blocks = text[: len(text) // _BLOCK * _BLOCK].view(-1, _BLOCK)  # topics differ: some of each are held out
-        aside = torch.arange(len(blocks)) % 20 == 0
-        parts = [blocks[~aside].flatten(), blocks[aside].flatten()]
+    corpus = load_corpus(data, 8_000_000, seq_len) if data else help_topics()
+    parts = [corpus.train, corpus.held_out]
     if model is not None:
         tokenizer: Any = AutoTokenizer.from_pretrained(model)
         written = [bytes(part.tolist()).decode(errors="replace") for part in parts]
         parts = [torch.tensor(tokenizer(text).input_ids) for text in written]
-    return Text(name, *(part.long() for part in parts))
+    return Text(corpus.name, *(part.long() for part in parts))
 
 
 def base_model(folder: Path, steps: int, seq_len: int, batch: int) -> Path:

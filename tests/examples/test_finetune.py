@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(EXAMPLES / "transformers"))
 
-import finetune_lora
+import finetune_peft
 import recipe
 
 TINY = {"hidden_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 8}
@@ -41,17 +41,17 @@ def out(base, tmp_path):
 
 def test_lora_is_trained_on_experts_that_dmoe_computes(base, out, text, capsys, monkeypatch):
     implementations = []
-    draw = finetune_lora.draw
+    draw = finetune_peft.draw
 
     def watched(*given):
         implementations.append(given)
         draw(*given)
 
-    monkeypatch.setattr(finetune_lora, "draw", watched)
+    monkeypatch.setattr(finetune_peft, "draw", watched)
     before = (base / "model.safetensors").read_bytes()
-    assert finetune_lora.main([*SHORT, "--out", str(out), "--data", str(text), "--rank", "2"]) == 0
+    assert finetune_peft.main([*SHORT, "--out", str(out), "--data", str(text), "--rank", "2"]) == 0
     assert (base / "model.safetensors").read_bytes() == before
-    assert is_picture(out / "finetune_lora.png")
+    assert is_picture(out / "finetune_peft.png")
     ((*_, losses, (first, last), loads),) = implementations
     assert [step for step, _ in losses] == [1, 2, 3, 4, 5, 6]
     assert last < first
@@ -70,7 +70,7 @@ def test_lora_is_trained_on_experts_that_dmoe_computes(base, out, text, capsys, 
 
 
 def test_what_the_user_can_put_right_is_told(tmp_path, capsys):
-    assert finetune_lora.main(["--out", str(tmp_path), "--data", str(tmp_path / "none")]) == 2
+    assert finetune_peft.main(["--out", str(tmp_path), "--data", str(tmp_path / "none")]) == 2
     assert "none: no such file or folder" in capsys.readouterr().err
 
 

@@ -2,14 +2,14 @@
 """Fine-tunes a mixture of experts with Transformers' Trainer and PEFT's LoRA on the experts; dmoe computes them.
 
     pip install '.[transformers,examples]' peft accelerate
-    python examples/transformers/finetune_lora.py                                  # a minute on two cores
-    python examples/transformers/finetune_lora.py --data notes/ --steps 500        # on text of your own
-    python examples/transformers/finetune_lora.py --model Qwen/Qwen3-30B-A3B --data notes/ --dtype bfloat16 --batch 1
+    python examples/transformers/finetune_peft.py                                  # a minute on two cores
+    python examples/transformers/finetune_peft.py --data notes/ --steps 500        # on text of your own
+    python examples/transformers/finetune_peft.py --model Qwen/Qwen3-30B-A3B --data notes/ --dtype bfloat16 --batch 1
 
 Three lines of it are about dmoe: ``register()``, and ``experts_implementation="dmoe"`` when a model is loaded. Without
 ``--model`` it first trains a small Qwen3-MoE of bytes on the Python standard library's sources (once; it stays in
 ``--out``), and then fine-tunes it on another text. It ends with the adapter in ``OUT/adapter``, and a picture of the
-loss and of the experts' load in ``OUT/finetune_lora.png``.
+loss and of the experts' load in ``OUT/finetune_peft.png``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main(given: Sequence[str] | None = None) -> int:
     try:
         return run(options)
     except (UsageError, OSError, ValueError) as error:
-        print(f"finetune_lora: error: {error}", file=sys.stderr)
+        print(f"finetune_peft: error: {error}", file=sys.stderr)
         return 2
 
 
@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", help="folder or id of a model with experts and a tokenizer [a small one, trained first]")
     add("--data", nargs="*", default=[], metavar="PATH", help="text to fine-tune on [Python's help topics]")
-    add("--out", type=Path, default=Path("runs/finetune_lora"), help="[runs/finetune_lora]")
+    add("--out", type=Path, default=Path("runs/finetune_peft"), help="[runs/finetune_peft]")
     add("--steps", type=int, default=150, help="of fine-tuning [150]")
     add("--base-steps", type=int, default=300, help="of training the small model [300]")
     add("--batch", type=int, default=8, help="sequences in a step [8]")
@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
     after = held_out(model, text, options.seq_len)
     adapted.save_pretrained(options.out / "adapter")
     losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-    picture = options.out / "finetune_lora.png"
+    picture = options.out / "finetune_peft.png"
     trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
     whole = sum(parameter.numel() for parameter in adapted.parameters())
     note = f"Rank {options.rank}: {trained:,} of {whole:,} numbers are trained, on {text.name}"

@@ -1,0 +1,213 @@
+"""The modules that own adapters: a set of them beside the weights of experts, or of a router."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
+
+from dmoe.adapters import Adapters, LowRank
+from dmoe.expert_slice import ExpertSlice, local_part
+from dmoe.lora.config import LoRA
+from dmoe.lora.factors import Factors, ProjectionShape, draw_seed, generators_of
+
+
+class AdapterSet(nn.Module):
+    """Adapters beside one module's weights, by name, as children; which of them work is kept here.
+
+    Attributes:
+        active: names of those that are added to the weights.
+        enabled: False is the base alone.
+        merged: names of those whose product is in the weights already.
+        by_token: names, and the number of one of them for each token, ``(T,)``, while :func:`dmoe.lora.use` is on.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.active: tuple[str, ...] = ()
+        self.enabled = True
+        self.merged: tuple[str, ...] = ()
+        self.by_token: tuple[tuple[str, ...], Tensor] | None = None
+        self.base: dict[str, Tensor] = {}  # what merge was told to keep
+        self._chosen_by_token = False
+
+    @property
+    def names(self) -> list[str]:
+        """Of all adapters here, as they were added."""
+        return list(self._modules)
+
+    def config_of(self, name: str) -> LoRA:
+        """Of one adapter."""
+        held: Any = self._modules[name]
+        return held.config
+
+    def put(self, name: str, adapter: nn.Module) -> None:
+        """Add one under a name, which becomes the only active one.
+
+        Raises:
+            ValueError: a name that cannot be a module's, or is taken.
+        """
+        if not isinstance(name, str) or not name or "." in name or hasattr(self, name):
+            why = "one that is free" if name in self._modules else "a word without dots, and no attribute's name"
+            raise ValueError(f"dmoe.lora.add: name: expected {why}, got {name!r}")
+        self.add_module(name, adapter.train(self.training))
+        self.active = (name,)
+
+    def drop(self, name: str) -> None:
+        """Take one out."""
+        del self._modules[name]
+        self.active = tuple(each for each in self.active if each != name)
+        self.merged = tuple(each for each in self.merged if each != name)
+
+    def at_work(self) -> tuple[str, ...]:
+        """Names of what is added to the weights, for all tokens alike."""
+        return tuple(name for name in self.active if name not in self.merged) if self.enabled else ()
+
+    def tokens_choice(self) -> tuple[tuple[str, ...], Tensor] | None:
+        """``by_token``, where it is to be heeded.
+
+        Raises:
+            RuntimeError: activation checkpointing computes again, in a backward outside of ``use``, what was computed
+                inside of it.
+        """
+        if not torch.compiler.is_compiling():
+            if torch._C._current_graph_task_id() == -1:
+                self._chosen_by_token = self.by_token is not None
+            elif self._chosen_by_token and self.by_token is None:
+                raise RuntimeError(
+                    "dmoe.lora.use: expected backward inside the with block, where activation checkpointing computes "
+                    "layers again and has to choose the same adapters, got a backward behind it"
+                )
+        return self.by_token if self.enabled else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the choice of the moment."""
+        return {**self.__dict__, "by_token": None, "_chosen_by_token": False}
+
+    def extra_repr(self) -> str:
+        """Which of them work."""
+        told = [f"active={list(self.active)}"] + (["disabled"] if not self.enabled else [])
+        return ", ".join(told + ([f"merged={list(self.merged)}"] if self.merged else []))
+
+
+class ExpertAdapter(nn.Module):
+    """One adapter of all experts: :class:`Factors` by the name of the projection they stand beside.
+
+    Args:
+        projections: by parameter name, those that are adapted.
+        config: of the adapter.
+        where: which experts live here.
+        device, dtype: of the parameters.
+
+    Attributes:
+        seed: what the initial values were made from; None on the meta device.
+    """
+
+    def __init__(
+        self,
+        projections: Mapping[str, ProjectionShape],
+        config: LoRA,
+        where: ExpertSlice,
+        *,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.where, self.seed = config, where, None
+        for name, projection in projections.items():
+            self.add_module(name, Factors(projection, config, where, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    @property
+    def factors(self) -> dict[str, Factors]:
+        """By the projection's name."""
+        held: Any = dict(self._modules)
+        return held
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Fresh values: expert e's are a function of (seed, e), so who holds which expert does not change them."""
+        one = next(self.parameters())
+        if one.is_meta or is_fake(one):
+            return
+        self.seed = seed = draw_seed()
+        generators = generators_of(self.where, seed)
+        for factors in self.factors.values():
+            factors.fill(self.config, self.where.experts, generators)
+
+    def value(self, dtype: torch.dtype | None) -> Adapters:
+        """What lives here of the factors, as one value, in ``dtype`` (None: in their own)."""
+        dropout = self.config.dropout if self.training else 0.0
+        held = self.factors
+        tensors: list[Tensor] = [local_part(factor) for each in held.values() for factor in (each.a, each.b)]
+        if self.where.share_overflow is not None:
+            tensors = list(self.where.share_overflow(tensors))
+        if dtype is not None:
+            tensors = [tensor.to(dtype) for tensor in tensors]
+        found: dict[str, LowRank | None] = {"up": None, "down": None}
+        for each, a, b in zip(held.values(), tensors[::2], tensors[1::2], strict=True):
+            found["up" if each.projection.up else "down"] = LowRank(a, b, self.config.scale, dropout)
+        return Adapters(**found)
+
+    def extra_repr(self) -> str:
+        """Options."""
+        return str(self.config)
+
+
+class ExpertAdapters(AdapterSet):
+    """What stands as ``lora`` beside the weights of experts, in :class:`dmoe.MoE`'s or another module."""
+
+    def value(self, dtype: torch.dtype | None = None) -> tuple[Adapters | list[Adapters] | None, Tensor | None]:
+        """As :func:`dmoe.run_experts` takes them: ``adapters`` and ``adapter_ids``.
+
+        Args:
+            dtype: of the weights that they stand beside, to which factors are rounded; None leaves them.
+        """
+        held: Any = self._modules
+        chosen = self.tokens_choice()
+        if chosen is not None:
+            names, ids = chosen
+            return [held[name].value(dtype) if name in held else Adapters() for name in names], ids
+        names = self.at_work()
+        if not names:
+            return None, None
+        return summed([held[name].value(dtype) for name in names]), None
+
+
+def summed(adapters: Sequence[Adapters]) -> Adapters:
+    """One that adds what all of these add: their factors side by side.
+
+    Raises:
+        ValueError: dropouts that differ.
+    """
+    if len(adapters) == 1:
+        return adapters[0]
+    up, down = (
+        _joined(name, [low for each in adapters if (low := getattr(each, name)) is not None]) for name in ("up", "down")
+    )
+    return Adapters(up, down)
+
+
+def _joined(name: str, factors: Sequence[LowRank]) -> LowRank | None:
+    if len(factors) < 2:
+        return factors[0] if factors else None
+    if len({low.dropout for low in factors}) > 1:
+        raise ValueError(
+            f"dmoe.lora: expected one dropout for all adapters that are active together, got "
+            f"{sorted({low.dropout for low in factors})} for {name}"
+        )
+    alike = len({low.scale for low in factors}) == 1
+    a = side_by_side([low.a for low in factors], -2)
+    b = side_by_side([low.b if alike else low.b * low.scale for low in factors], -1)
+    return replace(factors[0], a=a, b=b, scale=factors[0].scale if alike else 1.0)
+
+
+def side_by_side(factors: Sequence[Tensor], dim: int) -> Tensor:
+    """Along their ranks; what is shared by all experts is repeated where others are not."""
+    experts = max(factor.shape[0] for factor in factors)
+    alike = all(factor.shape[0] == experts for factor in factors)
+    return torch.cat([f if alike else f.expand(experts, *f.shape[1:]) for f in factors], dim)

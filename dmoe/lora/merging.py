@@ -1,0 +1,114 @@
+"""Adapters that are added into the weights, and taken out again: expert by expert, never a product of all experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dmoe.expert_slice import local_part
+from dmoe.lora.targets import adapted_modules
+
+
+@torch.no_grad()
+def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, keep_base: bool = False) -> None:
+    """Add ``s B A`` to the weights, in float32 (float64 of float64), each number rounded once to the weight's dtype.
+
+    The adapters cost nothing from then on, and stay where they are: in the model's state dict too, beside weights that
+    have them already. :func:`remove` takes them out for good. At no time is there more than one expert's product.
+
+    Args:
+        model: whose weights change.
+        names: adapters; None for those that are active.
+        keep_base: keep a copy of the weights, so that :func:`unmerge` brings back their very bits.
+
+    Raises:
+        ValueError: weights held as codes, or sharded by FSDP; an adapter that is merged already, or none. Nothing has
+            changed then.
+    """
+    wanted = None if names is None else [names] if isinstance(names, str) else list(names)
+    held = adapted_modules(model)
+    known = {name for module in held.values() for name in module.lora.names}
+    if missing := [name for name in wanted or () if name not in known]:
+        raise ValueError(f"dmoe.lora.merge: expected names of the model's adapters {sorted(known)}, got {missing}")
+    todo: list[tuple[Any, list[str]]] = []
+    for path, module in held.items():
+        chosen = [name for name in (module.lora.active if wanted is None else wanted) if name in module.lora.names]
+        if again := [name for name in chosen if name in module.lora.merged]:
+            raise ValueError(f"dmoe.lora.merge: {path}: expected adapters that are not merged, got {again}")
+        for name in chosen:
+            _check_plain(path, module, module.lora.get_submodule(name))
+        todo.append((module, chosen))
+    if not any(chosen for _, chosen in todo):
+        raise ValueError(f"dmoe.lora.merge: expected at least one adapter of {sorted(known)}, got none")
+    for module, chosen in todo:
+        adapters = module.lora
+        if keep_base and not adapters.merged:
+            parts = {each for name in chosen for each in adapters.get_submodule(name)._modules}
+            adapters.base = {each: local_part(getattr(module, each).detach()).clone() for each in parts}
+        for name in chosen:
+            _add(module, name, 1.0)
+        adapters.merged = (*adapters.merged, *chosen)
+
+
+@torch.no_grad()
+def unmerge(model: nn.Module) -> None:
+    """Take out of the weights all that :func:`merge` has added.
+
+    With ``keep_base`` the weights are, bit by bit, what they were. Else the product is subtracted in float32 and each
+    number rounded once more: what differs is at most the two roundings, a unit in the last place of the larger of
+    the two weights.
+
+    Raises:
+        ValueError: weights that FSDP has sharded meanwhile.
+    """
+    held = {path: module for path, module in adapted_modules(model).items() if module.lora.merged}
+    for path, module in held.items():
+        for name in module.lora.merged:
+            _check_plain(path, module, module.lora.get_submodule(name))
+    for module in held.values():
+        adapters = module.lora
+        for name in () if adapters.base else adapters.merged[::-1]:
+            _add(module, name, -1.0)
+        for name, kept in adapters.base.items():
+            local_part(getattr(module, name).detach()).copy_(kept)
+        adapters.base, adapters.merged = {}, ()
+
+
+def _check_plain(path: str, module: Any, adapter: nn.Module) -> None:
+    for name in adapter._modules:
+        weight = getattr(module, name)
+        if not isinstance(weight, Tensor):
+            raise ValueError(
+                f"dmoe.lora.merge: {path}.{name}: expected a tensor, got codes ({weight.value().format}), to which "
+                "nothing can be added: dmoe.quant.dequantize(model) first"
+            )
+        mesh = getattr(getattr(module, "owned", None), "mesh", None)
+        if hasattr(weight, "to_local") and weight.device_mesh != mesh:
+            raise ValueError(
+                f"dmoe.lora.merge: {path}.{name}: expected a weight that FSDP does not shard, got a DTensor on "
+                f"{weight.device_mesh}: merge before fully_shard, or save the adapter and merge it in one process"
+            )
+
+
+def _add(module: Any, name: str, sign: float) -> None:
+    """``sign`` times an adapter's products to the weights beside it."""
+    for part, product in _products(module, module.lora.get_submodule(name)):
+        wide = part.to(product.dtype)
+        part.copy_(wide.add_(product, alpha=sign) if wide is not part else part.add(product, alpha=sign))
+
+
+def _products(module: Any, adapter: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """An expert's part of a weight, and what is to be added to it, one after the other."""
+    scale = adapter.config.scale
+    if not hasattr(module, "weights"):
+        yield module.weight.detach(), adapter.weight.product(scale)
+        return
+    weights = module.weights()
+    for position in range(weights.num_experts):
+        of_expert = weights.of_expert(position)
+        for factors in adapter.factors.values():
+            part = of_expert["up_proj" if factors.projection.up else "down_proj"]
+            yield part.detach(), factors.product(position, scale)

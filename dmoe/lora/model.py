@@ -1,0 +1,250 @@
+"""Adapters of a whole model: adding, choosing, taking out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dmoe.lora.adapters import AdapterSet, ExpertAdapter, ExpertAdapters
+from dmoe.lora.config import LoRA
+from dmoe.lora.router import RouterAdapter, RouterAdapters
+from dmoe.lora.targets import Target, adapted_modules, find_targets
+from dmoe.model_tools import moe_layers
+from dmoe.parallel import AllToAllDispatcher
+
+
+def add(
+    model: nn.Module,
+    config: LoRA | None = None,
+    *,
+    name: str = "default",
+    layers: str | Iterable[str] = "*",
+    freeze: bool = True,
+    dtype: torch.dtype | None = None,
+    **fields: Any,
+) -> dict[str, nn.Parameter]:
+    """Put a low-rank adapter beside weights of every :class:`dmoe.MoE` layer; it alone is active from then on.
+
+    It changes no output before it is trained. Parameters are ``experts.lora.<name>.<projection>.a`` (and ``.b``),
+    ``shared_expert.mlp.lora...`` and ``router.lora.<name>.weight...``, behind the layer's own name, and belong to the
+    model's state dict. Experts' are spread over ranks like the experts, and begin with the values of one rank if all
+    ranks seed PyTorch's default generator alike.
+
+    Args:
+        model: any module.
+        config: of the adapter; or leave it out and give fields of :class:`LoRA` as keywords.
+        name: of the adapter; ``add`` it again under another one for several over one base.
+        layers: shell patterns of the names of layers, ``*.[0-3].*`` say; the others are left alone.
+        freeze: freeze all other parameters of the model, but those of other adapters. False leaves them: a base that
+            is trained gets its gradients too.
+        dtype: of the parameters; None is that of the weights. Beside weights held as codes: that of the experts'
+            biases, else of the layer's router, else PyTorch's default. Products are in the weights' dtype in any case.
+
+    Returns:
+        The adapter's parameters by qualified name, for an optimizer.
+
+    Raises:
+        TypeError, ValueError: options that are none, names that are taken, patterns without a match, or weights that
+            cannot have adapters; the model is as before.
+    """
+    config = config_of(config, fields)
+    targets = find_targets(model, config.targets, layers)
+    fresh: list[tuple[Target, nn.Module]] = []
+    for target in targets:
+        held = target.module.lora
+        if held is not None and (name in held.names or held.merged):
+            got = f"{name!r} for a second time" if name in held.names else f"one beside {held.merged}, which are merged"
+            raise ValueError(f"dmoe.lora.add: {target.path}: expected an adapter of another name, got {got}")
+        fresh.append((target, build(target, config, dtype)))
+    if freeze:
+        others = {id(each) for module in adapted_modules(model).values() for each in module.lora.parameters()}
+        for parameter in model.parameters():
+            if id(parameter) not in others:
+                parameter.requires_grad_(False)
+    added = {}
+    for target, adapter in fresh:
+        attach(target, name, adapter)
+        prefix = f"{target.path}.lora.{name}."
+        added.update({prefix + each: parameter for each, parameter in adapter.named_parameters()})
+    return added
+
+
+def config_of(config: LoRA | None, fields: dict[str, Any]) -> LoRA:
+    """A config, or one of fields.
+
+    Raises:
+        TypeError: both, something that is none, or fields that there are not.
+    """
+    if config is None:
+        return LoRA(**fields)
+    if not isinstance(config, LoRA):
+        raise TypeError(f"dmoe.lora.add: config: expected dmoe.lora.LoRA, got {type(config).__name__}")
+    if fields:
+        raise TypeError(f"dmoe.lora.add: expected a config or fields of one, got both, with {sorted(fields)}")
+    return config
+
+
+def build(target: Target, config: LoRA, dtype: torch.dtype | None) -> nn.Module:
+    """An adapter that fits a target, nowhere yet.
+
+    Raises:
+        ValueError: factors that cannot be shared.
+    """
+    module, router = target.module, target.layer.router
+    if target.is_router:
+        weight = module.weight
+        return RouterAdapter(weight, config, device=weight.device, dtype=dtype or weight.dtype)
+    where = module.owned
+    for factor in ("a", "b"):
+        if getattr(config, f"share_{factor}") and len(where.experts) < where.num_experts:
+            raise ValueError(
+                f"LoRA: share_{factor}: expected False where ranks hold {len(where.experts)} of {where.num_experts} "
+                "experts, got True: each rank would train the shared factor by its own experts alone"
+            )
+    weights = module.weights()
+    if dtype is None:
+        dtype = weights.dtype or getattr(getattr(router, "weight", None), "dtype", None) or torch.get_default_dtype()
+    return ExpertAdapter(target.projections, config, where, device=weights.up_proj.device, dtype=dtype)
+
+
+def attach(target: Target, name: str, adapter: nn.Module) -> None:
+    """Put an adapter beside its weights."""
+    module = target.module
+    if module.lora is None:
+        module.lora = (RouterAdapters() if target.is_router else ExpertAdapters()).train(module.training)
+    module.lora.put(name, adapter)
+    if not target.is_router:
+        module.mark_parameters()
+    if isinstance(target.layer.dispatcher, AllToAllDispatcher):
+        target.layer._ranks_agree = False  # asked again: do all have it?
+
+
+def remove(model: nn.Module, name: str = "default") -> None:
+    """Take an adapter out of a model; one that is merged stays in the weights, and cannot be unmerged any more.
+
+    What :func:`add` has frozen stays frozen.
+
+    Raises:
+        ValueError: no adapter of that name.
+    """
+    for module in _modules_with(model, [name], "remove").values():
+        module.lora.drop(name)
+        module.lora.base.clear()
+        if not module.lora.names:
+            module.lora = None
+    for layer in moe_layers(model).values():
+        layer._ranks_agree = not isinstance(layer.dispatcher, AllToAllDispatcher)
+
+
+def set_active(model: nn.Module, names: str | Sequence[str]) -> None:
+    """Choose the adapters that are added to the weights; of several the sum.
+
+    Those that are not chosen get no gradients. Parameters stay trained or frozen as they were.
+
+    Raises:
+        ValueError: a name that no layer has.
+    """
+    wanted = [names] if isinstance(names, str) else list(names)
+    _modules_with(model, wanted, "set_active")
+    for module in adapted_modules(model).values():
+        module.lora.active = tuple(name for name in wanted if name in module.lora.names)
+
+
+def enable(model: nn.Module) -> None:
+    """Undo :func:`disable`."""
+    for module in adapted_modules(model).values():
+        module.lora.enabled = True
+
+
+def disable(model: nn.Module) -> Disabled:
+    """Let the model run without its adapters; ``with disable(model):`` for a while.
+
+    Raises:
+        ValueError: adapters that are merged, without which there are no weights.
+    """
+    held = adapted_modules(model)
+    for path, module in held.items():
+        if module.lora.merged:
+            raise ValueError(
+                f"dmoe.lora.disable: {path}: expected adapters beside the weights, got {list(module.lora.merged)} "
+                "merged into them; dmoe.lora.unmerge(model) first"
+            )
+    before = [(module.lora, module.lora.enabled) for module in held.values()]
+    for adapters, _ in before:
+        adapters.enabled = False
+    return Disabled(before)
+
+
+class Disabled:
+    """What :func:`disable` returns: as a context manager it brings back what was there before."""
+
+    def __init__(self, before: Sequence[tuple[AdapterSet, bool]]) -> None:
+        self._before = before
+
+    def __enter__(self) -> Disabled:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for adapters, enabled in self._before:
+            adapters.enabled = enabled
+
+
+@contextmanager
+def use(model: nn.Module, adapter_ids: Tensor, names: Sequence[str] | None = None) -> Iterator[None]:
+    """``with use(model, ids):`` one adapter for each token, in every layer that is called inside.
+
+    Layers compute all of them together, and each adapter is trained by its own tokens. Where a name stands beside no
+    weights of a layer, its tokens take the base there. Under activation checkpointing backward, too, belongs inside.
+
+    Args:
+        model: whose layers have them.
+        adapter_ids: integers of all tokens, in x's leading dimensions or flat: positions in ``names``, -1 for none.
+        names: adapters to choose from; None for all, in the order in which they were added.
+
+    Raises:
+        TypeError: ids that are no integers.
+        ValueError: names that no layer has or that are merged, or layers with expert parallelism, where tokens reach
+            experts without their ids. The layers raise it for another number of ids than tokens.
+    """
+    held = adapted_modules(model)
+    if names is None:
+        names = list(dict.fromkeys(name for module in held.values() for name in module.lora.names))
+    names = tuple(names)
+    _modules_with(model, names, "use")
+    if not isinstance(adapter_ids, Tensor) or adapter_ids.dtype not in (torch.int32, torch.int64):
+        got = adapter_ids.dtype if isinstance(adapter_ids, Tensor) else type(adapter_ids).__name__
+        raise TypeError(f"dmoe.lora.use: adapter_ids: expected an int32 or int64 tensor, got {got}")
+    for path, module in held.items():
+        if merged := sorted(set(names) & set(module.lora.merged)):
+            raise ValueError(f"dmoe.lora.use: {path}: expected adapters beside the weights, got {merged} merged")
+    for path, layer in moe_layers(model).items():
+        if isinstance(layer.dispatcher, AllToAllDispatcher) and layer.dispatcher.num_ranks > 1:
+            raise ValueError(
+                f"dmoe.lora.use: {path or 'MoE'}: expected experts that are all on this rank, got "
+                f"{layer.dispatcher.num_ranks} ranks: tokens travel without their adapters' numbers"
+            )
+    before = [(module.lora, module.lora.by_token) for module in held.values()]
+    flat = adapter_ids.reshape(-1)
+    for adapters, _ in before:
+        adapters.by_token = (names, flat)
+    try:
+        yield
+    finally:
+        for adapters, chosen in before:
+            adapters.by_token = chosen
+
+
+def _modules_with(model: nn.Module, names: Sequence[str], operation: str) -> dict[str, Any]:
+    """Those that have the last of some adapters, each of which some module has."""
+    held = adapted_modules(model)
+    known = list(dict.fromkeys(name for module in held.values() for name in module.lora.names))
+    for name in names:
+        if name not in known:
+            raise ValueError(f"dmoe.lora.{operation}: expected names of the model's adapters {known}, got {name!r}")
+    if not names:
+        raise ValueError(f"dmoe.lora.{operation}: expected at least one name of the model's adapters {known}, got none")
+    return {path: module for path, module in held.items() if names[-1] in module.lora.names}

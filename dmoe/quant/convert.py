@@ -1,0 +1,215 @@
+"""A model's experts, quantised in place and back, one projection at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dmoe.expert_slice import local_part
+from dmoe.experts import Experts
+from dmoe.ops.weight_formats import check_block, encode, format_of
+from dmoe.quant.projection import QuantizedProjection
+from dmoe.quantized_weight import QuantizedWeight
+
+# What ``targets`` may name, as shell patterns; ``experts`` is both projections, and so is ``shared_expert``.
+TARGETS = ("experts.up", "experts.down", "shared_expert.up", "shared_expert.down")
+Progress = Callable[[Iterable[str], int], Iterable[str]]  # wraps an iterable of known length, as tqdm does
+
+
+class _Place(NamedTuple):
+    experts: Experts
+    field: str  # of Experts
+
+
+@torch.no_grad()
+def quantize(
+    model: nn.Module,
+    format: str = "nf4",
+    *,
+    targets: Sequence[str] = ("experts",),
+    group: int | None = None,
+    zero_points: bool = False,
+    scales_dtype: torch.dtype | None = None,
+    progress: Progress = lambda names, total: names,
+) -> list[str]:
+    """Replace projections of a model's experts by codes; their parameters are gone, biases stay.
+
+    One projection after the other, each expert by expert: beside what was and what will be, memory holds the codes of
+    one projection and one expert in float32. Weights on ``meta`` become codes there, to be loaded.
+
+    Adapters beside experts (``dmoe.lora``) stay, and may come before or after. Under expert parallelism each rank
+    quantises its own experts, on all of them with the same arguments. An optimizer that was told of the parameters
+    keeps them: make it afterwards.
+
+    Args:
+        model: any module; each ``Experts`` inside is found, those of shared experts where ``targets`` name them.
+        format: ``int8``, ``fp8``, ``int4``, ``nf4`` or ``mxfp4``; see :mod:`dmoe.ops.weight_formats`.
+        targets: of :data:`TARGETS`, shell patterns or beginnings: ``experts``, ``experts.down``, ``*``.
+        group: columns that share a scale, for ``int4`` 32, 64 or 128; None is the format's default.
+        zero_points: ``int4`` alone: see :func:`dmoe.ops.weight_formats.encode`.
+        scales_dtype: float32, bfloat16 or float16; None is the format's default.
+        progress: wraps the names as they are quantised.
+
+    Returns:
+        Names of what was quantised, as ``blocks.0.experts.gate_up_proj``.
+
+    Raises:
+        TypeError, ValueError: before anything is changed: arguments that are none of these, nothing to quantise, a
+            projection that is codes already, sizes that are no multiples of the group, experts of different widths,
+            cut along F over a mesh, or sharded by FSDP, a ``backend`` without such products.
+        ValueError: values that are not finite; what stands before in the model is quantised by then.
+    """
+    form = format_of("quantize", format)
+    places = _places("quantize", model, targets)
+    if not places:
+        raise ValueError(f"quantize: model: expected experts that targets {list(targets)} name, found none")
+    for name, place in places.items():
+        _check_place(name, place)
+        _check_sizes(name, place, format, group)
+    for name in progress(places, len(places)):
+        experts, field = places[name]
+        weight = local_part(getattr(experts, field))
+        rows = weight.flatten(1, -2)
+        block = form.block(rows.shape[-1]) if group is None else (form.rows, group)
+        try:
+            codes, scales, zeros = encode(rows, format, block, zero_points, scales_dtype)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        value = QuantizedWeight(codes, scales, format, tuple(weight.shape), block, zeros)
+        _put(experts, field, value, weight.dtype)
+        del weight, rows  # before the next one's codes are made
+    return list(places)
+
+
+@torch.no_grad()
+def dequantize(
+    model: nn.Module, dtype: torch.dtype | None = None, *, progress: Progress = lambda names, total: names
+) -> list[str]:
+    """Replace codes by parameters of their values; these are frozen, until ``requires_grad_()``.
+
+    Args:
+        model: any module.
+        dtype: of the parameters; None is what each projection was before it was quantised.
+        progress: wraps the names as they are decoded.
+
+    Returns:
+        Names of what was codes, as :func:`quantize` returns them; none where nothing was.
+    """
+    found = {
+        f"{name}.{field}".lstrip("."): _Place(module, field)
+        for name, module in model.named_modules()
+        if isinstance(module, Experts)
+        for field in (module.up_name, "down_proj")
+        if isinstance(getattr(module, field), QuantizedProjection)
+    }
+    for name in progress(found, len(found)):
+        experts, field = found[name]
+        held: QuantizedProjection = getattr(experts, field)
+        weight = _decoded(held.value(), held.dtype if dtype is None else dtype)
+        weight = experts.owned.distributed(weight, None) if hasattr(held.codes, "to_local") else weight
+        delattr(experts, field)
+        experts.register_parameter(field, nn.Parameter(weight, requires_grad=False))
+        experts.mark_parameters()
+    return list(found)
+
+
+def assign(
+    experts: Experts, *, up_proj: QuantizedWeight | None = None, down_proj: QuantizedWeight | None = None
+) -> None:
+    """Put codes that are there already into experts, in place of these projections.
+
+    Args:
+        experts: a layer's, ``layer.experts`` or ``layer.shared_expert.mlp``.
+        up_proj: of gate and up together where there is a gate, ``(E, 2, F, H)``; else ``(E, F, H)``. None leaves it.
+        down_proj: ``(E, H, F)``; None leaves it. Under expert parallelism both are of the experts that live here.
+
+    Raises:
+        TypeError, ValueError: no experts, or no such value; a shape that is not the projection's; experts that
+            :func:`quantize` would refuse, but for being codes already.
+    """
+    if not isinstance(experts, Experts):
+        raise TypeError(f"assign: experts: expected a layer's experts, got {type(experts).__name__}")
+    given = {experts.up_name: up_proj, "down_proj": down_proj}
+    for field, value in given.items():
+        if value is None:
+            continue
+        if not isinstance(value, QuantizedWeight):
+            raise TypeError(f"assign: {field}: expected a QuantizedWeight, got {type(value).__name__}")
+        _check_place(f"assign: {field}", _Place(experts, field), codes_too=True)
+        held = getattr(experts, field)
+        expected = tuple(held.value().shape if isinstance(held, QuantizedProjection) else local_part(held).shape)
+        if tuple(value.shape) != expected:
+            raise ValueError(f"assign: {field}: expected shape {expected}, got {tuple(value.shape)}")
+    for field, value in given.items():
+        if value is not None:
+            _put(experts, field, value, getattr(experts, field).dtype)
+
+
+def _put(experts: Experts, field: str, value: QuantizedWeight, dtype: torch.dtype) -> None:
+    """In place of a parameter, or of other codes."""
+    owned = experts.owned if experts.distributed else None
+    delattr(experts, field)
+    experts.register_module(field, QuantizedProjection(value, dtype, owned))
+
+
+def _places(op: str, model: nn.Module, targets: Sequence[str]) -> dict[str, _Place]:
+    """What targets name, by its name in the model."""
+    if isinstance(targets, str) or not all(isinstance(target, str) for target in targets):
+        raise TypeError(f"{op}: targets: expected a sequence of names, got {targets!r}")
+    known = {each for target in TARGETS for each in (target, target.partition(".")[0])}
+    for target in targets:
+        if not any(fnmatchcase(name, target) for name in known):
+            raise ValueError(f"{op}: targets: expected some of {', '.join(sorted(known))}, got {target!r}")
+    found = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, Experts):
+            continue
+        for part, field in (("up", module.up_name), ("down", "down_proj")):
+            of = "experts" if module.routed else "shared_expert"
+            if any(fnmatchcase(each, target) for each in (of, f"{of}.{part}") for target in targets):
+                found[f"{name}.{field}".lstrip(".")] = _Place(module, field)
+    return found
+
+
+def _check_place(name: str, place: _Place, codes_too: bool = False) -> None:
+    """Codes can stand there."""
+    experts, field = place
+    held, config, owned = getattr(experts, field), experts.config, experts.owned
+    if isinstance(held, QuantizedProjection):
+        if not codes_too:
+            raise ValueError(f"{name}: expected a weight, got codes of {held.text}: dmoe.quant.dequantize it first")
+    elif not isinstance(held, Tensor):
+        raise ValueError(f"{name}: expected a weight, got {type(held).__name__}")
+    elif hasattr(experts, "unshard"):
+        raise ValueError(f"{name}: expected experts that FSDP does not shard: quantise before fully_shard")
+    if not isinstance(config.ffn_hidden_size, int):
+        raise ValueError(
+            f"{name}: expected experts of one width, got ffn_hidden_size={config.ffn_hidden_size}: codes have no other"
+        )
+    if owned.num_shards > 1 and owned.mesh is not None:
+        raise ValueError(
+            f"{name}: expected whole experts on each rank, or dtensor=False, got a DTensor of {owned.num_shards} parts "
+            "of their F"
+        )
+    if config.backend not in (None, "grouped", "torch"):
+        raise ValueError(
+            f"{name}: expected backend None, 'grouped' or 'torch', got {config.backend!r}, which multiplies no codes"
+        )
+
+
+def _check_sizes(name: str, place: _Place, format: str, group: int | None) -> None:
+    columns = local_part(getattr(place.experts, place.field)).shape[-1]
+    form = format_of("quantize", format)
+    check_block(name, format, form.block(columns) if group is None else (form.rows, group), columns)
+
+
+def _decoded(value: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    """Expert by expert, so that what is made on the way is of one."""
+    out = torch.empty(value.shape, dtype=dtype, device=value.device)
+    for e in range(value.shape[0]):
+        out[e] = value[e : e + 1].dequantize(dtype)[0]
+    return out
