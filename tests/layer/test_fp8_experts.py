@@ -201,6 +201,19 @@ def test_narrow_types_lose_what_fp8_loses_and_no_more(dtype, how, backend):
         assert error < 0.12
 
 
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("backend", [None, "torch"])
+def test_dropout_draws_the_same_masks(how, backend):
+    given = small(torch.float32)
+    drops = {"activation_dropout": 0.3, "expert_dropout": 0.2, "backend": backend}
+    results = []
+    for extra in ({}, how):
+        torch.manual_seed(3)
+        results.append(step(given, **drops, **extra))
+    for exact, ours in zip(*results, strict=True):
+        assert (ours - exact).norm() < 0.12 * exact.norm()
+
+
 def test_saved_alone_leaves_the_output_as_it_is():
     given = small(torch.float32)
     exact = moe_mlp(*given, backend="torch")
