@@ -16,6 +16,7 @@ PARTS: dict[str, Callable[..., Iterator[Run]]] = {
     "moe_mlp": experts.forward,
     "moe_mlp_backward": experts.backward,
     "grouped_gemm": experts.product,
+    "grouped_gemm_sum": experts.product_sum,
     "grouped_gemm_weight": experts.sums,
     "router_logits": routing.logits,
     "router_logits_backward": routing.logits_backward,

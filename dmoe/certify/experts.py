@@ -17,6 +17,7 @@ from dmoe.ops._moe_mlp_parts import add_to_main_grads
 from dmoe.ops.grouped_gemm import (
     grouped_gemm_cuda,
     grouped_gemm_ref,
+    grouped_gemm_sum_cuda,
     grouped_gemm_weight_cuda,
     grouped_gemm_weight_ref,
 )
@@ -172,28 +173,51 @@ def backward(asked: Sequence[Any], draw: Draw, tile_rows: int, precision: str = 
     )
 
 
-def product(asked: Sequence[Any], draw: Draw, *extra: Any) -> Iterator[Run]:
-    """``grouped_gemm``: an empty expert, a tail of nobody's rows."""
-    a, b, offsets, trans_b = asked
+def _counted(offsets: Tensor, device: torch.device) -> tuple[int, int, Tensor]:
+    """Experts, rows and offsets of a drawn product: an empty expert, a tail of nobody's rows."""
     experts = min(4, offsets.shape[0] - 1)
     counts = [150, 0, 1, 70][:experts]
-    rows = draw.normal(a, sum(counts) + 9, scale=1.0)
-    ends = torch.tensor([0, *counts]).cumsum(0).int().to(draw.device)
+    return experts, sum(counts) + 9, torch.tensor([0, *counts]).cumsum(0).int().to(device)
+
+
+def product(asked: Sequence[Any], draw: Draw, *extra: Any) -> Iterator[Run]:
+    """``grouped_gemm``."""
+    a, b, offsets, trans_b = asked
+    experts, rows, ends = _counted(offsets, draw.device)
     yield Run(
         "product",
         lambda *arguments: {"rows": grouped_gemm_cuda(*arguments)},
         lambda *arguments: {"rows": grouped_gemm_ref(*arguments)},
-        (rows, draw.normal(b, experts), ends, trans_b),
+        (draw.normal(a, rows, scale=1.0), draw.normal(b, experts), ends, trans_b),
+    )
+
+
+def product_sum(asked: Sequence[Any], draw: Draw, *extra: Any) -> Iterator[Run]:
+    """``grouped_gemm_sum``."""
+    a, b, a2, b2, offsets, trans_b = asked
+    experts, rows, ends = _counted(offsets, draw.device)
+
+    def apart(a: Tensor, b: Tensor, a2: Tensor, b2: Tensor, *rest: Any) -> dict[str, Tensor]:
+        return {"rows": grouped_gemm_ref(a, b, *rest) + grouped_gemm_ref(a2, b2, *rest)}
+
+    drawn = [
+        part
+        for left, right in ((a, b), (a2, b2))
+        for part in (draw.normal(left, rows, scale=1.0), draw.normal(right, experts))
+    ]
+    yield Run(
+        "a product and a thin one",
+        lambda *arguments: {"rows": grouped_gemm_sum_cuda(*arguments)},
+        apart,
+        (*drawn, ends, trans_b),
     )
 
 
 def sums(asked: Sequence[Any], draw: Draw, *extra: Any) -> Iterator[Run]:
-    """``grouped_gemm_weight``, likewise."""
+    """``grouped_gemm_weight``."""
     a, b, offsets, _ = asked
-    experts = min(4, offsets.shape[0] - 1)
-    counts = [150, 0, 1, 70][:experts]
-    left, right = (draw.normal(each, sum(counts) + 9, scale=1.0) for each in (a, b))
-    ends = torch.tensor([0, *counts]).cumsum(0).int().to(draw.device)
+    experts, rows, ends = _counted(offsets, draw.device)
+    left, right = (draw.normal(each, rows, scale=1.0) for each in (a, b))
     yield Run(
         "sums",
         lambda *arguments: {"sums": grouped_gemm_weight_cuda(*arguments)},

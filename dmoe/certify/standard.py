@@ -95,6 +95,8 @@ def standard_subjects() -> dict[str, Subject]:
         offsets = torch.zeros(5, dtype=torch.int32)
         found[f"grouped_gemm {kind}"] = Subject("grouped_gemm", (a, b, offsets, True))
         found[f"grouped_gemm {kind}, transposed"] = Subject("grouped_gemm", (a, b.mT.contiguous(), offsets, False))
+        thin = tuple(torch.empty(*shape, dtype=dtype, device="meta") for shape in ((64, 24), (4, 40, 24)))
+        found[f"grouped_gemm_sum {kind}"] = Subject("grouped_gemm_sum", (a, b, *thin, offsets, True))
         found[f"grouped_gemm_weight {kind}"] = Subject("grouped_gemm_weight", (a, a[:, :40].contiguous(), offsets, 4))
     return found
 

@@ -53,6 +53,9 @@ _DATACENTER = {
     "hidden_grad_long": Config(128, 64, 8, 3, parts=8),
     "row_grad": Config(256, 64, 8, 4, parts=4),
     "weight_grad": Config(256, 64, 8, 7, parts=4),
+    "quantized": Config(128, 64, 8, 4, parts=4),
+    "quantized_int8": Config(128, 64, 8, 4, parts=4),
+    "fp8": Config(128, 128, 8, 4, parts=4),
 }
 _BLACKWELL = _DATACENTER  # tensor memory holds the sums, and is used by programs of at most 8 warps
 # Two programs a multiprocessor: one multiplies while the other stores. 128 registers is half of 64 K for 8 warps.
@@ -61,6 +64,8 @@ _HOPPER = {
     **{kernel: replace(config, flatten=kernel != "weight_grad") for kernel, config in _DATACENTER.items()},
     "hidden_grad": _TWO,  # its epilogue is long
     "hidden_grad_dropout": Config(256, 64, 16, 4, parts=8),  # twice the warps: with 8 it spills
+    "quantized": replace(_TWO, num_stages=4),  # a step decodes, then multiplies: two programs take turns
+    "quantized_int8": replace(_TWO, block_k=32, num_stages=4),  # with 64 it spills
 }
 _HOPPER_SHORT = {"down": replace(_TWO, parts=4), "row_grad": replace(_TWO, parts=4)}  # sums of few steps
 _SHORT = 512  # numbers
@@ -74,6 +79,9 @@ _PORTABLE = {
     "hidden_grad_long": Config(32, 32, 8, 4, parts=2),
     "row_grad": Config(128, 32, 8, 4),
     "weight_grad": Config(128, 32, 8, 4, parts=2),
+    "quantized": Config(128, 32, 8, 4, parts=2),
+    "quantized_int8": Config(128, 32, 8, 4, parts=2),
+    "fp8": Config(128, 64, 8, 3, parts=2),
 }
 _FAMILIES = {"hopper": _HOPPER, "blackwell": _BLACKWELL, "portable": _PORTABLE}
 # float32 on the ordinary arithmetic units, and rows that are not 16-byte aligned, read number by number: without small
@@ -87,6 +95,9 @@ _SMALL = {
     "hidden_grad_long": Config(32, 16, 8, 2, parts=2),
     "row_grad": Config(64, 16, 8, 2),
     "weight_grad": Config(64, 16, 8, 3, block_m=64),
+    "quantized": Config(64, 16, 8, 2, parts=2),
+    "quantized_int8": Config(64, 16, 8, 2, parts=2),
+    "fp8": Config(64, 32, 8, 2, parts=2),
 }
 
 

@@ -24,11 +24,50 @@ from dmoe.kernels._pieces import (
 )
 
 
+@triton.jit
+def plus_product(
+    total,  # (rows of a tile, BLOCK_N) float32
+    a,  # (R, K)
+    weight,  # for each expert (N, K), or (K, N) with K_ROWS; from EXPERT_ROWS rows to the next
+    first,
+    rows,
+    num_rows,
+    expert,
+    n0,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    A_STRIDE: tl.constexpr,
+    EXPERT_ROWS: tl.constexpr,
+    STRIDE: tl.constexpr,
+    K_ROWS: tl.constexpr,
+    DESCRIPTOR_A: tl.constexpr,
+    DESCRIPTOR_B: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """``total + a[rows] @ weight[expert]^T`` (``@ weight[expert]`` with K_ROWS), columns n0 and on."""
+    even_k: tl.constexpr = K % BLOCK_K == 0
+    even_n: tl.constexpr = N % BLOCK_N == 0
+    # A row behind the end belongs to another expert or to nobody; it is computed and not stored.
+    starts = a + tl.minimum(rows, num_rows - 1).to(tl.int64)[:, None] * A_STRIDE if not DESCRIPTOR_A else 0
+    start = expert * EXPERT_ROWS
+    for k in range(0, K, BLOCK_K):
+        if DESCRIPTOR_A:  # noqa: SIM108  # the other branch would be compiled too
+            left = a.load([first, k])
+        else:
+            left = rows_tile(starts, k + tl.arange(0, BLOCK_K), K, even_k)
+        right = operand_tile(weight, start, n0, k, N, K, STRIDE, BLOCK_N, BLOCK_K, even_n, even_k, DESCRIPTOR_B, K_ROWS)
+        total = tl.dot(left, right, total, input_precision=PRECISION)
+    return total
+
+
 @triton.jit(do_not_specialize=["num_experts", "most_tiles", "num_rows"])
 def rows_kernel(
-    a,  # (R, K), or (R, 2 K) with SECOND
-    weight,  # for each expert (N, K), or (K, N) with K_ROWS; from EXPERT_ROWS rows to the next
-    second,  # with SECOND, which multiplies the other K columns of a, likewise
+    a,  # (R, K)
+    weight,  # see plus_product
+    a2,  # (R, K2) and its weight, with K2: another product that is added
+    weight2,
     bias,  # (E, N) or None
     out,  # (R, N)
     tiles,
@@ -46,15 +85,23 @@ def rows_kernel(
     scale,
     K: tl.constexpr,
     N: tl.constexpr,
+    A_STRIDE: tl.constexpr,
     EXPERT_ROWS: tl.constexpr,
     STRIDE: tl.constexpr,
     K_ROWS: tl.constexpr,
-    SECOND: tl.constexpr,
+    DESCRIPTOR_A: tl.constexpr,
+    DESCRIPTOR_B: tl.constexpr,
+    K2: tl.constexpr,
+    A_STRIDE2: tl.constexpr,
+    EXPERT_ROWS2: tl.constexpr,
+    STRIDE2: tl.constexpr,
+    K_ROWS2: tl.constexpr,
+    DESCRIPTOR_A2: tl.constexpr,
+    DESCRIPTOR_B2: tl.constexpr,
+    BLOCK_K2: tl.constexpr,
     BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
     DOTS: tl.constexpr,
-    DESCRIPTOR_A: tl.constexpr,
-    DESCRIPTOR_B: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -63,39 +110,24 @@ def rows_kernel(
     PARTS: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):
-    """``out[r] = a[r] @ weight[e]^T + bias[e]`` (``@ weight[e]`` with K_ROWS) for the rows r of every expert e."""
-    even_k: tl.constexpr = K % BLOCK_K == 0
+    """``out[r] = a[r] @ weight[e]^T + a2[r] @ weight2[e]^T + bias[e]`` for the rows r of every expert e."""
     even_n: tl.constexpr = N % BLOCK_N == 0
     num_columns: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    a_width: tl.constexpr = 2 * K if SECOND else K
     num_tiles = count_tiles(expert_offsets, num_experts, most_tiles, BLOCK_M)
     for index in tl.range(tl.program_id(0), num_tiles * num_columns, tl.num_programs(0), flatten=FLATTEN):
         position, column = place(index, num_tiles, num_columns, GROUP)
         expert, first, rows, end = tile_rows(tiles, expert_offsets, position, BLOCK_M)
         n0 = column * BLOCK_N
-        # A row behind the end belongs to another expert or to nobody; it is computed and not stored.
-        starts = a + tl.minimum(rows, num_rows - 1).to(tl.int64)[:, None] * a_width if not DESCRIPTOR_A else 0
-        start = expert * EXPERT_ROWS
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k in range(0, K, BLOCK_K):
-            if DESCRIPTOR_A:  # noqa: SIM108  # the other branch would be compiled too
-                left = a.load([first, k])
-            else:
-                left = rows_tile(starts, k + tl.arange(0, BLOCK_K), K, even_k)
-            right = operand_tile(
-                weight, start, n0, k, N, K, STRIDE, BLOCK_N, BLOCK_K, even_n, even_k, DESCRIPTOR_B, K_ROWS
-            )
-            total = tl.dot(left, right, total, input_precision=PRECISION)
-        if SECOND:
-            for k in range(0, K, BLOCK_K):
-                if DESCRIPTOR_A:
-                    left = a.load([first, K + k])
-                else:
-                    left = rows_tile(starts + K, k + tl.arange(0, BLOCK_K), K, even_k)
-                right = operand_tile(
-                    second, start, n0, k, N, K, STRIDE, BLOCK_N, BLOCK_K, even_n, even_k, DESCRIPTOR_B, K_ROWS
-                )
-                total = tl.dot(left, right, total, input_precision=PRECISION)
+        total = plus_product(
+            total, a, weight, first, rows, num_rows, expert, n0, K, N, A_STRIDE, EXPERT_ROWS, STRIDE, K_ROWS,
+            DESCRIPTOR_A, DESCRIPTOR_B, PRECISION, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        if K2:
+            total = plus_product(
+                total, a2, weight2, first, rows, num_rows, expert, n0, K2, N, A_STRIDE2, EXPERT_ROWS2, STRIDE2,
+                K_ROWS2, DESCRIPTOR_A2, DESCRIPTOR_B2, PRECISION, BLOCK_N, BLOCK_K2,
+            )  # fmt: skip
 
         stored = rows < end
         if DROPOUT or DOTS:

@@ -19,6 +19,7 @@ from dmoe.kernels.grouped_gemm import rows_kernel, weight_grad_kernel
 from dmoe.kernels.operands import (
     Dropout,
     Operand,
+    Product,
     Rows,
     activation_options,
     config_of,
@@ -120,6 +121,7 @@ def multiply_rows(
     rows: Rows,
     *,
     trans_b: bool,
+    second: tuple[Tensor, Tensor] | None = None,
     bias: Tensor | None = None,
     dropout: Dropout | None = None,
     x: Tensor | None = None,
@@ -133,29 +135,31 @@ def multiply_rows(
             alike, of which one takes the first half of K and the other the second.
         rows: where the rows are.
         trans_b: see ``weight``.
+        second: ``a2 (R, K2)`` and its weight, likewise, for ``+ a2[r] @ weight2[e]``, before anything is rounded.
         bias: ``(E, N)``, added to every row of its expert.
         dropout: of the result.
         x, dots: fill ``dots`` (:func:`num_columns` of them, R) with ``<out[r], x[token of r]>`` in parts.
     """
-    if gluon.multiply_rows(a, weight, out, rows, trans_b, bias, dots is None and not (dropout and dropout.p)):
+    plain = second is None and dots is None and not (dropout and dropout.p)
+    if gluon.multiply_rows(a, weight, out, rows, trans_b, bias, plain):
         return
-    weights = (weight,) if isinstance(weight, Tensor) else tuple(weight)
-    first, *second = (Operand.of(each, k_rows=not trans_b) for each in weights)
-    k, n = a.shape[1] // len(weights), out.shape[1]
+    if not isinstance(weight, Tensor):
+        weight, *other = weight
+        if other:
+            middle = a.shape[1] // 2
+            a, second = a[:, :middle], (a[:, middle:], other[0])
+    k, n = a.shape[1], out.shape[1]
     config = config_of(kernel, a, rows.tile_rows, k, n)
-    descriptor_b = first.descriptor(config, k)
-    second_b = second[0].descriptor(config, k) if second else None
-    if second and second_b is None:
-        descriptor_b = None
-    halves_aligned = not second or k * a.element_size() % 16 == 0
-    descriptor_a = copy_descriptor(a, rows.tile_rows, config.block_k) if halves_aligned else None
+    product = Product.of(a, weight, config, rows.tile_rows, trans_b=trans_b)
+    thin = Product.second_of(second, config, rows.tile_rows, trans_b=trans_b)
     dropout = dropout or Dropout(0.0, None)
     launch(
         rows_kernel,
         persistent(config, a, rows.tiles.shape[0], n),
-        descriptor_a or a,
-        descriptor_b or first.rows,
-        (second_b if descriptor_b else second[0].rows) if second else None,
+        product.a,
+        product.weight,
+        None if thin is None else thin.a,
+        None if thin is None else thin.weight,
         bias,
         out,
         rows.tiles,
@@ -171,20 +175,18 @@ def multiply_rows(
         rows.num_rows,
         dropout.threshold,
         dropout.scale,
-        K=k,
         N=n,
-        **first.options,
-        SECOND=bool(second),
+        **product.options,
+        **(thin.second_options() if thin else Product.no_second_options()),
         BIAS=bias is not None,
         DROPOUT=dropout.p > 0,
         DOTS=dots is not None,
-        DESCRIPTOR_A=descriptor_a is not None,
-        DESCRIPTOR_B=descriptor_b is not None,
         PRECISION=precision(a),
         BLOCK_M=rows.tile_rows,
         GROUP=config.group,
         PARTS=config.parts,
-        FLATTEN=config.flatten and not second,  # only one loop becomes one with the loop around it
+        # Only one loop becomes one with the loop around it; a second product of one step is none.
+        FLATTEN=config.flatten and (thin is None or thin.one_step),
         **shape_options(config),
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -72,7 +72,8 @@ def precision(like: Tensor) -> str:
 def copy_descriptor(matrix: Tensor, block_rows: int, block_columns: int) -> TensorDescriptor | None:
     """A view ``(rows, columns)`` for the copy engine (TMA), where the GPU has one and rows are 16-byte aligned."""
     aligned = matrix.stride(0) * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0
-    if matrix.element_size() != 2 or not aligned or capability(matrix.device) // 10 not in (9, 10):
+    short = block_columns * matrix.element_size() < 16  # less than the copy engine takes at once
+    if matrix.element_size() > 2 or short or not aligned or capability(matrix.device) // 10 not in (9, 10):
         return None
     return TensorDescriptor(matrix, list(matrix.shape), [matrix.stride(0), 1], [block_rows, block_columns])
 
@@ -122,6 +123,56 @@ class Operand(NamedTuple):
     def options(self) -> dict[str, Any]:
         """What kernels are told about it."""
         return {"EXPERT_ROWS": self.expert_rows, "STRIDE": self.rows.stride(0), "K_ROWS": self.k_rows}
+
+
+class Product(NamedTuple):
+    """Rows ``(R, K)`` and a weight that multiplies them, as :func:`dmoe.kernels.grouped_gemm.plus_product` takes them.
+
+    Attributes:
+        a, weight: what the kernel is given: a descriptor, or else the tensor.
+        options: what it is told of them.
+        block_k: how much of K a step takes.
+    """
+
+    a: TensorDescriptor | Tensor
+    weight: TensorDescriptor | Tensor
+    options: dict[str, Any]
+    block_k: int
+
+    @classmethod
+    def of(cls, a: Tensor, weight: Tensor, config: Config, tile_rows: int, *, trans_b: bool) -> Product:
+        """Of a ``(R, K)``, whose rows may lie apart, and ``(E, K, N)``, or with ``trans_b`` ``(E, N, K)``."""
+        k = a.shape[1]
+        operand = Operand.of(weight, k_rows=not trans_b)
+        rows, matrix = copy_descriptor(a, tile_rows, config.block_k), operand.descriptor(config, k)
+        paths = {"DESCRIPTOR_A": rows is not None, "DESCRIPTOR_B": matrix is not None}
+        options = {"K": k, "A_STRIDE": a.stride(0), **operand.options, **paths}
+        return cls(rows or a, matrix or operand.rows, options, config.block_k)
+
+    @classmethod
+    def second_of(
+        cls, second: tuple[Tensor, Tensor] | None, config: Config, tile_rows: int, *, trans_b: bool
+    ) -> Product | None:
+        """What is added to a product of this launch shape; a low-rank factor's one step is no longer than it needs."""
+        if second is None:
+            return None
+        block_k = min(config.block_k, max(16, 1 << (second[0].shape[1] - 1).bit_length()))
+        return cls.of(*second, replace(config, block_k=block_k), tile_rows, trans_b=trans_b)
+
+    @property
+    def one_step(self) -> bool:
+        """Whether it is no loop."""
+        return bool(self.options["K"] <= self.block_k)
+
+    def second_options(self) -> dict[str, Any]:
+        """The options under the names that they have for a kernel's second product."""
+        return {f"{name}2": value for name, value in (*self.options.items(), ("BLOCK_K", self.block_k))}
+
+    @staticmethod
+    def no_second_options() -> dict[str, Any]:
+        """The same where there is none."""
+        names = ("K", "A_STRIDE", "EXPERT_ROWS", "STRIDE", "K_ROWS", "DESCRIPTOR_A", "DESCRIPTOR_B", "BLOCK_K")
+        return dict.fromkeys((f"{name}2" for name in names), 0)
 
 
 def persistent(config: Config, like: Tensor, num_tiles: int, n: int) -> tuple[int]:

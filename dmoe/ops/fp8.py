@@ -1,152 +1,25 @@
 """Products of experts in fp8: rows and weights as e4m3 codes with a scale for each row, or each block of a weight.
 
-A number is ``code * scale``. Scales are powers of two, rounded up: dividing by one, and multiplying by it again, rounds
-nothing, so what is lost is the codes' own rounding, to four significant bits. Rows have a scale of their own
-(activations differ in size from token to token), weights one for each 128 x 128 block, as in DeepSeek-V3
-(arXiv 2412.19437, section 3.3.2).
-
-e4m3 is the OCP 8-bit format (``float8_e4m3fn``): 4 exponent bits of bias 7, 3 of fraction, largest number 448, no
-infinity. A row or a block that holds an infinity or NaN gets the scale NaN, and is NaN as a whole.
+Three operations, of which none is differentiable: whoever calls them knows the gradient. :mod:`dmoe.ops.fp8_ref` says
+what numbers codes and scales stand for.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 
 from dmoe.ops._checks import check_index_tensors
-from dmoe.ops._library import count_flops, define, refuse_double_backward
-from dmoe.ops.grouped_gemm import grouped_gemm
+from dmoe.ops._library import count_flops, define, has_triton, refuse_double_backward
+from dmoe.ops._trust import Subject, kind_of
+from dmoe.ops.fp8_ref import BLOCK, CODES, fp8_gemm_ref, quantize_blocks_ref, quantize_rows_ref
+from dmoe.ops.grouped_gemm import by_rows_or_columns, rows_in_tiles
+from dmoe.ops.tile_table import preferred_tile_rows
 
-BLOCK = 128  # rows, and columns, of a weight that share a scale
-CODES = torch.float8_e4m3fn
-# 448 is 0.875 * 2^9: what does not fit under a scale's power takes the next.
-_FRACTION, _EXPONENT = 0.875, 9
-# Exponents of scales: decoded numbers, the smallest codes among them, are normal numbers of bfloat16 and of float32.
-_LEAST, _MOST = -110, 120
-_ROWS_AT_ONCE = 2048  # of what is quantised, so that no copy of all rows in float32 is made
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def power_of_two_scale(largest: Tensor) -> Tensor:
-    """The least power of two by which ``largest``, magnitudes in float32, fit under 448: 1 for 0, NaN for no number."""
-    fraction, exponent = torch.frexp(largest)
-    exponent = (exponent - _EXPONENT + (fraction > _FRACTION)).clamp(_LEAST, _MOST)
-    scale = ((exponent + 127) << 23).view(torch.float32)
-    return scale.masked_fill(largest == 0, 1.0).masked_fill(~largest.isfinite(), torch.nan)
-
-
-def quantize_rows_ref(
-    rows: Tensor, row_to_token: Tensor | None = None, row_weights: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Plain-PyTorch meaning of :func:`quantize_rows`."""
-    count, width = rows.shape[0] if row_to_token is None else row_to_token.shape[0], rows.shape[1]
-    codes, scales = rows.new_empty((count, width), dtype=CODES), rows.new_empty(count, dtype=torch.float32)
-    for begin in range(0, count, _ROWS_AT_ONCE):
-        part = slice(begin, min(begin + _ROWS_AT_ONCE, count))
-        if row_to_token is None:
-            values = rows[part].float()
-        else:
-            token = row_to_token[part]
-            values = rows[token.clamp(min=0)].float().masked_fill_((token < 0).unsqueeze(1), 0)
-        if row_weights is not None:
-            weight = row_weights[part].float()
-            if row_to_token is not None:  # of no token: whatever stands there
-                weight = weight.masked_fill(token < 0, 0)
-            values = values * weight.unsqueeze(1)
-        largest = values.abs().amax(1) if width else values.new_zeros(values.shape[0])
-        scales[part] = power_of_two_scale(largest)
-        codes[part] = (values / scales[part].unsqueeze(1)).to(CODES)
-    return codes, scales
-
-
-def _spread(scales: Tensor, rows: int, columns: int) -> Tensor:
-    """``(ceil(rows / 128), ceil(columns / 128))`` as ``(rows, columns)``: each block's scale wherever it counts."""
-    return scales.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
-
-
-def quantize_blocks_ref(weight: Tensor, with_transposed: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Plain-PyTorch meaning of :func:`quantize_blocks`, one expert after the other."""
-    experts, height, width = weight.shape
-    down, across = -(-height // BLOCK), -(-width // BLOCK)
-    codes = weight.new_empty(weight.shape, dtype=CODES)
-    scales = weight.new_empty((experts, down, across), dtype=torch.float32)
-    transposed = weight.new_empty((experts, width, height) if with_transposed else (0,), dtype=CODES)
-    for e in range(experts):
-        values = weight[e].float()
-        padded = torch.nn.functional.pad(values.abs(), (0, across * BLOCK - width, 0, down * BLOCK - height))
-        scales[e] = power_of_two_scale(padded.view(down, BLOCK, across, BLOCK).amax((1, 3)))
-        coded = (values / _spread(scales[e], height, width)).to(CODES)
-        codes[e] = coded
-        if with_transposed:
-            transposed[e] = coded.t()
-    return codes, scales, transposed
-
-
-@functools.cache
-def _numbers(dtype: torch.dtype) -> Tensor:
-    """What each of the 256 codes stands for."""
-    return torch.arange(256, dtype=torch.uint8).view(CODES).to(dtype)
-
-
-def decoded_codes(codes: Tensor, dtype: torch.dtype) -> Tensor:
-    """``codes.to(dtype)``, which PyTorch does number by number on the CPU: there a table is nine times as fast."""
-    if codes.device.type != "cpu" or torch.compiler.is_compiling() or is_fake(codes):
-        return codes.to(dtype)
-    with torch.inference_mode(False):
-        table = _numbers(dtype)
-    return table.index_select(0, codes.view(torch.uint8).flatten().int()).view(codes.shape)
-
-
-def dequantize_blocks(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """``(N, K)`` of one expert: exact in bfloat16 and float32, which hold every code times every scale."""
-    return decoded_codes(codes, dtype).mul_(_spread(scales.to(dtype), *codes.shape))
-
-
-def _exact_in(dtype: torch.dtype) -> torch.dtype:
-    """Where decoded numbers are exact, and sums are rounded to ``dtype`` once."""
-    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-
-
-def fp8_gemm_ref(
-    a_codes: Tensor,
-    a_scales: Tensor,
-    w_codes: Tensor,
-    w_scales: Tensor,
-    expert_offsets: Tensor,
-    trans_b: bool,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Plain-PyTorch meaning of :func:`fp8_gemm`: one expert's weight is decoded at a time.
-
-    On CUDA, where the offsets would have to come to the host for that, all are, for one grouped product.
-    """
-    exact = _exact_in(dtype)
-    rows, columns = a_codes.shape[0], w_codes.shape[1 if trans_b else 2]
-    if a_codes.device.type != "cpu":
-        weight = torch.stack([dequantize_blocks(c, s, exact) for c, s in zip(w_codes, w_scales, strict=True)])
-        out = grouped_gemm(a_codes.to(exact), weight, expert_offsets, trans_b=trans_b)
-        inside = (torch.arange(rows, device=out.device) < expert_offsets[-1]).unsqueeze(1)
-        return torch.where(inside, out * a_scales.to(exact).unsqueeze(1), 0).to(dtype)
-    out = a_codes.new_zeros((rows, columns), dtype=dtype)
-    bounds = expert_offsets.tolist()
-    if bounds[0] != 0 or bounds != sorted(bounds) or bounds[-1] > rows:
-        raise RuntimeError(
-            f"fp8_gemm: expert_offsets: expected a leading 0 and an ascending sequence up to {rows} rows, got {bounds}"
-        )
-    for e, (begin, end) in enumerate(itertools.pairwise(bounds)):
-        if begin == end:
-            continue
-        weight = dequantize_blocks(w_codes[e], w_scales[e], exact).unsqueeze(0)
-        of_all = torch.tensor([0, end - begin], dtype=torch.int32)
-        product = grouped_gemm(decoded_codes(a_codes[begin:end], exact), weight, of_all, trans_b=trans_b)
-        out[begin:end] = product * a_scales[begin:end].to(exact).unsqueeze(1)
-    return out
 
 
 def _fake_rows(rows: Tensor, row_to_token: Tensor | None, row_weights: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -170,21 +43,113 @@ def _fake_gemm(a_codes: Tensor, a_scales: Tensor, w_codes: Tensor, *rest: Any) -
     return a_codes.new_empty((a_codes.shape[0], w_codes.shape[1 if trans_b else 2]), dtype=dtype)
 
 
+def _rows_served(rows: Tensor, row_to_token: Tensor | None, row_weights: Tensor | None) -> bool:
+    count = rows.shape[0] if row_to_token is None else row_to_token.shape[0]
+    return has_triton() and rows.dtype != torch.float64 and bool(count and rows.numel())
+
+
+def quantize_rows_cuda(rows: Tensor, row_to_token: Tensor | None, row_weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rows are read once, where they are as short as a program's step, else once more from cache."""
+    if not _rows_served(rows, row_to_token, row_weights):
+        return quantize_rows_ref(rows, row_to_token, row_weights)
+    from dmoe.kernels import fp8 as kernels
+
+    codes, scales = _fake_rows(rows, row_to_token, row_weights)
+    token, weights = (None if each is None else each.contiguous() for each in (row_to_token, row_weights))
+    kernels.quantize_rows(rows.contiguous(), token, weights, codes.view(torch.uint8), scales)
+    return codes, scales
+
+
+def _blocks_served(weight: Tensor) -> bool:
+    return has_triton() and weight.dtype != torch.float64 and bool(weight.numel())
+
+
+def quantize_blocks_cuda(weight: Tensor, with_transposed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """One launch for all three results."""
+    if not _blocks_served(weight):
+        return quantize_blocks_ref(weight, with_transposed)
+    from dmoe.kernels import fp8 as kernels
+
+    codes, scales, transposed = _fake_blocks(weight, with_transposed)
+    turned = transposed.view(torch.uint8) if with_transposed else None
+    kernels.quantize_blocks(by_rows_or_columns(weight), codes.view(torch.uint8), scales, turned)
+    return codes, scales, transposed
+
+
+def _gemm_served(a_codes: Tensor, w_codes: Tensor) -> bool:
+    """fp8 tensor cores came with compute capability 8.9."""
+    if not has_triton() or not a_codes.numel() or not w_codes.numel():
+        return False
+    from dmoe.kernels._launch import capability
+
+    return capability(a_codes.device) >= 89
+
+
+def fp8_gemm_cuda(
+    a_codes: Tensor,
+    a_scales: Tensor,
+    w_codes: Tensor,
+    w_scales: Tensor,
+    expert_offsets: Tensor,
+    trans_b: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """On fp8 tensor cores where there are any."""
+    if not _gemm_served(a_codes, w_codes):
+        return fp8_gemm_ref(a_codes, a_scales, w_codes, w_scales, expert_offsets, trans_b, dtype)
+    from dmoe.kernels.fp8 import fp8_multiply_rows
+
+    if not trans_b:
+        w_codes, w_scales = w_codes.mT, w_scales.mT
+    out = a_codes.new_zeros((a_codes.shape[0], w_codes.shape[1]), dtype=dtype)  # rows of no expert stay zeros
+    rows = rows_in_tiles(a_codes, expert_offsets)
+    fp8_multiply_rows(a_codes.contiguous(), a_scales.contiguous(), w_codes.contiguous(), w_scales, out, rows)
+    return out
+
+
+def _rows_subjects(*arguments: Any) -> Sequence[Subject]:
+    return [Subject("fp8_quantize_rows", arguments)] if _rows_served(*arguments) else []
+
+
+def _blocks_subjects(weight: Tensor, with_transposed: bool) -> Sequence[Subject]:
+    kind = (kind_of(weight), tuple(weight.shape[1:]), with_transposed)
+    return [Subject("fp8_quantize_blocks", (weight, with_transposed), (), kind)] if _blocks_served(weight) else []
+
+
+def _gemm_subjects(
+    a_codes: Tensor, a_scales: Tensor, w_codes: Tensor, w_scales: Tensor, expert_offsets: Tensor, *rest: Any
+) -> Sequence[Subject]:
+    if not _gemm_served(a_codes, w_codes):
+        return []
+    trans_b, dtype = rest
+    shape = tuple((w_codes if trans_b else w_codes.mT).shape[1:])
+    extra = (preferred_tile_rows(a_codes.shape[0], expert_offsets.shape[0] - 1),)
+    # Numbers are drawn and quantised anew, so sizes are enough. What decides is the order of the scales, too.
+    asked, kind = (shape, expert_offsets, trans_b, dtype), (*shape, trans_b, dtype, w_scales.stride()[1:])
+    return [Subject("fp8_gemm", asked, extra, kind)]
+
+
 _quantize_rows = define(
     "fp8_quantize_rows(Tensor rows, Tensor? row_to_token, Tensor? row_weights) -> (Tensor codes, Tensor scales)",
     quantize_rows_ref,
     fake=_fake_rows,
+    cuda=quantize_rows_cuda,
+    subjects=_rows_subjects,
 )
 _quantize_blocks = define(
     "fp8_quantize_blocks(Tensor weight, bool with_transposed) -> (Tensor codes, Tensor scales, Tensor transposed)",
     quantize_blocks_ref,
     fake=_fake_blocks,
+    cuda=quantize_blocks_cuda,
+    subjects=_blocks_subjects,
 )
 _fp8_gemm = define(
     "fp8_gemm(Tensor a_codes, Tensor a_scales, Tensor w_codes, Tensor w_scales, Tensor expert_offsets, bool trans_b, "
     "ScalarType dtype) -> Tensor",
     fp8_gemm_ref,
     fake=_fake_gemm,
+    cuda=fp8_gemm_cuda,
+    subjects=_gemm_subjects,
 )
 for _op in (_quantize_rows, _quantize_blocks, _fp8_gemm):
     refuse_double_backward(_op)

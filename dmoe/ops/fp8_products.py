@@ -16,15 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dmoe.ops.fp8 import (
-    decoded_codes,
-    dequantize_blocks,
-    fp8_gemm,
-    quantize_blocks,
-    quantize_blocks_ref,
-    quantize_rows,
-    quantize_rows_ref,
-)
+from dmoe.ops.fp8 import fp8_gemm, quantize_blocks, quantize_rows
+from dmoe.ops.fp8_ref import decoded_codes, dequantize_blocks, quantize_blocks_ref, quantize_rows_ref
 from dmoe.ops.projection import NOTHING, Added, Codes, GroupedProducts, TorchProducts
 
 

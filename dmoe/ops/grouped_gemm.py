@@ -12,7 +12,7 @@ from dmoe.ops._checks import check_index_tensors
 from dmoe.ops._library import compiled, count_flops, define, has_triton, refuse_double_backward, register_autograd
 from dmoe.ops._trust import Subject, kind_of, precision
 from dmoe.ops.tile_table import preferred_tile_rows, tile_table
-from dmoe.strides import is_transposed
+from dmoe.strides import is_transposed, readable
 
 if TYPE_CHECKING:
     from dmoe.kernels.operands import Rows
@@ -83,7 +83,8 @@ def _served(a: Tensor, *others: Tensor) -> bool:
     return has_triton() and a.dtype != torch.float64 and all(tensor.numel() for tensor in (a, *others))
 
 
-def _rows(a: Tensor, expert_offsets: Tensor) -> Rows:
+def rows_in_tiles(a: Tensor, expert_offsets: Tensor) -> Rows:
+    """What kernels are told of rows ``a``: their tiles, cut from offsets that are cut to their range."""
     from dmoe.kernels.operands import Rows
 
     num_rows, num_experts = a.shape[0], expert_offsets.shape[0] - 1
@@ -116,7 +117,7 @@ def grouped_gemm_cuda(a: Tensor, b: Tensor, expert_offsets: Tensor, trans_b: boo
     a, b = a.contiguous(), b.contiguous()
     out = a.new_zeros(a.shape[0], b.shape[1 if trans_b else 2])  # rows of no expert stay zeros
     kernel = "down" if trans_b else "row_grad"
-    multiply_rows(kernel, a, b, out, _rows(a, expert_offsets), trans_b=trans_b)
+    multiply_rows(kernel, a, b, out, rows_in_tiles(a, expert_offsets), trans_b=trans_b)
     return out
 
 
@@ -128,7 +129,46 @@ def grouped_gemm_weight_cuda(a: Tensor, b: Tensor, expert_offsets: Tensor, num_e
 
     a, b = a.contiguous(), b.contiguous()
     out = a.new_empty(num_experts, a.shape[1], b.shape[1])
-    weight_grad(a, b, out, _rows(a, expert_offsets))
+    weight_grad(a, b, out, rows_in_tiles(a, expert_offsets))
+    return out
+
+
+def by_rows_or_columns(b: Tensor) -> Tensor:
+    """Itself where kernels can read it as it lies, an expanded factor of all experts too; else a contiguous copy."""
+    return readable(b) if b.stride(-1) == 1 or is_transposed(b) else b.contiguous()
+
+
+def _sum_served(a: Tensor, b: Tensor, a2: Tensor, b2: Tensor, expert_offsets: Tensor, trans_b: bool) -> bool:
+    fits = a2.shape[0] == a.shape[0] and b.shape[1 if trans_b else 2] == b2.shape[1 if trans_b else 2]
+    alike = a.dtype == b.dtype == a2.dtype == b2.dtype and b.shape[0] == b2.shape[0]
+    return fits and alike and _served(a, b, a2, b2)
+
+
+def _sum_composed(a: Tensor, b: Tensor, a2: Tensor, b2: Tensor, *rest: Any) -> Tensor:
+    return _grouped_gemm(a, b, *rest).add_(_grouped_gemm(a2, b2, *rest))
+
+
+def _sum_subjects(*arguments: Any) -> Sequence[Subject]:
+    if not _sum_served(*arguments):
+        return []
+    a, expert_offsets, trans_b = arguments[0], arguments[4], arguments[5]
+    extra = (preferred_tile_rows(a.shape[0], expert_offsets.shape[0] - 1), precision())
+    return [Subject("grouped_gemm_sum", arguments, extra, (*map(kind_of, arguments[:4]), trans_b))]
+
+
+def grouped_gemm_sum_cuda(
+    a: Tensor, b: Tensor, a2: Tensor, b2: Tensor, expert_offsets: Tensor, trans_b: bool
+) -> Tensor:
+    """Both products in one launch."""
+    if not _sum_served(a, b, a2, b2, expert_offsets, trans_b):
+        return _sum_composed(a, b, a2, b2, expert_offsets, trans_b)
+    from dmoe.kernels.moe_mlp import multiply_rows
+
+    a, a2 = a.contiguous(), a2.contiguous()
+    b, b2 = by_rows_or_columns(b), by_rows_or_columns(b2)
+    out = a.new_zeros(a.shape[0], b.shape[1 if trans_b else 2])  # rows of no expert stay zeros
+    kernel = "down" if trans_b else "row_grad"
+    multiply_rows(kernel, a, b, out, rows_in_tiles(a, expert_offsets), trans_b=trans_b, second=(a2, b2))
     return out
 
 
@@ -146,8 +186,10 @@ _grouped_gemm = define(
 # differentiable, for those who know its gradient.
 grouped_gemm_sum = define(
     "grouped_gemm_sum(Tensor a, Tensor b, Tensor a2, Tensor b2, Tensor expert_offsets, bool trans_b) -> Tensor",
-    lambda a, b, a2, b2, *rest: _grouped_gemm(a, b, *rest).add_(_grouped_gemm(a2, b2, *rest)),
+    _sum_composed,
     fake=lambda a, b, a2, b2, *rest: _fake(a, b, *rest),
+    cuda=grouped_gemm_sum_cuda,
+    subjects=_sum_subjects,
 )
 refuse_double_backward(grouped_gemm_sum)
 

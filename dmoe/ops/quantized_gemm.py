@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from dmoe.ops._library import define, refuse_double_backward
-from dmoe.ops.grouped_gemm import rows_of_experts
-from dmoe.ops.weight_formats import columns_of, decode
+from dmoe.ops._library import define, has_triton, refuse_double_backward
+from dmoe.ops._trust import Subject, kind_of, precision
+from dmoe.ops.grouped_gemm import by_rows_or_columns, rows_in_tiles, rows_of_experts
+from dmoe.ops.tile_table import preferred_tile_rows
+from dmoe.ops.weight_formats import columns_of, decode, scales_shape
 
 _BLOCK = 256  # rows or columns of one expert's weight that the reference decodes at a time, at least
 
@@ -87,6 +91,80 @@ def _fake(
     return a.new_empty(a.shape[0], codes.shape[1] if trans_b else columns_of(codes, format))
 
 
+def _served(
+    a: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    format: str,
+    block: Sequence[int],
+    expert_offsets: Tensor,
+    trans_b: bool,
+    a2: Tensor | None = None,
+    b2: Tensor | None = None,
+) -> bool:
+    given = [a, codes, scales, *(tensor for tensor in (a2, b2) if tensor is not None)]
+    columns = columns_of(codes, format)
+    result = codes.shape[1] if trans_b else columns
+    alike = all(tensor.dtype == a.dtype for tensor in (a2, b2) if tensor is not None)
+    thin = a2 is None or (b2 is not None and (a2.shape[0], b2.shape[1 if trans_b else 2]) == (a.shape[0], result))
+    fits = a.shape[1] == (columns if trans_b else codes.shape[1]) and codes.shape[0] == expert_offsets.shape[0] - 1
+    ours = scales.shape == scales_shape((codes.shape[0], codes.shape[1], columns), block)
+    return (
+        has_triton()
+        and a.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and all(tensor.numel() for tensor in given)
+        and alike and thin and fits and ours
+    )  # fmt: skip
+
+
+def _subjects(*arguments: Any) -> Sequence[Subject]:
+    if not _served(*arguments):
+        return []
+    a, codes, scales, zeros, format, block, expert_offsets, trans_b, a2, b2 = (*arguments, None, None)[:10]
+    # Codes and scales are drawn anew, so their shapes are enough: they would be sent whole.
+    told = codes.shape[1:], columns_of(codes, format), scales.dtype, None if zeros is None else zeros.dtype
+    extra = (preferred_tile_rows(a.shape[0], expert_offsets.shape[0] - 1), precision())
+    asked = (a, told, format, tuple(block), expert_offsets, trans_b, a2, b2)
+    kind = (*told, format, tuple(block), trans_b, *map(kind_of, (a, a2, b2)))
+    return [Subject("quantized_gemm", asked, extra, kind)]
+
+
+def quantized_gemm_cuda(
+    a: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    format: str,
+    block: Sequence[int],
+    expert_offsets: Tensor,
+    trans_b: bool,
+    a2: Tensor | None = None,
+    b2: Tensor | None = None,
+) -> Tensor:
+    """Codes are decoded in the product's loop, in registers."""
+    arguments = (a, codes, scales, zeros, format, block, expert_offsets, trans_b, a2, b2)
+    if not _served(*arguments):
+        return quantized_gemm_ref(*arguments)
+    from dmoe.kernels.quantized_gemm import multiply_quantized_rows
+
+    out = _fake(*arguments).zero_()  # rows of no expert stay zeros
+    second = None if a2 is None or b2 is None else (a2.contiguous(), by_rows_or_columns(b2))
+    multiply_quantized_rows(
+        a.contiguous(),
+        codes.contiguous(),
+        scales.contiguous(),
+        None if zeros is None else zeros.contiguous(),
+        format,
+        block,
+        out,
+        rows_in_tiles(a, expert_offsets),
+        trans_b=trans_b,
+        second=second,
+    )
+    return out
+
+
 # ``out[r] = a[r] @ W[e]^T`` for the rows r of expert e, with ``trans_b=False`` ``a[r] @ W[e]``, where W is what
 # :func:`dmoe.ops.weight_formats.decode` makes, in a's dtype; plus ``a2[r] @ b2[e]`` where these are given.
 #
@@ -101,5 +179,7 @@ quantized_gemm = define(
     "Tensor expert_offsets, bool trans_b, Tensor? a2=None, Tensor? b2=None) -> Tensor",
     quantized_gemm_ref,
     fake=_fake,
+    cuda=quantized_gemm_cuda,
+    subjects=_subjects,
 )
 refuse_double_backward(quantized_gemm)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from fp8_cases import blocks_on_grid, on_grid
 
-from dmoe.ops.fp8 import CODES, decoded_codes
 from dmoe.ops.fp8_products import Fp8Products, Fp8Rows, quantized
+from dmoe.ops.fp8_ref import CODES, decoded_codes
 from dmoe.ops.projection import Codes, GroupedProducts, TorchProducts
 
 

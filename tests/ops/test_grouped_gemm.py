@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 
@@ -11,12 +12,14 @@ import torch
 from helpers import where_kernels_run
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from moe_mlp_kernel_cases import small_blocks
 
 from dmoe.ops.grouped_gemm import (
     grouped_gemm,
     grouped_gemm_cuda,
     grouped_gemm_ref,
     grouped_gemm_sum,
+    grouped_gemm_sum_cuda,
     grouped_gemm_weight,
     grouped_gemm_weight_cuda,
     grouped_gemm_weight_ref,
@@ -331,3 +334,58 @@ def test_two_products_in_one_pass_are_their_sum(trans_b, dtype):
     torch.library.opcheck(torch.ops.dmoe.grouped_gemm_sum.default, factors)
     with pytest.raises(RuntimeError, match=r"grouped_gemm_sum: expected a2 and b2 of 30 rows|The size of tensor"):
         grouped_gemm_sum(a, b, a2[:29], b2, offsets, trans_b)
+
+
+def summed(*arguments):
+    return grouped_gemm_sum(*arguments)
+
+
+def summed_by_kernels(*arguments):
+    """In tiles of 16 or 32 columns, and 16 of a sum a step, so that both loops go round; on a GPU as it is."""
+    with contextlib.nullcontext() if torch.cuda.is_available() else small_blocks(16, 16, parts=2, block_m=16, group=2):
+        return where_kernels_run(grouped_gemm_sum_cuda)(*arguments)
+
+
+@pytest.mark.parametrize("op", [summed, summed_by_kernels], ids=["op", "kernels"])
+@given(
+    case=cases(),
+    inner=sizes,
+    rank=st.sampled_from([1, 4, 15, 16, 17, 29]),
+    columns=sizes | st.just(40),
+    dtype=st.sampled_from(DTYPES),
+    trans_b=st.booleans(),
+    turned=st.tuples(st.booleans(), st.booleans()),
+    shared=st.booleans(),
+)
+@settings(max_examples=60)
+def test_a_product_and_a_thin_one_are_exact_on_integers(op, case, inner, rank, columns, dtype, trans_b, turned, shared):
+    """Either weight may be transposed in memory; all experts may share the thin one."""
+    if op is summed_by_kernels:
+        assume(dtype != torch.bfloat16 or torch.cuda.is_available())
+    counts, rows, seed = case
+    a, a2 = (
+        poison(integers(rows, width, dtype=dtype, seed=seed + i), sum(counts)) for i, width in enumerate((inner, rank))
+    )
+    b, b2 = (
+        integers(len(counts), *((columns, width) if trans_b else (width, columns)), dtype=dtype, seed=seed + 3 + i)
+        for i, width in enumerate((inner, rank))
+    )
+    if shared:
+        b2 = b2[:1].expand(len(counts), -1, -1)
+    b, b2 = (
+        weight.mT.contiguous().mT if turn and not (shared and weight is b2) else weight
+        for weight, turn in zip((b, b2), turned, strict=True)
+    )
+    got = op(a, b, a2, b2, offsets_of(counts), trans_b)
+    assert got.dtype == dtype
+    assert torch.equal(got.double(), oracle(a, b, counts, trans_b) + oracle(a2, b2, counts, trans_b))
+
+
+def test_a_thin_product_is_added_before_anything_is_rounded():
+    """Two products of 2^-11 beside 1, of which either alone is lost in half precision."""
+    one, half = torch.ones(16, 1, dtype=torch.float16), torch.full((16, 1), 2.0**-11, dtype=torch.float16)
+    weight, thin = torch.ones(1, 4, 1, dtype=torch.float16), torch.tensor([1.0, 1.0]).expand(1, 4, 2).half()
+    both = torch.cat([half, half], 1)
+    for op in (summed, summed_by_kernels):
+        got = op(one, weight, both, thin.contiguous(), offsets_of([16]), True)
+        assert torch.equal(got, torch.full((16, 4), 1 + 2.0**-10, dtype=torch.float16))

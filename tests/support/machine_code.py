@@ -14,7 +14,9 @@ _THREADS = {80: 2048, 90: 2048, 100: 2048}
 _RESERVED = 1024  # bytes of shared memory that every program loses to the system
 _TENSOR_COLUMNS = 512  # of tensor memory, from 10.0 on
 
-_PRODUCT = re.compile(r"\b(HGMMA|HMMA|UTC\w*MMA)\b")  # wgmma, mma and tcgen05 as the machine calls them
+_PRODUCT = re.compile(
+    r"\b([HQ]GMMA|[HQ]MMA|UTC\w*MMA)\b"
+)  # wgmma, mma (Q: of fp8) and tcgen05 as the machine calls them
 _LABEL = re.compile(r"^(\.L_x_\d+):")
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:(@!?U?P\w+)\s+)?(\S.*?)\s*;")
 
@@ -37,7 +39,7 @@ def told_about(cubin: bytes, tool: str, *options: str) -> str:
 def main_loop(sass: str) -> list[str] | None:
     """The instructions of one step of the main loop; None where nothing is multiplied in a loop.
 
-    The main loop is the tightest one with a matrix product (HGMMA, HMMA or UTCMMA) in it, and a step the shortest way
+    The main loop is the tightest one with a matrix product (:data:`_PRODUCT`) in it, and a step the shortest way
     round it: from a product along jumps, taken or not, back to the same product, every instruction on the way once. A
     simple loop is one stretch of code between a label and the jump back to it, and this is that stretch; where the loop
     over tiles is fused into it, what happens only between two tiles lies beside that way, and so does waiting. Where
