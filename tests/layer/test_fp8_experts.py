@@ -339,6 +339,25 @@ def test_a_layer_trains_under_autocast(how, fields):
     assert layer(x).isfinite().all()
 
 
+def test_adapters_of_a_model_train_over_experts_in_fp8():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        dmoe.MoE(small_config(expert_compute="fp8", saved_activations="fp8", load_balancing_coefficient=0.0))
+    )
+    x = torch.randn(9, 8)
+    before = model(x).detach()
+    dmoe.lora.add(model, rank=2)
+    assert torch.equal(model(x), before)  # b begins at zero
+    model(x).square().sum().backward()
+    trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert all(".lora." in name for name in trained)
+    assert any(grad.abs().max() > 0 for name, grad in trained.items() if name.endswith(".b"))
+    assert model[0].experts.down_proj.grad is None
+    with pytest.raises(ValueError, match="compute: expected None beside weights that are codes, got 'fp8'"):
+        dmoe.quant.quantize(model, "int8")
+        model(x)
+
+
 def test_the_shared_expert_computes_likewise():
     layer = dmoe.MoE(small_config(shared_ffn_hidden_size=8, expert_compute="fp8", saved_activations="fp8"))
     assert layer.shared_expert.mlp.config.expert_compute == "fp8"
