@@ -19,6 +19,8 @@ Backend = Literal["grouped", "block_sparse", "torch", "reference"]
 DropOrder = Literal[
     "token_major", "choice_major", "batch_prioritized", "gate_weight", "normalized_gate_weight", "random"
 ]
+ExpertCompute = Literal["fp8"]
+SavedActivations = Literal["fp8"]
 Init = Literal["linear", "switch", "vmoe", "gmoe", "swin_moe", "xavier"]
 
 
@@ -141,6 +143,11 @@ class MoEConfig:
         recompute_pre_activation: save only x for backward, and compute the up projection again there. ``T * K * F``
             numbers less memory (gated: twice that) for a sixth of a training step's products (gated: 22%); on the CPU
             all of forward runs again.
+        expert_compute: ``fp8``: the experts' products, the shared one's too, multiply e4m3 codes, of rows with a scale
+            each and of weights with one for each 128 x 128 block; gradients of weights, and the weights themselves,
+            stay in their dtype. ``docs/fp8.md`` has the error, measured. None: all products are in x's dtype.
+        saved_activations: ``fp8``: what experts keep for backward, their input and the pre-activation, are such codes:
+            half of bfloat16's bytes. None: they are in x's dtype.
         accumulate_main_grad: backward adds the gradients of the two projections to their ``main_grad``, a float32
             buffer in the parameter's shape (Megatron's ``gradient_accumulation_fusion``), and leaves ``grad`` alone.
 
@@ -219,6 +226,8 @@ class MoEConfig:
 
     backend: Backend | None = None
     recompute_pre_activation: bool = False
+    expert_compute: ExpertCompute | None = None
+    saved_activations: SavedActivations | None = None
     accumulate_main_grad: bool = False
 
     expert_grad_scale: Literal["mean", "sum", "sqrt_world_size"] = "mean"

@@ -62,6 +62,12 @@ def _check_experts(c: MoEConfig) -> None:
         "shared_expert_gate",
         "False without shared_ffn_hidden_size",
     )
+    for name in ("expert_compute", "saved_activations"):
+        if getattr(c, name) is None:
+            continue
+        allowed = f"None with backend={c.backend!r}, which computes in the dtype of x"
+        _require(c, c.backend not in ("block_sparse", "reference"), name, allowed)
+        _require(c, not c.accumulate_main_grad, "accumulate_main_grad", f"False with {name}={getattr(c, name)!r}")
     if c.backend in ("block_sparse", "reference"):
         for name in ("accumulate_main_grad", "recompute_pre_activation"):
             allowed = f"False with backend={c.backend!r}, whose backward has no such option"

@@ -37,6 +37,13 @@ class Options(NamedTuple):
     recompute: bool
     adapters: Adapters | Sequence[Adapters] | None
     adapter_ids: Tensor | None
+    compute: str | None = None
+    saved: str | None = None
+
+    def is_composed(self, weights: ExpertWeights) -> bool:
+        """Whether the composition computes, which takes what the kernels do not know."""
+        in_fp8 = self.compute is not None or self.saved is not None
+        return self.adapters is not None or weights.is_quantized or in_fp8
 
 
 def check_choices(x: Tensor, expert_indices: Tensor, gate_weights: Tensor, weights: ExpertWeights) -> None:
@@ -126,7 +133,7 @@ def check_call(
         _check_residual(options.residual, x)
     if options.adapters is not None or options.adapter_ids is not None:
         check_adapters(options.adapters, options.adapter_ids, weights, leading)
-    if options.adapters is not None or weights.is_quantized:
+    if options.is_composed(weights):
         _check_composed(options, weights)
     if callable(activation):
         _check_beside_function(options, name_of(activation))
@@ -147,6 +154,9 @@ def _check_options(options: Options) -> None:
             raise ValueError(f"moe_mlp: {name}: expected 0 <= p < 1, got {p!r}")
     if backend is not None and backend not in _BACKENDS:
         raise ValueError(f"moe_mlp: backend: expected None or one of {', '.join(_BACKENDS)}, got {backend!r}")
+    for name in ("compute", "saved"):
+        if getattr(options, name) not in (None, "fp8"):
+            raise ValueError(f"moe_mlp: {name}: expected None or 'fp8', got {getattr(options, name)!r}")
     if not isinstance(recompute, bool):
         raise TypeError(f"moe_mlp: recompute: expected True or False, got {recompute!r}")
     if backend in ("block_sparse", "reference") and (recompute or options.main_grads is not None):
@@ -168,11 +178,22 @@ def _check_beside_function(options: Options, function: str) -> None:
 
 
 def _check_composed(options: Options, weights: ExpertWeights) -> None:
-    """Adapters, and weights that are codes, go with what the composition knows."""
-    what = "weights that are codes" if options.adapters is None else "adapters"
+    """Weights that are codes, fp8 and adapters go with what the composition knows."""
+    if weights.is_quantized and options.compute is not None:
+        raise ValueError(
+            f"moe_mlp: compute: expected None beside weights that are codes, got {options.compute!r}: their products "
+            "decode them to x's dtype"
+        )
+    there = {
+        "weights that are codes": weights.is_quantized,
+        "compute='fp8'": options.compute is not None,
+        "saved='fp8'": options.saved is not None,
+        "adapters": options.adapters is not None,
+    }
+    what = next(name for name, is_there in there.items() if is_there)
     if options.main_grads is not None:
         raise ValueError(f"moe_mlp: main_grads: expected None beside {what}, got buffers")
-    allowed = ("grouped", "torch") if weights.is_quantized else ("grouped", "torch", "reference")
+    allowed = ("grouped", "torch", "reference") if what == "adapters" else ("grouped", "torch")
     if options.backend not in (None, *allowed):
         raise ValueError(
             f"moe_mlp: backend: expected None, {' or '.join(allowed)} beside {what}, got {options.backend!r}"

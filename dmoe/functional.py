@@ -13,7 +13,7 @@ from dmoe.activation_functions import ActivationFunction, check_function, read_g
 from dmoe.activations import Activation
 from dmoe.adapter_factors import factors_of, factors_of_several
 from dmoe.adapters import Adapters
-from dmoe.config import DropOrder, GateWeightOn
+from dmoe.config import DropOrder, ExpertCompute, GateWeightOn, SavedActivations
 from dmoe.expert_inputs import Options, check_call, check_choices, check_planned
 from dmoe.expert_weights import ExpertWeights
 from dmoe.ops._library import has_triton
@@ -51,6 +51,8 @@ def moe_mlp(
     recompute: bool = False,
     adapters: Adapters | Sequence[Adapters] | None = None,
     adapter_ids: Tensor | None = None,
+    compute: ExpertCompute | None = None,
+    saved: SavedActivations | None = None,
 ) -> Tensor:
     """``y_t = sum_k w_tk * expert_{i_tk}(x_t)``: every token through its experts, weighted and summed.
 
@@ -67,8 +69,8 @@ def moe_mlp(
         capacity: the most rows one expert takes; None drops nothing.
         drop_order: which choices come first where the capacity binds; see :class:`dmoe.MoEConfig`.
         backend: who computes; see :class:`dmoe.MoEConfig`.
-        residual, main_grads, recompute, adapters, adapter_ids: see :func:`run_experts`; ``residual`` is ``(..., H)``,
-            ``adapter_ids`` has x's leading dimensions.
+        residual, main_grads, recompute, adapters, adapter_ids, compute, saved: see :func:`run_experts`; ``residual`` is
+            ``(..., H)``, ``adapter_ids`` has x's leading dimensions.
 
     Returns:
         ``(..., H)``. Gradients flow to x, gate_weights and the weights; saved for backward are x, the up projection's
@@ -90,6 +92,8 @@ def moe_mlp(
         recompute,
         adapters,
         adapter_ids,
+        compute,
+        saved,
     )
     check_choices(x, expert_indices, gate_weights, weights)
     check_call(x, x.shape[:-1], expert_indices, gate_weights, weights, options)
@@ -126,6 +130,8 @@ def run_experts(
     recompute: bool = False,
     adapters: Adapters | Sequence[Adapters] | None = None,
     adapter_ids: Tensor | None = None,
+    compute: ExpertCompute | None = None,
+    saved: SavedActivations | None = None,
 ) -> Tensor:
     """Every token through its experts, weighted and summed.
 
@@ -148,6 +154,11 @@ def run_experts(
             of N, one of them chosen by each token. Weights that are frozen then cost backward no gradient. Not with
             ``main_grads``, nor block-sparse products; weights that are codes likewise.
         adapter_ids: ``(T,)`` int32 or int64 in [-1, N), which of a list of adapters each token takes; -1 takes none.
+        compute: ``fp8`` for products of e4m3 codes, forward and backward to x; gradients of weights, and the factors of
+            adapters, stay in x's dtype (``docs/fp8.md``). Not with ``main_grads``, weights that are codes, nor the
+            backends ``block_sparse`` and ``reference``.
+        saved: ``fp8`` for x and the pre-activation kept for backward as codes, with whatever products. The same
+            exceptions, but for weights that are codes.
 
     Returns:
         ``(T, H)`` in x's dtype (autocast's under autocast).
@@ -167,6 +178,8 @@ def run_experts(
         recompute,
         adapters,
         adapter_ids,
+        compute,
+        saved,
     )
     check_planned(plan, gate_weights, weights)
     check_call(x, (plan.num_tokens,), plan.token_rows, gate_weights, weights, options)
@@ -186,7 +199,7 @@ def _compute(x: Tensor, plan: RoutingPlan, gate_weights: Tensor, weights: Expert
     gate_proj = None if gate_proj is None else _operand(gate_proj, packed)
     activation = read_given(options.activation, "moe_mlp", weights.gated)
     function = activation if callable(activation) else None
-    composed = options.adapters is not None or weights.is_quantized or function is not None
+    composed = options.is_composed(weights) or function is not None
     if gate_proj is not None and x.is_cuda and not composed and gate_proj.stride() != up_proj.stride():
         gate_proj, up_proj = gate_proj.contiguous(), up_proj.contiguous()  # one kernel reads both, in one way
     up_bias = weights.up_bias
@@ -252,8 +265,17 @@ def _composed(
 ) -> Tensor:
     """On the composition, which takes what the kernels do not know."""
     behind = (options.residual, None, None, 0, None, None, gate)
-    backend, recompute = options.backend, options.recompute
-    return moe_mlp_composed(up, down, group_offsets, *arguments, *behind, backend=backend, recompute=recompute)
+    return moe_mlp_composed(
+        up,
+        down,
+        group_offsets,
+        *arguments,
+        *behind,
+        backend=options.backend,
+        recompute=options.recompute,
+        compute=options.compute,
+        saved=options.saved,
+    )
 
 
 def _with_function(function: ActivationFunction, *arguments: Any) -> Tensor:

@@ -51,6 +51,8 @@ class SharedExpert(nn.Module):
             init=config.init,
             backend=None if config.backend == "block_sparse" else config.backend,  # a single expert is dense
             recompute_pre_activation=config.recompute_pre_activation,
+            expert_compute=config.expert_compute,
+            saved_activations=config.saved_activations,
             accumulate_main_grad=config.accumulate_main_grad,
         )
         self.mlp = Experts(one, routed=False, device=device, dtype=dtype)

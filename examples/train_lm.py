@@ -101,6 +101,8 @@ def build_parser() -> argparse.ArgumentParser:
     setting("clip", "largest norm of the gradient")
     setting("seed", "of weights and batches")
     setting("dtype", "arithmetic; bfloat16 means autocast", choices=["auto", "float32", "bfloat16"])
+    setting("expert_compute", "the experts' products, forward and backward to their input", choices=["fp8"])
+    setting("saved_activations", "what experts keep for backward", choices=["fp8"])
     setting("compile", "torch.compile the model", action="store_true")
     setting("compare_dense", "also train the dense twin of equal active FLOPs", action="store_true")
     setting("eval_every", "steps between two measurements on held-out text")

@@ -1,4 +1,4 @@
-"""``moe_mlp`` of what its kernels do not know: low-rank adapters, weights held as codes, a user's own activation.
+"""``moe_mlp`` of what its kernels do not know: adapters, weights held as codes, a user's own activation, fp8.
 
 Per row, with the names of :mod:`dmoe.ops.moe_mlp` (``b`` biases)::
 
@@ -7,7 +7,10 @@ Per row, with the names of :mod:`dmoe.ops.moe_mlp` (``b`` biases)::
 Saved for backward is what ``moe_mlp`` saves (x, pre, the plan, the gate weights) and the r numbers a row of ``A x`` and
 ``A a``. Backward computes the gradients that are wanted and no others: a frozen projection costs it one product, not
 two, and nothing that would be as large as all experts. It is :mod:`dmoe.ops.moe_mlp_torch`'s composition on the
-products of :mod:`dmoe.ops.projection`.
+products of :mod:`dmoe.ops.projection`, or in fp8 on those of :mod:`dmoe.ops.fp8_products`.
+
+Where x and pre are saved as fp8 codes, backward reads what these stand for. So does forward of x, if it computes in
+fp8: both directions then have one x. Otherwise forward is as exact as ever.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from dmoe.ops._moe_mlp_call import WEIGHTS, Call
 from dmoe.ops._moe_mlp_parts import Stacked, dropout_mask, save_values, saved_values, stacked_weights
 from dmoe.ops.activation import accumulate_dtype
+from dmoe.ops.fp8_products import Fp8Products, Fp8Rows, quantized
 from dmoe.ops.grouped_gemm import grouped_gemm
 from dmoe.ops.moe_mlp import under_autocast
 from dmoe.ops.moe_mlp_ref import Added, moe_mlp_twice_differentiable
@@ -64,10 +68,12 @@ class _How(NamedTuple):
     scales: tuple[float, ...]
     dropouts: tuple[float, ...]
     formats: tuple[Any, ...]  # of each projection, the fields of Codes behind its tensors, or None
+    compute: str | None
+    saved: str | None
 
 
 class ComposedPass(Pass):
-    """A pass in PyTorch's own operations whose projections may be codes and have adapters."""
+    """A pass in PyTorch's own operations whose projections may be codes, have adapters, or be multiplied in fp8."""
 
     def __init__(
         self,
@@ -76,9 +82,12 @@ class ComposedPass(Pass):
         down: Factors | None,
         group_offsets: Tensor | None,
         products: type[GroupedProducts] | type[TorchProducts],
+        in_fp8: bool = False,
+        tokens: Fp8Rows | None = None,
     ) -> None:
-        weights = _stacked(call)
+        weights, self.tokens = _stacked(call), tokens
         of_experts = _products_of(products, call.expert_offsets, call.x, *weights.up, weights.down)
+        of_experts = Fp8Products(of_experts) if in_fp8 else of_experts
         super().__init__(call, of_experts, weights)
         thin = of_experts
         if group_offsets is not None:
@@ -102,13 +111,17 @@ class ComposedPass(Pass):
 
         return dropped
 
-    def through_up(self, rows: Tensor) -> Tensor:
-        """With the adapter's share."""
-        return self.up.through(rows)
+    def before_bias(self) -> Tensor:
+        """With the adapter's share. In fp8 x is quantised token by token, and its codes are gathered."""
+        if not isinstance(self.products, Fp8Products) or self.call.gate_weight_on == "input":
+            return self.up.through(self.inputs)
+        tokens = self.products.taken(self.call.x) if self.tokens is None else self.tokens
+        codes = self.gathered(tokens.codes.view(torch.uint8)).view(tokens.codes.dtype)
+        return self.up.through(self.inputs, Fp8Rows(codes, self.gathered(tokens.scales.unsqueeze(1)).flatten()))
 
     def through_down(self, hidden: Tensor) -> Tensor:
         """With the adapter's share."""
-        return self.down.through(hidden)
+        return self.down.through(lambda: hidden)
 
     def back_through_down(self, grad_out: Tensor) -> Tensor:
         """With the adapter's share."""
@@ -190,16 +203,24 @@ class _ComposedMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, how: _How, *arguments: Any) -> Tensor:
         """``(T, H)``."""
-        now = _pass(how, arguments)
+        call, differentiated = Call(*arguments[_BESIDE:]), any(ctx.needs_input_grad)
+        ctx.how, ctx.dtype = how, call.x.dtype
+        tokens = None
+        if how.saved is not None and (differentiated or how.compute is not None):
+            tokens = quantized(call.x, how.backend)
+            if how.compute is not None:
+                arguments = (*arguments[:_BESIDE], tokens.decoded(ctx.dtype), *arguments[_BESIDE + 1 :])
+        now = _pass(how, arguments, tokens)
         y, pre = forward_of(now)
+        if not differentiated:
+            return y
         trained = ctx.needs_input_grad[1 : 1 + _FACTORS]
         inner_up = now.up.inner if any(trained[:2]) and not how.recompute else None
         inner_down = now.down.inner if any(trained[2:]) else None
         # As moe_mlp: y is linear in the residual, which backward does not read.
-        call = Call(*arguments[_BESIDE:])._replace(residual=None)
-        kept = (None if how.recompute else pre, inner_up, inner_down)
-        save_values(ctx, (*kept, *arguments[:_BESIDE], *call))
-        ctx.how = how
+        call = call._replace(residual=None, x=call.x if tokens is None else tokens.codes)
+        kept = (*_kept(None if how.recompute else pre, how), None if tokens is None else tokens.scales)
+        save_values(ctx, (*kept, inner_up, inner_down, *arguments[:_BESIDE], *call))
         ctx.set_materialize_grads(False)
         return y
 
@@ -210,9 +231,15 @@ class _ComposedMLP(torch.autograd.Function):
         needed = ctx.needs_input_grad[1:]
         if grad_y is None:
             return (None,) * (1 + len(needed))
-        pre, inner_up, inner_down, *arguments = saved_values(ctx)
-        now, grad_y = _pass(ctx.how, arguments), grad_y.contiguous()
-        if pre is None:
+        pre, pre_scales, x_scales, inner_up, inner_down, *arguments = saved_values(ctx)
+        tokens = None
+        if x_scales is not None:
+            tokens = Fp8Rows(arguments[_BESIDE], x_scales)
+            arguments[_BESIDE] = tokens.decoded(ctx.dtype)
+        now, grad_y = _pass(ctx.how, arguments, tokens), grad_y.contiguous()
+        if pre_scales is not None:
+            pre = Fp8Rows(pre, pre_scales).decoded(ctx.dtype)
+        elif pre is None:
             pre = pre_activation_of(now)
             inner_up = now.up.inner
         now.expect_backward(inner_up, inner_down, needed[:_FACTORS])
@@ -227,7 +254,12 @@ class _ComposedMLP(torch.autograd.Function):
         return None, *beside, *(grads.get(name) if want else None for name, want in wanted.items())
 
 
-def _pass(how: _How, arguments: Sequence[Any]) -> ComposedPass:
+def _kept(pre: Tensor | None, how: _How) -> tuple[Tensor | None, Tensor | None]:
+    """What is saved of the pre-activation: itself, or its codes and scales."""
+    return (pre, None) if pre is None or how.saved is None else quantized(pre, how.backend)
+
+
+def _pass(how: _How, arguments: Sequence[Any], tokens: Fp8Rows | None = None) -> ComposedPass:
     beside, fields = _Beside(*arguments[:_BESIDE]), dict(zip(Call._fields, arguments[_BESIDE:], strict=True))
     tensors = beside[_FACTORS + 1 :]
     for number, (name, rest) in enumerate(zip(_CODED, how.formats, strict=True)):
@@ -240,7 +272,7 @@ def _pass(how: _How, arguments: Sequence[Any]) -> ComposedPass:
     )
     of_torch = how.backend == "torch"
     kind, products = (ComposedPass, TorchProducts) if of_torch else (KernelPass, GroupedProducts)
-    return kind(Call(**fields), up, down, beside.group_offsets, products)
+    return kind(Call(**fields), up, down, beside.group_offsets, products, how.compute is not None, tokens)
 
 
 def _added(call: Call, factors: Sequence[Factors | None], group_offsets: Tensor | None) -> list[Added]:
@@ -267,6 +299,8 @@ def moe_mlp_composed(
     *arguments: Any,
     backend: str | None = None,
     recompute: bool = False,
+    compute: str | None = None,
+    saved: str | None = None,
 ) -> Tensor:
     """Run it on the arguments of ``moe_mlp``'s schema; see :func:`dmoe.run_experts` for the public form.
 
@@ -277,6 +311,8 @@ def moe_mlp_composed(
             the activation a function of a tensor.
         backend: ``torch`` for PyTorch's own operations, ``reference`` for those under their own autograd (no codes).
         recompute: save x only, and compute the pre-activation again in backward.
+        compute, saved: ``fp8`` for what multiplies, and what is saved for backward; not with ``reference``, and the
+            former not with codes.
     """
 
     def run(*arguments: Any) -> Tensor:
@@ -294,7 +330,7 @@ def moe_mlp_composed(
             formats.append(tuple(weight[3:]) if coded else None)
             fields[name] = None if coded else weight
         scales, dropouts = ([0.0 if f is None else float(f[n]) for f in both] for n in (2, 3))
-        how = _How(backend, recompute, tuple(scales), tuple(dropouts), tuple(formats))
+        how = _How(backend, recompute, tuple(scales), tuple(dropouts), tuple(formats), compute, saved)
         thin = [None if f is None else f[n] for f in both for n in range(2)]
         return _ComposedMLP.apply(how, *thin, group_offsets, *codes, *fields.values())
 

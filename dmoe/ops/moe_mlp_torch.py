@@ -60,8 +60,9 @@ class Pass:
         self.products = ExpertProducts(call.expert_offsets, *operands) if products is None else products
         self.wide = accumulate_dtype(call.x.dtype)
 
-    def through_up(self, rows: Tensor) -> Tensor:
-        """Rows of x to rows of the pre-activation, without bias."""
+    def before_bias(self) -> Tensor:
+        """Rows of the pre-activation, without bias."""
+        rows = self.inputs()
         return beside([self.products.rows(rows, up.mT) for up in self.weights.up])
 
     def through_down(self, hidden: Tensor) -> Tensor:
@@ -192,7 +193,7 @@ def pre_activation_torch(*arguments: Any) -> Tensor:
 
 def pre_activation_of(now: Pass) -> Tensor:
     """The same of a pass."""
-    pre = now.through_up(now.inputs())
+    pre = now.before_bias()
     if now.weights.up_bias is not None:
         pre.add_(bias_rows(now.weights.up_bias, now.expert, now.real))
     return now.weights.half_beside_half(pre)

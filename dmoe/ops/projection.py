@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -65,7 +65,10 @@ class Products(Protocol):
     def row_sums(self, a: Tensor) -> Tensor:
         """Of each expert's rows."""
 
-    def through(self, a: Tensor, weight: Tensor | Codes, back: bool, added: Added = NOTHING) -> Tensor:
+    def taken(self, a: Tensor) -> Any:
+        """Rows in the form in which :meth:`through` multiplies them, if that is another."""
+
+    def through(self, a: Any, weight: Tensor | Codes, back: bool, added: Added = NOTHING) -> Tensor:
         """``a[r] @ W[e]^T``, ``@ W[e]`` for the way back, plus the product of ``added``, in the same order."""
 
 
@@ -87,6 +90,10 @@ class GroupedProducts:
         """See :class:`Products`."""
         return self.sums(a, a.new_ones(a.shape[0], 1)).squeeze(2)
 
+    def taken(self, a: Tensor) -> Tensor:
+        """See :class:`Products`."""
+        return a
+
     def through(self, a: Tensor, weight: Tensor | Codes, back: bool, added: Added = NOTHING) -> Tensor:
         """See :class:`Products`."""
         if isinstance(weight, Codes):
@@ -98,6 +105,10 @@ class GroupedProducts:
 
 class TorchProducts(ExpertProducts):
     """By PyTorch's own operations."""
+
+    def taken(self, a: Tensor) -> Tensor:
+        """See :class:`Products`."""
+        return a
 
     def through(self, a: Tensor, weight: Tensor | Codes, back: bool, added: Added = NOTHING) -> Tensor:
         """See :class:`Products`."""
@@ -138,14 +149,21 @@ class Projection:
         """Whether the thin product can be added inside the other one."""
         return len(self.weights) == 1 and self.thin is self.products
 
-    def through(self, rows: Tensor) -> Tensor:
-        """``rows W^T + s (rows A^T) B^T``."""
-        if self.factors is None:
-            return beside([self.products.through(rows, weight, False) for weight in self.weights])
-        self.inner = self.thin.rows(self.dropped(rows), self.factors.a.mT).mul_(self.factors.scale)
+    def through(self, rows: Callable[[], Tensor], taken: Any = None) -> Tensor:
+        """``rows W^T + s (rows A^T) B^T``.
+
+        Args:
+            rows: makes them.
+            taken: what the products take of them, where that exists already: without factors they are not made then.
+        """
+        made = rows() if taken is None or self.factors is not None else None
+        taken = self.products.taken(made) if taken is None and made is not None else taken
+        if self.factors is None or made is None:
+            return beside([self.products.through(taken, weight, False) for weight in self.weights])
+        self.inner = self.thin.rows(self.dropped(made), self.factors.a.mT).mul_(self.factors.scale)
         if self._in_one:
-            return self.products.through(rows, self.weights[0], False, (self.inner, self.factors.b))
-        plain = beside([self.products.through(rows, weight, False) for weight in self.weights])
+            return self.products.through(taken, self.weights[0], False, (self.inner, self.factors.b))
+        plain = beside([self.products.through(taken, weight, False) for weight in self.weights])
         return plain.add_(self.thin.rows(self.inner, self.factors.b.mT))
 
     def back_through(self, grads: Tensor) -> Tensor:

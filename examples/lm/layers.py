@@ -22,6 +22,9 @@ def moe_configs(settings: Settings, **more: Any) -> list[MoEConfig]:
     """
     s = settings
     build = _own if s.preset is None else _preset
+    for name in ("expert_compute", "saved_activations"):
+        if getattr(s, name) is not None:
+            more[name] = getattr(s, name)
     try:
         return [build(s, experts, more) for experts in s.layer_experts]
     except ValueError as error:

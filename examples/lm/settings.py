@@ -55,6 +55,10 @@ class Settings:
     seed: int = 0
     dtype: str = "auto"
     """``float32``, or ``bfloat16`` under autocast; ``auto`` takes whichever this machine multiplies faster."""
+    expert_compute: str | None = None
+    """``fp8``: the experts multiply 8-bit numbers. None: what ``dtype`` says, as everything else does."""
+    saved_activations: str | None = None
+    """``fp8``: what experts keep for backward is 8-bit numbers."""
     compile: bool = False
     compare_dense: bool = False
     teacher: str | None = None

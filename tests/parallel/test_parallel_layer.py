@@ -79,6 +79,33 @@ def one_rank(fields, seed, shares, dtype=torch.float64):
     return module, by_share
 
 
+@pytest.mark.parametrize("how", [{"overlap_degree": 2}, {"recompute_pre_activation": True, "bias": "expert"}, {}])
+def test_experts_in_fp8_on_two_ranks_equal_those_on_one(ranks, how):
+    """Each row has its scale, and each expert its blocks: who computes them changes no code."""
+    shares = shares_of([9, 4], 3, torch.float64)
+    fields = {**BASE, "expert_compute": "fp8", "saved_activations": "fp8", "expert_grad_scale": "sum", **how}
+    results = ranks.run(rank_jobs.layer, fields, 7, torch.float64, shares, ranks=2)
+    module, expected = one_rank(fields, 7, shares)
+    plain = one_rank({**BASE, **how}, 7, shares)[1]
+    for rank, (result, single, exact) in enumerate(zip(results, expected, plain, strict=True)):
+        close("y", result["y"], single["y"])
+        close("x", result["x"], single["x"])
+        assert 0 < (single["y"] - exact["y"]).norm() < 0.15 * exact["y"].norm()
+        for name, parameter in module.named_parameters():
+            if name.startswith("experts."):
+                close(name, result["gradients"][name], part_of(module, name, parameter.grad, rank, 2))
+
+
+def test_experts_in_fp8_with_slices_of_f(ranks):
+    """The rows of a slice have scales of their own: near what one rank computes, as that is near the exact result."""
+    shares = shares_of([9, 4, 7, 2], 3, torch.float64)
+    fields = {**BASE, "expert_compute": "fp8", "saved_activations": "fp8", "expert_grad_scale": "sum"}
+    results = ranks.run(rank_jobs.layer, fields, 7, torch.float64, shares, None, ("tp", 2))
+    for result, exact in zip(results, one_rank({**BASE, "expert_grad_scale": "sum"}, 7, shares)[1], strict=True):
+        for name in ("y", "x"):
+            assert 0 < (result[name] - exact[name]).norm() < 0.15 * exact[name].norm()
+
+
 @settings(max_examples=50)
 @given(case=layers(), dtype=st.sampled_from([torch.float64, torch.float64, torch.float32]))
 def test_a_layer_on_many_ranks_equals_the_layer_on_one(ranks, case, dtype):
@@ -265,6 +292,7 @@ ODD_ONE = {
     "ffn_hidden_size": ({"ffn_hidden_size": 5}, 0, torch.float32, "ffn_hidden_size: 4 on ranks 0, 1, 3, 5 on rank 2"),
     "dtype": ({}, 0, torch.bfloat16, "dtype of the experts: torch.float32 on ranks 0, 1, 3, torch.bfloat16 on rank 2"),
     "option": ({"max_rows_received": 9}, 0, torch.float32, "max_rows_received: None on ranks 0, 1, 3, 9 on rank 2"),
+    "fp8": ({"expert_compute": "fp8"}, 0, torch.float32, "expert_compute: None on ranks 0, 1, 3, 'fp8' on rank 2"),
     "seed": ({}, 1, torch.float32, "on rank 2 (call torch.manual_seed with one value on all ranks"),
 }
 
