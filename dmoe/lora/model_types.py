@@ -12,7 +12,16 @@ from dmoe.checkpoint.hub_folder import local_folder
 # Experts stacked in published files too, so that none has a name of its own; vLLM keeps these so (is_3d_moe_weight).
 STACKED = ("gpt_oss", "llama4", "llama4_text", "qwen3_vl_moe", "qwen3_vl_moe_text", "qwen3_5_moe", "qwen3_5_moe_text")
 TRANSPOSED = ("gpt_oss", "openai_privacy_filter", "aria", "aria_text")  # (E, in, out), as is_transposed says
+UNMARKED = ("llama4", "llama4_text")  # (E, in, out) without a word of it
+ROUTERS = ("gate", "router")  # how a router's own module is called
 UNGATED = ("nemotron_h", "switch_transformers", "nllb_moe")
+
+
+def factors_turned(model_type: str | None, version: tuple[int, int]) -> bool:
+    """Whether a wrapper's ``A`` is for results, and ``B`` for inputs."""
+    if model_type in TRANSPOSED:
+        return False
+    return (version < (0, 19)) is (model_type not in UNMARKED)
 
 
 def model_type_of(config: Mapping[str, Any], base: str | os.PathLike[str] | None) -> str | None:

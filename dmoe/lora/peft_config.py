@@ -70,6 +70,10 @@ class PeftConfig:
             raise ValueError(f"{self.path}: target_parameters: expected a list of names, got {found!r:.80}")
         return tuple(found)
 
+    def names_parameter(self, name: str) -> bool:
+        """Whether one of ``target_parameters`` is that parameter, or the end of its name."""
+        return any(name == target or name.endswith(f".{target}") for target in self.target_parameters)
+
     @property
     def version(self) -> tuple[int, int] | None:
         """The first two numbers of the PEFT that wrote it; None where it does not say (before 0.18)."""

@@ -30,7 +30,7 @@ from dmoe.checkpoint.formats.hf_files import open_files
 from dmoe.checkpoint.hub_folder import read_json
 from dmoe.checkpoint.stored import Stored, mapped, reshaped, stacked
 from dmoe.lora.adapter_file import PROJECTIONS, AdapterFile, Update, joined
-from dmoe.lora.model_types import TRANSPOSED, model_type_of
+from dmoe.lora.model_types import UNMARKED, factors_turned, model_type_of
 from dmoe.lora.peft_config import CONFIG, PeftConfig
 
 TENSORS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
@@ -125,8 +125,9 @@ def _checked(path: str, a: Stored, b: Stored, dims: int, config: PeftConfig, whe
     if not fits:
         expected = "(r, in) and (out, r)" if dims == 2 else "(E, r, in) and (E, out, r)"
         raise ValueError(f"{where}: {path}: expected lora_A and lora_B {expected}, got {a.shape} and {b.shape}")
-    _check_rank(path, a.shape[-2], config, where)
-    return Update(a, b, config.scale(path))
+    target = f"{path}.weight" if config.names_parameter(f"{path}.weight") else path
+    _check_rank(target, a.shape[-2], config, where)
+    return Update(a, b, config.scale(target))
 
 
 def _check_rank(target: str, rank: int, config: PeftConfig, where: str) -> None:
@@ -189,7 +190,7 @@ def _parameters(module: str, of_depth: Mapping[int, object], config: PeftConfig,
     targets = [
         name
         for name in (*PROJECTIONS, "gate_up_proj_bias", "down_proj_bias")
-        if any(f"{module}.{name}" == target or f"{module}.{name}".endswith(f".{target}") for target in given)
+        if config.names_parameter(f"{module}.{name}")
     ]
     if bias := [name for name in targets if name.endswith("bias")]:
         raise ValueError(f"{config.path}: target_parameters: expected projections of experts, got {bias[0]}")
@@ -220,7 +221,7 @@ def _turned(
                 f"{where}: {module}: expected factors of projections {'(E, 2 F, H)' if halves == 2 else '(E, F, H)'} "
                 f"and (E, H, F), got {up} and {down}"
             )
-    if config.version is not None and config.version >= (0, 19):
+    if config.version is not None and config.version >= (0, 19) and model_type not in UNMARKED:
         return False
     if config.version is None or model_type is None:
         missing = "peft_version" if config.version is None else "base_model_name_or_path"
@@ -228,7 +229,7 @@ def _turned(
             f"{config.path}: {missing}: expected it to tell which factor of {module} is for inputs, as sizes do not, "
             f"got {config.said.get(missing)!r}{'' if config.version is None else ', which is not here: give the base'}"
         )
-    return model_type not in TRANSPOSED
+    return factors_turned(model_type, config.version)
 
 
 def _of_single(module: str, of_kind: Mapping[str, Mapping[int, Update]], where: str) -> dict[str, Update]:

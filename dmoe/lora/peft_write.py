@@ -26,7 +26,7 @@ from torch import Tensor
 
 from dmoe.checkpoint.stored import Stored, mapped, reshaped, taken
 from dmoe.lora.adapter_file import PROJECTIONS, AdapterFile, Update, apart, joined, uniform
-from dmoe.lora.model_types import STACKED, TRANSPOSED, UNGATED
+from dmoe.lora.model_types import ROUTERS, STACKED, UNGATED, factors_turned
 from dmoe.lora.peft_config import CONFIG, config_for
 
 TENSORS = "adapter_model.safetensors"
@@ -95,11 +95,13 @@ def laid_out(
         _, experts = uniform({}, experts)
         first = next((each.rank, each.scale) for updates in experts.values() for each in updates.values())
     named = {f"{_PREFIX}{path}": (update.a, update.b) for path, update in linear.items()}
-    ranks = {path: (update.rank, update.scale) for path, update in linear.items()}
-    modules, parameters = sorted(linear), []
+    # Routers of Transformers 5 are modules of their own, and not nn.Linear.
+    routers = [path for path in linear if stacked and path.rpartition(".")[2] in ROUTERS]
+    ranks = {f"{path}.weight" if path in routers else path: (each.rank, each.scale) for path, each in linear.items()}
+    modules, parameters = sorted(set(linear) - set(routers)), [f"{path}.weight" for path in routers]
     for module, updates in experts.items():
         if stacked:
-            named |= _wrapped(module, updates, version < (0, 19) and model_type not in TRANSPOSED)
+            named |= _wrapped(module, updates, factors_turned(model_type, version))
             parameters += [f"{module}.{name}" for name in updates]
             ranks |= {f"{module}.{name}": (each.rank, each.scale) for name, each in updates.items()}
             continue
