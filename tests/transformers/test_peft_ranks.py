@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-import rank_jobs_lora as jobs
+import rank_jobs_hf_lora as jobs
 import torch
 from hub_cases import batches_of, model_of
 from peft import PeftModel
