@@ -32,6 +32,7 @@ from dmoe.model_tools import (
     set_aux_loss_scale,
     update_selection_bias,
 )
+from dmoe.other_experts import OtherExperts, know_experts
 from dmoe.plan import RoutingPlan, device_tile_rows, plan_expert_choice, plan_token_choice
 from dmoe.quantized_weight import QuantizedWeight
 from dmoe.replace import replace_ffn
@@ -47,6 +48,7 @@ __all__ = [
     "LowRank",
     "MoE",
     "MoEConfig",
+    "OtherExperts",
     "QuantizedWeight",
     "ResidualMoE",
     "Routing",
@@ -61,6 +63,7 @@ __all__ = [
     "functional",
     "info",
     "is_expert_param",
+    "know_experts",
     "lora",
     "losses",
     "metrics",

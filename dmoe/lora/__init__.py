@@ -7,6 +7,10 @@
     ...
     torch.save(dmoe.lora.state_dict(model), "adapter.pt")  # the adapter alone
 
+    dmoe.lora.save_peft(model, "adapter")  # the same as PEFT, vLLM and SGLang read it
+
+``python -m dmoe.lora merge|convert`` does as much to files.
+
 :class:`dmoe.Adapters` are the values under it, which :func:`dmoe.functional.moe_mlp` takes beside weights.
 """
 
@@ -17,6 +21,7 @@ from dmoe.lora.config import LoRA
 from dmoe.lora.factors import Factors, ProjectionShape
 from dmoe.lora.merging import merge, unmerge
 from dmoe.lora.model import add, disable, enable, remove, set_active, use
+from dmoe.lora.peft_model import load_peft, save_peft
 from dmoe.lora.router import RouterAdapter, RouterAdapters
 from dmoe.lora.states import load_state_dict, state_dict
 from dmoe.lora.targets import TARGETS, adapted_modules
@@ -35,9 +40,11 @@ __all__ = [
     "add",
     "disable",
     "enable",
+    "load_peft",
     "load_state_dict",
     "merge",
     "remove",
+    "save_peft",
     "set_active",
     "state_dict",
     "unmerge",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dmoe.expert_slice import local_part
 from dmoe.lora.targets import adapted_modules
+from dmoe.other_experts import experts_in
 
 
 @torch.no_grad()
@@ -103,10 +104,11 @@ def _add(module: Any, name: str, sign: float) -> None:
 def _products(module: Any, adapter: Any) -> Iterator[tuple[Tensor, Tensor]]:
     """An expert's part of a weight, and what is to be added to it, one after the other."""
     scale = adapter.config.scale
-    if not hasattr(module, "weights"):
+    experts = experts_in(module)
+    if experts is None:
         yield module.weight.detach(), adapter.weight.product(scale)
         return
-    weights = module.weights()
+    weights = experts.weights()
     for position in range(weights.num_experts):
         of_expert = weights.of_expert(position)
         for factors in adapter.factors.values():

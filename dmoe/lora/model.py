@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dmoe.experts import Experts
 from dmoe.lora.adapters import Adapter, AdapterSet, ExpertAdapter, ExpertAdapters, TokensChoice, check_name
 from dmoe.lora.config import LoRA
 from dmoe.lora.router import RouterAdapter, RouterAdapters
 from dmoe.lora.targets import Target, adapted_modules, find_targets
 from dmoe.model_tools import moe_layers
+from dmoe.other_experts import experts_in, slice_of
 from dmoe.parallel import AllToAllDispatcher
 
 _BLOCKS = itertools.count(1)  # of use, in this process
@@ -31,6 +33,10 @@ def add(
     **fields: Any,
 ) -> dict[str, nn.Parameter]:
     """Put a low-rank adapter beside weights of every :class:`dmoe.MoE` layer; it alone is active from then on.
+
+    So it does beside experts of other packages' models that dmoe computes, where an integration knows them: those of
+    Hugging Face's MoE models after ``dmoe.integrations.transformers.use(model)``. Their layers are named by what holds
+    the experts, and of targets they have ``experts``.
 
     It changes no output before it is trained. Parameters are ``experts.lora.<name>.<projection>.a`` (and ``.b``),
     ``shared_expert.mlp.lora...`` and ``router.lora.<name>.weight...``, behind the layer's own name, and belong to the
@@ -59,7 +65,7 @@ def add(
     targets = find_targets(model, config.targets, layers)
     fresh: list[tuple[Target, Adapter]] = []
     for target in targets:
-        held = target.module.lora
+        held = getattr(target.module, "lora", None)
         if held is not None and name in held.names:
             raise ValueError(f"dmoe.lora.add: name: expected one that {target.path} has no adapter of, got {name!r}")
         fresh.append((target, build(target, config, dtype)))
@@ -97,18 +103,19 @@ def build(target: Target, config: LoRA, dtype: torch.dtype | None) -> Adapter:
     Raises:
         ValueError: factors that cannot be shared.
     """
-    module, router = target.module, target.layer.router
+    module, router = target.module, getattr(target.layer, "router", None)
     if target.is_router:
         weight = module.weight
         return RouterAdapter(weight, config, device=weight.device, dtype=dtype or weight.dtype)
-    where = module.owned
+    experts = experts_in(module)
+    where = slice_of(experts)
     for factor in ("a", "b"):
         if getattr(config, f"share_{factor}") and len(where.experts) < where.num_experts:
             raise ValueError(
                 f"LoRA: share_{factor}: expected False where ranks hold {len(where.experts)} of {where.num_experts} "
                 "experts, got True: each rank would train the shared factor by its own experts alone"
             )
-    weights = module.weights()
+    weights = experts.weights()
     if dtype is None:
         dtype = weights.dtype or getattr(getattr(router, "weight", None), "dtype", None) or torch.get_default_dtype()
     return ExpertAdapter(target.projections, config, where, device=weights.up_proj.device, dtype=dtype)
@@ -119,13 +126,13 @@ def attach(model: nn.Module, name: str, fresh: Sequence[tuple[Target, Adapter]])
     order = names_of(model)
     for target, adapter in fresh:
         module = target.module
-        if module.lora is None:
+        if getattr(module, "lora", None) is None:
             module.lora = (RouterAdapters() if target.is_router else ExpertAdapters()).train(module.training)
         adapter.number = order.get(name, max(order.values(), default=-1) + 1)
         module.lora.put(name, adapter)
-        if not target.is_router:
+        if isinstance(module, Experts):
             module.mark_parameters()
-        if isinstance(target.layer.dispatcher, AllToAllDispatcher):
+        if target.layer is not None and isinstance(target.layer.dispatcher, AllToAllDispatcher):
             target.layer._ranks_agree = False  # asked again: do all have it?
     set_active(model, name)
 

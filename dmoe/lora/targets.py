@@ -14,6 +14,7 @@ from dmoe.experts import Experts
 from dmoe.layer import MoE
 from dmoe.lora.factors import ProjectionShape
 from dmoe.model_tools import moe_layers
+from dmoe.other_experts import experts_in
 from dmoe.parallel import AllToAllDispatcher
 from dmoe.routing import LinearRouter
 
@@ -26,20 +27,20 @@ class Target:
 
     Attributes:
         path: the module's qualified name in the model.
-        module: :class:`dmoe.experts.Experts` or a router.
-        layer: that it belongs to.
+        module: :class:`dmoe.experts.Experts`, a router, or a module of somebody else's that holds experts.
+        layer: that it belongs to; None for somebody else's.
         projections: of experts, by parameter name; empty for a router.
     """
 
     path: str
     module: Any
-    layer: MoE
+    layer: MoE | None
     projections: dict[str, ProjectionShape]
 
     @property
     def is_router(self) -> bool:
         """Whether it is one."""
-        return not isinstance(self.module, Experts)
+        return not self.projections
 
 
 def find_targets(model: nn.Module, targets: Sequence[str], layers: str | Iterable[str]) -> list[Target]:
@@ -54,12 +55,15 @@ def find_targets(model: nn.Module, targets: Sequence[str], layers: str | Iterabl
         ValueError: a pattern that matches nothing, or weights that cannot have adapters.
     """
     patterns = [layers] if isinstance(layers, str) else list(layers)
-    everything = moe_layers(model)
+    everything, others = moe_layers(model), _others(model)
     found = {name: layer for name, layer in everything.items() if any(fnmatchcase(name, p) for p in patterns)}
-    if not found:
+    wanted_others = {
+        path: each for path, each in others.items() if any(fnmatchcase(path.rpartition(".")[0], p) for p in patterns)
+    }
+    if not found and not wanted_others:
         raise ValueError(
-            f"dmoe.lora.add: layers: expected patterns of the names of dmoe.MoE layers {sorted(everything)}, got "
-            f"{patterns}"
+            f"dmoe.lora.add: layers: expected patterns of the names of dmoe.MoE layers "
+            f"{sorted([*everything, *(path.rpartition('.')[0] for path in others)])}, got {patterns}"
         )
     wanted = {name: _matches(name, targets) for name in TARGETS}
     for pattern in targets:
@@ -77,8 +81,13 @@ def find_targets(model: nn.Module, targets: Sequence[str], layers: str | Iterabl
         if wanted["router"]:
             _check_router(f"{front}router", layer)
             modules.append(Target(f"{front}router", layer.router, layer, {}))
+    for path, (module, experts) in wanted_others.items():
+        halves = [half for half in ("up", "down") if wanted[f"experts.{half}"]]
+        if halves:
+            modules.append(Target(path, module, None, _projections_of_others(path, module, experts, halves)))
     if not modules:
-        raise ValueError(f"LoRA: targets: expected parts that the layers {sorted(found)} have, got {list(targets)}")
+        there = sorted([*found, *wanted_others])
+        raise ValueError(f"LoRA: targets: expected parts that the layers {there} have, got {list(targets)}")
     return modules
 
 
@@ -90,6 +99,28 @@ def adapted_modules(model: nn.Module) -> dict[str, Any]:
         name: module
         for name, module in model.named_modules()
         if isinstance(getattr(module, "_modules", {}).get("lora"), AdapterSet)
+    }
+
+
+def _others(model: nn.Module) -> dict[str, tuple[nn.Module, Any]]:
+    """Experts that are not dmoe's modules: by path the module, and what is known of it."""
+    return {
+        path: (module, experts)
+        for path, module in model.named_modules()
+        if not isinstance(module, Experts) and (experts := experts_in(module)) is not None
+    }
+
+
+def _projections_of_others(path: str, module: Any, experts: Any, halves: Sequence[str]) -> dict[str, ProjectionShape]:
+    for name in (experts.up_name, "down_proj"):
+        if isinstance(held := getattr(module, name), Tensor):
+            _check_plain(f"{path}.{name}", held, None)
+    weights = experts.weights()
+    places = {"up": (experts.up_name, weights.up_proj), "down": ("down_proj", weights.down_proj)}
+    return {
+        name: ProjectionShape(half == "up", tuple(weight.shape))
+        for half, (name, weight) in places.items()
+        if half in halves
     }
 
 

@@ -9,6 +9,7 @@ packages hold, and :func:`assign` puts such a value into experts.
 
 from dmoe.quant.bitsandbytes_tensors import from_bitsandbytes
 from dmoe.quant.convert import TARGETS, assign, dequantize, quantize
+from dmoe.quant.mxfp4_files import from_mxfp4
 from dmoe.quant.projection import QuantizedProjection
 from dmoe.quant.torchao_tensors import from_torchao
 
@@ -18,6 +19,7 @@ __all__ = [
     "assign",
     "dequantize",
     "from_bitsandbytes",
+    "from_mxfp4",
     "from_torchao",
     "quantize",
 ]

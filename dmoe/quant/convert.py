@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dmoe.expert_slice import local_part
 from dmoe.experts import Experts
 from dmoe.ops.weight_formats import check_block, encode, format_of
+from dmoe.other_experts import experts_in, slice_of
 from dmoe.quant.projection import QuantizedProjection
 from dmoe.quantized_weight import QuantizedWeight
 
@@ -21,8 +22,22 @@ Progress = Callable[[Iterable[str], int], Iterable[str]]  # wraps an iterable of
 
 
 class _Place(NamedTuple):
-    experts: Experts
-    field: str  # of Experts
+    module: Any  # whose parameter it is
+    field: str
+    experts: Any  # the module itself, or what is known of somebody else's
+
+    @property
+    def weight(self) -> Tensor:
+        """What lives here of it, as :class:`dmoe.ExpertWeights` has it."""
+        if self.module is self.experts:
+            return local_part(getattr(self.module, self.field))
+        weights = self.experts.weights()
+        return weights.down_proj if self.field == "down_proj" else weights.up_proj
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether rows of gate and up take turns in the parameter."""
+        return self.field != "down_proj" and getattr(self.experts, "interleaved", False)
 
 
 @torch.no_grad()
@@ -46,7 +61,8 @@ def quantize(
     keeps them: make it afterwards.
 
     Args:
-        model: any module; each ``Experts`` inside is found, those of shared experts where ``targets`` name them.
+        model: any module; each ``Experts`` inside is found, those of shared experts where ``targets`` name them, and
+            experts of other packages' models that an integration knows.
         format: ``int8``, ``fp8``, ``int4``, ``nf4`` or ``mxfp4``; see :mod:`dmoe.ops.weight_formats`.
         targets: of :data:`TARGETS`, shell patterns or beginnings: ``experts``, ``experts.down``, ``*``.
         group: columns that share a scale, for ``int4`` 32, 64 or 128; None is the format's default.
@@ -71,16 +87,17 @@ def quantize(
         _check_place(name, place)
         _check_sizes(name, place, format, group)
     for name in progress(places, len(places)):
-        experts, field = places[name]
-        weight = local_part(getattr(experts, field))
-        rows = weight.flatten(1, -2)
+        place = places[name]
+        weight = place.weight
+        # In the parameter's own order: a view.
+        rows = (weight.transpose(1, 2) if place.interleaved else weight).flatten(1, -2)
         block = form.block(rows.shape[-1]) if group is None else (form.rows, group)
         try:
             codes, scales, zeros = encode(rows, format, block, zero_points, scales_dtype)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        value = QuantizedWeight(codes, scales, format, tuple(weight.shape), block, zeros)
-        _put(experts, field, value, weight.dtype)
+        value = QuantizedWeight(codes, scales, format, tuple(weight.shape), block, zeros, place.interleaved)
+        _put(place, value, weight.dtype)
         del weight, rows  # before the next one's codes are made
     return list(places)
 
@@ -100,30 +117,34 @@ def dequantize(
         Names of what was codes, as :func:`quantize` returns them; none where nothing was.
     """
     found = {
-        f"{name}.{field}".lstrip("."): _Place(module, field)
+        f"{name}.{field}".lstrip("."): _Place(module, field, experts)
         for name, module in model.named_modules()
-        if isinstance(module, Experts)
-        for field in (module.up_name, "down_proj")
+        if (experts := experts_in(module)) is not None
+        for field in (experts.up_name, "down_proj")
         if isinstance(getattr(module, field), QuantizedProjection)
     }
     for name in progress(found, len(found)):
-        experts, field = found[name]
-        held: QuantizedProjection = getattr(experts, field)
+        module, field, experts = found[name]
+        held: QuantizedProjection = getattr(module, field)
         weight = _decoded(held.value(), held.dtype if dtype is None else dtype)
-        weight = experts.owned.distributed(weight, None) if hasattr(held.codes, "to_local") else weight
-        delattr(experts, field)
-        experts.register_parameter(field, nn.Parameter(weight, requires_grad=False))
-        experts.mark_parameters()
+        if module is not experts:
+            weight = experts.as_parameter(field, weight)
+        weight = slice_of(experts).distributed(weight, None) if hasattr(held.codes, "to_local") else weight
+        delattr(module, field)
+        module.register_parameter(field, nn.Parameter(weight, requires_grad=False))
+        if isinstance(module, Experts):
+            module.mark_parameters()
     return list(found)
 
 
 def assign(
-    experts: Experts, *, up_proj: QuantizedWeight | None = None, down_proj: QuantizedWeight | None = None
+    module: nn.Module, *, up_proj: QuantizedWeight | None = None, down_proj: QuantizedWeight | None = None
 ) -> None:
     """Put codes that are there already into experts, in place of these projections.
 
     Args:
-        experts: a layer's, ``layer.experts`` or ``layer.shared_expert.mlp``.
+        module: a layer's experts, ``layer.experts`` or ``layer.shared_expert.mlp``; or a module of somebody else's
+            that an integration knows.
         up_proj: of gate and up together where there is a gate, ``(E, 2, F, H)``; else ``(E, F, H)``. None leaves it.
         down_proj: ``(E, H, F)``; None leaves it. Under expert parallelism both are of the experts that live here.
 
@@ -131,29 +152,30 @@ def assign(
         TypeError, ValueError: no experts, or no such value; a shape that is not the projection's; experts that
             :func:`quantize` would refuse, but for being codes already.
     """
-    if not isinstance(experts, Experts):
-        raise TypeError(f"assign: experts: expected a layer's experts, got {type(experts).__name__}")
+    if (experts := experts_in(module)) is None:
+        raise TypeError(f"assign: experts: expected a layer's experts, got {type(module).__name__}")
     given = {experts.up_name: up_proj, "down_proj": down_proj}
     for field, value in given.items():
         if value is None:
             continue
         if not isinstance(value, QuantizedWeight):
             raise TypeError(f"assign: {field}: expected a QuantizedWeight, got {type(value).__name__}")
-        _check_place(f"assign: {field}", _Place(experts, field), codes_too=True)
-        held = getattr(experts, field)
-        expected = tuple(held.value().shape if isinstance(held, QuantizedProjection) else local_part(held).shape)
+        _check_place(f"assign: {field}", _Place(module, field, experts), codes_too=True)
+        held = getattr(module, field)
+        known = held.value() if isinstance(held, QuantizedProjection) else _Place(module, field, experts).weight
+        expected = tuple(known.shape)
         if tuple(value.shape) != expected:
             raise ValueError(f"assign: {field}: expected shape {expected}, got {tuple(value.shape)}")
     for field, value in given.items():
         if value is not None:
-            _put(experts, field, value, getattr(experts, field).dtype)
+            _put(_Place(module, field, experts), value, getattr(module, field).dtype)
 
 
-def _put(experts: Experts, field: str, value: QuantizedWeight, dtype: torch.dtype) -> None:
+def _put(place: _Place, value: QuantizedWeight, dtype: torch.dtype) -> None:
     """In place of a parameter, or of other codes."""
-    owned = experts.owned if experts.distributed else None
-    delattr(experts, field)
-    experts.register_module(field, QuantizedProjection(value, dtype, owned))
+    owned = place.experts.owned if getattr(place.experts, "distributed", False) else None
+    delattr(place.module, place.field)
+    place.module.register_module(place.field, QuantizedProjection(value, dtype, owned))
 
 
 def _places(op: str, model: nn.Module, targets: Sequence[str]) -> dict[str, _Place]:
@@ -166,26 +188,30 @@ def _places(op: str, model: nn.Module, targets: Sequence[str]) -> dict[str, _Pla
             raise ValueError(f"{op}: targets: expected some of {', '.join(sorted(known))}, got {target!r}")
     found = {}
     for name, module in model.named_modules():
-        if not isinstance(module, Experts):
+        experts = experts_in(module)
+        if experts is None:
             continue
-        for part, field in (("up", module.up_name), ("down", "down_proj")):
-            of = "experts" if module.routed else "shared_expert"
+        for part, field in (("up", experts.up_name), ("down", "down_proj")):
+            of = "experts" if getattr(experts, "routed", True) else "shared_expert"
             if any(fnmatchcase(each, target) for each in (of, f"{of}.{part}") for target in targets):
-                found[f"{name}.{field}".lstrip(".")] = _Place(module, field)
+                found[f"{name}.{field}".lstrip(".")] = _Place(module, field, experts)
     return found
 
 
 def _check_place(name: str, place: _Place, codes_too: bool = False) -> None:
     """Codes can stand there."""
-    experts, field = place
-    held, config, owned = getattr(experts, field), experts.config, experts.owned
+    module, field, experts = place
+    held, owned = getattr(module, field), slice_of(experts)
     if isinstance(held, QuantizedProjection):
         if not codes_too:
             raise ValueError(f"{name}: expected a weight, got codes of {held.text}: dmoe.quant.dequantize it first")
     elif not isinstance(held, Tensor):
         raise ValueError(f"{name}: expected a weight, got {type(held).__name__}")
-    elif hasattr(experts, "unshard"):
+    elif hasattr(module, "unshard") or (module is not experts and hasattr(held, "to_local")):
         raise ValueError(f"{name}: expected experts that FSDP does not shard: quantise before fully_shard")
+    if module is not experts:
+        return
+    config = module.config
     if not isinstance(config.ffn_hidden_size, int):
         raise ValueError(
             f"{name}: expected experts of one width, got ffn_hidden_size={config.ffn_hidden_size}: codes have no other"
@@ -202,7 +228,7 @@ def _check_place(name: str, place: _Place, codes_too: bool = False) -> None:
 
 
 def _check_sizes(name: str, place: _Place, format: str, group: int | None) -> None:
-    columns = local_part(getattr(place.experts, place.field)).shape[-1]
+    columns = place.weight.shape[-1]
     form = format_of("quantize", format)
     check_block(name, format, form.block(columns) if group is None else (form.rows, group), columns)
 

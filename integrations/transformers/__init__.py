@@ -19,6 +19,7 @@ from typing import Any
 _HOME = {
     "from_dmoe": "blocks",
     "load_optimizer": "parallel_optimizer",
+    "load_packed": "packed",
     "parallelize": "parallel",
     "register": "switch",
     "restore": "switch",

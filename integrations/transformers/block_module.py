@@ -58,6 +58,22 @@ class MoEBlock(nn.Module):
         self._is_hf_initialized = True
         self.train(theirs.training)
 
+    @property
+    def their_modules(self) -> dict[str, str]:
+        """Parts of the layer by the names that the block's have, for :func:`dmoe.lora.save_peft`."""
+        found = {"moe.experts": "experts"}
+        for weight in self.weights:
+            if weight.ours == "router.weight":
+                found["moe.router"] = weight.theirs[0].removesuffix(".weight")
+            elif weight.ours == "shared_expert.mlp.down_proj":
+                found["moe.shared_expert.mlp"] = weight.theirs[0].removesuffix(".down_proj.weight")
+        return found
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether rows of gate and up take turns in the block's parameters."""
+        return self.family.experts.startswith("interleaved")
+
     def forward(self, hidden_states: Tensor, input_ids: Tensor | None = None) -> Tensor | tuple[Tensor | None, ...]:
         """``(B, S, H)`` to the same shape and dtype, or ``(B * S, H)``; a tuple with what the family returns beside it.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import dmoe
 from dmoe.integrations.transformers.composed import composed_experts
 from dmoe.integrations.transformers.gates import Gate, apply_gate, gate_of
-from dmoe.integrations.transformers.lora import Adapted, adapted
+from dmoe.integrations.transformers.lora import Adapted, adapted, has_own_adapters, own_adapters
 from dmoe.integrations.transformers.versions import Layout, layout_of
 
 
@@ -18,13 +18,14 @@ class Projections(NamedTuple):
     """A module's weights as it has them.
 
     Attributes:
-        up: ``(E, 2 F, H)``, without a gate ``(E, F, H)``; transposed ``(E, H, 2 F)``.
-        down: ``(E, H, F)``; transposed ``(E, F, H)``.
+        up: ``(E, 2 F, H)``, without a gate ``(E, F, H)``; transposed ``(E, H, 2 F)``. Or a ``QuantizedWeight``, whose
+            shape is dmoe's: ``(E, 2, F, H)`` or ``(E, F, H)``, whatever the module's was.
+        down: ``(E, H, F)``; transposed ``(E, F, H)``; likewise.
         up_bias, down_bias: ``(E, 2 F)`` and ``(E, H)``, or None.
     """
 
-    up: Tensor
-    down: Tensor
+    up: Any
+    down: Any
     up_bias: Tensor | None = None
     down_bias: Tensor | None = None
 
@@ -53,6 +54,10 @@ def dmoe_experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, to
     return run_experts(self, layout, gate, projections, hidden_states, top_k_index, top_k_weights, adapters)
 
 
+def _is_codes(weight: Any) -> bool:
+    return isinstance(weight, dmoe.QuantizedWeight)
+
+
 def run_experts(
     experts: Any,
     layout: Layout,
@@ -65,19 +70,31 @@ def run_experts(
 ) -> Tensor:
     """:func:`dmoe_experts` of weights that have been read: as one operation where that knows the gate."""
     if gate is None or layout.post_norm:
+        _refuse_composed(experts, projections)
         norm = experts.post_expert_norm if layout.post_norm else None
-        own, x = apply_gate(experts, layout), in_dtype_of(projections.up, hidden_states)
+        own, x = apply_gate(experts, layout), in_dtype_of(projections.up.dtype, hidden_states)
         y = composed_experts(x, index, gate_weights, *projections, own, norm, transposed=layout.transposed)
         return y.to(hidden_states.dtype)
-    weights = as_expert_weights(projections, layout, gate.interleaved)
-    return as_one_operation(hidden_states, index, gate_weights, weights, gate, adapters=adapters)
+    weights, x_dtype = as_expert_weights(projections, layout, gate.interleaved), hidden_states.dtype
+    given: dict[str, Any] = {"adapters": adapters}
+    if has_own_adapters(experts):
+        given = dict(zip(("adapters", "adapter_ids"), own_adapters(experts, weights.dtype or x_dtype), strict=True))
+    return as_one_operation(hidden_states, index, gate_weights, weights, gate, **given)
+
+
+def _refuse_composed(experts: Any, projections: Projections) -> None:
+    if _is_codes(projections.up) or _is_codes(projections.down) or has_own_adapters(experts):
+        raise ValueError(
+            f"dmoe: {type(experts).__name__}: expected experts whose gate dmoe computes, for codes and for adapters of "
+            "dmoe.lora, got others"
+        )
 
 
 def as_one_operation(
     x: Tensor, index: Tensor, gate_weights: Tensor, weights: dmoe.ExpertWeights, gate: Gate, **options: Any
 ) -> Tensor:
     """``moe_mlp`` in the dtype of the weights, and back in that of x."""
-    given = in_dtype_of(weights.up_proj, x)
+    given = in_dtype_of(weights.dtype, x)
     y = dmoe.functional.moe_mlp(given, index, gate_weights, weights, activation=gate.activation, **options)
     return y.to(x.dtype)
 
@@ -89,6 +106,8 @@ def projections_of(experts: nn.Module, layout: Layout) -> Projections:
 
 def factored(experts: nn.Module, layout: Layout, interleaved: bool) -> tuple[Projections, dmoe.Adapters | None]:
     """The same with PEFT's factors beside the weights that have some, instead of added up."""
+    if has_own_adapters(experts):  # beside which there is room for one kind
+        return projections_of(experts, layout), None
     up, down = (_read(experts, name) for name in names_of(layout))
     projections = Projections(up.weight, down.weight, *_biases(experts, layout))
     if up.lhs is None and down.lhs is None:
@@ -99,7 +118,7 @@ def factored(experts: nn.Module, layout: Layout, interleaved: bool) -> tuple[Pro
     return projections, dmoe.Adapters(halves, down.low_rank(lambda b: b))
 
 
-def weight_of(experts: nn.Module, name: str) -> Tensor:
+def weight_of(experts: nn.Module, name: str) -> Any:
     """One weight of all experts, as products can read it: with what an adapter adds to it.
 
     Raises:
@@ -127,19 +146,21 @@ def _read(experts: nn.Module, name: str) -> Adapted:
     return read
 
 
-def in_dtype_of(weight: Tensor, x: Tensor) -> Tensor:
-    """x in the weights' dtype; as it is under autocast, which says itself in which dtype products run."""
+def in_dtype_of(dtype: torch.dtype | None, x: Tensor) -> Tensor:
+    """x in the weights' dtype; as it is beside codes alone, and under autocast, which says what products run in."""
     autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
-    return x if autocast else x.to(weight.dtype)
+    return x if autocast or dtype is None else x.to(dtype)
 
 
 def as_expert_weights(projections: Projections, layout: Layout, interleaved: bool = False) -> dmoe.ExpertWeights:
     """The same memory as :class:`dmoe.ExpertWeights` describes it: views, nothing is copied."""
     up, down, up_bias, down_bias = projections
-    if layout.transposed:
-        up, down = up.mT, down.mT
+    if not _is_codes(up):
+        up = up.mT if layout.transposed else up
+        up = _halves(up, interleaved) if layout.gated else up
+    if not _is_codes(down):
+        down = down.mT if layout.transposed else down
     if layout.gated:
-        up = _halves(up, interleaved)
         up_bias = None if up_bias is None else _halves(up_bias, interleaved)
     return dmoe.ExpertWeights(up, down, up_bias, down_bias, gated=layout.gated)
 

@@ -10,7 +10,7 @@ itself makes the sum, and the result is the same.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,12 @@ HANDED = "_dmoe_factors"
 
 
 class Adapted(NamedTuple):
-    """One projection of all experts as it lies in the module, and what is added to it.
+    """One projection of all experts as it lies in the module, or its codes, and what is added to it.
 
     ``lhs (E, rows, r)`` times ``rhs (E, r, columns)`` times ``scale`` has the weight's own order.
     """
 
-    weight: Tensor
+    weight: Any
     lhs: Tensor | None = None
     rhs: Tensor | None = None
     scale: float = 1.0
@@ -60,6 +60,9 @@ def adapted(module: nn.Module, name: str) -> Adapted:
         module: the experts; a parameter may have been parametrized by PEFT.
         name: ``gate_up_proj``, say.
     """
+    held = module._modules.get(name)
+    if held is not None:  # what dmoe.quant has put in a parameter's place
+        return Adapted(held.value())  # type: ignore[operator]
     handed = getattr(module, HANDED, None)
     if handed and name in handed:
         return Adapted(getattr(module, name), *handed[name])
@@ -78,6 +81,22 @@ def _factors_of(step: nn.Module) -> tuple[Tensor, Tensor, float] | None:
     if not isinstance(lhs, Tensor) or not isinstance(rhs, Tensor) or not isinstance(scale, int | float):
         return None
     return lhs, rhs, float(scale)
+
+
+def has_own_adapters(module: nn.Module) -> bool:
+    """Whether :func:`dmoe.lora.add` has put some beside the weights."""
+    return module._modules.get("lora") is not None
+
+
+def own_adapters(module: nn.Module, dtype: torch.dtype | None) -> tuple[Any, Tensor | None]:
+    """What :func:`dmoe.lora.add` has put beside the weights, as ``moe_mlp`` takes it: adapters, and tokens' choice.
+
+    Args:
+        module: the experts.
+        dtype: of the weights, to which factors are rounded; None where all are codes.
+    """
+    held: Any = module._modules.get("lora")
+    return (None, None) if held is None else held.value(dtype)
 
 
 def hand_over(model: nn.Module) -> None:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dmoe.checkpoint.hub_beside import copy_beside
 from dmoe.checkpoint.hub_writer import MAX_SHARD_BYTES, write_json
 from dmoe.checkpoint.new_folder import new_folder
 from dmoe.checkpoint.shared_files import PartWriter, SharedFiles
 from dmoe.integrations.transformers.files_names import Keys, class_name
-from dmoe.integrations.transformers.hub_beside import copy_beside
 from dmoe.integrations.transformers.parallel_links import (
     Link,
     box_of,

@@ -91,7 +91,7 @@ def jetmoe_linear(self: Any, inputs: Tensor, expert_size: Sequence[int]) -> Tens
     """One linear of each expert over rows that are sorted by expert, ``(R, in)`` to ``(R, out)``."""
     offsets = torch.tensor([0, *expert_size], device=inputs.device).cumsum(0).int()
     weight = weight_of(self, "weight")
-    return dmoe.ops.grouped_gemm(in_dtype_of(weight, inputs), weight, offsets)
+    return dmoe.ops.grouped_gemm(in_dtype_of(weight.dtype, inputs), weight, offsets)
 
 
 # Class -> its forward. Those of one model belong together: a block calls its experts in another way than its own did.

@@ -10,9 +10,11 @@ from typing import Any
 
 from torch import nn
 
+import dmoe
 from dmoe.integrations.transformers.experts import dmoe_experts
 from dmoe.integrations.transformers.fp8 import dmoe_fp8_experts
-from dmoe.integrations.transformers.lora import hand_over, take_back
+from dmoe.integrations.transformers.held_experts import held_experts
+from dmoe.integrations.transformers.lora import hand_over, has_own_adapters, take_back
 from dmoe.integrations.transformers.patches import FORWARDS, forward_for
 from dmoe.integrations.transformers.versions import check_version, on_interface, registries
 
@@ -40,6 +42,7 @@ def register(name: str = "dmoe") -> None:
             raise ValueError(f"register: name: expected a free one, got {name!r}, which Transformers knows already")
     for registry, function in zip(registries(), ours, strict=True):
         registry.register(name, function)
+    dmoe.know_experts(held_experts)  # for dmoe.lora and dmoe.quant
 
 
 def use(model: nn.Module) -> list[str]:
@@ -87,7 +90,16 @@ def restore(model: nn.Module) -> list[str]:
 
     Returns:
         Names of the modules that dmoe does not compute any more.
+
+    Raises:
+        ValueError: experts with adapters of ``dmoe.lora``, or codes of ``dmoe.quant``, which nobody else would heed.
     """
+    for name, module in model.named_modules():
+        if hasattr(module, _WAS) and (has_own_adapters(module) or any(_is_codes(each) for each in module.children())):
+            raise ValueError(
+                f"restore: {name}: expected experts that Transformers can compute, got codes or adapters beside them: "
+                "dmoe.quant.dequantize, and dmoe.lora.remove or save_peft, first"
+            )
     restored = []
     take_back(model)
     for name, module in model.named_modules():
@@ -107,6 +119,10 @@ def restore(model: nn.Module) -> list[str]:
 
 def _name_implementation(module: Any, name: str | None) -> None:
     module.config._experts_implementation = {"": name}  # the dict form: of this config alone, not of those under it
+
+
+def _is_codes(module: nn.Module) -> bool:
+    return isinstance(module, dmoe.quant.QuantizedProjection)
 
 
 def _slot(module: nn.Module) -> str:

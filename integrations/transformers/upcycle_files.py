@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmoe.checkpoint.hub_beside import copy_beside
 from dmoe.checkpoint.hub_folder import local_folder
 from dmoe.checkpoint.hub_writer import MAX_SHARD_BYTES, ShardWriter
 from dmoe.checkpoint.new_folder import new_folder
 from dmoe.dense_copies import generator_of, redraw, router_rows, segments
 from dmoe.dense_copies import perturb as perturbed
 from dmoe.integrations.transformers.dense_model import DenseModel
-from dmoe.integrations.transformers.hub_beside import copy_beside
 from dmoe.integrations.transformers.upcycle_families import MoeFamily, Recipe, choose_family, moe_fields
 
 

@@ -105,6 +105,19 @@ class HuggingFace:
             OSError: it cannot be written, or is there already.
             ValueError: no family given, or a layer that it has no names for.
         """
+        # A folder without a config may be replaced as well, if it holds a model.
+        there = model_file(target) if target.is_dir() else None
+        marker = CONFIG if there is None or (target / CONFIG).is_file() else there.name
+        with new_folder(target, overwrite=options.overwrite, marker=marker) as folder:
+            self.write_into(folder, model, target, options)
+        return [target]
+
+    def write_into(self, folder: Path, model: Model, target: Path, options: Options) -> None:
+        """The same into an empty folder that will be ``target``.
+
+        Raises:
+            OSError, ValueError: as :meth:`write`.
+        """
         from dmoe.checkpoint.hub_writer import MAX_SHARD_BYTES, write_json
         from dmoe.checkpoint.shared_files import SharedFiles
 
@@ -119,18 +132,13 @@ class HuggingFace:
         limit = (origin.get("max_shard_bytes") if same else None) or MAX_SHARD_BYTES
         files = SharedFiles({name: tensor.meta() for name, tensor in tensors.items()}, limit)
         config = origin.get("config") if same else None
-        # A folder without a config may be replaced as well, if it holds a model.
-        there = model_file(target) if target.is_dir() else None
-        marker = CONFIG if there is None or (target / CONFIG).is_file() else there.name
-        with new_folder(target, overwrite=options.overwrite, marker=marker) as folder:
-            files.create(folder)
-            with files.writer(folder) as writer:
-                for name, tensor in tensors.items():
-                    writer.write(name, 0, tensor.read())
-                    options.progress(tensor.nbytes)
-            if config is not None:
-                write_json(folder / CONFIG, _with_dtype(config, options))
-        return [target]
+        files.create(folder)
+        with files.writer(folder) as writer:
+            for name, tensor in tensors.items():
+                writer.write(name, 0, tensor.read())
+                options.progress(tensor.nbytes)
+        if config is not None:
+            write_json(folder / CONFIG, _with_dtype(config, options))
 
 
 def _with_dtype(config: Mapping[str, Any], options: Options) -> dict[str, Any]:

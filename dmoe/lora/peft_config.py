@@ -1,0 +1,170 @@
+"""``adapter_config.json``: what PEFT says of an adapter beside its tensors, read and written.
+
+Rank and alpha of a target are ``r`` and ``lora_alpha``, or what the first pattern says that the target's name ends with
+(PEFT 0.21, ``get_pattern_key``): ``rank_pattern`` and ``alpha_pattern`` are regular expressions.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CONFIG = "adapter_config.json"
+# Options under which the factors are not all that is added to a weight.
+_REFUSED = {
+    "use_dora": (False, None),
+    "lora_bias": (False, None),
+    "modules_to_save": (None, []),
+    "trainable_token_indices": (None,),
+    "layer_replication": (None,),
+    "alora_invocation_tokens": (None,),
+    "use_qalora": (False, None),
+    "fan_in_fan_out": (False, None),
+    "bias": ("none", None),
+}
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """What an adapter's config says of its factors.
+
+    Attributes:
+        path: the file, for messages.
+        said: everything that is in it.
+    """
+
+    path: Path
+    said: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        kind = str(self.said.get("peft_type", "LORA")).rpartition(".")[2].upper()
+        if kind != "LORA":
+            raise ValueError(f"{self.path}: peft_type: expected LORA, got {self.said['peft_type']!r}")
+        for name, harmless in _REFUSED.items():
+            if name in self.said and self.said[name] not in harmless:
+                raise ValueError(
+                    f"{self.path}: {name}: expected {harmless[0]!r}, as factors alone are read, got {self.said[name]!r}"
+                )
+        for name in ("r", "lora_alpha"):
+            value = self.said.get(name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+                raise ValueError(f"{self.path}: {name}: expected a positive number, got {value!r}")
+        for name in ("rank_pattern", "alpha_pattern"):
+            patterns = self.said.get(name) or {}
+            fine = isinstance(patterns, dict) and all(
+                isinstance(v, int | float) and not isinstance(v, bool) and v > 0 for v in patterns.values()
+            )
+            if not fine:
+                raise ValueError(f"{self.path}: {name}: expected names and positive numbers, got {patterns!r:.80}")
+
+    @property
+    def target_parameters(self) -> tuple[str, ...]:
+        """Names, or ends of names, of adapted parameters."""
+        found = self.said.get("target_parameters") or ()
+        if not isinstance(found, list | tuple) or not all(isinstance(name, str) for name in found):
+            raise ValueError(f"{self.path}: target_parameters: expected a list of names, got {found!r:.80}")
+        return tuple(found)
+
+    def names_parameter(self, name: str) -> bool:
+        """Whether one of ``target_parameters`` is that parameter, or the end of its name."""
+        return any(name == target or name.endswith(f".{target}") for target in self.target_parameters)
+
+    @property
+    def version(self) -> tuple[int, int] | None:
+        """The first two numbers of the PEFT that wrote it; None where it does not say (before 0.18)."""
+        numbers = re.match(r"(\d+)\.(\d+)", str(self.said.get("peft_version") or ""))
+        return None if numbers is None else (int(numbers[1]), int(numbers[2]))
+
+    def rank(self, target: str) -> int:
+        """Of a module, or of a parameter of one, by its name in the model."""
+        return int(self._of("rank_pattern", target, self.said["r"]))
+
+    def scale(self, target: str) -> float:
+        """``alpha / r``, or ``alpha / sqrt(r)`` for rank-stabilised adapters (Kalajdzievski 2023)."""
+        alpha, rank = float(self._of("alpha_pattern", target, self.said["lora_alpha"])), self.rank(target)
+        return alpha / (math.sqrt(rank) if self.said.get("use_rslora") else rank)
+
+    def _of(self, name: str, target: str, otherwise: float) -> float:
+        for pattern, value in (self.said.get(name) or {}).items():
+            try:
+                found = re.match(rf"(.*\.)?({pattern})$", target)
+            except re.error as error:
+                raise ValueError(
+                    f"{self.path}: {name}: expected regular expressions, got {pattern!r}: {error}"
+                ) from None
+            if found:
+                return float(value)
+        return otherwise
+
+
+def config_for(
+    ranks: Mapping[str, tuple[int, float]],
+    *,
+    modules: list[str],
+    parameters: list[str],
+    base: str | None,
+    kept: Mapping[str, Any],
+    version: tuple[int, int],
+    first: tuple[int, float] | None = None,
+) -> dict[str, Any]:
+    """A config for adapters whose targets have these ranks and scales.
+
+    Args:
+        ranks: ``(r, scale)`` by the target's name in the model, with ``#`` for the number of an expert.
+        modules, parameters: ``target_modules`` and ``target_parameters``.
+        base: name or path of the model.
+        kept: another config, whose other fields are taken over.
+        version: of PEFT, for ``peft_version``.
+        first: the ``(r, scale)`` that ``r`` and ``lora_alpha`` stand for; None is the one that most targets have.
+    """
+    common = first or Counter(ranks.values()).most_common(1)[0][0]
+    patterns = _patterns(ranks, common)
+    return {
+        "peft_version": ".".join(map(str, (*version, 0))),
+        "peft_type": "LORA",
+        "task_type": kept.get("task_type"),
+        "base_model_name_or_path": base if base is not None else kept.get("base_model_name_or_path"),
+        "r": common[0],
+        "lora_alpha": _number(common[1] * common[0]),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "rank_pattern": {name: rank for name, (rank, _) in patterns.items()},
+        "alpha_pattern": {name: _number(scale * rank) for name, (rank, scale) in patterns.items()},
+        "target_modules": modules,
+        "target_parameters": parameters or None,
+    }
+
+
+def _patterns(ranks: Mapping[str, tuple[int, float]], common: tuple[int, float]) -> dict[str, tuple[int, float]]:
+    """By the end of a name where all targets that end so agree, else by the whole name."""
+    by_end: dict[str, set[tuple[int, float]]] = {}
+    for name, each in ranks.items():
+        by_end.setdefault(_end(name), set()).add(each)
+    found: dict[str, tuple[int, float]] = {}
+    for name, each in ranks.items():
+        if each != common:
+            pattern = re.escape(_end(name) if len(by_end[_end(name)]) == 1 else name)
+            # PEFT joins experts of a file into a parameter of the module.
+            found[pattern.replace(r"\.\#", r"(\.\d+)?")] = each
+    return found
+
+
+def _end(name: str) -> str:
+    """The last two parts: ``experts.gate_up_proj``; of an expert's, three."""
+    parts = 3 if ".#." in name else 2
+    return ".".join(name.rsplit(".", parts)[-parts:])
+
+
+def _number(value: float) -> int | float:
+    return int(value) if float(value).is_integer() else value
