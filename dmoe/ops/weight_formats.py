@@ -241,7 +241,7 @@ def _encode_symmetric(blocks: Tensor, scales: Tensor, format: str) -> Tensor:
         return scaled.clamp_(-largest, largest).to(torch.float8_e4m3fn)
     if format == "nf4":
         between = [(low + high) / 2 for low, high in itertools.pairwise(_NF4)]
-        return torch.bucketize(scaled.contiguous(), torch.tensor(between, device=scaled.device))
+        return torch.bucketize(scaled.contiguous(), torch.tensor(between, device=scaled.device), out_int32=True)
     codes = scaled.round_().clamp_(-largest, largest)
     return codes if format == "int8" else codes + 8
 
@@ -261,7 +261,8 @@ def _encode_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     table = torch.tensor(_E2M1, device=blocks.device)
     between = (table[1:] + table[:-1]) / 2
     # A tie goes to the code whose mantissa is even: down from an even one, up from an odd one.
-    down, up = torch.bucketize(scaled, between), torch.bucketize(scaled, between, right=True)
+    down = torch.bucketize(scaled, between, out_int32=True)
+    up = torch.bucketize(scaled, between, out_int32=True, right=True)
     magnitude = torch.where(down % 2 == 0, down, up)
     return magnitude + 8 * blocks.signbit()
 

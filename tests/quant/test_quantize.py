@@ -156,7 +156,7 @@ def test_what_was_weights_is_given_back_projection_by_projection():
     quantize(layer_of(hidden_size=512, ffn_hidden_size=1024, num_experts=8), "nf4")  # libraries' own memory
     with Peak() as peak:
         quantize(model, "nf4")
-    assert peak.bytes < layer_bytes / 2  # of three
+    assert peak.bytes < layer_bytes  # of three; most of it is what one expert takes on the way
 
 
 def test_meta():
