@@ -43,7 +43,6 @@ def product(asked: Sequence[Any], draw: Draw, *extra: Any) -> Iterator[Run]:
     zeros = None if zero_type is None else _bytes(draw, 0, 16, *shape).to(zero_type)
     codes, scales = codes.to(draw.device), scales.to(draw.device)
     zeros = None if zeros is None else zeros.to(draw.device)
-    blocks = list(block)
 
     def decoded(a: Tensor, a2: Tensor | None, b2: Tensor | None) -> dict[str, Tensor]:
         parts = zip(codes, scales, [None] * experts if zeros is None else zeros, strict=True)
@@ -54,7 +53,9 @@ def product(asked: Sequence[Any], draw: Draw, *extra: Any) -> Iterator[Run]:
     dtype = a["dtype"]
     yield Run(
         "a product with quantised weights",
-        lambda a, a2, b2: {"rows": quantized_gemm_cuda(a, codes, scales, zeros, format, blocks, ends, trans_b, a2, b2)},
+        lambda a, a2, b2: {
+            "rows": quantized_gemm_cuda(a, codes, scales, zeros, format, list(block), ends, trans_b, a2, b2)
+        },
         decoded,
         (draw.normal(a, rows, scale=1.0), draw.normal(a2, rows, scale=1.0), draw.normal(b2, experts)),
     )

@@ -12,7 +12,7 @@ from dmoe.ops._library import define, has_triton, refuse_double_backward
 from dmoe.ops._trust import Subject, kind_of, precision
 from dmoe.ops.grouped_gemm import by_rows_or_columns, rows_in_tiles, rows_of_experts
 from dmoe.ops.tile_table import preferred_tile_rows
-from dmoe.ops.weight_formats import columns_of, decode, scales_shape
+from dmoe.ops.weight_formats import FORMATS, columns_of, decode, scales_shape
 
 _BLOCK = 256  # rows or columns of one expert's weight that the reference decodes at a time, at least
 
@@ -109,7 +109,9 @@ def _served(
     alike = all(tensor.dtype == a.dtype for tensor in (a2, b2) if tensor is not None)
     thin = a2 is None or (b2 is not None and (a2.shape[0], b2.shape[1 if trans_b else 2]) == (a.shape[0], result))
     fits = a.shape[1] == (columns if trans_b else codes.shape[1]) and codes.shape[0] == expert_offsets.shape[0] - 1
-    ours = scales.shape == scales_shape((codes.shape[0], codes.shape[1], columns), block)
+    form = FORMATS[format]
+    known = block[0] == form.rows and (block[1] in form.columns or (not form.columns and block[1] == columns))
+    ours = known and scales.shape == scales_shape((codes.shape[0], codes.shape[1], columns), block)
     return (
         has_triton()
         and a.dtype in (torch.float32, torch.bfloat16, torch.float16)
