@@ -83,8 +83,8 @@ def _check_plain(operation: str, path: str, module: Any, adapter: nn.Module) -> 
         weight: Any = getattr(module, name)
         if not isinstance(weight, Tensor):
             raise ValueError(
-                f"dmoe.lora.{operation}: {path}.{name}: expected a tensor, got codes ({weight.value().format}), to which "
-                "nothing can be added: dmoe.quant.dequantize(model) first"
+                f"dmoe.lora.{operation}: {path}.{name}: expected a tensor, got codes "
+                f"({weight.value().format}), to which nothing can be added: dmoe.quant.dequantize(model) first"
             )
         mesh: Any = getattr(getattr(module, "owned", None), "mesh", None)
         its_mesh: Any = getattr(weight, "device_mesh", mesh)
