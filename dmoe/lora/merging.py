@@ -40,7 +40,7 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, keep_ba
         if again := [name for name in chosen if name in module.lora.merged]:
             raise ValueError(f"dmoe.lora.merge: {path}: expected adapters that are not merged, got {again}")
         for name in chosen:
-            _check_plain(path, module, module.lora.get_submodule(name))
+            _check_plain("merge", path, module, module.lora.get_submodule(name))
         todo.append((module, chosen))
     if not any(chosen for _, chosen in todo):
         raise ValueError(f"dmoe.lora.merge: expected at least one adapter of {sorted(known)}, got none")
@@ -63,12 +63,12 @@ def unmerge(model: nn.Module) -> None:
     the two weights.
 
     Raises:
-        ValueError: weights that FSDP has sharded meanwhile.
+        ValueError: weights that FSDP has sharded meanwhile, or that are codes now.
     """
     held = {path: module for path, module in adapted_modules(model).items() if module.lora.merged}
     for path, module in held.items():
         for name in module.lora.merged:
-            _check_plain(path, module, module.lora.get_submodule(name))
+            _check_plain("unmerge", path, module, module.lora.get_submodule(name))
     for module in held.values():
         adapters = module.lora
         for name in () if adapters.base else adapters.merged[::-1]:
@@ -78,19 +78,20 @@ def unmerge(model: nn.Module) -> None:
         adapters.base, adapters.merged = {}, ()
 
 
-def _check_plain(path: str, module: Any, adapter: nn.Module) -> None:
+def _check_plain(operation: str, path: str, module: Any, adapter: nn.Module) -> None:
     for name in adapter._modules:
         weight: Any = getattr(module, name)
         if not isinstance(weight, Tensor):
             raise ValueError(
-                f"dmoe.lora.merge: {path}.{name}: expected a tensor, got codes ({weight.value().format}), to which "
-                "nothing can be added: dmoe.quant.dequantize(model) first"
+                f"dmoe.lora.{operation}: {path}.{name}: expected a tensor, got codes "
+                f"({weight.value().format}), to which nothing can be added: dmoe.quant.dequantize(model) first"
             )
-        mesh = getattr(getattr(module, "owned", None), "mesh", None)
-        if hasattr(weight, "to_local") and weight.device_mesh != mesh:
+        mesh: Any = getattr(getattr(module, "owned", None), "mesh", None)
+        its_mesh: Any = getattr(weight, "device_mesh", mesh)
+        if its_mesh != mesh:
             raise ValueError(
-                f"dmoe.lora.merge: {path}.{name}: expected a weight that FSDP does not shard, got a DTensor on "
-                f"{weight.device_mesh}: merge before fully_shard, or save the adapter and merge it in one process"
+                f"dmoe.lora.{operation}: {path}.{name}: expected a weight that FSDP does not shard, got a DTensor on "
+                f"{its_mesh}: merge before fully_shard, or save the adapter and merge it in one process"
             )
 
 

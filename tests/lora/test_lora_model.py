@@ -65,6 +65,20 @@ def test_it_changes_nothing_at_first_and_trains_alone():
     assert not torch.equal(model(x), expected)
 
 
+def test_shared_factors_are_one_for_all_experts():
+    for shared, shapes in (
+        ({"share_a": True}, [(1, 3, 6), (4, 2, 8, 3), (1, 3, 8), (4, 6, 3)]),
+        ({"share_b": True}, [(4, 3, 6), (1, 2, 8, 3), (4, 3, 8), (1, 6, 3)]),
+    ):
+        model, x = made()
+        trained = dmoe.lora.add(model, rank=3, layers="*.0.*", **shared)
+        assert [tuple(p.shape) for p in trained.values()] == shapes
+        randomise(trained.values())
+        y = model(x)
+        dmoe.lora.merge(model)
+        torch.testing.assert_close(model(x), y)
+
+
 def test_layers_and_targets_are_patterns():
     model, _ = made(shared_ffn_hidden_size=5)
     some = dmoe.lora.add(model, rank=2, layers="*.1.*", targets=["*.down", "router"], freeze=False)
@@ -189,8 +203,10 @@ def test_a_models_state_dict_has_the_adapter_and_loads_into_another():
     model, x = made()
     everywhere(model)
     base, _ = made(seed=3)
-    with pytest.raises(RuntimeError, match=r"Unexpected key.*lora"):
-        base.load_state_dict(model.state_dict())
+    for part in ("router", "experts"):
+        state = {name: value for name, value in model.state_dict().items() if f"{part}.lora" in name}
+        with pytest.raises(RuntimeError, match=rf"Unexpected key.*0\.ffn\.{part}\.lora\.default.*1\.ffn\.{part}\.lora"):
+            base.load_state_dict({**base.state_dict(), **state})
     dmoe.lora.add(base, rank=3, targets=("*",))
     for assign in (False, True):
         base.load_state_dict(model.state_dict(), assign=assign)

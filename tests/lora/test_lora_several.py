@@ -138,9 +138,12 @@ def test_recomputation_belongs_inside_the_block():
         y.sum().backward()
 
 
-def test_a_checkpoint_of_another_block_is_not_computed_with_this_ones_choice():
-    layer, x, _, _ = three()
-    x.requires_grad_()
+@pytest.mark.parametrize("target", ["router", "experts", "experts.down"])
+def test_a_checkpoint_of_another_block_is_not_computed_with_this_ones_choice(target):
+    torch.manual_seed(0)
+    layer, x = dmoe.MoE(**FIELDS), torch.randn(21, 6, dtype=torch.float64, requires_grad=True)
+    for name in ("one", "other"):
+        randomise(dmoe.lora.add(layer, rank=2, targets=[target], name=name).values())
     with dmoe.lora.use(layer, torch.zeros(21, dtype=torch.int64)):
         first = checkpoint(layer, x, use_reentrant=False)
     with dmoe.lora.use(layer, torch.ones(21, dtype=torch.int64)):
