@@ -87,8 +87,7 @@ def theirs(family, folder, dtype=torch.float64, modules=("q_proj",), **fields):
     return expected
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("how", [use, to_dmoe])
+@pytest.mark.parametrize(("how", "dtype"), [(use, torch.float64), (to_dmoe, torch.float32)])
 @pytest.mark.parametrize("family", CONFIGS)
 def test_peft_reads_what_dmoe_writes(family, how, dtype, tmp_path):
     targets = ("experts", "router") if how is to_dmoe else ("experts",)
@@ -109,9 +108,10 @@ def test_peft_reads_what_dmoe_writes(family, how, dtype, tmp_path):
         assert_close(logits(read), expected, dtype)
 
 
-@pytest.mark.parametrize("how", [use, to_dmoe])
+@pytest.mark.parametrize(
+    ("how", "fields"), [(use, {"use_rslora": True, "rank_pattern": {"experts.down_proj": 5}}), (to_dmoe, {})], ids=str
+)
 @pytest.mark.parametrize("family", CONFIGS)
-@pytest.mark.parametrize("fields", [{}, {"use_rslora": True, "rank_pattern": {"experts.down_proj": 5}}], ids=str)
 def test_dmoe_reads_what_peft_writes(family, how, fields, tmp_path):
     expected = theirs(family, tmp_path / "adapter", modules=[], **fields)
     model = base(family)
@@ -276,8 +276,7 @@ def test_experts_that_dmoe_does_not_compute_get_no_adapters():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("codes", [None, "int8"])
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize(("family", "codes"), [("qwen3_moe", None), ("gpt_oss", "int8")])
 def test_checkpointing_is_equal(family, codes, reentrant):
     model, _ = ours(family, use, torch.float32)
     if codes:
