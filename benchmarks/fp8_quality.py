@@ -52,9 +52,9 @@ RUNS: dict[str, dict[str, Any]] = {
 # Name -> keywords of dmoe.run_experts.
 WAYS: dict[str, dict[str, Any]] = {
     "bf16": {},
-    "saved as fp8": {"saved": "fp8"},
-    "fp8": {"compute": "fp8"},
-    "fp8, saved as fp8": {"compute": "fp8", "saved": "fp8"},
+    "saved as fp8": {"saved_activations": "fp8"},
+    "fp8": {"expert_compute": "fp8"},
+    "fp8, saved as fp8": {"expert_compute": "fp8", "saved_activations": "fp8"},
 }
 RESULTS = ("y", "grad x", "grad gate weights", "grad up_proj", "grad down_proj")
 SIZES = ((2048, 512, 1024, 8, 2), (2048, 512, 256, 16, 4))  # tokens, hidden, ffn, experts, top k
@@ -137,14 +137,13 @@ def one_layer(size: tuple[int, ...], how: dict[str, Any]) -> tuple[Callable[[], 
     """A training step of experts alone in bfloat16; bytes saved by them, and by a whole layer with its router."""
     tokens, hidden, ffn, experts, top_k = size
     torch.manual_seed(0)
-    options = {"compute": "expert_compute", "saved": "saved_activations"}
     layer = dmoe.MoE(
         hidden_size=hidden,
         ffn_hidden_size=ffn,
         num_experts=experts,
         top_k=top_k,
         dtype=torch.bfloat16,
-        **{options[name]: value for name, value in how.items()},
+        **how,
     )
     x = torch.randn(tokens, hidden, dtype=torch.bfloat16)
     with torch.no_grad():

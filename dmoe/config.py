@@ -16,6 +16,8 @@ from dmoe.sizes import larger, smaller
 
 GateWeightOn = Literal["output", "activation", "input"]
 Backend = Literal["grouped", "block_sparse", "torch", "reference"]
+# Those that know adapters and functions as activations; codes, of weights and in fp8, all but the last of them.
+COMPOSED_BACKENDS: tuple[Backend, ...] = ("grouped", "torch", "reference")
 DropOrder = Literal[
     "token_major", "choice_major", "batch_prioritized", "gate_weight", "normalized_gate_weight", "random"
 ]

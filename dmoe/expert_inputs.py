@@ -14,7 +14,7 @@ from torch import Tensor
 from dmoe.activation_functions import ActivationFunction, name_of, read_given
 from dmoe.activations import Activation
 from dmoe.adapters import Adapters, check_adapters
-from dmoe.config import Backend, GateWeightOn
+from dmoe.config import COMPOSED_BACKENDS, Backend, ExpertCompute, GateWeightOn, SavedActivations
 from dmoe.expert_weights import ExpertWeights
 from dmoe.ops._checks import check_tensors
 from dmoe.ops.moe_mlp import has_tangent
@@ -37,13 +37,23 @@ class Options(NamedTuple):
     recompute: bool
     adapters: Adapters | Sequence[Adapters] | None
     adapter_ids: Tensor | None
-    compute: str | None = None
-    saved: str | None = None
+    expert_compute: str | None = None
+    saved_activations: str | None = None
+
+    def beyond_kernels(self, weights: ExpertWeights) -> dict[str, bool]:
+        """What the kernels do not know, and the composition does, in errors' words: whether it is asked for."""
+        function = name_of(self.activation) if callable(self.activation) else ""
+        return {
+            "weights that are codes": weights.is_quantized,
+            f"expert_compute={self.expert_compute!r}": self.expert_compute is not None,
+            f"saved_activations={self.saved_activations!r}": self.saved_activations is not None,
+            "adapters": self.adapters is not None,
+            f"the function {function} as activation": bool(function),
+        }
 
     def is_composed(self, weights: ExpertWeights) -> bool:
-        """Whether the composition computes, which takes what the kernels do not know."""
-        in_fp8 = self.compute is not None or self.saved is not None
-        return self.adapters is not None or weights.is_quantized or in_fp8
+        """Whether the composition computes."""
+        return any(self.beyond_kernels(weights).values())
 
 
 def check_choices(x: Tensor, expert_indices: Tensor, gate_weights: Tensor, weights: ExpertWeights) -> None:
@@ -89,7 +99,7 @@ def check_call(
     gate_weights: Tensor,
     weights: ExpertWeights,
     options: Options,
-) -> None:
+) -> Options:
     """What both doors take.
 
     Args:
@@ -99,12 +109,15 @@ def check_call(
         gate_weights: in any shape.
         weights, options: of the call.
 
+    Returns:
+        The options, with the activation that a function computes by its name.
+
     Raises:
         TypeError: something that is no tensor, or of another kind of numbers.
         ValueError: sizes, dtypes, devices or options that do not fit together.
         RuntimeError: forward-mode differentiation.
     """
-    activation = read_given(options.activation, "moe_mlp", weights.gated)
+    options = options._replace(activation=read_given(options.activation, "moe_mlp", weights.gated))
     _check_options(options)
     if not x.is_floating_point():
         raise TypeError(f"moe_mlp: x: expected a floating-point tensor, got {x.dtype}")
@@ -135,10 +148,9 @@ def check_call(
         check_adapters(options.adapters, options.adapter_ids, weights, leading)
     if options.is_composed(weights):
         _check_composed(options, weights)
-    if callable(activation):
-        _check_beside_function(options, name_of(activation))
     if options.main_grads is not None:
         _check_main_grads(options.main_grads, weights)
+    return options
 
 
 def _check_options(options: Options) -> None:
@@ -154,8 +166,8 @@ def _check_options(options: Options) -> None:
             raise ValueError(f"moe_mlp: {name}: expected 0 <= p < 1, got {p!r}")
     if backend is not None and backend not in _BACKENDS:
         raise ValueError(f"moe_mlp: backend: expected None or one of {', '.join(_BACKENDS)}, got {backend!r}")
-    for name in ("compute", "saved"):
-        if getattr(options, name) not in (None, "fp8"):
+    for name, known in (("expert_compute", ExpertCompute), ("saved_activations", SavedActivations)):
+        if getattr(options, name) not in (None, *get_args(known)):
             raise ValueError(f"moe_mlp: {name}: expected None or 'fp8', got {getattr(options, name)!r}")
     if not isinstance(recompute, bool):
         raise TypeError(f"moe_mlp: recompute: expected True or False, got {recompute!r}")
@@ -166,37 +178,21 @@ def _check_options(options: Options) -> None:
         )
 
 
-def _check_beside_function(options: Options, function: str) -> None:
-    """An activation that is a function goes with what the composition knows."""
-    if options.main_grads is not None:
-        raise ValueError(f"moe_mlp: main_grads: expected None with the function {function} as activation, got buffers")
-    if options.backend == "block_sparse":
-        raise ValueError(
-            "moe_mlp: backend: expected None, 'grouped', 'torch' or 'reference' with the function "
-            f"{function} as activation, got 'block_sparse'"
-        )
-
-
 def _check_composed(options: Options, weights: ExpertWeights) -> None:
-    """Weights that are codes, fp8 and adapters go with what the composition knows."""
-    if weights.is_quantized and options.compute is not None:
+    """What the kernels do not know goes with what the composition knows."""
+    if weights.is_quantized and options.expert_compute is not None:
         raise ValueError(
-            f"moe_mlp: compute: expected None beside weights that are codes, got {options.compute!r}: their products "
-            "decode them to x's dtype"
+            f"moe_mlp: expert_compute: expected None beside weights that are codes, got {options.expert_compute!r}: "
+            "their products decode them to x's dtype"
         )
-    there = {
-        "weights that are codes": weights.is_quantized,
-        "compute='fp8'": options.compute is not None,
-        "saved='fp8'": options.saved is not None,
-        "adapters": options.adapters is not None,
-    }
-    what = next(name for name, is_there in there.items() if is_there)
+    there = [what for what, is_there in options.beyond_kernels(weights).items() if is_there]
     if options.main_grads is not None:
-        raise ValueError(f"moe_mlp: main_grads: expected None beside {what}, got buffers")
-    allowed = ("grouped", "torch", "reference") if what == "adapters" else ("grouped", "torch")
+        raise ValueError(f"moe_mlp: main_grads: expected None beside {there[0]}, got buffers")
+    in_codes = weights.is_quantized or options.expert_compute is not None or options.saved_activations is not None
+    allowed = COMPOSED_BACKENDS[:-1] if in_codes else COMPOSED_BACKENDS
     if options.backend not in (None, *allowed):
         raise ValueError(
-            f"moe_mlp: backend: expected None, {' or '.join(allowed)} beside {what}, got {options.backend!r}"
+            f"moe_mlp: backend: expected None, {' or '.join(allowed)} beside {there[0]}, got {options.backend!r}"
         )
 
 

@@ -252,8 +252,8 @@ class Experts(nn.Module):
             residual=residual,
             main_grads=self._main_grads(),
             recompute=config.recompute_pre_activation,
-            compute=config.expert_compute,
-            saved=config.saved_activations,
+            expert_compute=config.expert_compute,
+            saved_activations=config.saved_activations,
             **self._adapters_at_work(weights.dtype),
         )
 

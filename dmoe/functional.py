@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
-from dmoe.activation_functions import ActivationFunction, check_function, read_given
+from dmoe.activation_functions import ActivationFunction, check_function
 from dmoe.activations import Activation
 from dmoe.adapter_factors import factors_of, factors_of_several
 from dmoe.adapters import Adapters
@@ -51,8 +51,8 @@ def moe_mlp(
     recompute: bool = False,
     adapters: Adapters | Sequence[Adapters] | None = None,
     adapter_ids: Tensor | None = None,
-    compute: ExpertCompute | None = None,
-    saved: SavedActivations | None = None,
+    expert_compute: ExpertCompute | None = None,
+    saved_activations: SavedActivations | None = None,
 ) -> Tensor:
     """``y_t = sum_k w_tk * expert_{i_tk}(x_t)``: every token through its experts, weighted and summed.
 
@@ -69,8 +69,8 @@ def moe_mlp(
         capacity: the most rows one expert takes; None drops nothing.
         drop_order: which choices come first where the capacity binds; see :class:`dmoe.MoEConfig`.
         backend: who computes; see :class:`dmoe.MoEConfig`.
-        residual, main_grads, recompute, adapters, adapter_ids, compute, saved: see :func:`run_experts`; ``residual`` is
-            ``(..., H)``, ``adapter_ids`` has x's leading dimensions.
+        residual, main_grads, recompute, adapters, adapter_ids, expert_compute, saved_activations: see
+            :func:`run_experts`; ``residual`` is ``(..., H)``, ``adapter_ids`` has x's leading dimensions.
 
     Returns:
         ``(..., H)``. Gradients flow to x, gate_weights and the weights; saved for backward are x, the up projection's
@@ -79,7 +79,8 @@ def moe_mlp(
     Raises:
         TypeError: something that is no tensor, or of another kind of numbers.
         ValueError: shapes, dtypes, devices or options that do not fit.
-        RuntimeError: on the CPU, an expert id outside [0, E].
+        RuntimeError: on the CPU, an expert id outside [0, E], or an adapter's outside [-1, N); forward-mode
+            differentiation.
     """
     options = Options(
         activation,
@@ -92,11 +93,11 @@ def moe_mlp(
         recompute,
         adapters,
         adapter_ids,
-        compute,
-        saved,
+        expert_compute,
+        saved_activations,
     )
     check_choices(x, expert_indices, gate_weights, weights)
-    check_call(x, x.shape[:-1], expert_indices, gate_weights, weights, options)
+    options = check_call(x, x.shape[:-1], expert_indices, gate_weights, weights, options)
     gates = _rows(gate_weights)
     plan = plan_token_choice(
         _rows(expert_indices),
@@ -130,8 +131,8 @@ def run_experts(
     recompute: bool = False,
     adapters: Adapters | Sequence[Adapters] | None = None,
     adapter_ids: Tensor | None = None,
-    compute: ExpertCompute | None = None,
-    saved: SavedActivations | None = None,
+    expert_compute: ExpertCompute | None = None,
+    saved_activations: SavedActivations | None = None,
 ) -> Tensor:
     """Every token through its experts, weighted and summed.
 
@@ -139,7 +140,7 @@ def run_experts(
         x: ``(T, H)`` floating point.
         plan: where tokens go.
         gate_weights: one per assignment, ``(T, K)`` or flat in the order of ``plan.token_rows``.
-        weights: the experts.
+        weights: the experts. Those that are codes go with the backends None, ``grouped`` and ``torch``.
         activation, gate_weight_on: see :class:`dmoe.MoEConfig`.
         activation_dropout, expert_dropout: probabilities; 0 outside training.
         backend: who computes; see :class:`dmoe.MoEConfig`.
@@ -152,13 +153,13 @@ def run_experts(
             backend.
         adapters: low-rank ones beside the projections (:class:`dmoe.Adapters`), multiplied factor by factor; or a list
             of N, one of them chosen by each token. Weights that are frozen then cost backward no gradient. Not with
-            ``main_grads``, nor block-sparse products; weights that are codes likewise.
+            ``main_grads``, nor block-sparse products.
         adapter_ids: ``(T,)`` int32 or int64 in [-1, N), which of a list of adapters each token takes; -1 takes none.
-        compute: ``fp8`` for products of e4m3 codes, forward and backward to x; gradients of weights, and the factors of
-            adapters, stay in x's dtype (``docs/fp8.md``). Not with ``main_grads``, weights that are codes, nor the
-            backends ``block_sparse`` and ``reference``.
-        saved: ``fp8`` for x and the pre-activation kept for backward as codes, with whatever products. The same
-            exceptions, but for weights that are codes.
+        expert_compute: ``fp8`` for products of e4m3 codes, forward and backward to x; gradients of weights, and the
+            factors of adapters, stay in x's dtype (``docs/fp8.md``). Not with ``main_grads``, weights that are codes,
+            nor the backends ``block_sparse`` and ``reference``.
+        saved_activations: ``fp8`` for x and the pre-activation kept for backward as codes, with whatever products. Not
+            with ``main_grads``, nor the backends ``block_sparse`` and ``reference``.
 
     Returns:
         ``(T, H)`` in x's dtype (autocast's under autocast).
@@ -178,11 +179,11 @@ def run_experts(
         recompute,
         adapters,
         adapter_ids,
-        compute,
-        saved,
+        expert_compute,
+        saved_activations,
     )
     check_planned(plan, gate_weights, weights)
-    check_call(x, (plan.num_tokens,), plan.token_rows, gate_weights, weights, options)
+    options = check_call(x, (plan.num_tokens,), plan.token_rows, gate_weights, weights, options)
     return _compute(x, plan, gate_weights, weights, options)
 
 
@@ -197,9 +198,7 @@ def _compute(x: Tensor, plan: RoutingPlan, gate_weights: Tensor, weights: Expert
     packed, gate_proj = bool(weights.ffn_sizes), weights.gate_proj
     up_proj, down_proj = (_operand(weight, packed) for weight in (weights.up_proj, weights.down_proj))
     gate_proj = None if gate_proj is None else _operand(gate_proj, packed)
-    activation = read_given(options.activation, "moe_mlp", weights.gated)
-    function = activation if callable(activation) else None
-    composed = options.is_composed(weights) or function is not None
+    composed = options.is_composed(weights)
     if gate_proj is not None and x.is_cuda and not composed and gate_proj.stride() != up_proj.stride():
         gate_proj, up_proj = gate_proj.contiguous(), up_proj.contiguous()  # one kernel reads both, in one way
     up_bias = weights.up_bias
@@ -228,14 +227,14 @@ def _compute(x: Tensor, plan: RoutingPlan, gate_weights: Tensor, weights: Expert
         plan.token_rows,
         seed,
         list(weights.ffn_sizes) or None,  # an empty list is what AOTInductor's runtime cannot read back
-        str(activation) if function is None else function,
+        options.activation if callable(options.activation) else str(options.activation),
         weights.gated,
         options.gate_weight_on,
         options.activation_dropout,
         options.expert_dropout,
     )
-    if function is not None:
-        return _with_function(function, up, down, group_offsets, arguments, gate_proj, options)
+    if callable(options.activation):
+        return _with_function(options.activation, up, down, group_offsets, arguments, gate_proj, options)
     if composed:
         return _composed(up, down, group_offsets, arguments, gate_proj, options)
     backend, residual, recompute = options.backend, options.residual, options.recompute
@@ -273,8 +272,8 @@ def _composed(
         *behind,
         backend=options.backend,
         recompute=options.recompute,
-        compute=options.compute,
-        saved=options.saved,
+        compute=options.expert_compute,
+        saved=options.saved_activations,
     )
 
 

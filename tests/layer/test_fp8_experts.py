@@ -15,7 +15,7 @@ import dmoe
 from dmoe.config_json import config_from_json, config_to_json
 from dmoe.functional import moe_mlp
 
-HOWS = [{"compute": "fp8"}, {"saved": "fp8"}, {"compute": "fp8", "saved": "fp8"}]
+HOWS = [{"expert_compute": "fp8"}, {"saved_activations": "fp8"}, {"expert_compute": "fp8", "saved_activations": "fp8"}]
 
 
 @dataclasses.dataclass
@@ -154,7 +154,7 @@ def expected_by_name(case, grads):
 def test_results_are_those_of_decoded_numbers(case, how, backend, recompute):
     """To float64's rounding: nothing but the operands named in the documentation is rounded to fp8."""
     y, grads = by_dmoe(case, backend, {**how, "recompute": recompute})
-    both = {name: name in how for name in ("compute", "saved")}
+    both = {"compute": "expert_compute" in how, "saved": "saved_activations" in how}
     expected_y, expected = fp8_cases.run(case, **both, recompute=recompute)
 
     def close(name, ours, theirs):
@@ -217,10 +217,14 @@ def test_dropout_draws_the_same_masks(how, backend):
 def test_saved_alone_leaves_the_output_as_it_is():
     given = small(torch.float32)
     exact = moe_mlp(*given, backend="torch")
-    assert torch.equal(moe_mlp(*given, backend="torch", saved="fp8"), exact)
+    assert torch.equal(moe_mlp(*given, backend="torch", saved_activations="fp8"), exact)
     with torch.no_grad():
-        assert torch.equal(moe_mlp(*given, saved="fp8"), moe_mlp(*given, saved="fp8", recompute=True))
-        assert torch.equal(moe_mlp(*given, saved="fp8", compute="fp8"), moe_mlp(*given, compute="fp8"))
+        assert torch.equal(
+            moe_mlp(*given, saved_activations="fp8"), moe_mlp(*given, saved_activations="fp8", recompute=True)
+        )
+        assert torch.equal(
+            moe_mlp(*given, saved_activations="fp8", expert_compute="fp8"), moe_mlp(*given, expert_compute="fp8")
+        )
 
 
 def test_bytes_that_are_saved():
@@ -236,11 +240,11 @@ def test_bytes_that_are_saved():
         return count.total
 
     of_x, of_pre = tokens * (hidden + 4), rows * (2 * width + 4)
-    plain = bytes_of(compute="fp8")
+    plain = bytes_of(expert_compute="fp8")
     index = plain - 2 * (tokens * hidden + rows * 2 * width)  # of the plan, the same in all of them
-    assert bytes_of(saved="fp8") == index + of_x + of_pre
-    assert bytes_of(saved="fp8", compute="fp8") == index + of_x + of_pre
-    assert bytes_of(saved="fp8", compute="fp8", recompute=True) == index + of_x
+    assert bytes_of(saved_activations="fp8") == index + of_x + of_pre
+    assert bytes_of(saved_activations="fp8", expert_compute="fp8") == index + of_x + of_pre
+    assert bytes_of(saved_activations="fp8", expert_compute="fp8", recompute=True) == index + of_x
     assert 0 <= index < 20 * rows
     with saved_bytes(exclude=(x, *held)) as count:
         moe_mlp(x, indices, gates, weights)
@@ -276,7 +280,9 @@ def test_a_row_that_is_no_number_spoils_its_experts_gradients_alone():
     x, indices, gates, weights = small(torch.float32)
     rows = x.detach().clone()
     rows[0] = torch.nan
-    *_, grad_up, grad_down = step((rows.requires_grad_(), indices, gates, weights), compute="fp8", saved="fp8")
+    *_, grad_up, grad_down = step(
+        (rows.requires_grad_(), indices, gates, weights), expert_compute="fp8", saved_activations="fp8"
+    )
     met = set(indices[0].tolist())
     for e in range(weights.num_experts):
         assert grad_up[e].isfinite().all().item() is (e not in met)
@@ -381,7 +387,7 @@ def test_the_config():
 
 def test_what_does_not_go_together():
     x, indices, gates, weights = small(torch.float32)
-    for name in ("compute", "saved"):
+    for name in ("expert_compute", "saved_activations"):
         with pytest.raises(ValueError, match=f"moe_mlp: {name}: expected None or 'fp8', got 'e5m2'"):
             moe_mlp(x, indices, gates, weights, **{name: "e5m2"})
         with pytest.raises(ValueError, match=f"backend: expected None, grouped or torch beside {name}='fp8', got 'ref"):
@@ -394,8 +400,8 @@ def test_what_does_not_go_together():
     held = dmoe.QuantizedWeight(codes, scales, "int8", tuple(up.shape), (1, 64))
     mixed = dmoe.ExpertWeights(held, weights.down_proj.detach())
     with pytest.raises(ValueError, match="compute: expected None beside weights that are codes, got 'fp8'"):
-        moe_mlp(x, indices, gates, mixed, compute="fp8")
-    y = moe_mlp(x, indices, gates, mixed, saved="fp8")
+        moe_mlp(x, indices, gates, mixed, expert_compute="fp8")
+    y = moe_mlp(x, indices, gates, mixed, saved_activations="fp8")
     assert torch.equal(y, moe_mlp(x, indices, gates, mixed))
     exact = torch.autograd.grad(moe_mlp(x, indices, gates, mixed).square().sum(), x)[0]
     assert 0 < (torch.autograd.grad(y.square().sum(), x)[0] - exact).norm() < 0.1 * exact.norm()
