@@ -10,7 +10,7 @@
 ========================  ============================================================================================
 
 Experts with a gate compute ``act(gate) * up``: the GLU of Dauphin et al. 2017 (eq. 1) with ``sigmoid``, and ReGLU,
-GEGLU and SwiGLU of Shazeer 2020 (eq. 5 and 6) with ``relu``, ``gelu`` and ``silu``.
+GEGLU and SwiGLU of Shazeer 2020 (section 2) with ``relu``, ``gelu`` and ``silu``.
 
 Operations take text, which is made here and read here, and once more in ``csrc/activation.h``: a name, or
 ``clamped_swiglu(7.0,1.702,1.0)`` for :class:`ClampedSwiGLU`, numbers as ``repr`` writes them.

@@ -145,7 +145,8 @@ def _check_factors(name: str, factors: LowRank, projection: str, weights: Expert
         expected: tuple[tuple[int, ...], ...] = (experts, rank, hidden), (*in_front, *halves, width, rank)
     else:
         expected = (*in_front, rank, width), (experts, hidden, rank)
-    shared = [(1, *shape[1:]) if shape[0] == experts else shape for shape in expected]
+    stacked = (True, not weights.ffn_sizes) if projection == "up" else (not weights.ffn_sizes, True)  # expert by expert
+    shared = [(1, *shape[1:]) if first else shape for shape, first in zip(expected, stacked, strict=True)]
     got = (tuple(factors.a.shape), tuple(factors.b.shape))
     if any(shape not in allowed for shape, *allowed in zip(got, expected, shared, strict=True)):
         raise ValueError(

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from dmoe.activations import ActivationName
+from dmoe.activations import NAMES, ActivationName
 from dmoe.known_activations import match_activation
 
 RECOGNISED = (
     "down(act(up(x))) or down(act(gate(x)) * up(x)), with biases or without, with nn.Dropout before or after down, act "
-    "being silu, gelu, gelu_tanh or relu: an nn.Sequential, a hand-written module, the MLP of a Hugging Face model; or "
-    "a whole nn.TransformerEncoderLayer or nn.TransformerDecoderLayer"
+    f"being {', '.join(NAMES[:-1])} or {NAMES[-1]}: an nn.Sequential, a hand-written module, the MLP of a Hugging Face "
+    "model; or a whole nn.TransformerEncoderLayer or nn.TransformerDecoderLayer"
 )
 
 _TOKENS = 64  # enough values to tell gelu from its tanh form at any width

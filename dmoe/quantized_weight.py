@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dmoe.ops._checks import check_tensors
 from dmoe.ops.projection import Codes
-from dmoe.ops.weight_formats import check_block, decode, format_of, scales_shape
+from dmoe.ops.weight_formats import SCALES, check_block, decode, format_of, scales_shape
 from dmoe.strides import half_by_half
 
 
@@ -37,8 +37,8 @@ class QuantizedWeight:
         interleaved: rows of gate and up take turns, as in GPT-OSS's files.
 
     Raises:
-        TypeError: something that is no tensor, or codes of another dtype than the format's.
-        ValueError: an unknown format, or shapes that do not fit together.
+        TypeError: something that is no tensor; codes, scales or zeros of another dtype than the format's.
+        ValueError: an unknown format, shapes or devices that do not fit together.
     """
 
     codes: Tensor
@@ -68,8 +68,24 @@ class QuantizedWeight:
                     f"QuantizedWeight: {name}: expected shape {shape} for a {self.format} weight of shape "
                     f"{tuple(self.shape)} in blocks of {tuple(self.block)}, got {tuple(tensor.shape)}"
                 )
+        self._check_scales()
         if self.codes.dtype != own.codes:
             raise TypeError(f"QuantizedWeight: codes: expected {own.codes} for {self.format}, got {self.codes.dtype}")
+
+    def _check_scales(self) -> None:
+        """Dtypes and devices of scales and zeros."""
+        allowed = (torch.uint8,) if self.format == "mxfp4" else SCALES
+        if self.scales.dtype not in allowed:
+            names = " or ".join(map(str, allowed))
+            raise TypeError(f"QuantizedWeight: scales: expected {names} for {self.format}, got {self.scales.dtype}")
+        if self.zeros is not None and (self.format != "int4" or self.zeros.dtype not in SCALES):
+            what = "None" if self.format != "int4" else " or ".join(map(str, SCALES))
+            raise TypeError(f"QuantizedWeight: zeros: expected {what} for {self.format}, got {self.zeros.dtype}")
+        for name, tensor in (("scales", self.scales), ("zeros", self.zeros)):
+            if tensor is not None and tensor.device != self.codes.device:
+                raise ValueError(
+                    f"QuantizedWeight: {name}: expected on {self.codes.device} like codes, got {tensor.device}"
+                )
 
     @property
     def matrices(self) -> tuple[int, int, int]:

@@ -214,6 +214,10 @@ def test_what_does_not_fit_is_said():
         moe_mlp(x, indices, gates, weights, adapters=adapters, adapter_ids=torch.zeros(T, dtype=torch.long))
     with pytest.raises(ValueError, match="adapters: expected at least one of them, got an empty list"):
         moe_mlp(x, indices, gates, weights, adapters=[], adapter_ids=torch.zeros(T, dtype=torch.long))
+    widths = dmoe.ExpertWeights(weights.up_proj[0, :, :5], weights.down_proj[0, :, :5], ffn_sizes=(2, 3))
+    halves = dmoe.LowRank(up.a[:2], up.b[0, :1, :5])  # two experts, but that dimension is gate and up
+    with pytest.raises(ValueError, match=r"adapters.up: expected a .* and b \(2, 5, 3\)"):
+        moe_mlp(x, indices.clamp(max=1), gates, widths, adapters=dmoe.Adapters(halves))
     with pytest.raises(RuntimeError, match="adapter_ids: expected numbers of 1 adapters, or -1 for none, got 0 to 1"):
         moe_mlp(x, indices, gates, weights, adapters=[adapters], adapter_ids=torch.arange(T) % 2)
     with pytest.raises(TypeError, match=r"adapter_ids: expected int32 or int64, got torch\.float32"):

@@ -139,6 +139,12 @@ def test_what_does_not_fit_is_said():
         dmoe.QuantizedWeight(up.codes[:, :3], up.scales, "nf4", (2, 2, 64, 64), (1, 64))
     with pytest.raises(TypeError, match=r"QuantizedWeight: codes: expected torch.uint8 for nf4, got torch.int8"):
         dmoe.QuantizedWeight(up.codes.view(torch.int8), up.scales, "nf4", (2, 2, 64, 64), (1, 64))
+    with pytest.raises(TypeError, match=r"QuantizedWeight: scales: expected torch.float32 .* for nf4, got torch.uint8"):
+        dmoe.QuantizedWeight(up.codes, up.scales.to(torch.uint8), "nf4", (2, 2, 64, 64), (1, 64))
+    with pytest.raises(TypeError, match=r"QuantizedWeight: zeros: expected None for nf4, got torch.bfloat16"):
+        dmoe.QuantizedWeight(up.codes, up.scales, "nf4", (2, 2, 64, 64), (1, 64), up.scales)
+    with pytest.raises(ValueError, match=r"QuantizedWeight: scales: expected on cpu like codes, got meta"):
+        dmoe.QuantizedWeight(up.codes, up.scales.to("meta"), "nf4", (2, 2, 64, 64), (1, 64))
     with pytest.raises(ValueError, match=r"ExpertWeights: down_proj: expected shape"):
         dmoe.ExpertWeights(up, quantized(torch.randn(2, 128, 64), "nf4"))
     with pytest.raises(ValueError, match=r"ExpertWeights: up_proj: expected a tensor with ffn_sizes="):
