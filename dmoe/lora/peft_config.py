@@ -16,7 +16,7 @@ from typing import Any
 
 CONFIG = "adapter_config.json"
 # Options under which the factors are not all that is added to a weight.
-_REFUSED = {
+_REFUSED: dict[str, tuple[Any, ...]] = {
     "use_dora": (False, None),
     "lora_bias": (False, None),
     "modules_to_save": (None, []),

@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dmoe.lora.config import LoRA
-from dmoe.lora.model import adapted_modules
 from dmoe.lora.router import RouterAdapter
 from dmoe.lora.states import load_state_dict
+from dmoe.lora.targets import adapted_modules
 from dmoe.other_experts import experts_in
 
 _SHARED = "shared_expert.mlp"
@@ -204,12 +204,12 @@ def _named(model: nn.Module) -> Iterator[_Named]:
     standing: dict[str, tuple[str, bool]] = {}  # paths inside what stands in another's place -> theirs
     for path, module in model.named_modules():
         for ours, theirs in getattr(module, "their_modules", {}).items():
-            standing[f"{path}.{ours}".lstrip(".")] = (f"{path}.{theirs}".lstrip("."), module.interleaved)  # type: ignore[arg-type]
+            standing[f"{path}.{ours}".lstrip(".")] = (f"{path}.{theirs}".lstrip("."), module.interleaved)
     for path, module in model.named_modules():
         layers = [f"{path}.router".lstrip(".")] if isinstance(module, MoE) else []
         for each in layers:
             theirs, _ = standing.get(each, (each, False))
-            yield _Named(each, theirs, module.router, False)  # type: ignore[arg-type]
+            yield _Named(each, theirs, module.router, False)
         try:
             experts = experts_in(module)
         except ValueError:  # nothing that dmoe computes

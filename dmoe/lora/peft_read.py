@@ -184,7 +184,9 @@ def unwrapped(a: Stored, b: Stored, rank: int, turned: bool) -> tuple[Stored, St
     return mapped([second], lambda t: t[0].mT, by_rows=True), mapped([first], lambda t: t[0].mT, by_rows=True)
 
 
-def _parameters(module: str, of_depth: Mapping[int, object], config: PeftConfig, where: str) -> list[str]:
+def _parameters(
+    module: str, of_depth: Mapping[int, tuple[Stored, Stored]], config: PeftConfig, where: str
+) -> list[str]:
     """Which of a module's parameters are wrapped, in the module's order."""
     given = config.target_parameters
     targets = [
@@ -195,8 +197,8 @@ def _parameters(module: str, of_depth: Mapping[int, object], config: PeftConfig,
     if bias := [name for name in targets if name.endswith("bias")]:
         raise ValueError(f"{config.path}: target_parameters: expected projections of experts, got {bias[0]}")
     if not given and len(of_depth) == 2:
-        (a, _), (_, b) = of_depth[0], of_depth[1]  # type: ignore[misc,index]
-        targets = ["up_proj" if b.shape[0] == a.shape[1] else "gate_up_proj", "down_proj"]
+        down_a, up_b = of_depth[0][0], of_depth[1][1]
+        targets = ["up_proj" if up_b.shape[0] == down_a.shape[1] else "gate_up_proj", "down_proj"]
     if len(targets) != len(of_depth):
         raise ValueError(
             f"{where}: {module}: expected a wrapper for each of its target_parameters in {config.path.name}, "

@@ -135,7 +135,7 @@ def in_order(projections: Mapping[str, Update], model_type: str | None) -> dict[
 def _wrapped(module: str, projections: Mapping[str, Update], turned: bool) -> dict[str, tuple[Stored, Stored]]:
     """Factors as wrappers hold them: the last parameter's outermost."""
     found = {}
-    for depth, (_, update) in enumerate(reversed(projections.items())):
+    for depth, (_, update) in enumerate(reversed(list(projections.items()))):
         found[f"{_PREFIX}{module}{'.base_layer' * depth}"] = wrapped(update, turned)
     return found
 

@@ -76,8 +76,9 @@ def quantize(
     Raises:
         TypeError, ValueError: before anything is changed: arguments that are none of these, nothing to quantise, a
             projection that is codes already, sizes that are no multiples of the group, experts of different widths,
-            cut along F over a mesh, or sharded by FSDP, a ``backend`` without such products.
-        ValueError: values that are not finite; what stands before in the model is quantised by then.
+            cut along F over a mesh, or sharded by FSDP, a ``backend`` without such products, values that are not
+            finite.
+        ValueError: scales that ``scales_dtype`` does not hold; what stands before in the model is quantised by then.
     """
     form = format_of("quantize", format)
     places = _places("quantize", model, targets)
@@ -86,6 +87,7 @@ def quantize(
     for name, place in places.items():
         _check_place(name, place)
         _check_sizes(name, place, format, group)
+        _check_finite(name, place)
     for name in progress(places, len(places)):
         place = places[name]
         weight = place.weight
@@ -169,6 +171,16 @@ def assign(
     for field, value in given.items():
         if value is not None:
             _put(_Place(module, field, experts), value, getattr(module, field).dtype)
+
+
+def _check_finite(name: str, place: _Place) -> None:
+    """Expert by expert, so that the answers take little memory."""
+    weight = place.weight
+    if weight.is_meta:
+        return
+    for expert in range(weight.shape[0]):
+        if not torch.isfinite(weight[expert]).all():
+            raise ValueError(f"quantize: {name}: expected finite values, got others in expert {expert}")
 
 
 def _put(place: _Place, value: QuantizedWeight, dtype: torch.dtype) -> None:

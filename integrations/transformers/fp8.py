@@ -74,7 +74,7 @@ def dmoe_fp8_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_
 def codes_of(experts: Any) -> Projections | None:
     """The weights as codes that products decode; None where they are in other blocks than 128 by 128."""
     layout = layout_of(experts)
-    found = []
+    found: list[Any] = []
     for name in names_of(layout):
         weight, scale = getattr(experts, name), getattr(experts, f"{name}_scale_inv", None)
         if scale is None or weight.dtype != torch.float8_e4m3fn or tuple(experts.block_size or ()) != _BLOCK:

@@ -198,7 +198,7 @@ def test_what_is_refused_changes_nothing():
     quantize(done, "int8")
     poisoned = layer_of()
     with torch.no_grad():
-        poisoned.experts.gate_up_proj[2, 0, 1, 1] = float("inf")
+        poisoned.experts.down_proj[2, 1, 1] = float("inf")  # behind what would be quantised first
     for layer, options, error, message in (
         (layer_of(), {"format": "int3"}, ValueError, "quantize: format: expected one of int8, fp8"),
         (layer_of(), {"targets": ["router"]}, ValueError, "quantize: targets: expected some of .*got 'router'"),
@@ -211,7 +211,7 @@ def test_what_is_refused_changes_nothing():
         (layer_of(backend="reference"), {}, ValueError, "expected backend None, 'grouped' or 'torch', got 'reference'"),
         (done, {}, ValueError, "experts.gate_up_proj: expected a weight, got codes of int8 1x128: .*dequantize"),
         (layer_of(), {"zero_points": True}, ValueError, "encode: zero_points: expected False"),
-        (poisoned, {}, ValueError, "experts.gate_up_proj: encode: weight: expected finite .* in expert 2"),
+        (poisoned, {}, ValueError, "experts.down_proj: expected finite values, got others in expert 2"),
     ):
         before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
         with pytest.raises(error, match=message):
