@@ -218,7 +218,7 @@ def choose(kernel: str, capability: int, element_size: int, tile_rows: int, k: i
 
     Args:
         kernel: ``up``, ``up_gated``, ``down``, ``hidden_grad`` or as :func:`hidden_grad_name` has it, ``row_grad``,
-            ``weight_grad``.
+            ``weight_grad``; ``quantized`` and ``quantized_int8`` weights; ``fp8``, of both factors.
         capability: of the GPU, 90 for Hopper.
         element_size: bytes of one number.
         tile_rows: rows of a tile; for ``weight_grad`` it does not matter.
