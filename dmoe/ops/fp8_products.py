@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dmoe.ops.fp8 import fp8_gemm, quantize_blocks, quantize_rows
-from dmoe.ops.fp8_ref import decoded_codes, dequantize_blocks, quantize_blocks_ref, quantize_rows_ref
+from dmoe.ops.fp8_ref import decoded_codes, dequantize_blocks, exact_dtype, quantize_blocks_ref, quantize_rows_ref
 from dmoe.ops.projection import NOTHING, Added, Codes, GroupedProducts, TorchProducts
 
 
@@ -36,11 +36,6 @@ class Fp8Rows(NamedTuple):
 def quantized(rows: Tensor, backend: str | None) -> Fp8Rows:
     """Rows that are quantised by the operation, or for ``torch`` by PyTorch's own."""
     return Fp8Rows(*(quantize_rows_ref(rows) if backend == "torch" else quantize_rows(rows)))
-
-
-def exact_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Where a product for results of this dtype decodes codes: exactly."""
-    return dtype if dtype in (torch.bfloat16, torch.float64) else torch.float32
 
 
 class Fp8Products:

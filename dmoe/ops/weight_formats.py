@@ -197,13 +197,16 @@ def decode(
     else:
         values = codes.float()
     if zeros is not None:
-        values = values - _spread(zeros.float(), block, values.shape)
+        values = values - spread(zeros.float(), block, values.shape)
     scales = _power_of_two(scales) if scales.dtype == torch.uint8 else scales.float()
-    return (values * _spread(scales, block, values.shape)).to(dtype)
+    return (values * spread(scales, block, values.shape)).to(dtype)
 
 
-def _spread(scales: Tensor, block: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """One number per block as one per row and column, or per row where there is one block of columns."""
+def spread(scales: Tensor, block: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """One number per block ``(..., ceil(N / rows), ceil(K / columns))`` as one per row and column of ``shape``.
+
+    ``(..., N, K)``, or ``(..., N, 1)`` where there is one block of columns.
+    """
     rows, columns = shape[-2:]
     if block[0] > 1:
         scales = scales.repeat_interleave(block[0], -2)[..., :rows, :]
