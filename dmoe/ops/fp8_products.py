@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dmoe.ops.fp8 import fp8_gemm, quantize_blocks, quantize_rows
 from dmoe.ops.fp8_ref import decoded_codes, dequantize_blocks, exact_dtype, quantize_blocks_ref, quantize_rows_ref
-from dmoe.ops.projection import NOTHING, Added, Codes, GroupedProducts, TorchProducts
+from dmoe.ops.projection import NO_THIN_PRODUCT, Codes, GroupedProducts, ThinProduct, TorchProducts
 
 
 class Fp8Rows(NamedTuple):
@@ -65,7 +65,9 @@ class Fp8Products:
         """Rows as :meth:`through` multiplies them: quantised once, whatever the number of matrices."""
         return quantized(a, self.backend)
 
-    def through(self, a: Tensor | Fp8Rows, weight: Tensor | Codes, back: bool, added: Added = NOTHING) -> Tensor:
+    def through(
+        self, a: Tensor | Fp8Rows, weight: Tensor | Codes, back: bool, added: ThinProduct = NO_THIN_PRODUCT
+    ) -> Tensor:
         """See :class:`dmoe.ops.projection.Products`."""
         if isinstance(weight, Codes):
             raise TypeError("moe_mlp: compute: expected None beside weights that are codes, got 'fp8'")
