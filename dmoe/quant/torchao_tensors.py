@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmoe.ops.weight_formats import FORMATS, scales_shape
-from dmoe.quant.packing import Parts, joined, packed, swapped
+from dmoe.ops.weight_formats import FORMATS, packed, scales_shape
+from dmoe.quant.packing import Parts, joined, swapped
 from dmoe.quantized_weight import QuantizedWeight
 
 
