@@ -57,11 +57,9 @@ class QuantizedWeight:
             raise ValueError(f"QuantizedWeight: shape: expected (E, 2, F, H) or (E, N, K), got {tuple(self.shape)}")
         if self.interleaved and len(self.shape) != 4:
             raise ValueError(f"QuantizedWeight: interleaved: expected a shape (E, 2, F, H), got {tuple(self.shape)}")
-        experts, rows, columns = self.matrices
-        check_block("QuantizedWeight", self.format, self.block, columns)
-        packed = (experts, rows, columns * own.bits // 8)
-        grid = scales_shape(self.matrices, self.block)
-        expected = {"codes": (self.codes, packed), "scales": (self.scales, grid), "zeros": (self.zeros, grid)}
+        check_block("QuantizedWeight", self.format, self.block, self.matrices[2])
+        coded, grid = own.codes_shape(self.matrices), scales_shape(self.matrices, self.block)
+        expected = {"codes": (self.codes, coded), "scales": (self.scales, grid), "zeros": (self.zeros, grid)}
         for name, (tensor, shape) in expected.items():
             if tensor is not None and tuple(tensor.shape) != shape:
                 raise ValueError(

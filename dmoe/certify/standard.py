@@ -110,7 +110,7 @@ def _quantized(dtype: torch.dtype, offsets: Tensor) -> dict[str, Subject]:
     a, a2, b2 = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((64, 256), (64, 24), (4, 40, 24)))
     for name, form in FORMATS.items():
         for zeros in (None, torch.float32) if name == "int4" else (None,):
-            told = (40, 256 * form.bits // 8), 256, torch.uint8 if name == "mxfp4" else torch.float32, zeros
+            told = form.codes_shape((40, 256)), 256, torch.uint8 if name == "mxfp4" else torch.float32, zeros
             asked = (a, told, name, form.block(256), offsets, True, a2, b2)
             found[f"quantized_gemm {name}{'' if zeros is None else ' with zero points'}"] = Subject(
                 "quantized_gemm", asked, (128, "ieee")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dmoe.kernels._launch import launch
 from dmoe.kernels._pieces import count_tiles, inside_of, matrix_tile, part_of, place, rows_tile, tile_rows
+from dmoe.kernels.fp8 import BLOCK
 from dmoe.kernels.grouped_gemm import plus_product
 from dmoe.kernels.operands import (
     Product,
@@ -135,9 +136,9 @@ def decoded_tile(
     if packed:
         code = tl.reshape(tl.join(code & 15, code >> 4), (ROWS, COLUMNS))
     if FORMAT == "fp8":  # a tile lies in one block
-        down: tl.constexpr = (N + 127) // 128
-        across: tl.constexpr = (K + 127) // 128
-        scale = tl.load(scales + (expert * down + n0 // 128) * across + k0 // 128).to(tl.float32)
+        down: tl.constexpr = (N + BLOCK - 1) // BLOCK
+        across: tl.constexpr = (K + BLOCK - 1) // BLOCK
+        scale = tl.load(scales + (expert * down + n0 // BLOCK) * across + k0 // BLOCK).to(tl.float32)
     else:
         scale = _per_group(scales, first + n0, k0, first + N, K, GROUP, ROWS, COLUMNS, FORMAT == "mxfp4")
     if FORMAT == "int4":
@@ -266,7 +267,7 @@ def multiply_quantized_rows(
         "quantized_int8" if format == "int8" else "quantized", a, rows.tile_rows, a.shape[1], out.shape[1]
     )
     # A tile lies in one block of fp8, and has whole groups of the others or a part of one.
-    config = replace(config, block_n=min(config.block_n, 128), block_k=min(config.block_k, 128))
+    config = replace(config, block_n=min(config.block_n, BLOCK.value), block_k=min(config.block_k, BLOCK.value))
     thin = Product.second_of(second, config, rows.tile_rows, trans_b=trans_b)
     descriptor = copy_descriptor(a, rows.tile_rows, config.block_k)
     matrix = codes.view(-1, codes.shape[2])

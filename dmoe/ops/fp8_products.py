@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from dmoe.ops.fp8 import fp8_gemm, quantize_blocks, quantize_rows
-from dmoe.ops.fp8_ref import decoded_codes, dequantize_blocks, quantize_blocks_ref, quantize_rows_ref
-from dmoe.ops.projection import NOTHING, Added, Codes, GroupedProducts, TorchProducts
+from dmoe.ops.fp8_ref import decoded_codes, dequantize_blocks, exact_dtype, quantize_blocks_ref, quantize_rows_ref
+from dmoe.ops.projection import NO_THIN_PRODUCT, Codes, GroupedProducts, ThinProduct, TorchProducts
 
 
 class Fp8Rows(NamedTuple):
@@ -36,11 +36,6 @@ class Fp8Rows(NamedTuple):
 def quantized(rows: Tensor, backend: str | None) -> Fp8Rows:
     """Rows that are quantised by the operation, or for ``torch`` by PyTorch's own."""
     return Fp8Rows(*(quantize_rows_ref(rows) if backend == "torch" else quantize_rows(rows)))
-
-
-def exact_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Where a product for results of this dtype decodes codes: exactly."""
-    return dtype if dtype in (torch.bfloat16, torch.float64) else torch.float32
 
 
 class Fp8Products:
@@ -70,7 +65,9 @@ class Fp8Products:
         """Rows as :meth:`through` multiplies them: quantised once, whatever the number of matrices."""
         return quantized(a, self.backend)
 
-    def through(self, a: Tensor | Fp8Rows, weight: Tensor | Codes, back: bool, added: Added = NOTHING) -> Tensor:
+    def through(
+        self, a: Tensor | Fp8Rows, weight: Tensor | Codes, back: bool, added: ThinProduct = NO_THIN_PRODUCT
+    ) -> Tensor:
         """See :class:`dmoe.ops.projection.Products`."""
         if isinstance(weight, Codes):
             raise TypeError("moe_mlp: compute: expected None beside weights that are codes, got 'fp8'")

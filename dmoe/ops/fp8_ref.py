@@ -13,17 +13,19 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from dmoe.ops.grouped_gemm import grouped_gemm
+from dmoe.ops.weight_formats import FORMATS, spread
 
-BLOCK = 128  # rows, and columns, of a weight that share a scale
-CODES = torch.float8_e4m3fn
+CODES, BLOCK = FORMATS["fp8"].codes, FORMATS["fp8"].rows  # as many columns as rows of a weight share a scale
+_SQUARE = (BLOCK, BLOCK)
 # 448 is 0.875 * 2^9: what does not fit under a scale's power takes the next.
-_FRACTION, _EXPONENT = 0.875, 9
+_FRACTION, _EXPONENT = math.frexp(FORMATS["fp8"].largest)
 # Exponents of scales: decoded numbers, the smallest codes among them, are normal numbers of bfloat16 and of float32.
 _LEAST, _MOST = -110, 120
 _ROWS_AT_ONCE = 2048  # of what is quantised, so that no copy of all rows in float32 is made
@@ -61,11 +63,6 @@ def quantize_rows_ref(
     return codes, scales
 
 
-def _spread(scales: Tensor, rows: int, columns: int) -> Tensor:
-    """``(ceil(rows / 128), ceil(columns / 128))`` as ``(rows, columns)``: each block's scale wherever it counts."""
-    return scales.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
-
-
 def quantize_blocks_ref(weight: Tensor, with_transposed: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Plain-PyTorch meaning of :func:`dmoe.ops.fp8.quantize_blocks`, one expert after the other."""
     experts, height, width = weight.shape
@@ -77,7 +74,7 @@ def quantize_blocks_ref(weight: Tensor, with_transposed: bool = False) -> tuple[
         values = weight[e].float()
         padded = torch.nn.functional.pad(values.abs(), (0, across * BLOCK - width, 0, down * BLOCK - height))
         scales[e] = power_of_two_scale(padded.view(down, BLOCK, across, BLOCK).amax((1, 3)))
-        coded = (values / _spread(scales[e], height, width)).to(CODES)
+        coded = (values / spread(scales[e], _SQUARE, values.shape)).to(CODES)
         codes[e] = coded
         if with_transposed:
             transposed[e] = coded.t()
@@ -100,13 +97,20 @@ def decoded_codes(codes: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def dequantize_blocks(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """``(N, K)`` of one expert: exact in bfloat16 and float32, which hold every code times every scale."""
-    return decoded_codes(codes, dtype).mul_(_spread(scales.to(dtype), *codes.shape))
+    """``(N, K)`` of one expert, as :func:`dmoe.ops.weight_formats.decode` has it, but never in float32 on the way.
+
+    Scales that are powers of two need no rounding: bfloat16, float32 and float64 hold every code times every scale.
+    """
+    return decoded_codes(codes, dtype).mul_(spread(scales.to(dtype), _SQUARE, codes.shape))
 
 
-def _exact_in(dtype: torch.dtype) -> torch.dtype:
-    """Where decoded numbers are exact, and sums are rounded to ``dtype`` once."""
-    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+def exact_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Where decoded numbers are exact, and sums of products are rounded to ``dtype`` once.
+
+    float16 is too narrow for scales, so its products are float32's. float64, in which gradients are checked, is its
+    own: its sums are as exact as all others of such a model, though the numbers are codes'.
+    """
+    return dtype if dtype in (torch.bfloat16, torch.float64) else torch.float32
 
 
 def fp8_gemm_ref(
@@ -122,7 +126,7 @@ def fp8_gemm_ref(
 
     On CUDA, where the offsets would have to come to the host for that, all are, for one grouped product.
     """
-    exact = _exact_in(dtype)
+    exact = exact_dtype(dtype)
     rows, columns = a_codes.shape[0], w_codes.shape[1 if trans_b else 2]
     if a_codes.device.type != "cpu":
         weight = torch.stack([dequantize_blocks(c, s, exact) for c, s in zip(w_codes, w_scales, strict=True)])

@@ -28,7 +28,7 @@ from dmoe.ops.activation import accumulate_dtype
 from dmoe.ops.fp8_products import Fp8Products, Fp8Rows, quantized
 from dmoe.ops.grouped_gemm import grouped_gemm
 from dmoe.ops.moe_mlp import under_autocast
-from dmoe.ops.moe_mlp_ref import Added, moe_mlp_twice_differentiable
+from dmoe.ops.moe_mlp_ref import AddedRows, moe_mlp_twice_differentiable
 from dmoe.ops.moe_mlp_torch import Pass, backward_data_of, backward_weights_of, forward_of, pre_activation_of
 from dmoe.ops.permute import permute, unpermute
 from dmoe.ops.philox import DOWN_ADAPTER_DROPOUT, UP_ADAPTER_DROPOUT
@@ -275,11 +275,11 @@ def _pass(how: _How, arguments: Sequence[Any], tokens: Fp8Rows | None = None) ->
     return kind(Call(**fields), up, down, beside.group_offsets, products, how.compute is not None, tokens)
 
 
-def _added(call: Call, factors: Sequence[Factors | None], group_offsets: Tensor | None) -> list[Added]:
+def _added(call: Call, factors: Sequence[Factors | None], group_offsets: Tensor | None) -> list[AddedRows]:
     """The thin products under autograd."""
     offsets = call.expert_offsets if group_offsets is None else group_offsets
 
-    def product(low: Factors, stream: int) -> Added:
+    def product(low: Factors, stream: int) -> AddedRows:
         def added(rows: Tensor, assignment: Tensor) -> Tensor:
             dtype = accumulate_dtype(rows.dtype)
             mask = dropout_mask(call, stream, low.dropout, assignment, rows.shape[1], dtype)

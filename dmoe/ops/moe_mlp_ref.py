@@ -30,8 +30,8 @@ from dmoe.ops.permute import permute, unpermute
 from dmoe.ops.philox import ACTIVATION_DROPOUT, EXPERT_DROPOUT
 from dmoe.strides import is_transposed
 
-Added = Callable[[Tensor, Tensor], Tensor] | None
-NOTHING: tuple[Added, Added] = (None, None)
+AddedRows = Callable[[Tensor, Tensor], Tensor] | None  # of rows (R, K) and their assignments (R,)
+NO_ADDED_ROWS: tuple[AddedRows, AddedRows] = (None, None)
 
 
 def moe_mlp_ref(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -43,7 +43,7 @@ def moe_mlp_ref(*arguments: Any) -> tuple[Tensor, Tensor]:
     return y if call.residual is None else y + call.residual, pre
 
 
-def moe_mlp_twice_differentiable(*arguments: Any, added: Sequence[Added] = NOTHING) -> Tensor:
+def moe_mlp_twice_differentiable(*arguments: Any, added: Sequence[AddedRows] = NO_ADDED_ROWS) -> Tensor:
     """y, through operations that autograd may differentiate again: the weights are multiplied in before the sum.
 
     ``added`` makes, of the rows that the up and the down projection multiply and of their assignments, what is added to
@@ -57,7 +57,7 @@ def moe_mlp_twice_differentiable(*arguments: Any, added: Sequence[Added] = NOTHI
     return (y if call.residual is None else y + call.residual).to(call.x.dtype)
 
 
-def _expert_rows(*arguments: Any, added: Sequence[Added] = NOTHING) -> tuple[Tensor, Tensor, Tensor]:
+def _expert_rows(*arguments: Any, added: Sequence[AddedRows] = NO_ADDED_ROWS) -> tuple[Tensor, Tensor, Tensor]:
     """Every row through its expert ``(R, H)``, the rows' gate weights ``(R, 1)``, and the pre-activation."""
     call = Call(*arguments)
     weights = stacked_weights(call)

@@ -43,14 +43,16 @@ class Codes(NamedTuple):
     shape: tuple[int, int, int]
     interleaved: bool = False
 
-    def times(self, multiply: Callable[..., Tensor], a: Tensor, offsets: Tensor, back: bool, added: Added) -> Tensor:
+    def times(
+        self, multiply: Callable[..., Tensor], a: Tensor, offsets: Tensor, back: bool, added: ThinProduct
+    ) -> Tensor:
         """``multiply``, the operation or its reference, of rows and these."""
         block = list(self.block)
         return multiply(a, self.codes, self.scales, self.zeros, self.format, block, offsets, not back, *added)
 
 
-Added = tuple[Tensor | None, Tensor | None]
-NOTHING: Added = (None, None)
+ThinProduct = tuple[Tensor | None, Tensor | None]  # rows (R, r) and their weight, as grouped_gemm_sum adds them
+NO_THIN_PRODUCT: ThinProduct = (None, None)
 
 
 class Products(Protocol):
@@ -68,7 +70,7 @@ class Products(Protocol):
     def taken(self, a: Tensor) -> Any:
         """Rows in the form in which :meth:`through` multiplies them, if that is another."""
 
-    def through(self, a: Any, weight: Tensor | Codes, back: bool, added: Added = NOTHING) -> Tensor:
+    def through(self, a: Any, weight: Tensor | Codes, back: bool, added: ThinProduct = NO_THIN_PRODUCT) -> Tensor:
         """``a[r] @ W[e]^T``, ``@ W[e]`` for the way back, plus the product of ``added``, in the same order."""
 
 
@@ -94,7 +96,7 @@ class GroupedProducts:
         """See :class:`Products`."""
         return a
 
-    def through(self, a: Tensor, weight: Tensor | Codes, back: bool, added: Added = NOTHING) -> Tensor:
+    def through(self, a: Tensor, weight: Tensor | Codes, back: bool, added: ThinProduct = NO_THIN_PRODUCT) -> Tensor:
         """See :class:`Products`."""
         if isinstance(weight, Codes):
             return weight.times(quantized_gemm, a, self.expert_offsets, back, added)
@@ -110,7 +112,7 @@ class TorchProducts(ExpertProducts):
         """See :class:`Products`."""
         return a
 
-    def through(self, a: Tensor, weight: Tensor | Codes, back: bool, added: Added = NOTHING) -> Tensor:
+    def through(self, a: Tensor, weight: Tensor | Codes, back: bool, added: ThinProduct = NO_THIN_PRODUCT) -> Tensor:
         """See :class:`Products`."""
         if isinstance(weight, Codes):
             return weight.times(quantized_gemm_ref, a, self.expert_offsets, back, added)

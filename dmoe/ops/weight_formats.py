@@ -52,6 +52,10 @@ class WeightFormat(NamedTuple):
         """The default (rows, columns) that share a scale, of a matrix of so many columns."""
         return self.rows, self.columns[0] if self.columns else columns
 
+    def codes_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of the codes of matrices ``(..., K)``: two of 4 bits lie in a byte."""
+        return *shape[:-1], shape[-1] * self.bits // 8
+
 
 FORMATS: dict[str, WeightFormat] = {
     "int8": WeightFormat(torch.int8, 8, 1, (), torch.float32, 127.0),
@@ -108,7 +112,7 @@ def code_values(name: str, zero_points: bool = False) -> tuple[float, ...]:
 
 def columns_of(codes: Tensor, name: str) -> int:
     """Columns of the matrices that codes ``(E, N, ...)`` stand for."""
-    return codes.shape[-1] * (2 if FORMATS[name].bits == 4 else 1)
+    return codes.shape[-1] * 8 // FORMATS[name].bits
 
 
 def scales_shape(shape: Sequence[int], block: Sequence[int]) -> tuple[int, int, int]:
@@ -162,7 +166,7 @@ def encode(
         raise TypeError(
             f"encode: scales_dtype: expected {'None, as mxfp4 has its own' if own else SCALES}, got {scales_dtype}"
         )
-    codes = weight.new_empty(experts, rows, columns * form.bits // 8, dtype=form.codes)
+    codes = weight.new_empty(form.codes_shape(weight.shape), dtype=form.codes)
     scales = weight.new_empty(scales_shape(weight.shape, block), dtype=scales_dtype or form.scales)
     zeros = torch.empty_like(scales) if zero_points else None
     if weight.is_meta:
@@ -179,7 +183,7 @@ def encode(
         else:
             chosen = _encode_symmetric(blocks, scales[e], format)
         chosen = chosen.flatten(2).flatten(0, 1)[:rows, :columns]
-        codes[e] = chosen if form.bits == 8 else _packed(chosen)
+        codes[e] = chosen if form.bits == 8 else packed(chosen)
     return codes, scales, zeros
 
 
@@ -197,13 +201,16 @@ def decode(
     else:
         values = codes.float()
     if zeros is not None:
-        values = values - _spread(zeros.float(), block, values.shape)
+        values = values - spread(zeros.float(), block, values.shape)
     scales = _power_of_two(scales) if scales.dtype == torch.uint8 else scales.float()
-    return (values * _spread(scales, block, values.shape)).to(dtype)
+    return (values * spread(scales, block, values.shape)).to(dtype)
 
 
-def _spread(scales: Tensor, block: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """One number per block as one per row and column, or per row where there is one block of columns."""
+def spread(scales: Tensor, block: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """One number per block ``(..., ceil(N / rows), ceil(K / columns))`` as one per row and column of ``shape``.
+
+    ``(..., N, K)``, or ``(..., N, 1)`` where there is one block of columns.
+    """
     rows, columns = shape[-2:]
     if block[0] > 1:
         scales = scales.repeat_interleave(block[0], -2)[..., :rows, :]
@@ -267,7 +274,7 @@ def _encode_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     return magnitude + 8 * blocks.signbit()
 
 
-def _packed(codes: Tensor) -> Tensor:
-    """Codes of 4 bits, two to a byte."""
+def packed(codes: Tensor) -> Tensor:
+    """Codes of 4 bits ``(..., K)``, whole numbers from 0 to 15 of any dtype, as uint8 ``(..., K / 2)``."""
     codes = codes.to(torch.uint8)
-    return codes[:, ::2] | codes[:, 1::2] << 4
+    return codes[..., ::2] | codes[..., 1::2] << 4

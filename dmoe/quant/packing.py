@@ -1,4 +1,4 @@
-"""What reading other packages' codes has in common: two codes to a byte, and parts put together as one value."""
+"""What reading other packages' codes has in common: halves of a byte, and parts put together as one value."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dmoe.ops.weight_formats import columns_of
 from dmoe.quantized_weight import QuantizedWeight
 
 
@@ -19,11 +20,6 @@ class Parts(NamedTuple):
     zeros: Tensor | None
     format: str
     block: tuple[int, int]
-
-
-def packed(codes: Tensor) -> Tensor:
-    """Codes of 4 bits ``(..., K)``, a uint8 each, two to a byte: the even one in the low half."""
-    return codes[..., ::2] | codes[..., 1::2] << 4
 
 
 def swapped(codes: Tensor) -> Tensor:
@@ -44,8 +40,7 @@ def joined(op: str, parts: Sequence[Parts], *, gated: bool, interleaved: bool) -
     codes = torch.cat([p.codes for p in parts])
     scales = torch.cat([p.scales for p in parts])
     zeros = [p.zeros for p in parts if p.zeros is not None]
-    experts, rows, columns = codes.shape
-    columns = columns * (2 if codes.dtype == torch.uint8 else 1)
+    experts, rows, columns = *codes.shape[:2], columns_of(codes, first.format)
     if interleaved and not gated:
         raise ValueError(f"{op}: interleaved: expected False without a gate, got True")
     if gated and rows % 2:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmoe.quant.packing import Parts, joined, packed, swapped
+from dmoe.ops.weight_formats import FORMATS, packed, scales_shape
+from dmoe.quant.packing import Parts, joined, swapped
 from dmoe.quantized_weight import QuantizedWeight
 
 
@@ -106,18 +107,18 @@ def _fp8(tensor: Any) -> Parts:
     codes, scales = _stacked(tensor.qdata), tensor.scale
     if codes.dtype != torch.float8_e4m3fn:
         raise ValueError(f"from_torchao: Float8Tensor: expected float8_e4m3fn, got {codes.dtype}")
-    experts, rows, columns = codes.shape
-    grid = experts, -(-rows // 128), -(-columns // 128)
-    if scales.numel() in (1, experts):
+    block = FORMATS["fp8"].block(codes.shape[2])
+    grid = scales_shape(codes.shape, block)
+    if scales.numel() in (1, codes.shape[0]):
         scales = scales.reshape(-1, 1, 1).expand(grid)
-    elif _block(tensor, codes) == (128, 128):
+    elif _block(tensor, codes) == block:
         scales = scales.view(grid)
     else:
         raise ValueError(
-            f"from_torchao: Float8Tensor: expected a scale for each 128 by 128 numbers, or for all, got blocks of "
-            f"{tuple(tensor.block_size)}"
+            f"from_torchao: Float8Tensor: expected a scale for each {block[0]} by {block[1]} numbers, or for all, got "
+            f"blocks of {tuple(tensor.block_size)}"
         )
-    return Parts(codes, scales, None, "fp8", (128, 128))
+    return Parts(codes, scales, None, "fp8", block)
 
 
 _READERS: dict[str, Callable[[Any], Parts]] = {

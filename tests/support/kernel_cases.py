@@ -348,7 +348,7 @@ def _quantized(
 
     form = FORMATS[format]
     block = form.rows, columns_of_a_scale or form.block(hidden)[1]
-    codes = tensor(32, ffn, hidden * form.bits // 8, of=form.codes)
+    codes = tensor(*form.codes_shape((32, ffn, hidden)), of=form.codes)
     scales = tensor(32, -(-ffn // block[0]), -(-hidden // block[1]), of=form.scales)
     offsets = tensor(33, of=torch.int32)
     for trans_b, inner, thin in ((True, hidden, (ffn, rank)), (False, ffn, (rank, hidden))):
