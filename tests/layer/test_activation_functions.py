@@ -243,6 +243,11 @@ def test_under_autocast():
         (own_relu, None),  # another derivative
         (lambda x: F.silu(x.float()).to(x.dtype), None),  # float32's rounding
         (lambda x: F.relu(x).clamp(max=100), None),
+        (lambda x: F.silu(x).clamp(max=8000), None),
+        (lambda x: torch.where(x.abs() > 8, F.silu(x) * 1.005, F.silu(x)), None),
+        (lambda x: torch.where((x > 8.01) & (x < 24.9), 8.0, F.silu(x)), None),
+        (lambda x: torch.where((x > 0.011) & (x < 0.039), 0.0, F.silu(x)), None),
+        (lambda x: torch.where(x < -8.5, -1e-4, F.relu(x)), None),
         (nn.Sequential(nn.SiLU(), nn.Dropout(0.1)), None),
     ],
 )
@@ -289,6 +294,8 @@ def test_names_are_alike_in_every_process(function, expected):
         (lambda x: torch.softmax(x, -1), "of which a number depends on others"),
         (lambda x: x - x.mean(0), "of which a number depends on others"),
         (lambda x: x * torch.arange(x.shape[1]), "of which a number depends on its place"),
+        (lambda x: x * x.shape[0], "of which a number depends on how many there are"),
+        (lambda x: torch.where(x.max() > 10, 2 * x, x), "of which a number depends on others"),
         (lambda x: x[:, :1], r"made of shape \(4, 6\) \(4, 1\)"),
         (lambda x: x.half(), r"made of shape \(4, 6\) \(4, 6\), torch.float16 on cpu"),
         (lambda x: None, "which gave NoneType"),
