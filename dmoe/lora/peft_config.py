@@ -54,6 +54,8 @@ class PeftConfig:
             value = self.said.get(name)
             if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
                 raise ValueError(f"{self.path}: {name}: expected a positive number, got {value!r}")
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+            raise ValueError(f"{self.path}: lora_dropout: expected 0 <= p < 1, got {self.dropout!r}")
         for name in ("rank_pattern", "alpha_pattern"):
             patterns = self.said.get(name) or {}
             fine = isinstance(patterns, dict) and all(
@@ -61,6 +63,11 @@ class PeftConfig:
             )
             if not fine:
                 raise ValueError(f"{self.path}: {name}: expected names and positive numbers, got {patterns!r:.80}")
+
+    @property
+    def dropout(self) -> float:
+        """``lora_dropout``, of all targets."""
+        return self.said.get("lora_dropout") or 0.0
 
     @property
     def target_parameters(self) -> tuple[str, ...]:
@@ -111,6 +118,7 @@ def config_for(
     kept: Mapping[str, Any],
     version: tuple[int, int],
     first: tuple[int, float] | None = None,
+    dropout: float = 0.0,
 ) -> dict[str, Any]:
     """A config for adapters whose targets have these ranks and scales.
 
@@ -121,6 +129,7 @@ def config_for(
         kept: another config, whose other fields are taken over.
         version: of PEFT, for ``peft_version``.
         first: the ``(r, scale)`` that ``r`` and ``lora_alpha`` stand for; None is the one that most targets have.
+        dropout: for ``lora_dropout``; 0 is written beside ``parameters``, as PEFT refuses any other there.
     """
     common = first or Counter(ranks.values()).most_common(1)[0][0]
     patterns = _patterns(ranks, common)
@@ -131,7 +140,7 @@ def config_for(
         "base_model_name_or_path": base if base is not None else kept.get("base_model_name_or_path"),
         "r": common[0],
         "lora_alpha": _number(common[1] * common[0]),
-        "lora_dropout": 0.0,
+        "lora_dropout": 0.0 if parameters else dropout,
         "bias": "none",
         "use_rslora": False,
         "use_dora": False,

@@ -20,6 +20,7 @@ from dmoe.lora.config import LoRA
 from dmoe.lora.model import adapted_modules
 from dmoe.lora.router import RouterAdapter
 from dmoe.lora.states import load_state_dict
+from dmoe.lora.targets import TARGETS
 from dmoe.other_experts import experts_in
 
 _SHARED = "shared_expert.mlp"
@@ -54,6 +55,12 @@ def save_peft(
 
     Names are those of the model's modules without dmoe; of a model of Hugging Face PEFT reads them. Under expert
     parallelism and FSDP2 every rank calls this, experts are gathered, and the first rank writes.
+
+    Of the options the files have the ranks, the scales and what is adapted. ``dropout`` is written in layouts that name
+    experts one by one, where all adapted experts have the same, and 0 else: PEFT refuses any beside
+    ``target_parameters``, and so does not load such files into models of Transformers 5, where it joins experts, unless
+    ``lora_dropout`` is set to 0. Not carried are ``init``, ``rank_stabilized`` (the scale it leads to is),
+    ``share_a`` and ``share_b`` (each expert gets its own), and the seed.
 
     Args:
         model: with the adapter.
@@ -99,6 +106,10 @@ def load_peft(
 ) -> list[str]:
     """Read an adapter of PEFT's files beside the experts, routers and shared experts of a model; nothing is frozen.
 
+    The adapter's options are the rank, the scale and the dropout that the files say (``load_peft`` again under the same
+    name keeps those that the model has), and as ``targets`` the parts of layers that the files adapt; ``init`` and
+    sharing, of which files say nothing, are the defaults, and so are those of what :func:`save_peft` has written.
+
     Factors of different ranks are padded with zeros to the largest of a module. All ranks call this under expert
     parallelism, and keep their own experts'.
 
@@ -143,13 +154,14 @@ def load_peft(
     if not found:
         raise ValueError(f"{adapter.where}: expected adapters of experts, routers or shared experts, got none")
     state: dict[str, Any] = {"config": {}, "tensors": {}}
+    options: dict[str, Any] = {"dropout": adapter.dropout, "targets": _targets(named, found)}
     for theirs, updates in found.items():
         each = named[theirs]
         if each.is_shared and ("gate_proj" in updates or "up_proj" in updates):
             gate, up = updates.pop("gate_proj", None), updates.pop("up_proj", None)
             gated = experts_in(each.module).up_name == "gate_up_proj"
             updates["gate_up_proj" if gated else "up_proj"] = joined(gate, up, adapter.where) if gated else up
-        _put(state, each, updates, adapter.where)
+        _put(state, each, updates, options, adapter.where)
     load_state_dict(model, state, name, dtype=dtype)
     return left
 
@@ -162,6 +174,7 @@ def file_of(model: nn.Module, name: str) -> Any:
     adapted = adapted_modules(model)
     linear: dict[str, Any] = {}
     experts: dict[str, dict[str, Any]] = {}
+    dropouts: set[float] = set()
     for each in _named(model):
         module: Any = each.module
         if each.path not in adapted or name not in module.lora.names:
@@ -172,6 +185,7 @@ def file_of(model: nn.Module, name: str) -> Any:
             factors = adapter.weight
             linear[each.theirs] = Update(held(_whole(factors.a)), held(_whole(factors.b)), scale)
             continue
+        dropouts.add(adapter.config.dropout)
         for projection, factors in adapter.factors.items():
             if factors.projection.widths:
                 widths = factors.projection.widths
@@ -189,7 +203,14 @@ def file_of(model: nn.Module, name: str) -> Any:
         known = sorted({each for module in adapted.values() for each in module.lora.names})
         raise ValueError(f"save_peft: name: expected one of the model's adapters {known}, got {name!r}")
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    return AdapterFile(linear, experts, {}, "the model", model_type if isinstance(model_type, str) else None)
+    return AdapterFile(
+        linear,
+        experts,
+        {},
+        "the model",
+        model_type if isinstance(model_type, str) else None,
+        dropouts.pop() if len(dropouts) == 1 else 0.0,
+    )
 
 
 def _whole(parameter: Tensor) -> Tensor:
@@ -219,7 +240,22 @@ def _named(model: nn.Module) -> Iterator[_Named]:
             yield _Named(path, theirs, module, turns)
 
 
-def _put(state: dict[str, Any], named: _Named, updates: Mapping[str, Any], where: str) -> None:
+def _targets(named: Mapping[str, _Named], found: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
+    """The parts of layers that updates are for, as :class:`LoRA` names them."""
+    parts = set()
+    for theirs, updates in found.items():
+        each = named[theirs]
+        if "weight" in updates:
+            parts.add("router")
+        else:
+            part = "shared_expert" if each.is_shared else "experts"
+            parts |= {f"{part}.{'down' if name == 'down_proj' else 'up'}" for name in updates}
+    return tuple(target for target in TARGETS if target in parts)
+
+
+def _put(
+    state: dict[str, Any], named: _Named, updates: Mapping[str, Any], options: Mapping[str, Any], where: str
+) -> None:
     """A module's updates into a state dict of :func:`dmoe.lora.load_state_dict`."""
     from dmoe.lora.adapter_file import joined
 
@@ -237,7 +273,7 @@ def _put(state: dict[str, Any], named: _Named, updates: Mapping[str, Any], where
             if projection == "gate_up_proj":
                 b = b.unflatten(1, (-1, 2)).transpose(1, 2) if named.interleaved else b.unflatten(1, (2, -1))
         state["tensors"] |= {f"{named.path}.{projection}.{side}": f for side, f in (("a", a), ("b", b))}
-    state["config"][named.path] = LoRA(rank=rank, alpha=scale * rank).to_dict()
+    state["config"][named.path] = LoRA(rank=rank, alpha=scale * rank, **options).to_dict()
 
 
 def _unknown(where: str, module: str, named: Mapping[str, object]) -> ValueError:
