@@ -113,5 +113,5 @@ def _products(module: Any, adapter: Any) -> Iterator[tuple[Tensor, Tensor]]:
     for position in range(weights.num_experts):
         of_expert = weights.of_expert(position)
         for factors in adapter.factors.values():
-            part = of_expert["up_proj" if factors.projection.up else "down_proj"]
+            part = of_expert[f"{factors.projection.half}_proj"]
             yield part.detach(), factors.product(position, scale)

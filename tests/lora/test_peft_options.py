@@ -64,7 +64,7 @@ def test_of_dropouts_that_differ_none_is_written(tmp_path):
         ["experts.up"],
         ["experts.down"],
         ["shared_expert.up", "shared_expert.down"],
-        ["experts.up", "experts.down", "router", "shared_expert.down"],
+        ["experts.up", "experts.down", "shared_expert.down", "router"],
     ],
     ids=str,
 )
@@ -87,3 +87,14 @@ def test_a_dropout_that_is_none_is_told(dropout, tmp_path):
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"adapter_config.json: lora_dropout: expected 0 <= p < 1, got"):
         dmoe.lora.load_peft(made(), tmp_path / "adapter")
+
+
+def test_errors_name_what_was_called(tmp_path):
+    model = made()
+    dmoe.lora.add(model, rank=2)
+    dmoe.lora.save_peft(model, tmp_path / "adapter")
+    other = dmoe.MoE(**SIZES | {"num_experts": 4})
+    with pytest.raises(ValueError, match=r"^dmoe\.lora\.load_peft: expected the tensors of the adapter 'default', but"):
+        dmoe.lora.load_peft(nn.ModuleDict({"mlp": other}), tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"^dmoe\.lora\.load_peft: name: expected a word without dots"):
+        dmoe.lora.load_peft(made(), tmp_path / "adapter", name="a.b")
