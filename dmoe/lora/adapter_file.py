@@ -84,6 +84,7 @@ class AdapterFile:
         config: of the file that it was read from.
         where: that file.
         model_type: of the model that it belongs to; None where nobody says.
+        dropout: probability that a number of a module's input is dropped in training.
     """
 
     linear: Mapping[str, Update] = field(default_factory=dict)
@@ -91,6 +92,7 @@ class AdapterFile:
     config: Mapping[str, Any] = field(default_factory=dict)
     where: str = ""
     model_type: str | None = None
+    dropout: float = 0.0
 
 
 def merged_rows(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -108,25 +110,27 @@ def joined(gate: Update | None, up: Update | None, where: str) -> Update:
     Raises:
         ValueError: they are not of the same experts.
     """
+    one = up if gate is None else gate
+    assert one is not None
+    by_rows = len(one.b.shape) == 3  # experts, and not the rows of a single weight
     if gate is None or up is None:
-        one = gate if gate is not None else up
-        assert one is not None
         zeros = [True, False] if gate is None else [False, True]
         return replace(
-            one, b=mapped([one.b], lambda t: torch.cat([_or_zeros(t[0], z) for z in zeros], -2), by_rows=True)
+            one, b=mapped([one.b], lambda t: torch.cat([_or_zeros(t[0], z) for z in zeros], -2), by_rows=by_rows)
         )
-    if (gate.a.shape[0], gate.a.shape[2]) != (up.a.shape[0], up.a.shape[2]) or gate.b.shape[:2] != up.b.shape[:2]:
+    inputs = [(*each.a.shape[:-2], each.a.shape[-1]) for each in (gate, up)]
+    if inputs[0] != inputs[1] or gate.b.shape[:-1] != up.b.shape[:-1]:
         raise ValueError(
             f"{where}: expected gate and up projections of the same experts, got updates of {gate.shape} and {up.shape}"
         )
     up = up.with_scale(gate.scale)
     a_gate, a_up = gate.a.read(), up.a.read()
     if torch.equal(a_gate, a_up):
-        b = mapped([gate.b, up.b], lambda t: torch.cat([t[0], t[1]], -2), by_rows=True)
+        b = mapped([gate.b, up.b], lambda t: torch.cat([t[0], t[1]], -2), by_rows=by_rows)
         return replace(gate, b=b)
     r_gate, r_up = gate.rank, up.rank
     b = mapped(
-        [gate.b, up.b], lambda t: torch.cat([F.pad(t[0], (0, r_up)), F.pad(t[1], (r_gate, 0))], -2), by_rows=True
+        [gate.b, up.b], lambda t: torch.cat([F.pad(t[0], (0, r_up)), F.pad(t[1], (r_gate, 0))], -2), by_rows=by_rows
     )
     return replace(gate, a=held(torch.cat([a_gate, a_up], -2), gate.a.where), b=b)
 

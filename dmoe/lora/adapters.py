@@ -128,14 +128,14 @@ def of_block(tensor: Tensor, block: Tensor | None) -> Tensor:
     return tensor if block is None or torch.compiler.is_compiling() else _OfBlock.apply(tensor, block)
 
 
-def check_name(name: Any) -> None:
-    """A name of an adapter, which becomes a module's.
+def check_name(operation: str, name: Any) -> None:
+    """A name of an adapter, which becomes a module's; ``operation`` is what an error names.
 
     Raises:
         ValueError: it cannot be one.
     """
     if not isinstance(name, str) or not name or "." in name or hasattr(AdapterSet(), name):
-        raise ValueError(f"dmoe.lora.add: name: expected a word without dots that no attribute has, got {name!r}")
+        raise ValueError(f"{operation}: name: expected a word without dots that no attribute has, got {name!r}")
 
 
 class Adapter(nn.Module):
@@ -223,7 +223,7 @@ class ExpertAdapter(Adapter):
             tensors = [tensor.to(dtype) for tensor in tensors]
         found: dict[str, LowRank | None] = {"up": None, "down": None}
         for each, a, b in zip(held.values(), tensors[::2], tensors[1::2], strict=True):
-            found["up" if each.projection.up else "down"] = LowRank(a, b, self.config.scale, dropout)
+            found[each.projection.half] = LowRank(a, b, self.config.scale, dropout)
         return Adapters(**found)
 
 
@@ -277,6 +277,8 @@ def _joined(name: str, factors: Sequence[LowRank]) -> LowRank | None:
 
 def side_by_side(factors: Sequence[Tensor], dim: int) -> Tensor:
     """Along their ranks; what is shared by all experts is repeated where others are not."""
+    if factors[0].dim() == 2:  # of experts of different widths, side by side themselves
+        return torch.cat(list(factors), dim)
     experts = max(factor.shape[0] for factor in factors)
     alike = all(factor.shape[0] == experts for factor in factors)
     return torch.cat([f if alike else f.expand(experts, *f.shape[1:]) for f in factors], dim)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
+
+from dmoe.expert_targets import as_patterns
 
 Init = Literal["default", "gaussian"]
 
@@ -45,9 +46,7 @@ class LoRA:
     init: Init = "default"
 
     def __post_init__(self) -> None:
-        if isinstance(self.targets, str) or not isinstance(self.targets, Iterable):
-            raise TypeError(f"LoRA: targets: expected a sequence of patterns, got {self.targets!r}")
-        object.__setattr__(self, "targets", tuple(self.targets))
+        object.__setattr__(self, "targets", as_patterns("LoRA", self.targets))
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
             raise ValueError(f"LoRA: rank: expected an integer of at least 1, got {self.rank!r}")
         if self.alpha is not None and not (isinstance(self.alpha, int | float) and math.isfinite(self.alpha)):

@@ -35,24 +35,37 @@ class ProjectionShape:
         """E."""
         return len(self.widths) or self.shape[0]
 
+    @property
+    def half(self) -> str:
+        """``up`` or ``down``."""
+        return "up" if self.up else "down"
+
+    def check_shared(self, config: LoRA, operation: str) -> None:
+        """Experts can share the factors that they are to share.
+
+        Raises:
+            ValueError: their widths differ, and the factor has that width.
+        """
+        for name, shared, of_width in (("a", config.share_a, not self.up), ("b", config.share_b, self.up)):
+            if shared and self.widths and of_width:
+                raise ValueError(
+                    f"{operation}: share_{name}: expected False beside the {self.half} projection of experts of "
+                    f"different widths {self.widths}, got True"
+                )
+
     def factor_shapes(self, config: LoRA) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Of ``a`` and ``b``, as :class:`dmoe.LowRank` takes them.
 
         Raises:
-            ValueError: a factor that experts of different widths cannot share.
+            ValueError: see :meth:`check_shared`.
         """
+        self.check_shared(config, "LoRA")
         experts, rank = self.num_experts, config.rank
         *out, columns = self.shape
         a: tuple[int, ...] = (rank, columns) if self.widths and not self.up else (experts, rank, columns)
         if self.widths:
             out = [*out] if self.up else [experts, *out]
         b = (*out, rank)
-        for name, shared, of_width in (("a", config.share_a, not self.up), ("b", config.share_b, self.up)):
-            if shared and self.widths and of_width:
-                raise ValueError(
-                    f"LoRA: share_{name}: expected False beside the {'up' if self.up else 'down'} projection of "
-                    f"experts of different widths {self.widths}, got True"
-                )
         return (1, *a[1:]) if config.share_a else a, (1, *b[1:]) if config.share_b else b
 
     def of_expert(self, factor: Tensor, expert: int, *, is_a: bool) -> Tensor:

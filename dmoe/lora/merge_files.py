@@ -16,9 +16,10 @@ from dmoe.checkpoint.hub_beside import copy_beside
 from dmoe.checkpoint.maps import TURNS, TURNS_TRANSPOSED, Sizes
 from dmoe.checkpoint.new_folder import new_folder
 from dmoe.checkpoint.stored import Stored, mapped
+from dmoe.expert_targets import PATHS
 from dmoe.lora.adapter_file import AdapterFile, Update, joined, merged_rows
 
-_SHARED = "shared_expert.mlp."
+_SHARED = f"{PATHS['shared_expert']}."
 
 
 def merge_folder(

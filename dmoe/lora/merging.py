@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,11 +23,11 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, keep_ba
     Args:
         model: whose weights change.
         names: adapters; None for those that are active.
-        keep_base: keep a copy of the weights, so that :func:`unmerge` brings back their very bits.
+        keep_base: keep a copy of the weights that change, so that :func:`unmerge` brings back their very bits.
 
     Raises:
-        ValueError: weights held as codes, or sharded by FSDP; an adapter that is merged already, or none. Nothing has
-            changed then.
+        ValueError: weights held as codes, or sharded by FSDP; an adapter that is merged already, is named twice, or
+            none; ``keep_base`` where another is in the weights already. Nothing has changed then.
     """
     wanted = None if names is None else [names] if isinstance(names, str) else list(names)
     held = adapted_modules(model)
@@ -39,16 +39,25 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, keep_ba
         chosen = [name for name in (module.lora.active if wanted is None else wanted) if name in module.lora.names]
         if again := [name for name in chosen if name in module.lora.merged]:
             raise ValueError(f"dmoe.lora.merge: {path}: expected adapters that are not merged, got {again}")
+        if len(set(chosen)) < len(chosen):
+            raise ValueError(f"dmoe.lora.merge: expected each adapter once, got {chosen}")
         for name in chosen:
             _check_plain("merge", path, module, module.lora.get_submodule(name))
+        late = _fields(module, chosen) & _fields(module, module.lora.merged) - module.lora.base.keys()
+        if keep_base and late:
+            raise ValueError(
+                f"dmoe.lora.merge: keep_base: {path}: expected weights without adapters in them, got {sorted(late)} "
+                f"with {list(module.lora.merged)}: unmerge first"
+            )
         todo.append((module, chosen))
     if not any(chosen for _, chosen in todo):
         raise ValueError(f"dmoe.lora.merge: expected at least one adapter of {sorted(known)}, got none")
     for module, chosen in todo:
         adapters = module.lora
-        if keep_base and not adapters.merged:
-            parts = {each for name in chosen for each in adapters.get_submodule(name)._modules}
-            adapters.base = {each: local_part(getattr(module, each).detach()).clone() for each in parts}
+        if keep_base:
+            new = _fields(module, chosen) - adapters.base.keys()
+            kept = {field: local_part(getattr(module, field).detach()).clone() for field in sorted(new)}
+            adapters.base = {**adapters.base, **kept}
         for name in chosen:
             _add(module, name, 1.0)
         adapters.merged = (*adapters.merged, *chosen)
@@ -71,8 +80,8 @@ def unmerge(model: nn.Module) -> None:
             _check_plain("unmerge", path, module, module.lora.get_submodule(name))
     for module in held.values():
         adapters = module.lora
-        for name in () if adapters.base else adapters.merged[::-1]:
-            _add(module, name, -1.0)
+        for name in adapters.merged[::-1]:
+            _add(module, name, -1.0, without=adapters.base)
         for name, kept in adapters.base.items():
             local_part(getattr(module, name).detach()).copy_(kept)
         adapters.base, adapters.merged = {}, ()
@@ -95,23 +104,32 @@ def _check_plain(operation: str, path: str, module: Any, adapter: nn.Module) -> 
             )
 
 
-def _add(module: Any, name: str, sign: float) -> None:
-    """``sign`` times an adapter's products to the weights beside it."""
-    for part, product in _products(module, module.lora.get_submodule(name)):
+def _fields(module: Any, names: Sequence[str]) -> set[str]:
+    """The parameters that adapters stand beside."""
+    return {field for name in names for field in module.lora.get_submodule(name)._modules}
+
+
+def _add(module: Any, name: str, sign: float, without: Collection[str] = ()) -> None:
+    """``sign`` times an adapter's products to the weights beside it, but for those ``without``."""
+    for part, product in _products(module, module.lora.get_submodule(name), without):
         wide = part.to(product.dtype)
         part.copy_(wide.add_(product, alpha=sign) if wide is not part else part.add(product, alpha=sign))
 
 
-def _products(module: Any, adapter: Any) -> Iterator[tuple[Tensor, Tensor]]:
+def _products(module: Any, adapter: Any, without: Collection[str]) -> Iterator[tuple[Tensor, Tensor]]:
     """An expert's part of a weight, and what is to be added to it, one after the other."""
     scale = adapter.config.scale
     experts = experts_in(module)
+    if experts is None and "weight" in without:
+        return
     if experts is None:
         yield module.weight.detach(), adapter.weight.product(scale)
         return
     weights = experts.weights()
     for position in range(weights.num_experts):
         of_expert = weights.of_expert(position)
-        for factors in adapter.factors.values():
-            part = of_expert["up_proj" if factors.projection.up else "down_proj"]
+        for field, factors in adapter.factors.items():
+            if field in without:
+                continue
+            part = of_expert[f"{factors.projection.half}_proj"]
             yield part.detach(), factors.product(position, scale)

@@ -61,14 +61,14 @@ def add(
             cannot have adapters; the model is as before.
     """
     config = config_of(config, fields)
-    check_name(name)
+    check_name("dmoe.lora.add", name)
     targets = find_targets(model, config.targets, layers)
     fresh: list[tuple[Target, Adapter]] = []
     for target in targets:
         held = getattr(target.module, "lora", None)
         if held is not None and name in held.names:
             raise ValueError(f"dmoe.lora.add: name: expected one that {target.path} has no adapter of, got {name!r}")
-        fresh.append((target, build(target, config, dtype)))
+        fresh.append((target, build(target, config, dtype, "dmoe.lora.add")))
     if freeze:
         others = {id(each) for module in adapted_modules(model).values() for each in module.lora.parameters()}
         for parameter in model.parameters():
@@ -97,8 +97,8 @@ def config_of(config: LoRA | None, fields: dict[str, Any]) -> LoRA:
     return config
 
 
-def build(target: Target, config: LoRA, dtype: torch.dtype | None) -> Adapter:
-    """An adapter that fits a target, nowhere yet.
+def build(target: Target, config: LoRA, dtype: torch.dtype | None, operation: str) -> Adapter:
+    """An adapter that fits a target, nowhere yet; ``operation`` is what an error names.
 
     Raises:
         ValueError: factors that cannot be shared.
@@ -112,9 +112,12 @@ def build(target: Target, config: LoRA, dtype: torch.dtype | None) -> Adapter:
     for factor in ("a", "b"):
         if getattr(config, f"share_{factor}") and len(where.experts) < where.num_experts:
             raise ValueError(
-                f"LoRA: share_{factor}: expected False where ranks hold {len(where.experts)} of {where.num_experts} "
-                "experts, got True: each rank would train the shared factor by its own experts alone"
+                f"{operation}: share_{factor}: expected False where ranks hold {len(where.experts)} of "
+                f"{where.num_experts} experts, got True: each rank would train the shared factor by its own experts "
+                "alone"
             )
+    for projection in target.projections.values():
+        projection.check_shared(config, operation)
     weights = experts.weights()
     if dtype is None:
         dtype = weights.dtype or getattr(getattr(router, "weight", None), "dtype", None) or torch.get_default_dtype()

@@ -29,6 +29,21 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
 }
 
 
+# Starts of training that leave the base's weights as they are; others (PiSSA, OLoRA, CorDA, LoftQ) change them.
+_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+
+
+def _is_positive(value: Any) -> bool:
+    """A number above 0 that float64 holds."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return 0 < value <= 1e30
+
+
+def _is_rank(value: Any) -> bool:
+    return _is_positive(value) and value == int(value)
+
+
 @dataclass(frozen=True)
 class PeftConfig:
     """What an adapter's config says of its factors.
@@ -50,17 +65,44 @@ class PeftConfig:
                 raise ValueError(
                     f"{self.path}: {name}: expected {harmless[0]!r}, as factors alone are read, got {self.said[name]!r}"
                 )
-        for name in ("r", "lora_alpha"):
-            value = self.said.get(name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-                raise ValueError(f"{self.path}: {name}: expected a positive number, got {value!r}")
-        for name in ("rank_pattern", "alpha_pattern"):
-            patterns = self.said.get(name) or {}
-            fine = isinstance(patterns, dict) and all(
-                isinstance(v, int | float) and not isinstance(v, bool) and v > 0 for v in patterns.values()
+        start = self.said.get("init_lora_weights")
+        if start not in _STARTS:
+            raise ValueError(
+                f"{self.path}: init_lora_weights: expected a start that leaves the base as it is, got {start!r:.40}: "
+                "factors of such an adapter belong to another base; PEFT converts it (save_pretrained with "
+                "path_initial_model_for_weight_conversion)"
             )
-            if not fine:
-                raise ValueError(f"{self.path}: {name}: expected names and positive numbers, got {patterns!r:.80}")
+        if not isinstance(self.said.get("use_rslora"), bool | None):
+            raise ValueError(f"{self.path}: use_rslora: expected true or false, got {self.said['use_rslora']!r:.40}")
+        for name, patterns, fits, what in (
+            ("r", "rank_pattern", _is_rank, "a whole number of at least 1"),
+            ("lora_alpha", "alpha_pattern", _is_positive, "a positive number"),
+        ):
+            if not fits(self.said.get(name)):
+                raise ValueError(f"{self.path}: {name}: expected {what}, got {self.said.get(name)!r:.40}")
+            found = self.said.get(patterns) or {}
+            if not isinstance(found, dict) or not all(map(fits, found.values())):
+                raise ValueError(f"{self.path}: {patterns}: expected names, each with {what}, got {found!r:.80}")
+            for pattern in found:
+                self._check_pattern(patterns, pattern)
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+            raise ValueError(f"{self.path}: lora_dropout: expected 0 <= p < 1, got {self.dropout!r:.40}")
+
+    def _check_pattern(self, name: str, pattern: str) -> None:
+        """A regular expression whose search ends soon: without repeated groups, and with few repetitions."""
+        try:
+            if re.search(r"\)[*+?{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 4 or len(pattern) > 500:
+                raise ValueError("groups that repeat, or many repetitions")
+            re.compile(pattern)
+        except (re.error, OverflowError, RecursionError, ValueError) as error:
+            raise ValueError(
+                f"{self.path}: {name}: expected names or simple regular expressions, got {pattern!r:.80}: {error}"
+            ) from None
+
+    @property
+    def dropout(self) -> float:
+        """``lora_dropout``, of all targets."""
+        return self.said.get("lora_dropout") or 0.0
 
     @property
     def target_parameters(self) -> tuple[str, ...]:
@@ -91,13 +133,7 @@ class PeftConfig:
 
     def _of(self, name: str, target: str, otherwise: float) -> float:
         for pattern, value in (self.said.get(name) or {}).items():
-            try:
-                found = re.match(rf"(.*\.)?({pattern})$", target)
-            except re.error as error:
-                raise ValueError(
-                    f"{self.path}: {name}: expected regular expressions, got {pattern!r}: {error}"
-                ) from None
-            if found:
+            if re.match(rf"(.*\.)?({pattern})$", target):
                 return float(value)
         return otherwise
 
@@ -111,6 +147,7 @@ def config_for(
     kept: Mapping[str, Any],
     version: tuple[int, int],
     first: tuple[int, float] | None = None,
+    dropout: float = 0.0,
 ) -> dict[str, Any]:
     """A config for adapters whose targets have these ranks and scales.
 
@@ -121,6 +158,7 @@ def config_for(
         kept: another config, whose other fields are taken over.
         version: of PEFT, for ``peft_version``.
         first: the ``(r, scale)`` that ``r`` and ``lora_alpha`` stand for; None is the one that most targets have.
+        dropout: for ``lora_dropout``; 0 is written beside ``parameters``, as PEFT refuses any other there.
     """
     common = first or Counter(ranks.values()).most_common(1)[0][0]
     patterns = _patterns(ranks, common)
@@ -131,7 +169,7 @@ def config_for(
         "base_model_name_or_path": base if base is not None else kept.get("base_model_name_or_path"),
         "r": common[0],
         "lora_alpha": _number(common[1] * common[0]),
-        "lora_dropout": 0.0,
+        "lora_dropout": 0.0 if parameters else dropout,
         "bias": "none",
         "use_rslora": False,
         "use_dora": False,

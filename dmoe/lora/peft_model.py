@@ -16,13 +16,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dmoe.checkpoint.new_folder import new_folder
+from dmoe.checkpoint.stored import held
+from dmoe.expert_targets import half_of
+from dmoe.layer import MoE
+from dmoe.lora.adapter_file import AdapterFile, Update, joined
 from dmoe.lora.config import LoRA
+from dmoe.lora.peft_config import CONFIG
+from dmoe.lora.peft_read import read_adapter
+from dmoe.lora.peft_write import write_adapter
 from dmoe.lora.router import RouterAdapter
-from dmoe.lora.states import load_state_dict
-from dmoe.lora.targets import adapted_modules
+from dmoe.lora.states import put_values
+from dmoe.lora.targets import PATHS, TARGETS, adapted_modules
 from dmoe.other_experts import experts_in
 
-_SHARED = "shared_expert.mlp"
 _LINEAR = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
 
 
@@ -37,7 +44,7 @@ class _Named:
 
     @property
     def is_shared(self) -> bool:
-        return self.path == _SHARED or self.path.endswith(f".{_SHARED}")
+        return f".{self.path}".endswith(f".{PATHS['shared_expert']}")
 
 
 def save_peft(
@@ -55,6 +62,12 @@ def save_peft(
     Names are those of the model's modules without dmoe; of a model of Hugging Face PEFT reads them. Under expert
     parallelism and FSDP2 every rank calls this, experts are gathered, and the first rank writes.
 
+    Of the options the files have the ranks, the scales and what is adapted. ``dropout`` is written in layouts that name
+    experts one by one, where all adapted experts have the same, and 0 else: PEFT refuses any beside
+    ``target_parameters``, and so does not load such files into models of Transformers 5, where it joins experts, unless
+    ``lora_dropout`` is set to 0. Not carried are ``init``, ``rank_stabilized`` (the scale it leads to is),
+    ``share_a`` and ``share_b`` (each expert gets its own), and the seed.
+
     Args:
         model: with the adapter.
         folder: a new one.
@@ -67,10 +80,6 @@ def save_peft(
         ValueError: no adapter of that name, experts of different widths, or a layout that cannot hold it.
         OSError: it cannot be written.
     """
-    from dmoe.checkpoint.new_folder import new_folder
-    from dmoe.lora.peft_config import CONFIG
-    from dmoe.lora.peft_write import write_adapter
-
     adapter = file_of(model, name)
     config = getattr(model, "config", None)
     base = base if base is not None else getattr(config, "_name_or_path", None) or None
@@ -99,6 +108,10 @@ def load_peft(
 ) -> list[str]:
     """Read an adapter of PEFT's files beside the experts, routers and shared experts of a model; nothing is frozen.
 
+    The adapter's options are the rank, the scale and the dropout that the files say (``load_peft`` again under the same
+    name keeps those that the model has), and as ``targets`` the parts of layers that the files adapt; ``init`` and
+    sharing, of which files say nothing, are the defaults, and so are those of what :func:`save_peft` has written.
+
     Factors of different ranks are padded with zeros to the largest of a module. All ranks call this under expert
     parallelism, and keep their own experts'.
 
@@ -118,9 +131,6 @@ def load_peft(
             changed then.
         OSError: a file is missing.
     """
-    from dmoe.lora.adapter_file import joined
-    from dmoe.lora.peft_read import read_adapter
-
     adapter = read_adapter(folder)
     named = {each.theirs: each for each in _named(model)}
     found: dict[str, dict[str, Any]] = {}
@@ -142,26 +152,28 @@ def load_peft(
         raise _unknown(adapter.where, left[0], named)
     if not found:
         raise ValueError(f"{adapter.where}: expected adapters of experts, routers or shared experts, got none")
-    state: dict[str, Any] = {"config": {}, "tensors": {}}
+    configs: dict[str, LoRA] = {}
+    tensors: dict[str, Tensor] = {}
+    options: dict[str, Any] = {"dropout": adapter.dropout, "targets": _targets(named, found)}
     for theirs, updates in found.items():
         each = named[theirs]
         if each.is_shared and ("gate_proj" in updates or "up_proj" in updates):
             gate, up = updates.pop("gate_proj", None), updates.pop("up_proj", None)
             gated = experts_in(each.module).up_name == "gate_up_proj"
             updates["gate_up_proj" if gated else "up_proj"] = joined(gate, up, adapter.where) if gated else up
-        _put(state, each, updates, adapter.where)
-    load_state_dict(model, state, name, dtype=dtype)
+        rank, scale = max(update.rank for update in updates.values()), next(iter(updates.values())).scale
+        configs[each.path] = LoRA(rank=rank, alpha=scale * rank, **options)
+        tensors |= _tensors(each, updates, rank, scale, adapter.where)
+    put_values(model, configs, tensors, name, dtype=dtype, operation="dmoe.lora.load_peft")
     return left
 
 
-def file_of(model: nn.Module, name: str) -> Any:
-    """A model's adapter as an :class:`dmoe.lora.adapter_file.AdapterFile`; a collective call where it is spread out."""
-    from dmoe.checkpoint.stored import held
-    from dmoe.lora.adapter_file import AdapterFile, Update
-
+def file_of(model: nn.Module, name: str) -> AdapterFile:
+    """A model's adapter as files have it; a collective call where it is spread out."""
     adapted = adapted_modules(model)
     linear: dict[str, Any] = {}
     experts: dict[str, dict[str, Any]] = {}
+    dropouts: set[float] = set()
     for each in _named(model):
         module: Any = each.module
         if each.path not in adapted or name not in module.lora.names:
@@ -172,6 +184,7 @@ def file_of(model: nn.Module, name: str) -> Any:
             factors = adapter.weight
             linear[each.theirs] = Update(held(_whole(factors.a)), held(_whole(factors.b)), scale)
             continue
+        dropouts.add(adapter.config.dropout)
         for projection, factors in adapter.factors.items():
             if factors.projection.widths:
                 widths = factors.projection.widths
@@ -189,7 +202,14 @@ def file_of(model: nn.Module, name: str) -> Any:
         known = sorted({each for module in adapted.values() for each in module.lora.names})
         raise ValueError(f"save_peft: name: expected one of the model's adapters {known}, got {name!r}")
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    return AdapterFile(linear, experts, {}, "the model", model_type if isinstance(model_type, str) else None)
+    return AdapterFile(
+        linear,
+        experts,
+        {},
+        "the model",
+        model_type if isinstance(model_type, str) else None,
+        dropouts.pop() if len(dropouts) == 1 else 0.0,
+    )
 
 
 def _whole(parameter: Tensor) -> Tensor:
@@ -199,8 +219,6 @@ def _whole(parameter: Tensor) -> Tensor:
 
 def _named(model: nn.Module) -> Iterator[_Named]:
     """All modules that can have adapters."""
-    from dmoe.layer import MoE
-
     standing: dict[str, tuple[str, bool]] = {}  # paths inside what stands in another's place -> theirs
     for path, module in model.named_modules():
         for ours, theirs in getattr(module, "their_modules", {}).items():
@@ -219,11 +237,22 @@ def _named(model: nn.Module) -> Iterator[_Named]:
             yield _Named(path, theirs, module, turns)
 
 
-def _put(state: dict[str, Any], named: _Named, updates: Mapping[str, Any], where: str) -> None:
-    """A module's updates into a state dict of :func:`dmoe.lora.load_state_dict`."""
-    from dmoe.lora.adapter_file import joined
+def _targets(named: Mapping[str, _Named], found: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
+    """The parts of layers that updates are for, as :class:`LoRA` names them."""
+    parts = set()
+    for theirs, updates in found.items():
+        each = named[theirs]
+        if "weight" in updates:
+            parts.add("router")
+        else:
+            part = "shared_expert" if each.is_shared else "experts"
+            parts |= {f"{part}.{half_of(name)}" for name in updates}
+    return tuple(target for target in TARGETS if target in parts)
 
-    rank, scale = max(each.rank for each in updates.values()), next(iter(updates.values())).scale
+
+def _tensors(named: _Named, updates: Mapping[str, Update], rank: int, scale: float, where: str) -> dict[str, Tensor]:
+    """A module's updates, of one rank and scale, as :func:`dmoe.lora.state_dict` has them."""
+    found: dict[str, Tensor] = {}
     experts = experts_in(named.module)
     gated = experts is not None and experts.up_name == "gate_up_proj"
     for given, update in updates.items():
@@ -236,8 +265,8 @@ def _put(state: dict[str, Any], named: _Named, updates: Mapping[str, Any], where
             a, b = (a[None], b[None]) if named.is_shared else (a, b)
             if projection == "gate_up_proj":
                 b = b.unflatten(1, (-1, 2)).transpose(1, 2) if named.interleaved else b.unflatten(1, (2, -1))
-        state["tensors"] |= {f"{named.path}.{projection}.{side}": f for side, f in (("a", a), ("b", b))}
-    state["config"][named.path] = LoRA(rank=rank, alpha=scale * rank).to_dict()
+        found |= {f"{named.path}.{projection}.a": a, f"{named.path}.{projection}.b": b}
+    return found
 
 
 def _unknown(where: str, module: str, named: Mapping[str, object]) -> ValueError:

@@ -97,7 +97,7 @@ def updates_of(tensors: Mapping[str, Stored], config: PeftConfig, where: str, mo
         _add(experts, module, _of_wrappers(module, of_depth, config, where, model_type), where)
     for module, of_kind in single.items():
         _add(experts, module, _of_single(module, of_kind, where), where)
-    return AdapterFile(linear, experts, config.said, where, model_type)
+    return AdapterFile(linear, experts, config.said, where, model_type, config.dropout)
 
 
 def _pairs(tensors: Mapping[str, Stored], where: str) -> dict[str, tuple[Stored, Stored]]:

@@ -13,6 +13,9 @@ layout            experts are
 ``sglang``        as ``vllm``; SGLang knows experts by these names alone (sglang 21466; 25528, which would read those
                   of ``peft``, was closed)
 ================  ======================================================================================================
+
+PEFT refuses dropout beside ``target_parameters`` (0.21, ``ParamWrapper``): layouts that have such say ``lora_dropout``
+0, the others what the adapter has.
 """
 
 from __future__ import annotations
@@ -119,6 +122,7 @@ def laid_out(
         kept=adapter.config,
         version=version,
         first=first,
+        dropout=adapter.dropout,
     )
     return tensors, config
 

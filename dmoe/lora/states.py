@@ -8,14 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dmoe.expert_targets import half_of
 from dmoe.lora.adapters import Adapter, check_name
 from dmoe.lora.config import LoRA
 from dmoe.lora.model import attach, build
 from dmoe.lora.router import RouterAdapter
-from dmoe.lora.targets import Target, adapted_modules, find_targets
-
-# How the path of an adapted module ends -> the part of the layer that it is.
-_PARTS = {"experts": "experts", "shared_expert.mlp": "shared_expert", "router": "router"}
+from dmoe.lora.targets import PATHS, Target, adapted_modules, find_targets
 
 
 def state_dict(model: nn.Module, name: str = "default") -> dict[str, Any]:
@@ -45,7 +43,6 @@ def state_dict(model: nn.Module, name: str = "default") -> dict[str, Any]:
     return {"config": {path: adapters.config_of(name).to_dict() for path, adapters in held.items()}, "tensors": tensors}
 
 
-@torch.no_grad()
 def load_state_dict(
     model: nn.Module, state: Mapping[str, Any], name: str = "default", *, dtype: torch.dtype | None = None
 ) -> None:
@@ -61,8 +58,22 @@ def load_state_dict(
         TypeError: something that is no such state.
         ValueError: layers, keys, shapes or options that do not fit; all keys are named. Nothing has changed then.
     """
-    check_name(name)
-    configs, values = _parts_of(state)
+    operation = "dmoe.lora.load_state_dict"
+    put_values(model, *_parts_of(operation, state), name, dtype=dtype, operation=operation)
+
+
+@torch.no_grad()
+def put_values(
+    model: nn.Module,
+    configs: Mapping[str, LoRA],
+    values: Mapping[str, Tensor],
+    name: str,
+    *,
+    dtype: torch.dtype | None,
+    operation: str,
+) -> None:
+    """What :func:`load_state_dict` does with a state's two parts; ``operation`` is what an error names."""
+    check_name(operation, name)
     held, left = adapted_modules(model), dict(values)
     fresh: list[tuple[Target, Adapter]] = []
     todo: list[tuple[Tensor, Any]] = []
@@ -72,7 +83,7 @@ def load_state_dict(
         existing = held.get(path)
         if existing is not None and name in existing.lora.merged:
             raise ValueError(
-                f"dmoe.lora.load_state_dict: {path}: expected an adapter beside the weights, got {name!r}, which is "
+                f"{operation}: {path}: expected an adapter beside the weights, got {name!r}, which is "
                 "merged into them; dmoe.lora.unmerge(model) first"
             )
         if existing is not None and name in existing.lora.names:
@@ -80,8 +91,8 @@ def load_state_dict(
             if adapter.config.scale != config.scale:
                 wrong.append(f"{path} has a scale of {adapter.config.scale}, not {config.scale}")
         else:
-            target = _target_at(model, path, values)
-            adapter = build(target, config, dtype)
+            target = _target_at(operation, model, path, values)
+            adapter = build(target, config, dtype, operation)
             fresh.append((target, adapter))
         loaded.append(adapter)
         for key, parameter in adapter.named_parameters():
@@ -96,9 +107,7 @@ def load_state_dict(
                 todo.append((parameter, value))
     wrong += [f"{key} is in the way" for key in left]
     if wrong:
-        raise ValueError(
-            f"dmoe.lora.load_state_dict: expected the tensors of the adapter {name!r}, but {'; '.join(wrong)}"
-        )
+        raise ValueError(f"{operation}: expected the tensors of the adapter {name!r}, but {'; '.join(wrong)}")
     for parameter, value in todo:
         parameter.copy_(value)
     for each in loaded:
@@ -111,27 +120,25 @@ def _join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
 
 
-def _parts_of(state: Any) -> tuple[dict[str, LoRA], dict[str, Tensor]]:
+def _parts_of(operation: str, state: Any) -> tuple[dict[str, LoRA], dict[str, Tensor]]:
     if not isinstance(state, Mapping) or set(state) != {"config", "tensors"}:
         got = sorted(map(str, state))[:5] if isinstance(state, Mapping) else type(state).__name__
         raise TypeError(
-            f"dmoe.lora.load_state_dict: state: expected a dict of config and tensors, as dmoe.lora.state_dict "
-            f"returns it, got {got}"
+            f"{operation}: state: expected a dict of config and tensors, as dmoe.lora.state_dict returns it, got {got}"
         )
     return {path: LoRA.from_dict(fields) for path, fields in state["config"].items()}, dict(state["tensors"])
 
 
-def _target_at(model: nn.Module, path: str, keys: Iterable[str]) -> Target:
+def _target_at(operation: str, model: nn.Module, path: str, keys: Iterable[str]) -> Target:
     """The module of this path, of which the projections that keys name are adapted."""
-    for ending, part in _PARTS.items():
+    for part, ending in PATHS.items():
         if path == ending or path.endswith(f".{ending}"):
             layer = path.removesuffix(ending).removesuffix(".")
             named = {key.removeprefix(f"{path}.").partition(".")[0] for key in keys if key.startswith(f"{path}.")}
-            halves = sorted({"down" if each == "down_proj" else "up" for each in named})
-            wanted = [part] if part == "router" else [f"{part}.{half}" for half in halves]
-            return find_targets(model, wanted, layer)[0]
+            wanted = [part] if part == "router" else sorted({f"{part}.{half_of(each)}" for each in named})
+            return find_targets(model, wanted, layer, operation)[0]
     raise ValueError(
-        f"dmoe.lora.load_state_dict: config: expected names of modules that end in {', '.join(_PARTS)}, got {path!r}"
+        f"{operation}: config: expected names of modules that end in {', '.join(PATHS.values())}, got {path!r}"
     )
 
 

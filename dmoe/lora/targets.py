@@ -10,6 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from dmoe.expert_slice import local_part
+from dmoe.expert_targets import HALVES, check_patterns, fields_of, matches
+from dmoe.expert_targets import PATHS as EXPERTS_PATHS
+from dmoe.expert_targets import TARGETS as EXPERTS_TARGETS
 from dmoe.experts import Experts
 from dmoe.layer import MoE
 from dmoe.lora.factors import ProjectionShape
@@ -18,7 +21,9 @@ from dmoe.other_experts import experts_in
 from dmoe.parallel import AllToAllDispatcher
 from dmoe.routing import LinearRouter
 
-TARGETS = ("experts.up", "experts.down", "router", "shared_expert.up", "shared_expert.down")
+# Adapters stand beside routers too.
+TARGETS = (*EXPERTS_TARGETS, "router")
+PATHS = {**EXPERTS_PATHS, "router": "router"}
 
 
 @dataclass(frozen=True)
@@ -43,13 +48,16 @@ class Target:
         return not self.projections
 
 
-def find_targets(model: nn.Module, targets: Sequence[str], layers: str | Iterable[str]) -> list[Target]:
+def find_targets(
+    model: nn.Module, targets: Sequence[str], layers: str | Iterable[str], operation: str = "dmoe.lora.add"
+) -> list[Target]:
     """Modules of a model's MoE layers that adapters can stand beside, in the model's order.
 
     Args:
         model: any module.
         targets: patterns of :data:`TARGETS`; ``experts`` and ``shared_expert`` name both of their projections.
         layers: patterns of layers' qualified names.
+        operation: that errors name.
 
     Raises:
         ValueError: a pattern that matches nothing, or weights that cannot have adapters.
@@ -62,32 +70,32 @@ def find_targets(model: nn.Module, targets: Sequence[str], layers: str | Iterabl
     }
     if not found and not wanted_others:
         raise ValueError(
-            f"dmoe.lora.add: layers: expected patterns of the names of dmoe.MoE layers "
+            f"{operation}: layers: expected patterns of the names of dmoe.MoE layers "
             f"{sorted([*everything, *(path.rpartition('.')[0] for path in others)])}, got {patterns}"
         )
-    wanted = {name: _matches(name, targets) for name in TARGETS}
-    for pattern in targets:
-        if not any(_matches(name, [pattern]) for name in TARGETS):
-            raise ValueError(f"LoRA: targets: expected patterns of {', '.join(TARGETS)}, got {pattern!r}")
+    check_patterns(operation, targets, TARGETS)
+    wanted = {name: matches(name, targets) for name in TARGETS}
     modules: list[Target] = []
     for name, layer in found.items():
-        _check_layer(name, layer)
+        _check_layer(operation, name, layer)
         front = f"{name}." if name else ""
         for part, module in (("experts", layer.experts), ("shared_expert", getattr(layer.shared_expert, "mlp", None))):
-            path = front + ("experts" if part == "experts" else "shared_expert.mlp")
-            halves = [half for half in ("up", "down") if wanted[f"{part}.{half}"]]
+            path = front + PATHS[part]
+            halves = [half for half in HALVES if wanted[f"{part}.{half}"]]
             if halves and module is not None:
-                modules.append(Target(path, module, layer, _projections(path, module, halves)))
+                modules.append(Target(path, module, layer, _projections(operation, path, module, halves)))
         if wanted["router"]:
-            _check_router(f"{front}router", layer)
-            modules.append(Target(f"{front}router", layer.router, layer, {}))
+            path = front + PATHS["router"]
+            _check_router(operation, path, layer)
+            modules.append(Target(path, layer.router, layer, {}))
     for path, (module, experts) in wanted_others.items():
-        halves = [half for half in ("up", "down") if wanted[f"experts.{half}"]]
+        halves = [half for half in HALVES if wanted[f"experts.{half}"]]
         if halves:
-            modules.append(Target(path, module, None, _projections_of_others(path, module, experts, halves)))
+            projections = _projections_of_others(operation, path, module, experts, halves)
+            modules.append(Target(path, module, None, projections))
     if not modules:
         there = sorted([*found, *wanted_others])
-        raise ValueError(f"LoRA: targets: expected parts that the layers {there} have, got {list(targets)}")
+        raise ValueError(f"{operation}: targets: expected parts that the layers {there} have, got {list(targets)}")
     return modules
 
 
@@ -111,58 +119,54 @@ def _others(model: nn.Module) -> dict[str, tuple[nn.Module, Any]]:
     }
 
 
-def _projections_of_others(path: str, module: Any, experts: Any, halves: Sequence[str]) -> dict[str, ProjectionShape]:
-    for name in (experts.up_name, "down_proj"):
+def _projections_of_others(
+    operation: str, path: str, module: Any, experts: Any, halves: Sequence[str]
+) -> dict[str, ProjectionShape]:
+    fields = fields_of(experts)
+    for name in fields.values():
         if isinstance(held := getattr(module, name), Tensor):
-            _check_plain(f"{path}.{name}", held, None)
+            _check_plain(operation, f"{path}.{name}", held, None)
     weights = experts.weights()
-    places = {"up": (experts.up_name, weights.up_proj), "down": ("down_proj", weights.down_proj)}
+    of_half = {"up": weights.up_proj, "down": weights.down_proj}
     return {
-        name: ProjectionShape(half == "up", tuple(weight.shape))
-        for half, (name, weight) in places.items()
-        if half in halves
+        fields[half]: ProjectionShape(half == "up", tuple(of_half[half].shape)) for half in HALVES if half in halves
     }
 
 
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    """A pattern names a part, or all that lies inside one."""
-    return any(fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*") for pattern in patterns)
-
-
-def _check_layer(name: str, layer: MoE) -> None:
+def _check_layer(operation: str, name: str, layer: MoE) -> None:
     if isinstance(layer.dispatcher, AllToAllDispatcher) and layer.config.overlap_degree > 1:
         raise ValueError(
-            f"dmoe.lora.add: {name or 'MoE'}: overlap_degree: expected 1 for experts that have adapters, got "
+            f"{operation}: {name or 'MoE'}: overlap_degree: expected 1 for experts that have adapters, got "
             f"{layer.config.overlap_degree}"
         )
 
 
-def _check_router(path: str, layer: MoE) -> None:
+def _check_router(operation: str, path: str, layer: MoE) -> None:
     router: Any = layer.router
     plain = isinstance(router, LinearRouter) and type(router).logits is LinearRouter.logits
     if not plain:
         raise ValueError(
-            f"dmoe.lora.add: {path}: expected a router whose logits are a linear of its weight (E, H), got "
+            f"{operation}: {path}: expected a router whose logits are a linear of its weight (E, H), got "
             f"{type(router).__name__}; leave 'router' out of targets"
         )
-    _check_plain(f"{path}.weight", router.weight, None)
+    _check_plain(operation, f"{path}.weight", router.weight, None)
 
 
-def _projections(path: str, experts: Any, halves: Sequence[str]) -> dict[str, ProjectionShape]:
+def _projections(operation: str, path: str, experts: Any, halves: Sequence[str]) -> dict[str, ProjectionShape]:
     if not isinstance(experts, Experts):
-        raise ValueError(f"dmoe.lora.add: {path}: expected dmoe's experts, got {type(experts).__name__} in their place")
+        raise ValueError(f"{operation}: {path}: expected dmoe's experts, got {type(experts).__name__} in their place")
     if experts.owned.num_shards > 1:
         raise ValueError(
-            f"dmoe.lora.add: {path}: expected whole experts on each rank, got 1 of {experts.owned.num_shards} parts of "
+            f"{operation}: {path}: expected whole experts on each rank, got 1 of {experts.owned.num_shards} parts of "
             "their F: the factors that all parts share would get other gradients on each of their ranks"
         )
     widths = () if isinstance(experts.config.ffn_hidden_size, int) else experts.ffn_sizes
     found = {}
-    for half, name in (("up", experts.up_name), ("down", "down_proj")):
+    for half, name in fields_of(experts).items():
         if half in halves:
             held = getattr(experts, name)
             if isinstance(held, Tensor):
-                _check_plain(f"{path}.{name}", held, experts.owned.mesh)
+                _check_plain(operation, f"{path}.{name}", held, experts.owned.mesh)
                 held = local_part(held)
             else:
                 held = held.value()
@@ -170,9 +174,9 @@ def _projections(path: str, experts: Any, halves: Sequence[str]) -> dict[str, Pr
     return found
 
 
-def _check_plain(path: str, weight: Any, mesh: Any) -> None:
+def _check_plain(operation: str, path: str, weight: Any, mesh: Any) -> None:
     if hasattr(weight, "to_local") and weight.device_mesh != mesh:
         raise ValueError(
-            f"dmoe.lora.add: {path}: expected a weight that only expert parallelism spreads over ranks, got a DTensor "
+            f"{operation}: {path}: expected a weight that only expert parallelism spreads over ranks, got a DTensor "
             f"on {weight.device_mesh}: add adapters before fully_shard"
         )

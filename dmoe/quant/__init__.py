@@ -7,8 +7,9 @@ router), and are exact for the decoded values. :func:`from_torchao` and :func:`f
 packages hold, and :func:`assign` puts such a value into experts.
 """
 
+from dmoe.expert_targets import TARGETS
 from dmoe.quant.bitsandbytes_tensors import from_bitsandbytes
-from dmoe.quant.convert import TARGETS, assign, dequantize, quantize
+from dmoe.quant.convert import assign, dequantize, quantize
 from dmoe.quant.mxfp4_files import from_mxfp4
 from dmoe.quant.projection import QuantizedProjection
 from dmoe.quant.torchao_tensors import from_torchao

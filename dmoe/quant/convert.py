@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dmoe.expert_slice import local_part
+from dmoe.expert_targets import as_patterns, check_patterns, fields_of, half_of, matches
 from dmoe.experts import Experts
 from dmoe.ops.weight_formats import check_block, encode, format_of
 from dmoe.other_experts import experts_in, slice_of
 from dmoe.quant.projection import QuantizedProjection
 from dmoe.quantized_weight import QuantizedWeight
 
-# What ``targets`` may name, as shell patterns; ``experts`` is both projections, and so is ``shared_expert``.
-TARGETS = ("experts.up", "experts.down", "shared_expert.up", "shared_expert.down")
 Progress = Callable[[Iterable[str], int], Iterable[str]]  # wraps an iterable of known length, as tqdm does
 
 
@@ -32,12 +30,12 @@ class _Place(NamedTuple):
         if self.module is self.experts:
             return local_part(getattr(self.module, self.field))
         weights = self.experts.weights()
-        return weights.down_proj if self.field == "down_proj" else weights.up_proj
+        return weights.down_proj if half_of(self.field) == "down" else weights.up_proj
 
     @property
     def interleaved(self) -> bool:
         """Whether rows of gate and up take turns in the parameter."""
-        return self.field != "down_proj" and getattr(self.experts, "interleaved", False)
+        return half_of(self.field) == "up" and getattr(self.experts, "interleaved", False)
 
 
 @torch.no_grad()
@@ -64,7 +62,7 @@ def quantize(
         model: any module; each ``Experts`` inside is found, those of shared experts where ``targets`` name them, and
             experts of other packages' models that an integration knows.
         format: ``int8``, ``fp8``, ``int4``, ``nf4`` or ``mxfp4``; see :mod:`dmoe.ops.weight_formats`.
-        targets: of :data:`TARGETS`, shell patterns or beginnings: ``experts``, ``experts.down``, ``*``.
+        targets: of :data:`dmoe.quant.TARGETS`, shell patterns or beginnings: ``experts``, ``experts.down``, ``*``.
         group: columns that share a scale, for ``int4`` 32, 64 or 128; None is the format's default.
         zero_points: ``int4`` alone: see :func:`dmoe.ops.weight_formats.encode`.
         scales_dtype: float32, bfloat16 or float16; None is the format's default.
@@ -122,7 +120,7 @@ def dequantize(
         f"{name}.{field}".lstrip("."): _Place(module, field, experts)
         for name, module in model.named_modules()
         if (experts := experts_in(module)) is not None
-        for field in (experts.up_name, "down_proj")
+        for field in fields_of(experts).values()
         if isinstance(getattr(module, field), QuantizedProjection)
     }
     for name in progress(found, len(found)):
@@ -156,7 +154,8 @@ def assign(
     """
     if (experts := experts_in(module)) is None:
         raise TypeError(f"assign: experts: expected a layer's experts, got {type(module).__name__}")
-    given = {experts.up_name: up_proj, "down_proj": down_proj}
+    fields = fields_of(experts)
+    given = {fields["up"]: up_proj, fields["down"]: down_proj}
     for field, value in given.items():
         if value is None:
             continue
@@ -192,20 +191,16 @@ def _put(place: _Place, value: QuantizedWeight, dtype: torch.dtype) -> None:
 
 def _places(op: str, model: nn.Module, targets: Sequence[str]) -> dict[str, _Place]:
     """What targets name, by its name in the model."""
-    if isinstance(targets, str) or not all(isinstance(target, str) for target in targets):
-        raise TypeError(f"{op}: targets: expected a sequence of names, got {targets!r}")
-    known = {each for target in TARGETS for each in (target, target.partition(".")[0])}
-    for target in targets:
-        if not any(fnmatchcase(name, target) for name in known):
-            raise ValueError(f"{op}: targets: expected some of {', '.join(sorted(known))}, got {target!r}")
+    patterns = as_patterns(op, targets)
+    check_patterns(op, patterns)
     found = {}
     for name, module in model.named_modules():
         experts = experts_in(module)
         if experts is None:
             continue
-        for part, field in (("up", experts.up_name), ("down", "down_proj")):
-            of = "experts" if getattr(experts, "routed", True) else "shared_expert"
-            if any(fnmatchcase(each, target) for each in (of, f"{of}.{part}") for target in targets):
+        part = "experts" if getattr(experts, "routed", True) else "shared_expert"
+        for half, field in fields_of(experts).items():
+            if matches(f"{part}.{half}", patterns):
                 found[f"{name}.{field}".lstrip(".")] = _Place(module, field, experts)
     return found
 

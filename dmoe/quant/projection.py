@@ -65,7 +65,8 @@ class QuantizedProjection(nn.Module):
         return QuantizedWeight(codes, scales, self.format_name, shape, self.block, zeros, self.interleaved)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedProjection:
-        """Where ``fn`` puts tensors, without the dtype that it gives them."""
+        """Where ``fn`` puts tensors, without the dtype that it gives them; decoded, the weights will have that."""
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         for name, tensor in self._buffers.items():
             if tensor is None:
                 continue

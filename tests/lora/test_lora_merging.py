@@ -66,6 +66,27 @@ def test_a_kept_base_comes_back_bit_by_bit(dtype):
     assert len(trained) == 6
 
 
+def test_copies_are_kept_of_what_each_merge_changes():
+    layer, _, _ = made(torch.bfloat16, targets=("experts.up",))
+    dmoe.lora.add(layer, rank=2, targets=("experts.down",), name="down")
+    randomise((p for name, p in layer.named_parameters() if ".down." in name), seed=3)
+    base = {key: value.clone() for key, value in layer.named_parameters()}
+    for second in (True, False):
+        dmoe.lora.merge(layer, "default", keep_base=True)
+        dmoe.lora.merge(layer, "down", keep_base=second)
+        dmoe.lora.unmerge(layer)
+        for key, value in layer.named_parameters():
+            if second or key != "experts.down_proj":
+                assert torch.equal(value, base[key]), key
+        torch.testing.assert_close(layer.experts.down_proj, base["experts.down_proj"], rtol=0.02, atol=0.02)
+    dmoe.lora.add(layer, rank=1, targets=("experts.up",), name="more")
+    dmoe.lora.merge(layer, "default")
+    with pytest.raises(ValueError, match=r"keep_base: experts: expected weights without adapters .*gate_up_proj"):
+        dmoe.lora.merge(layer, "more", keep_base=True)
+    with pytest.raises(ValueError, match=r"expected each adapter once, got \['more', 'more'\]"):
+        dmoe.lora.merge(layer, ["more", "more"])
+
+
 def test_no_product_of_all_experts_is_made():
     layer, _, _ = made(targets=("experts",))
     one = layer.experts.down_proj[0].numel() * 8

@@ -260,7 +260,9 @@ def test_what_does_not_load_is_named_and_changes_nothing():
     with pytest.raises(ValueError, match=r"blocks\.0\.ffn\.experts has a scale of 1\.0, not 0\.33"):
         dmoe.lora.load_state_dict(model, {**state, "config": scaled})
     elsewhere = {"config": {"blocks.7.ffn.experts": {}}, "tensors": {"blocks.7.ffn.experts.down_proj.a": x}}
-    with pytest.raises(ValueError, match=r"layers: expected patterns of .*blocks\.0\.ffn.* got \['blocks\.7\.ffn'\]"):
+    with pytest.raises(
+        ValueError, match=r"load_state_dict: layers: expected patterns of .*blocks\.0\.ffn.* got \['blocks\.7\.ffn'\]"
+    ):
         dmoe.lora.load_state_dict(model, elsewhere)
     with pytest.raises(ValueError, match=r"config: expected names of modules that end in experts.* got 'head'"):
         dmoe.lora.load_state_dict(model, {"config": {"head": {}}, "tensors": {}})
@@ -348,8 +350,18 @@ def refused(**fields):
         (refused, {"share_a": 1}, TypeError, "LoRA: share_a: expected True or False, got 1"),
         (refused, {"init": "zeros"}, ValueError, "LoRA: init: expected one of default, gaussian, got 'zeros'"),
         (refused, {"targets": "experts"}, TypeError, "LoRA: targets: expected a sequence of patterns, got 'experts'"),
-        (refused, {"targets": ["mlp"]}, ValueError, r"LoRA: targets: expected patterns of experts\.up, .* got 'mlp'"),
-        (refused, {"targets": ["shared_expert"]}, ValueError, r"LoRA: targets: expected parts that the layers \[''\]"),
+        (
+            refused,
+            {"targets": ["mlp"]},
+            ValueError,
+            r"dmoe\.lora\.add: targets: expected patterns of experts\.up, .* got 'mlp'",
+        ),
+        (
+            refused,
+            {"targets": ["shared_expert"]},
+            ValueError,
+            r"dmoe\.lora\.add: targets: expected parts that the layers \[''\]",
+        ),
         (refused, {"layers": "x"}, ValueError, r"layers: expected patterns of the names of dmoe\.MoE layers \[''\]"),
         (refused, {"ranks": 3}, TypeError, "ranks"),
         (refused, {"name": "a.b"}, ValueError, r"name: expected a word without dots .* got 'a\.b'"),
@@ -360,7 +372,7 @@ def refused(**fields):
             lambda: refused(ffn_hidden_size=[1, 2, 3, 4]),
             {"share_b": True},
             ValueError,
-            r"LoRA: share_b: expected False beside the up projection of experts of different widths \(1, 2, 3, 4\)",
+            r"lora\.add: share_b: expected False beside the up projection of experts of different widths \(1, 2, 3, 4\)",
         ),
         (lambda: nn.Linear(2, 2), {}, ValueError, r"layers: expected patterns of the names of dmoe\.MoE layers \[\]"),
     ],

@@ -151,8 +151,18 @@ def test_copies(ranks):
 @pytest.mark.parametrize(
     ("options", "groups", "then", "told"),
     [
-        ({"share_a": True}, "ep", None, "LoRA: share_a: expected False where ranks hold 1 of 4 experts, got True"),
-        ({"share_b": True}, "ep", None, "LoRA: share_b: expected False where ranks hold 1 of 4 experts, got True"),
+        (
+            {"share_a": True},
+            "ep",
+            None,
+            "dmoe.lora.add: share_a: expected False where ranks hold 1 of 4 experts, got True",
+        ),
+        (
+            {"share_b": True},
+            "ep",
+            None,
+            "dmoe.lora.add: share_b: expected False where ranks hold 1 of 4 experts, got True",
+        ),
         ({}, "grid", None, "experts: expected whole experts on each rank, got 1 of 2 parts of their F"),
         ({}, "ep", "use", "dmoe.lora.use: MoE: expected experts that are all on this rank, got 4 ranks"),
         ({}, "ep", "on one rank", "the ranks of the expert-parallel group disagree: .*adapters: {'experts': "),

@@ -299,9 +299,17 @@ def damaged(files, config):
     yield files, {**config, "modules_to_save": ["lm_head"]}, r"modules_to_save: expected None"
     yield files, {**config, "peft_type": "LOHA"}, r"peft_type: expected LORA, got 'LOHA'"
     yield files, {**config, "bias": "all"}, r"bias: expected 'none'"
-    yield files, {**config, "r": "2"}, r"r: expected a positive number, got '2'"
-    yield files, {**config, "rank_pattern": {"(": 2}}, r"rank_pattern: expected regular expressions"
-    yield files, {**config, "rank_pattern": {"x": "2"}}, r"rank_pattern: expected names and positive numbers"
+    for rank in ("2", 0.5, 0, True, float("nan"), float("inf"), 10**400):
+        yield files, {**config, "r": rank}, r"json: r: expected a whole number of at least 1, got"
+        yield files, {**config, "rank_pattern": {"x": rank}}, r"rank_pattern: expected names, each with a whole number"
+    for alpha in ("2", -1, float("nan"), float("inf"), 10**400):
+        yield files, {**config, "lora_alpha": alpha}, r"lora_alpha: expected a positive number, got"
+        yield files, {**config, "alpha_pattern": {"x": alpha}}, r"alpha_pattern: expected names, each with a positive"
+    for pattern in ("(", "a{99999999999999}", "(([a-z._0-9]+)+)+!", ".*" * 9, "x" * 999):
+        yield files, {**config, "rank_pattern": {pattern: 2}}, r"rank_pattern: expected names or simple regular expr"
+    for start in ("pissa", "pissa_niter_4", "olora", "corda", "loftq"):
+        yield files, {**config, "init_lora_weights": start}, r"init_lora_weights: expected a start that leaves the base"
+    yield files, {**config, "use_rslora": "false"}, r"use_rslora: expected true or false, got 'false'"
     yield files, {**config, "target_parameters": "gate"}, r"target_parameters: expected a list of names"
     yield files, {**config, "target_parameters": ["experts.gate_up_proj_bias"]}, r"expected projections of experts"
     linear = {f"{other}.lora_A.weight": torch.ones(3, 4), f"{other}.lora_B.weight": torch.ones(4, 3)}

@@ -201,8 +201,13 @@ def test_what_is_refused_changes_nothing():
         poisoned.experts.down_proj[2, 1, 1] = float("inf")  # behind what would be quantised first
     for layer, options, error, message in (
         (layer_of(), {"format": "int3"}, ValueError, "quantize: format: expected one of int8, fp8"),
-        (layer_of(), {"targets": ["router"]}, ValueError, "quantize: targets: expected some of .*got 'router'"),
-        (layer_of(), {"targets": "experts"}, TypeError, "quantize: targets: expected a sequence of names"),
+        (
+            layer_of(),
+            {"targets": ["router"]},
+            ValueError,
+            "quantize: targets: expected patterns of experts.up, .*got 'router'",
+        ),
+        (layer_of(), {"targets": "experts"}, TypeError, "quantize: targets: expected a sequence of patterns"),
         (layer_of(), {"targets": ["shared_expert"]}, ValueError, "expected experts that targets .* name, found none"),
         (nn.Linear(3, 3), {}, ValueError, "expected experts that targets .* name, found none"),
         (layer_of(), {"format": "int4", "group": 48}, ValueError, "experts.gate_up_proj: block: expected"),
