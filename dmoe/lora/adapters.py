@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
 from dmoe.adapters import Adapters, LowRank
+from dmoe.expert_init import draw_initial_seed
 from dmoe.expert_slice import ExpertSlice, local_part
 from dmoe.lora.config import LoRA
-from dmoe.lora.factors import Factors, ProjectionShape, draw_seed, generators_of
+from dmoe.lora.factors import LoRAFactors, ProjectionShape, generators_of
 
 
 class TokensChoice(NamedTuple):
@@ -113,6 +114,14 @@ class AdapterSet(nn.Module):
                 )
         return self.by_token if self.enabled else None
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if self.merged:  # nobody could say whether weights that come from elsewhere have them already
+            args[-1].append(  # torch's error_msgs, which are raised with strict=False, too
+                f"{prefix.rstrip('.')}: expected adapters beside the weights, got {list(self.merged)} merged into "
+                "them: dmoe.lora.unmerge(model) or remove them before weights are loaded"
+            )
+
     def __getstate__(self) -> dict[str, Any]:
         """Without the choice of the moment."""
         return {**self.__dict__, "by_token": None, "_chosen_by_token": False}
@@ -158,7 +167,7 @@ class Adapter(nn.Module):
         one = next(self.parameters())
         if one.is_meta or is_fake(one):
             return
-        self.seed = draw_seed()
+        self.seed = draw_initial_seed()
         self._fill(self.seed)
 
     def _fill(self, seed: int) -> None:
@@ -174,7 +183,7 @@ class Adapter(nn.Module):
 
 
 class ExpertAdapter(Adapter):
-    """One adapter of all experts: :class:`Factors` by the name of the projection they stand beside.
+    """One adapter of all experts: :class:`LoRAFactors` by the name of the projection they stand beside.
 
     Args:
         projections: by parameter name, those that are adapted.
@@ -197,11 +206,11 @@ class ExpertAdapter(Adapter):
         super().__init__(config)
         self.where = where
         for name, projection in projections.items():
-            self.add_module(name, Factors(projection, config, where, device=device, dtype=dtype))
+            self.add_module(name, LoRAFactors(projection, config, where, device=device, dtype=dtype))
         self.reset_parameters()
 
     @property
-    def factors(self) -> dict[str, Factors]:
+    def factors(self) -> dict[str, LoRAFactors]:
         """By the projection's name."""
         held: Any = dict(self._modules)
         return held

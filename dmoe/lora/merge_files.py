@@ -105,7 +105,7 @@ def _merge_experts(
         flat = (base.shape[0], base.shape[1] * base.shape[2], base.shape[3]) if len(base.shape) == 4 else base.shape
         if update.shape != flat:
             raise ValueError(f"{place}: expected an update of {flat}, as the weight is, got one of {update.shape}")
-        merged[f"{layer}experts.{name}"] = Stored(base.shape, base.dtype, _Sum(base, update), base.where)
+        merged[f"{layer}experts.{name}"] = Stored(base.shape, base.dtype, _Sum(base, update, place), base.where)
 
 
 def _by_halves(b: Stored, family: Family) -> Stored:
@@ -117,8 +117,8 @@ def _by_halves(b: Stored, family: Family) -> Stored:
 class _Sum:
     """Rows of experts' weights with what is added to them; factors are read once for all experts."""
 
-    def __init__(self, base: Stored, update: Update) -> None:
-        self.base, self.update = base, update
+    def __init__(self, base: Stored, update: Update, where: str) -> None:
+        self.base, self.update, self.where = base, update, where
         self._factors: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, start: int, stop: int) -> Tensor:
@@ -128,10 +128,19 @@ class _Sum:
         out = torch.empty_like(rows)
         for place, expert in enumerate(range(start, stop)):
             flat = rows[place].flatten(0, -2)
-            out[place] = merged_rows(flat, a[expert], b[expert], self.update.scale).view(rows[place].shape)
+            merged = _finite(
+                merged_rows(flat, a[expert], b[expert], self.update.scale), f"{self.where}, expert {expert}"
+            )
+            out[place] = merged.view(rows[place].shape)
         if stop == self.base.shape[0]:
             self._factors = None
         return out
+
+
+def _finite(merged: Tensor, where: str) -> Tensor:
+    if not merged.isfinite().all():
+        raise ValueError(f"{where}: expected finite weights with the adapter in them, got others")
+    return merged
 
 
 def _tensor_of(path: str, model: Model, family: Family) -> tuple[str, int | None]:
@@ -168,10 +177,10 @@ def _merged(base: Stored, update: Update, half: int | None, where: str) -> Store
             return weight
         a, b = update.a.read(), update.b.read()
         if weight.dim() == 2:
-            return merged_rows(weight, a, b, update.scale)
+            return _finite(merged_rows(weight, a, b, update.scale), where)
         whole = weight.clone()
         place = (0,) if half is None else (0, half)
-        whole[place] = merged_rows(weight[place], a, b, update.scale)
+        whole[place] = _finite(merged_rows(weight[place], a, b, update.scale), where)
         return whole
 
     return mapped([base], added)  # type: ignore[arg-type]

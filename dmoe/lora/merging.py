@@ -37,6 +37,10 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, keep_ba
     todo: list[tuple[Any, list[str]]] = []
     for path, module in held.items():
         chosen = [name for name in (module.lora.active if wanted is None else wanted) if name in module.lora.names]
+        if not module.lora.enabled:
+            raise ValueError(
+                f"dmoe.lora.merge: {path}: expected adapters that work, got disabled ones: enable(model) first"
+            )
         if again := [name for name in chosen if name in module.lora.merged]:
             raise ValueError(f"dmoe.lora.merge: {path}: expected adapters that are not merged, got {again}")
         if len(set(chosen)) < len(chosen):

@@ -87,6 +87,25 @@ def test_copies_are_kept_of_what_each_merge_changes():
         dmoe.lora.merge(layer, ["more", "more"])
 
 
+def test_what_is_loaded_over_merged_weights_is_refused():
+    layer, _, _ = made()
+    state = copy.deepcopy(layer.state_dict())
+    dmoe.lora.merge(layer)
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=r"experts.lora: expected adapters beside the weights, got .*unmerge"):
+            layer.load_state_dict(state, strict=strict)
+
+
+def test_removing_another_leaves_the_kept_copy():
+    layer, _, _ = made(torch.bfloat16)
+    dmoe.lora.add(layer, rank=1, name="more")
+    base = {key: value.clone() for key, value in layer.named_parameters() if ".more." not in key}
+    dmoe.lora.merge(layer, "default", keep_base=True)
+    dmoe.lora.remove(layer, "more")
+    dmoe.lora.unmerge(layer)
+    assert all(torch.equal(value, base[key]) for key, value in layer.named_parameters())
+
+
 def test_no_product_of_all_experts_is_made():
     layer, _, _ = made(targets=("experts",))
     one = layer.experts.down_proj[0].numel() * 8

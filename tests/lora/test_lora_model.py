@@ -36,6 +36,41 @@ def made(seed=0, **fields):
     return Model(**fields), torch.randn(3, 5, 6, dtype=fields.get("dtype", torch.float64))
 
 
+def test_what_is_added_works_also_where_adapters_were_disabled():
+    layer = dmoe.MoE(hidden_size=8, ffn_hidden_size=8, num_experts=2, top_k=1)
+    dmoe.lora.add(layer, rank=1)
+    dmoe.lora.disable(layer)
+    with pytest.raises(ValueError, match=r"dmoe\.lora\.merge: experts: expected adapters that work, got disabled"):
+        dmoe.lora.merge(layer)
+    with (
+        pytest.raises(ValueError, match=r"dmoe\.lora\.use: experts: expected adapters that work, got disabled ones"),
+        dmoe.lora.use(layer, torch.zeros(3, dtype=torch.long)),
+    ):
+        pass
+    trained = dmoe.lora.add(layer, rank=1, name="second")
+    layer(torch.randn(3, 8)).sum().backward()
+    assert all(parameter.grad is not None for parameter in trained.values())
+    with pytest.raises(ValueError, match=r"set_active: expected each name once, got \['second', 'second'\]"):
+        dmoe.lora.set_active(layer, ["second", "second"])
+    with (
+        pytest.raises(TypeError, match=r"dmoe\.lora\.use: names: expected a sequence of names, got 'second'"),
+        dmoe.lora.use(layer, torch.zeros(3, dtype=torch.long), names="second"),
+    ):
+        pass
+
+
+def test_two_of_different_ranks_over_experts_of_different_widths_are_summed():
+    layer = dmoe.MoE(hidden_size=8, ffn_hidden_size=[2, 3, 4], num_experts=3, top_k=2, dtype=torch.float64)
+    x = torch.randn(9, 8, dtype=torch.float64)
+    for name, rank in (("one", 1), ("three", 3)):
+        trained = dmoe.lora.add(layer, rank=rank, name=name)
+        randomise(trained.values(), seed=rank)
+    dmoe.lora.set_active(layer, ["one", "three"])
+    both = layer(x)
+    dmoe.lora.merge(layer)
+    torch.testing.assert_close(layer(x), both)
+
+
 def test_it_changes_nothing_at_first_and_trains_alone():
     model, x = made()
     expected = model(x)
@@ -372,7 +407,7 @@ def refused(**fields):
             lambda: refused(ffn_hidden_size=[1, 2, 3, 4]),
             {"share_b": True},
             ValueError,
-            r"lora\.add: share_b: expected False beside the up projection of experts of different widths \(1, 2, 3, 4\)",
+            r"add: share_b: expected False beside the up projection of experts of different widths \(1, 2, 3, 4\)",
         ),
         (lambda: nn.Linear(2, 2), {}, ValueError, r"layers: expected patterns of the names of dmoe\.MoE layers \[\]"),
     ],

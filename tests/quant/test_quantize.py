@@ -224,3 +224,12 @@ def test_what_is_refused_changes_nothing():
         after = layer.state_dict()
         assert before.keys() == after.keys()
         assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_weights_come_back_in_the_dtype_that_the_rest_of_the_model_has_now():
+    layer = layer_of(bias="expert")
+    quantize(layer, "int8")
+    layer.bfloat16()
+    assert len(dequantize(layer)) == 2
+    assert {p.dtype for p in layer.experts.parameters()} == {torch.bfloat16}
+    layer(torch.randn(5, layer.config.hidden_size, dtype=torch.bfloat16))
