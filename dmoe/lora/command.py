@@ -12,7 +12,7 @@ from dmoe.checkpoint import progress_bar, run_command
 from dmoe.checkpoint.hub_folder import local_folder
 from dmoe.checkpoint.new_folder import new_folder
 from dmoe.lora.merge_files import merge_folder
-from dmoe.lora.peft_config import CONFIG
+from dmoe.lora.peft_config import CONFIG, PARAMETERS_AS_STORED_SINCE
 from dmoe.lora.peft_read import read_adapter
 from dmoe.lora.peft_write import LAYOUTS, write_adapter
 
@@ -55,7 +55,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="the model, of which config.json alone is read [as the adapter says, if that is here]",
     )
     convert.add_argument(
-        "--peft", type=_version, default=(0, 19), metavar="VERSION", help="that is to read it; 0.18 differs [0.19]"
+        "--peft",
+        type=_version,
+        default=PARAMETERS_AS_STORED_SINCE,
+        metavar="VERSION",
+        help="that is to read it; 0.18 differs [0.19]",
     )
     convert.add_argument("--overwrite", action="store_true", help="replace an adapter in OUT")
     return parser
@@ -89,7 +93,7 @@ def convert(
     to: str,
     *,
     base: str | os.PathLike[str] | None = None,
-    version: tuple[int, int] = (0, 19),
+    version: tuple[int, int] = PARAMETERS_AS_STORED_SINCE,
     overwrite: bool = False,
 ) -> None:
     """Write an adapter in another layout: all of it or nothing.

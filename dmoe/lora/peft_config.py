@@ -15,6 +15,10 @@ from pathlib import Path
 from typing import Any
 
 CONFIG = "adapter_config.json"
+TENSORS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
+PREFIX = "base_model.model."  # before the name of every module
+# The release since which factors of a parameter (E, out, in) are as it is stored; see dmoe/lora/peft_read.py.
+PARAMETERS_AS_STORED_SINCE = (0, 19)
 # Options under which the factors are not all that is added to a weight.
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "use_dora": (False, None),

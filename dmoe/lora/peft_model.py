@@ -22,7 +22,8 @@ from dmoe.expert_targets import half_of
 from dmoe.layer import MoE
 from dmoe.lora.adapter_file import AdapterFile, Update, joined
 from dmoe.lora.config import LoRA
-from dmoe.lora.peft_config import CONFIG
+from dmoe.lora.model_types import LEAVES
+from dmoe.lora.peft_config import CONFIG, PARAMETERS_AS_STORED_SINCE
 from dmoe.lora.peft_read import read_adapter
 from dmoe.lora.peft_write import write_adapter
 from dmoe.lora.router import RouterAdapter
@@ -30,7 +31,7 @@ from dmoe.lora.states import put_values
 from dmoe.lora.targets import PATHS, TARGETS, adapted_modules
 from dmoe.other_experts import experts_in
 
-_LINEAR = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
+_LEAVES_OF = {"gate_up_proj": LEAVES[:2], "up_proj": LEAVES[1:2], "down_proj": LEAVES[2:]}
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def save_peft(
     name: str = "default",
     base: str | os.PathLike[str] | None = None,
     layout: str = "peft",
-    version: tuple[int, int] = (0, 19),
+    version: tuple[int, int] = PARAMETERS_AS_STORED_SINCE,
     overwrite: bool = False,
 ) -> None:
     """Write an adapter as PEFT does: ``adapter_config.json`` and ``adapter_model.safetensors``, both or none.
@@ -144,7 +145,7 @@ def load_peft(
         stem, _, leaf = path.rpartition(".")
         if path in named and not named[path].is_shared:
             found[path] = {"weight": update}
-        elif stem in named and named[stem].is_shared and leaf in ("gate_proj", "up_proj", "down_proj"):
+        elif stem in named and named[stem].is_shared and leaf in LEAVES:
             found.setdefault(stem, {})[leaf] = update
         else:
             left.append(path)
@@ -192,7 +193,7 @@ def file_of(model: nn.Module, name: str) -> AdapterFile:
             a, b = _whole(factors.a), _whole(factors.b)
             if each.is_shared:
                 rows = b[0].unbind(0) if b.dim() == 4 else (b[0],)
-                for leaf, part in zip(_LINEAR[projection], rows, strict=True):
+                for leaf, part in zip(_LEAVES_OF[projection], rows, strict=True):
                     linear[f"{each.theirs}.{leaf}"] = Update(held(a[0]), held(part), scale)
                 continue
             if b.dim() == 4:

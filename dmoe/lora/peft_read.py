@@ -30,27 +30,13 @@ from dmoe.checkpoint.formats.hf_files import open_files
 from dmoe.checkpoint.hub_folder import read_json
 from dmoe.checkpoint.stored import Stored, mapped, reshaped, stacked
 from dmoe.lora.adapter_file import PROJECTIONS, AdapterFile, Update, joined
-from dmoe.lora.model_types import UNMARKED, factors_turned, model_type_of
-from dmoe.lora.peft_config import CONFIG, PeftConfig
+from dmoe.lora.model_types import HALF_OF_LEAF, UNMARKED, factors_turned, model_type_of
+from dmoe.lora.peft_config import CONFIG, PARAMETERS_AS_STORED_SINCE, PICKLED, PREFIX, TENSORS, PeftConfig
 
-TENSORS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
-_PREFIX = "base_model.model."
 _KEY = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])\.weight")
 _STACKED = re.compile(r"(?P<module>(?:.*\.)?experts)(?P<nest>(?:\.base_layer)*)")
 _WHOLE = re.compile(r"(?P<module>(?:.*\.)?experts)\.(?P<name>gate_up_proj|up_proj|down_proj)")
 _ONE = re.compile(r"(?P<module>(?:.*\.)?experts)\.(?:expert_)?(?P<e>\d+)\.(?P<name>\w+)")
-_KINDS = {
-    "gate_proj": "gate",
-    "up_proj": "up",
-    "down_proj": "down",
-    "w1": "gate",
-    "w3": "up",
-    "w2": "down",
-    "wi": "up",
-    "wo": "down",
-    "fc1": "up",
-    "fc2": "down",
-}
 _MOST_EXPERTS = 1 << 16
 
 
@@ -86,9 +72,9 @@ def updates_of(tensors: Mapping[str, Stored], config: PeftConfig, where: str, mo
     for path, (a, b) in pairs.items():
         if match := _STACKED.fullmatch(path):
             wrapped.setdefault(match["module"], {})[match["nest"].count(".")] = (a, b)
-        elif (match := _ONE.fullmatch(path)) and match["name"] in _KINDS:
+        elif (match := _ONE.fullmatch(path)) and match["name"] in HALF_OF_LEAF:
             update = _checked(path, a, b, 2, config, where)
-            single.setdefault(match["module"], {}).setdefault(_KINDS[match["name"]], {})[int(match["e"])] = update
+            single.setdefault(match["module"], {}).setdefault(HALF_OF_LEAF[match["name"]], {})[int(match["e"])] = update
         elif match := _WHOLE.fullmatch(path):
             experts.setdefault(match["module"], {})[match["name"]] = _checked(path, a, b, 3, config, where)
         else:
@@ -108,7 +94,7 @@ def _pairs(tensors: Mapping[str, Stored], where: str) -> dict[str, tuple[Stored,
             raise ValueError(f"{where}: {name}: expected a name that ends with lora_A.weight or lora_B.weight")
         if not tensor.dtype.is_floating_point:
             raise ValueError(f"{where}: {name}: expected a factor of floating-point numbers, got {tensor.dtype}")
-        sides.setdefault(match["path"].removeprefix(_PREFIX), {})[match["side"]] = tensor
+        sides.setdefault(match["path"].removeprefix(PREFIX), {})[match["side"]] = tensor
     for path, found in sides.items():
         if missing := [side for side in "AB" if side not in found]:
             raise ValueError(f"{where}: {path}: expected both factors, got no lora_{missing[0]}.weight")
@@ -223,7 +209,7 @@ def _turned(
                 f"{where}: {module}: expected factors of projections {'(E, 2 F, H)' if halves == 2 else '(E, F, H)'} "
                 f"and (E, H, F), got {up} and {down}"
             )
-    if config.version is not None and config.version >= (0, 19) and model_type not in UNMARKED:
+    if config.version is not None and config.version >= PARAMETERS_AS_STORED_SINCE and model_type not in UNMARKED:
         return False
     if config.version is None or model_type is None:
         missing = "peft_version" if config.version is None else "base_model_name_or_path"

@@ -29,14 +29,10 @@ from torch import Tensor
 
 from dmoe.checkpoint.stored import Stored, mapped, reshaped, taken
 from dmoe.lora.adapter_file import PROJECTIONS, AdapterFile, Update, apart, joined, uniform
-from dmoe.lora.model_types import ROUTERS, STACKED, UNGATED, factors_turned
-from dmoe.lora.peft_config import CONFIG, config_for
+from dmoe.lora.model_types import LEAVES, ROUTERS, SPELLED, STACKED, UNGATED, factors_turned
+from dmoe.lora.peft_config import CONFIG, PARAMETERS_AS_STORED_SINCE, PREFIX, TENSORS, config_for
 
-TENSORS = "adapter_model.safetensors"
 LAYOUTS = ("peft", "peft-experts", "vllm", "sglang")
-_PREFIX = "base_model.model."
-_USUAL = ("gate_proj", "up_proj", "down_proj")
-_SPELLED = {"mixtral": ("w1", "w3", "w2")}
 
 
 def write_adapter(
@@ -45,7 +41,7 @@ def write_adapter(
     layout: str = "peft",
     *,
     base: str | None = None,
-    version: tuple[int, int] = (0, 19),
+    version: tuple[int, int] = PARAMETERS_AS_STORED_SINCE,
 ) -> None:
     """Write an adapter's two files into a folder that is there.
 
@@ -74,7 +70,7 @@ def laid_out(
     layout: str,
     *,
     base: str | None = None,
-    version: tuple[int, int] = (0, 19),
+    version: tuple[int, int] = PARAMETERS_AS_STORED_SINCE,
 ) -> tuple[dict[str, Stored], dict[str, Any]]:
     """The tensors by name, and the config, of :func:`write_adapter`."""
     model_type = adapter.model_type
@@ -90,14 +86,14 @@ def laid_out(
     experts = {}
     for module, projections in adapter.experts.items():
         found = {name: each.expanded() for name, each in in_order(projections, model_type).items()}
-        experts[module] = found if stacked else _one_by_one(found, _SPELLED.get(model_type or "", _USUAL))
+        experts[module] = found if stacked else _one_by_one(found, SPELLED.get(model_type or "", LEAVES))
     first = None
     if layout in ("vllm", "sglang"):
         linear, experts = uniform(linear, experts)
     elif not stacked and experts:  # PEFT doubles r, and not a pattern's rank, of gate and up projections that it joins
         _, experts = uniform({}, experts)
         first = next((each.rank, each.scale) for updates in experts.values() for each in updates.values())
-    named = {f"{_PREFIX}{path}": (update.a, update.b) for path, update in linear.items()}
+    named = {f"{PREFIX}{path}": (update.a, update.b) for path, update in linear.items()}
     # Routers of Transformers 5 are modules of their own, and not nn.Linear.
     routers = [path for path in linear if stacked and path.rpartition(".")[2] in ROUTERS]
     ranks = {f"{path}.weight" if path in routers else path: (each.rank, each.scale) for path, each in linear.items()}
@@ -112,7 +108,7 @@ def laid_out(
         for name, each in updates.items():
             ranks[f"{module}.#.{name}"] = (each.rank, each.scale)
             for e in range(each.num_experts):
-                named[f"{_PREFIX}{module}.{e}.{name}"] = (taken(each.a, e), taken(each.b, e))
+                named[f"{PREFIX}{module}.{e}.{name}"] = (taken(each.a, e), taken(each.b, e))
     tensors = {f"{path}.lora_{s}.weight": f for path, pair in named.items() for s, f in zip("AB", pair, strict=True)}
     config = config_for(
         ranks,
@@ -139,8 +135,8 @@ def in_order(projections: Mapping[str, Update], model_type: str | None) -> dict[
 def _wrapped(module: str, projections: Mapping[str, Update], turned: bool) -> dict[str, tuple[Stored, Stored]]:
     """Factors as wrappers hold them: the last parameter's outermost."""
     found = {}
-    for depth, (_, update) in enumerate(reversed(list(projections.items()))):
-        found[f"{_PREFIX}{module}{'.base_layer' * depth}"] = wrapped(update, turned)
+    for depth, update in enumerate(reversed(list(projections.values()))):
+        found[f"{PREFIX}{module}{'.base_layer' * depth}"] = wrapped(update, turned)
     return found
 
 

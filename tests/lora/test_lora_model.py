@@ -372,7 +372,7 @@ def refused(**fields):
             lambda: refused(ffn_hidden_size=[1, 2, 3, 4]),
             {"share_b": True},
             ValueError,
-            r"lora\.add: share_b: expected False beside the up projection of experts of different widths \(1, 2, 3, 4\)",
+            r"add: share_b: expected False beside the up projection of experts of different widths \(1, 2, 3, 4\)",
         ),
         (lambda: nn.Linear(2, 2), {}, ValueError, r"layers: expected patterns of the names of dmoe\.MoE layers \[\]"),
     ],
