@@ -14,6 +14,11 @@ def expert_generator(seed: int, expert: int) -> torch.Generator:
     return torch.Generator(device="cpu").manual_seed((seed + expert * 0x9E3779B97F4A7C15) % 2**63)
 
 
+def draw_initial_seed() -> int:
+    """A seed from PyTorch's default generator, whatever the default device is."""
+    return int(torch.randint(2**62, (), device="cpu").item())
+
+
 @torch.no_grad()
 def initialise(
     weights: ExpertWeights,

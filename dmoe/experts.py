@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import is_fake
 
 from dmoe.activation_functions import name_of
 from dmoe.config import MoEConfig
-from dmoe.expert_init import initialise
+from dmoe.expert_init import draw_initial_seed, initialise
 from dmoe.expert_slice import ExpertSlice, local_part, scaled
 from dmoe.expert_states import adapters_without_place, other_layout, weights_for_codes
 from dmoe.expert_weights import F_DIM, ExpertWeights, Weight
@@ -208,7 +208,7 @@ class Experts(nn.Module):
         one = next(self.parameters(), None)
         if self._coded() or one is None or one.is_meta or is_fake(one):
             return
-        self.seed = int(torch.randint(2**62, (), device="cpu").item())  # whatever the default device is
+        self.seed = draw_initial_seed()
         c = self.config
         initialise(self.weights(), self.owned, self.seed, c.init_std, c.init, c.frozen_down_bias)
 

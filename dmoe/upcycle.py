@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dmoe.config import MoEConfig
 from dmoe.dense_copies import perturb as perturbed
 from dmoe.dense_ffn import DenseFFN
-from dmoe.expert_init import expert_generator
+from dmoe.expert_init import draw_initial_seed, expert_generator
 from dmoe.experts import Experts
 from dmoe.layer import MoE
 
@@ -96,7 +96,7 @@ def copy_into_experts(ffn: DenseFFN, experts: Experts, perturb: float = 0.0) -> 
         "up_bias": ffn.up_bias(),
         "down_bias": ffn.down_bias(),
     }
-    seed = int(torch.randint(2**62, (), device="cpu").item()) if perturb else 0
+    seed = draw_initial_seed() if perturb else 0
     weights = experts.weights()
     for position, expert in enumerate(experts.owned.experts):
         generator = expert_generator(seed, expert)

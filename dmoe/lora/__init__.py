@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from dmoe.lora.adapters import AdapterSet, ExpertAdapter, ExpertAdapters
 from dmoe.lora.config import LoRA
-from dmoe.lora.factors import Factors, ProjectionShape
+from dmoe.lora.factors import LoRAFactors, ProjectionShape
 from dmoe.lora.merging import merge, unmerge
 from dmoe.lora.model import add, disable, enable, remove, set_active, use
 from dmoe.lora.peft_model import load_peft, save_peft
@@ -31,8 +31,8 @@ __all__ = [
     "AdapterSet",
     "ExpertAdapter",
     "ExpertAdapters",
-    "Factors",
     "LoRA",
+    "LoRAFactors",
     "ProjectionShape",
     "RouterAdapter",
     "RouterAdapters",

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmoe.checkpoint.stored import Stored, held, mapped
+from dmoe.ops.activation import accumulate_dtype
 
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")  # as an experts module lists them
 
@@ -58,7 +59,7 @@ class Update:
         if scale == self.scale:
             return self
         ratio = self.scale / scale
-        b = mapped([self.b], lambda t: (t[0].to(_wide(t[0].dtype)) * ratio).to(t[0].dtype), by_rows=True)
+        b = mapped([self.b], lambda t: (t[0].to(accumulate_dtype(t[0].dtype)) * ratio).to(t[0].dtype), by_rows=True)
         return replace(self, b=b, scale=scale)
 
     def expanded(self) -> Update:
@@ -97,7 +98,7 @@ class AdapterFile:
 
 def merged_rows(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """``weight + scale * b a`` in float32 (float64 of such numbers), rounded once."""
-    wide = _wide(weight.dtype)
+    wide = accumulate_dtype(weight.dtype)
     return (weight.to(wide) + scale * (b.to(wide) @ a.to(wide))).to(weight.dtype)
 
 
@@ -163,7 +164,3 @@ def uniform(
 
 def _or_zeros(tensor: Tensor, zeros: bool) -> Tensor:
     return torch.zeros_like(tensor) if zeros else tensor
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

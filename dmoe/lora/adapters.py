@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
 from dmoe.adapters import Adapters, LowRank
+from dmoe.expert_init import draw_initial_seed
 from dmoe.expert_slice import ExpertSlice, local_part
 from dmoe.lora.config import LoRA
-from dmoe.lora.factors import Factors, ProjectionShape, draw_seed, generators_of
+from dmoe.lora.factors import LoRAFactors, ProjectionShape, generators_of
 
 
 class TokensChoice(NamedTuple):
@@ -158,7 +159,7 @@ class Adapter(nn.Module):
         one = next(self.parameters())
         if one.is_meta or is_fake(one):
             return
-        self.seed = draw_seed()
+        self.seed = draw_initial_seed()
         self._fill(self.seed)
 
     def _fill(self, seed: int) -> None:
@@ -174,7 +175,7 @@ class Adapter(nn.Module):
 
 
 class ExpertAdapter(Adapter):
-    """One adapter of all experts: :class:`Factors` by the name of the projection they stand beside.
+    """One adapter of all experts: :class:`LoRAFactors` by the name of the projection they stand beside.
 
     Args:
         projections: by parameter name, those that are adapted.
@@ -197,11 +198,11 @@ class ExpertAdapter(Adapter):
         super().__init__(config)
         self.where = where
         for name, projection in projections.items():
-            self.add_module(name, Factors(projection, config, where, device=device, dtype=dtype))
+            self.add_module(name, LoRAFactors(projection, config, where, device=device, dtype=dtype))
         self.reset_parameters()
 
     @property
-    def factors(self) -> dict[str, Factors]:
+    def factors(self) -> dict[str, LoRAFactors]:
         """By the projection's name."""
         held: Any = dict(self._modules)
         return held

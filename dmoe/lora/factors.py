@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dmoe.expert_init import expert_generator
 from dmoe.expert_slice import ExpertSlice, local_part
 from dmoe.lora.config import LoRA
+from dmoe.ops.activation import accumulate_dtype
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class ProjectionShape:
         return factor.narrow(-1 if is_a else -2, start, width)
 
 
-class Factors(nn.Module):
+class LoRAFactors(nn.Module):
     """Parameters ``a`` and ``b`` beside one projection.
 
     Args:
@@ -117,8 +118,7 @@ class Factors(nn.Module):
             self.projection.of_expert(local_part(factor.detach()), expert, is_a=is_a)
             for factor, is_a in ((self.a, True), (self.b, False))
         )
-        wide = torch.promote_types(a.dtype, torch.float32)
-        return (b.to(wide).flatten(0, -2) @ a.to(wide)).mul_(scale).view(*b.shape[:-1], a.shape[-1])
+        return product_of(a, b, scale)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """What ``assign=True`` brings is marked as what was here."""
@@ -130,6 +130,12 @@ class Factors(nn.Module):
     def extra_repr(self) -> str:
         """Shapes."""
         return f"a={tuple(self.a.shape)}, b={tuple(self.b.shape)}, {self.a.dtype}"
+
+
+def product_of(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """``scale b a`` of factors ``(r, in)`` and ``(..., out, r)``: ``(..., out, in)`` in float32 (float64 of float64)."""
+    wide = accumulate_dtype(a.dtype)
+    return (b.to(wide).flatten(0, -2) @ a.to(wide)).mul_(scale).view(*b.shape[:-1], a.shape[-1])
 
 
 def fill_a(a: Tensor, config: LoRA, generator: torch.Generator | None) -> None:
@@ -144,8 +150,3 @@ def fill_a(a: Tensor, config: LoRA, generator: torch.Generator | None) -> None:
 def generators_of(where: ExpertSlice, seed: int) -> list[torch.Generator]:
     """One for each expert that lives here, in the state that it has on one rank."""
     return [expert_generator(seed, expert) for expert in where.experts]
-
-
-def draw_seed() -> int:
-    """From PyTorch's default generator, whatever the default device is."""
-    return int(torch.randint(2**62, (), device="cpu").item())

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dmoe.lora.adapters import Adapter, AdapterSet, of_block
 from dmoe.lora.config import LoRA
-from dmoe.lora.factors import fill_a
+from dmoe.lora.factors import fill_a, product_of
 from dmoe.ops.router_logits import router_logits
 
 
@@ -28,8 +28,7 @@ class _RouterFactors(nn.Module):
 
     def product(self, scale: float) -> Tensor:
         """``scale B A``, ``(E, H)`` in float32 (float64 of float64)."""
-        wide = torch.promote_types(self.a.dtype, torch.float32)
-        return (self.b.detach().to(wide) @ self.a.detach().to(wide)).mul_(scale)
+        return product_of(self.a.detach(), self.b.detach(), scale)
 
 
 class RouterAdapter(Adapter):
