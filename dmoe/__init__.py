@@ -32,7 +32,7 @@ from dmoe.model_tools import (
     set_aux_loss_scale,
     update_selection_bias,
 )
-from dmoe.other_experts import OtherExperts, know_experts
+from dmoe.other_experts import OtherExperts, register_experts
 from dmoe.plan import RoutingPlan, device_tile_rows, plan_expert_choice, plan_token_choice
 from dmoe.quantized_weight import QuantizedWeight
 from dmoe.replace import replace_ffn
@@ -63,7 +63,6 @@ __all__ = [
     "functional",
     "info",
     "is_expert_param",
-    "know_experts",
     "lora",
     "losses",
     "metrics",
@@ -76,6 +75,7 @@ __all__ = [
     "presets",
     "quant",
     "reduce_metrics",
+    "register_experts",
     "replace_ffn",
     "routing",
     "run_experts",

@@ -232,6 +232,10 @@ class MoE(Float32Buffers):
         ep_groups = self.dispatcher.groups if isinstance(self.dispatcher, AllToAllDispatcher) else ()
         move_selection_bias(self.router, told, ep_groups)
 
+    def ask_ranks_again(self) -> None:
+        """Let the next forward compare the layer with those of other ranks once more, as parts of it have changed."""
+        self._ranks_agree = not isinstance(self.dispatcher, AllToAllDispatcher)
+
     def _replicate_for_data_parallel(self) -> MoE:
         """What ``nn.DataParallel`` calls for each device, in each forward."""
         if self.training and torch.is_grad_enabled():

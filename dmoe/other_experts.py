@@ -1,6 +1,6 @@
 """Experts that are somebody else's modules, computed by dmoe: what :mod:`dmoe.lora` and :mod:`dmoe.quant` need to know.
 
-An integration says how to recognise them (:func:`know_experts`); this package imports none.
+An integration says how to recognise them (:func:`register_experts`); this package imports none.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class OtherExperts(Protocol):
 
 
 Recognise = Callable[[nn.Module], "OtherExperts | None"]
-_KNOWN: list[Recognise] = []
+_KNOWN: list[Recognise] = []  # and no dict by name: nobody names one, all are asked about a module
 
 
-def know_experts(recognise: Recognise) -> None:
+def register_experts(recognise: Recognise) -> None:
     """Let ``recognise`` be asked about modules: it returns None for what is not experts of its kind.
 
     It may raise ValueError where experts are of its kind, and cannot be adapted as they are. Telling again changes

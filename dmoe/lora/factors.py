@@ -133,7 +133,7 @@ class LoRAFactors(nn.Module):
 
 
 def product_of(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """``scale b a`` of factors ``(r, in)`` and ``(..., out, r)``: ``(..., out, in)`` in float32 (float64 of float64)."""
+    """``scale b a`` of ``a (r, in)`` and ``b (..., out, r)``: ``(..., out, in)`` in float32 (float64 of float64)."""
     wide = accumulate_dtype(a.dtype)
     return (b.to(wide).flatten(0, -2) @ a.to(wide)).mul_(scale).view(*b.shape[:-1], a.shape[-1])
 

@@ -135,8 +135,8 @@ def attach(model: nn.Module, name: str, fresh: Sequence[tuple[Target, Adapter]])
         module.lora.put(name, adapter)
         if isinstance(module, Experts):
             module.mark_parameters()
-        if target.layer is not None and isinstance(target.layer.dispatcher, AllToAllDispatcher):
-            target.layer._ranks_agree = False  # asked again: do all have it?
+        if target.layer is not None:
+            target.layer.ask_ranks_again()
     set_active(model, name)
 
 
@@ -155,13 +155,14 @@ def remove(model: nn.Module, name: str = "default") -> None:
     Raises:
         ValueError: no adapter of that name.
     """
-    for module in _modules_with(model, [name], "remove").values():
+    _check_known(model, [name], "remove")
+    for module in [each for each in adapted_modules(model).values() if name in each.lora.names]:
         module.lora.drop(name)
         module.lora.base.clear()
         if not module.lora.names:
             module.lora = None
     for layer in moe_layers(model).values():
-        layer._ranks_agree = not isinstance(layer.dispatcher, AllToAllDispatcher)
+        layer.ask_ranks_again()
 
 
 def set_active(model: nn.Module, names: str | Sequence[str]) -> None:
@@ -173,7 +174,7 @@ def set_active(model: nn.Module, names: str | Sequence[str]) -> None:
         ValueError: a name that no layer has.
     """
     wanted = [names] if isinstance(names, str) else list(names)
-    _modules_with(model, wanted, "set_active")
+    _check_known(model, wanted, "set_active")
     for module in adapted_modules(model).values():
         module.lora.active = tuple(name for name in wanted if name in module.lora.names)
 
@@ -233,10 +234,12 @@ def use(model: nn.Module, adapter_ids: Tensor, names: Sequence[str] | None = Non
         TypeError: ids that are no integers.
         ValueError: names that no layer has or that are merged, or layers with expert parallelism, where tokens reach
             experts without their ids. The layers raise it for another number of ids than tokens.
+        RuntimeError: from the layers, for ids on the CPU that are neither positions in ``names`` nor -1; and from a
+            backward behind the block, where activation checkpointing computes layers again.
     """
     held = adapted_modules(model)
     names = tuple(names_of(model) if names is None else names)
-    _modules_with(model, names, "use")
+    _check_known(model, names, "use")
     if not isinstance(adapter_ids, Tensor) or adapter_ids.dtype not in (torch.int32, torch.int64):
         got = adapter_ids.dtype if isinstance(adapter_ids, Tensor) else type(adapter_ids).__name__
         raise TypeError(f"dmoe.lora.use: adapter_ids: expected an int32 or int64 tensor, got {got}")
@@ -261,12 +264,15 @@ def use(model: nn.Module, adapter_ids: Tensor, names: Sequence[str] | None = Non
             adapters.by_token = outer
 
 
-def _modules_with(model: nn.Module, names: Sequence[str], operation: str) -> dict[str, Any]:
-    """Those that have the last of some adapters, each of which some module has."""
-    held, known = adapted_modules(model), list(names_of(model))
+def _check_known(model: nn.Module, names: Sequence[str], operation: str) -> None:
+    """There are names, and each is an adapter's of some module.
+
+    Raises:
+        ValueError: it is not so.
+    """
+    known = list(names_of(model))
     for name in names:
         if name not in known:
             raise ValueError(f"dmoe.lora.{operation}: expected names of the model's adapters {known}, got {name!r}")
     if not names:
         raise ValueError(f"dmoe.lora.{operation}: expected at least one name of the model's adapters {known}, got none")
-    return {path: module for path, module in held.items() if names[-1] in module.lora.names}

@@ -42,7 +42,7 @@ def register(name: str = "dmoe") -> None:
             raise ValueError(f"register: name: expected a free one, got {name!r}, which Transformers knows already")
     for registry, function in zip(registries(), ours, strict=True):
         registry.register(name, function)
-    dmoe.know_experts(held_experts)  # for dmoe.lora and dmoe.quant
+    dmoe.register_experts(held_experts)  # for dmoe.lora and dmoe.quant
 
 
 def use(model: nn.Module) -> list[str]:
