@@ -15,6 +15,7 @@ from dmoe.expert_targets import PATHS as EXPERTS_PATHS
 from dmoe.expert_targets import TARGETS as EXPERTS_TARGETS
 from dmoe.experts import Experts
 from dmoe.layer import MoE
+from dmoe.lora.adapters import AdapterSet
 from dmoe.lora.factors import ProjectionShape
 from dmoe.model_tools import moe_layers
 from dmoe.other_experts import experts_in
@@ -101,8 +102,6 @@ def find_targets(
 
 def adapted_modules(model: nn.Module) -> dict[str, Any]:
     """By qualified name, the modules of a model that have adapters: each has a child ``lora``."""
-    from dmoe.lora.adapters import AdapterSet
-
     return {
         name: module
         for name, module in model.named_modules()
