@@ -19,7 +19,6 @@ from torch import Tensor
 from dmoe.kernels._launch import launch
 from dmoe.kernels._pieces import count_tiles, inside_of, matrix_tile, part_of, place, rows_tile, tile_rows
 from dmoe.kernels.fp8 import BLOCK
-from dmoe.kernels.grouped_gemm import plus_product
 from dmoe.kernels.operands import (
     Product,
     Rows,
@@ -29,6 +28,7 @@ from dmoe.kernels.operands import (
     precision,
     shape_options,
 )
+from dmoe.kernels.plus_product import plus_product
 
 _ALL = 1 << 30  # columns that share a scale, where all do: more than there are, and a power of two
 

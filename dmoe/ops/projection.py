@@ -16,7 +16,8 @@ from torch import Tensor
 
 from dmoe.ops._moe_mlp_parts import beside
 from dmoe.ops.expert_products import ExpertProducts
-from dmoe.ops.grouped_gemm import grouped_gemm, grouped_gemm_sum, grouped_gemm_weight
+from dmoe.ops.grouped_gemm import grouped_gemm, grouped_gemm_weight
+from dmoe.ops.grouped_gemm_sum import grouped_gemm_sum
 from dmoe.ops.quantized_gemm import quantized_gemm, quantized_gemm_ref
 
 
