@@ -20,7 +20,7 @@ from torch import Tensor
 
 import dmoe
 from dmoe.ops.fp8 import fp8_gemm, quantize_blocks, quantize_rows
-from dmoe.ops.grouped_gemm import grouped_gemm_sum
+from dmoe.ops.grouped_gemm_sum import grouped_gemm_sum
 from dmoe.ops.quantized_gemm import quantized_gemm
 from dmoe.ops.weight_formats import FORMATS, WeightFormat, scales_shape
 

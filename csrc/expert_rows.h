@@ -99,7 +99,7 @@ inline Matrix rows_of(const Tensor& from, int64_t first, int64_t rows, int64_t p
   return copy;
 }
 
-// The matrix of an expert, or what it is transposed.
+// The matrix of an expert, or its transpose.
 inline Matrix matrix_of(const Tensor& experts, int64_t expert, bool transpose, int64_t item) {
   const char* data = static_cast<const char*>(experts.data_ptr()) + expert * experts.stride(0) * item;
   const Matrix matrix{const_cast<char*>(data), experts.size(1), experts.size(2), experts.stride(1), experts.stride(2)};

@@ -17,10 +17,10 @@ from dmoe.ops._moe_mlp_parts import add_to_main_grads
 from dmoe.ops.grouped_gemm import (
     grouped_gemm_cuda,
     grouped_gemm_ref,
-    grouped_gemm_sum_cuda,
     grouped_gemm_weight_cuda,
     grouped_gemm_weight_ref,
 )
+from dmoe.ops.grouped_gemm_sum import grouped_gemm_sum_cuda
 from dmoe.ops.routing_plan import routing_plan_ref
 
 EXPERTS = 6  # of a drawn problem, where the layer has as many

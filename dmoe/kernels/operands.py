@@ -126,7 +126,7 @@ class Operand(NamedTuple):
 
 
 class Product(NamedTuple):
-    """Rows ``(R, K)`` and a weight that multiplies them, as :func:`dmoe.kernels.grouped_gemm.plus_product` takes them.
+    """Rows ``(R, K)`` and a weight that multiplies them, as :func:`dmoe.kernels.plus_product.plus_product` takes them.
 
     Attributes:
         a, weight: what the kernel is given: a descriptor, or else the tensor.

@@ -19,7 +19,6 @@ from torch import Tensor
 from dmoe.kernels._launch import launch
 from dmoe.kernels._pieces import count_tiles, inside_of, matrix_tile, part_of, place, rows_tile, tile_rows
 from dmoe.kernels.fp8 import BLOCK
-from dmoe.kernels.grouped_gemm import plus_product
 from dmoe.kernels.operands import (
     Product,
     Rows,
@@ -29,6 +28,7 @@ from dmoe.kernels.operands import (
     precision,
     shape_options,
 )
+from dmoe.kernels.plus_product import plus_product
 
 _ALL = 1 << 30  # columns that share a scale, where all do: more than there are, and a power of two
 
@@ -116,6 +116,7 @@ def decoded_tile(
     N: tl.constexpr,
     K: tl.constexpr,
     FORMAT: tl.constexpr,
+    BITS: tl.constexpr,
     GROUP: tl.constexpr,
     DTYPE: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
@@ -126,14 +127,13 @@ def decoded_tile(
 
     Zeros behind its last column, and behind its last row unless a descriptor reads on: see :func:`matrix_tile`.
     """
-    packed: tl.constexpr = FORMAT == "int4" or FORMAT == "nf4" or FORMAT == "mxfp4"
-    pack: tl.constexpr = 2 if packed else 1
+    pack: tl.constexpr = 8 // BITS
     first = expert * N
     code = matrix_tile(
         codes, first + n0, k0 // pack, first + N, K // pack, K // pack, ROWS, COLUMNS // pack, N % ROWS == 0,
         K % COLUMNS == 0, DESCRIPTOR,
     )  # fmt: skip
-    if packed:
+    if pack == 2:
         code = tl.reshape(tl.join(code & 15, code >> 4), (ROWS, COLUMNS))
     if FORMAT == "fp8":  # a tile lies in one block
         down: tl.constexpr = (N + BLOCK - 1) // BLOCK
@@ -176,6 +176,7 @@ def quantized_rows_kernel(
     N: tl.constexpr,
     K: tl.constexpr,
     FORMAT: tl.constexpr,
+    BITS: tl.constexpr,
     GROUP: tl.constexpr,
     SUM_ROWS: tl.constexpr,
     DESCRIPTOR_A: tl.constexpr,
@@ -217,12 +218,14 @@ def quantized_rows_kernel(
                 left = rows_tile(starts, k + tl.arange(0, BLOCK_K), length, length % BLOCK_K == 0)
             if SUM_ROWS:
                 right = decoded_tile(
-                    codes, scales, zeros, expert, k, n0, N, K, FORMAT, GROUP, dtype, DESCRIPTOR_B, BLOCK_K, BLOCK_N
-                )
+                    codes, scales, zeros, expert, k, n0, N, K, FORMAT, BITS, GROUP, dtype, DESCRIPTOR_B,
+                    BLOCK_K, BLOCK_N,
+                )  # fmt: skip
             else:
                 right = decoded_tile(
-                    codes, scales, zeros, expert, n0, k, N, K, FORMAT, GROUP, dtype, DESCRIPTOR_B, BLOCK_N, BLOCK_K
-                ).T
+                    codes, scales, zeros, expert, n0, k, N, K, FORMAT, BITS, GROUP, dtype, DESCRIPTOR_B,
+                    BLOCK_N, BLOCK_K,
+                ).T  # fmt: skip
             total = tl.dot(left, right, total, input_precision=PRECISION)
         if K2:
             total = plus_product(
@@ -244,6 +247,7 @@ def multiply_quantized_rows(
     scales: Tensor,
     zeros: Tensor | None,
     format: str,
+    bits: int,
     block: Sequence[int],
     out: Tensor,
     rows: Rows,
@@ -257,11 +261,12 @@ def multiply_quantized_rows(
         a, out: ``(R, K)`` and ``(R, N)``; without ``trans_b`` the other way round. Contiguous.
         codes, scales, zeros, format, block: as :mod:`dmoe.ops.weight_formats` has them, of matrices ``(E, N, K)``;
             contiguous.
+        bits: of a code; two of 4 lie in a byte.
         rows: where the rows are.
         trans_b: see above.
         second: ``a2 (R, K2)`` and its weight ``(E, N, K2)``, or ``(E, K2, K)`` without ``trans_b``: added.
     """
-    pack = 2 if format in ("int4", "nf4", "mxfp4") else 1
+    pack = 8 // bits
     n, k = codes.shape[1], codes.shape[2] * pack
     config = config_of(
         "quantized_int8" if format == "int8" else "quantized", a, rows.tile_rows, a.shape[1], out.shape[1]
@@ -294,6 +299,7 @@ def multiply_quantized_rows(
         N=n,
         K=k,
         FORMAT=format,
+        BITS=bits,
         GROUP=block[1] if pack == 2 else _ALL,
         SUM_ROWS=not trans_b,
         DESCRIPTOR_A=descriptor is not None,

@@ -7,10 +7,24 @@ itself loops over the groups. The loop here reads the offsets once for all produ
 from __future__ import annotations
 
 import itertools
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class RowProducts(Protocol):
+    """What a pass multiplies with: every expert's products over the rows of one plan."""
+
+    def rows(self, a: Tensor, b: Tensor) -> Tensor:
+        """``out[r] = a[r] @ b[e]``."""
+
+    def sums(self, a: Tensor, b: Tensor, *, columns_first: bool = False) -> Tensor:
+        """``out[e] = a_e^T @ b_e``."""
+
+    def row_sums(self, a: Tensor) -> Tensor:
+        """Of each expert's rows."""
 
 
 class ExpertProducts:

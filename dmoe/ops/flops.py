@@ -21,6 +21,7 @@ from dmoe.ops import (  # noqa: F401
     block_sparse_mlp,
     fp8,
     grouped_gemm,
+    grouped_gemm_sum,
     moe_mlp,
     moe_mlp_deferred,
     quantized_gemm,

@@ -11,14 +11,14 @@ Weights are quantised anew in every product, from the master weights as they are
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dmoe.ops.fp8 import fp8_gemm, quantize_blocks, quantize_rows
 from dmoe.ops.fp8_ref import decoded_codes, dequantize_blocks, exact_dtype, quantize_blocks_ref, quantize_rows_ref
-from dmoe.ops.projection import NO_THIN_PRODUCT, Codes, GroupedProducts, ThinProduct, TorchProducts
+from dmoe.ops.projection import NO_THIN_PRODUCT, GroupedProducts, ThinProduct, TorchProducts
 
 
 class Fp8Rows(NamedTuple):
@@ -65,12 +65,8 @@ class Fp8Products:
         """Rows as :meth:`through` multiplies them: quantised once, whatever the number of matrices."""
         return quantized(a, self.backend)
 
-    def through(
-        self, a: Tensor | Fp8Rows, weight: Tensor | Codes, back: bool, added: ThinProduct = NO_THIN_PRODUCT
-    ) -> Tensor:
-        """See :class:`dmoe.ops.projection.Products`."""
-        if isinstance(weight, Codes):
-            raise TypeError("moe_mlp: compute: expected None beside weights that are codes, got 'fp8'")
+    def through(self, a: Tensor | Fp8Rows, weight: Any, back: bool, added: ThinProduct = NO_THIN_PRODUCT) -> Tensor:
+        """See :class:`dmoe.ops.projection.Products`; of tensors alone, as :mod:`dmoe.expert_inputs` sees to."""
         rows = a if isinstance(a, Fp8Rows) else self.taken(a)
         decodes = self.backend == "torch" or weight.dtype == torch.float64
         out = (self._of_decoded if decodes else self._of_codes)(rows, weight, back)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dmoe.ops._checks import check_index_tensors
-from dmoe.ops._library import compiled, count_flops, define, has_triton, refuse_double_backward, register_autograd
+from dmoe.ops._library import compiled, count_flops, define, has_triton, register_autograd
 from dmoe.ops._trust import Subject, kind_of, precision
 from dmoe.ops.tile_table import preferred_tile_rows, tile_table
 from dmoe.strides import is_transposed, readable
@@ -79,7 +79,8 @@ _portable_weight = define(
 )
 
 
-def _served(a: Tensor, *others: Tensor) -> bool:
+def triton_serves(a: Tensor, *others: Tensor) -> bool:
+    """Whether the Triton kernels know the dtype, and there is something to multiply."""
     return has_triton() and a.dtype != torch.float64 and all(tensor.numel() for tensor in (a, *others))
 
 
@@ -96,7 +97,7 @@ def rows_in_tiles(a: Tensor, expert_offsets: Tensor) -> Rows:
 
 def _subjects(part: str) -> Callable[..., Sequence[Subject]]:
     def subjects(a: Tensor, b: Tensor, expert_offsets: Tensor, last: Any) -> Sequence[Subject]:
-        if not _served(a, b):
+        if not triton_serves(a, b):
             return []
         asked = (a, b, expert_offsets, last)
         extra = (preferred_tile_rows(a.shape[0], expert_offsets.shape[0] - 1), precision())
@@ -108,7 +109,7 @@ def _subjects(part: str) -> Callable[..., Sequence[Subject]]:
 
 def grouped_gemm_cuda(a: Tensor, b: Tensor, expert_offsets: Tensor, trans_b: bool) -> Tensor:
     """The product on tensor cores."""
-    if not _served(a, b):
+    if not triton_serves(a, b):
         return _portable(a, b, expert_offsets, trans_b)
     from dmoe.kernels.moe_mlp import multiply_rows
 
@@ -123,7 +124,7 @@ def grouped_gemm_cuda(a: Tensor, b: Tensor, expert_offsets: Tensor, trans_b: boo
 
 def grouped_gemm_weight_cuda(a: Tensor, b: Tensor, expert_offsets: Tensor, num_experts: int) -> Tensor:
     """The weight gradient on tensor cores."""
-    if not _served(a, b):
+    if not triton_serves(a, b):
         return _portable_weight(a, b, expert_offsets, num_experts)
     from dmoe.kernels.moe_mlp import weight_grad
 
@@ -138,41 +139,7 @@ def by_rows_or_columns(b: Tensor) -> Tensor:
     return readable(b) if b.stride(-1) == 1 or is_transposed(b) else b.contiguous()
 
 
-def _sum_served(a: Tensor, b: Tensor, a2: Tensor, b2: Tensor, expert_offsets: Tensor, trans_b: bool) -> bool:
-    fits = a2.shape[0] == a.shape[0] and b.shape[1 if trans_b else 2] == b2.shape[1 if trans_b else 2]
-    alike = a.dtype == b.dtype == a2.dtype == b2.dtype and b.shape[0] == b2.shape[0]
-    return fits and alike and _served(a, b, a2, b2)
-
-
-def _sum_composed(a: Tensor, b: Tensor, a2: Tensor, b2: Tensor, *rest: Any) -> Tensor:
-    return _grouped_gemm(a, b, *rest).add_(_grouped_gemm(a2, b2, *rest))
-
-
-def _sum_subjects(*arguments: Any) -> Sequence[Subject]:
-    if not _sum_served(*arguments):
-        return []
-    a, expert_offsets, trans_b = arguments[0], arguments[4], arguments[5]
-    extra = (preferred_tile_rows(a.shape[0], expert_offsets.shape[0] - 1), precision())
-    return [Subject("grouped_gemm_sum", arguments, extra, (*map(kind_of, arguments[:4]), trans_b))]
-
-
-def grouped_gemm_sum_cuda(
-    a: Tensor, b: Tensor, a2: Tensor, b2: Tensor, expert_offsets: Tensor, trans_b: bool
-) -> Tensor:
-    """Both products in one launch."""
-    if not _sum_served(a, b, a2, b2, expert_offsets, trans_b):
-        return _sum_composed(a, b, a2, b2, expert_offsets, trans_b)
-    from dmoe.kernels.moe_mlp import multiply_rows
-
-    a, a2 = a.contiguous(), a2.contiguous()
-    b, b2 = by_rows_or_columns(b), by_rows_or_columns(b2)
-    out = a.new_zeros(a.shape[0], b.shape[1 if trans_b else 2])  # rows of no expert stay zeros
-    kernel = "down" if trans_b else "row_grad"
-    multiply_rows(kernel, a, b, out, rows_in_tiles(a, expert_offsets), trans_b=trans_b, second=(a2, b2))
-    return out
-
-
-_grouped_gemm = define(
+grouped_gemm_op = define(
     "grouped_gemm(Tensor a, Tensor b, Tensor expert_offsets, bool trans_b) -> Tensor",
     grouped_gemm_ref,
     fake=_fake,
@@ -181,17 +148,6 @@ _grouped_gemm = define(
     subjects=_subjects("grouped_gemm"),
     autocast=_autocast,
 )
-
-# ``a b + a2 b2``, of the same rows, experts and columns, in one pass: a thin second product is added in cache. Not
-# differentiable, for those who know its gradient.
-grouped_gemm_sum = define(
-    "grouped_gemm_sum(Tensor a, Tensor b, Tensor a2, Tensor b2, Tensor expert_offsets, bool trans_b) -> Tensor",
-    _sum_composed,
-    fake=lambda a, b, a2, b2, *rest: _fake(a, b, *rest),
-    cuda=grouped_gemm_sum_cuda,
-    subjects=_sum_subjects,
-)
-refuse_double_backward(grouped_gemm_sum)
 
 _grouped_gemm_weight = define(
     "grouped_gemm_weight(Tensor a, Tensor b, Tensor expert_offsets, SymInt num_experts) -> Tensor",
@@ -229,7 +185,7 @@ def _grouped_gemm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tenso
     trans_b = ctx.last
     grad_a = grad_b = None
     if ctx.needs_input_grad[0]:
-        grad_a = _grouped_gemm(grad, b, expert_offsets, not trans_b)
+        grad_a = grouped_gemm_op(grad, b, expert_offsets, not trans_b)
     if ctx.needs_input_grad[1]:
         left, right = (grad, a) if trans_b else (a, grad)
         grad_b = outer_sums(left, right, expert_offsets, columns_first=ctx.columns_first)
@@ -239,12 +195,12 @@ def _grouped_gemm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tenso
 def _grouped_gemm_weight_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
     # G_e = sum_r a_r^T b_r gives da_r = b_r @ dG_e^T and db_r = a_r @ dG_e.
     a, b, expert_offsets = ctx.saved_tensors
-    grad_a = _grouped_gemm(b, grad, expert_offsets, True) if ctx.needs_input_grad[0] else None
-    grad_b = _grouped_gemm(a, grad, expert_offsets, False) if ctx.needs_input_grad[1] else None
+    grad_a = grouped_gemm_op(b, grad, expert_offsets, True) if ctx.needs_input_grad[0] else None
+    grad_b = grouped_gemm_op(a, grad, expert_offsets, False) if ctx.needs_input_grad[1] else None
     return grad_a, grad_b, None, None
 
 
-register_autograd(_grouped_gemm, _grouped_gemm_backward, _save_factors)
+register_autograd(grouped_gemm_op, _grouped_gemm_backward, _save_factors)
 register_autograd(_grouped_gemm_weight, _grouped_gemm_weight_backward, _save_factors)
 
 
@@ -317,11 +273,11 @@ def grouped_gemm(a: Tensor, b: Tensor, expert_offsets: Tensor | None = None, *, 
             f"{'a' if expert_offsets is None else 'expert_offsets'} has, got shape {tuple(b.shape)}"
         )
     if expert_offsets is not None:
-        return _grouped_gemm(a, b, expert_offsets, trans_b)
+        return grouped_gemm_op(a, b, expert_offsets, trans_b)
     even = _even_offsets(a)
     if even is None:
         return torch.bmm(a, b.transpose(1, 2) if trans_b else b)
-    return _grouped_gemm(a.flatten(0, 1), b, even, trans_b).unflatten(0, a.shape[:2])
+    return grouped_gemm_op(a.flatten(0, 1), b, even, trans_b).unflatten(0, a.shape[:2])
 
 
 def grouped_gemm_weight(

@@ -305,7 +305,9 @@ def moe_mlp_composed(
     """Run it on the arguments of ``moe_mlp``'s schema; see :func:`dmoe.run_experts` for the public form.
 
     Args:
-        up, down: the projections' factors, in the dtype of x; None for a projection without.
+        up, down: the projections' factors, ``a (G, r, H)`` and ``b (G, C, r)`` of the up projection, where C is the
+            pre-activation's width, ``a (G, r, F)`` and ``b (G, H, r)`` of the down one; floating point, multiplied in
+            the dtype of x. None for a projection without.
         group_offsets: ``(G + 1,)`` int32, the first row of each of the factors' groups; None where these are experts.
         *arguments: in the schema's order, without buffers for main gradients. Projections may be :class:`Codes`, and
             the activation a function of a tensor.
@@ -313,6 +315,14 @@ def moe_mlp_composed(
         recompute: save x only, and compute the pre-activation again in backward.
         compute, saved: ``fp8`` for what multiplies, and what is saved for backward; not with ``reference``, and the
             former not with codes.
+
+    Returns:
+        y ``(T, H)`` in the dtype of x; differentiable once, with ``reference`` any number of times. Codes have no
+        gradient.
+
+    Raises:
+        RuntimeError: offsets that do not ascend, on the CPU; a CUDA graph is being captured where the host would have
+            to read them, with ``torch``. What does not fit together is refused before, by :mod:`dmoe.expert_inputs`.
     """
 
     def run(*arguments: Any) -> Tensor:

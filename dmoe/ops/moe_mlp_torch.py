@@ -29,7 +29,7 @@ from dmoe.ops._moe_mlp_parts import (
     stacked_weights,
 )
 from dmoe.ops.activation import accumulate_dtype, activate, activate_backward
-from dmoe.ops.expert_products import ExpertProducts
+from dmoe.ops.expert_products import ExpertProducts, RowProducts
 from dmoe.ops.permute import permute_ref, unpermute_ref
 from dmoe.ops.philox import ACTIVATION_DROPOUT, EXPERT_DROPOUT
 from dmoe.strides import is_transposed
@@ -51,13 +51,13 @@ class Pass:
     The products with the projections are methods, for :mod:`dmoe.ops.moe_mlp_composed` to make otherwise.
     """
 
-    def __init__(self, call: Call, products: Any = None, weights: Stacked | None = None) -> None:
+    def __init__(self, call: Call, products: RowProducts | None = None, weights: Stacked | None = None) -> None:
         self.call = call
         self.weights: Stacked = stacked_weights(call) if weights is None else weights
         self.real, self.expert, self.assignment, self.gate = row_values(call)
         self.row_widths = row_widths(call, self.expert, self.real)
         operands = (call.x, *self.weights.up, self.weights.down)
-        self.products = ExpertProducts(call.expert_offsets, *operands) if products is None else products
+        self.products: RowProducts = products or ExpertProducts(call.expert_offsets, *operands)
         self.wide = accumulate_dtype(call.x.dtype)
 
     def before_bias(self) -> Tensor:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from dmoe.ops._moe_mlp_parts import beside
-from dmoe.ops.expert_products import ExpertProducts
-from dmoe.ops.grouped_gemm import grouped_gemm, grouped_gemm_sum, grouped_gemm_weight
+from dmoe.ops.expert_products import ExpertProducts, RowProducts
+from dmoe.ops.grouped_gemm import grouped_gemm, grouped_gemm_weight
+from dmoe.ops.grouped_gemm_sum import grouped_gemm_sum
 from dmoe.ops.quantized_gemm import quantized_gemm, quantized_gemm_ref
 
 
@@ -33,7 +34,17 @@ class Factors(NamedTuple):
 
 
 class Codes(NamedTuple):
-    """A projection's matrices ``(E, N, K)`` as codes; see :class:`dmoe.QuantizedWeight`."""
+    """A projection's matrices ``(E, N, K)`` as codes; see :class:`dmoe.QuantizedWeight`.
+
+    Attributes:
+        codes: ``(E, N, K)`` int8 or float8_e4m3fn, or ``(E, N, K / 2)`` uint8, two of 4 bits in a byte.
+        scales: ``(E, ceil(N / block[0]), ceil(K / block[1]))`` float32, bfloat16 or float16; of mxfp4 uint8.
+        zeros: zero points of int4, floating point in the scales' shape, or None.
+        format: one of :data:`dmoe.ops.weight_formats.FORMATS`.
+        block: (rows, columns) that share a scale.
+        shape: ``(E, N, K)``.
+        interleaved: whether rows of gate and up take turns.
+    """
 
     codes: Tensor
     scales: Tensor
@@ -55,17 +66,8 @@ ThinProduct = tuple[Tensor | None, Tensor | None]  # rows (R, r) and their weigh
 NO_THIN_PRODUCT: ThinProduct = (None, None)
 
 
-class Products(Protocol):
-    """Every expert's products over the rows of one plan."""
-
-    def rows(self, a: Tensor, b: Tensor) -> Tensor:
-        """``out[r] = a[r] @ b[e]``."""
-
-    def sums(self, a: Tensor, b: Tensor, *, columns_first: bool = False) -> Tensor:
-        """``out[e] = a_e^T @ b_e``."""
-
-    def row_sums(self, a: Tensor) -> Tensor:
-        """Of each expert's rows."""
+class Products(RowProducts, Protocol):
+    """Those of rows, and with projections, which may be codes."""
 
     def taken(self, a: Tensor) -> Any:
         """Rows in the form in which :meth:`through` multiplies them, if that is another."""
@@ -137,7 +139,7 @@ class Projection:
         weights: Sequence[Tensor | Codes],
         products: Products,
         factors: Factors | None,
-        thin: Products,
+        thin: RowProducts,
         dropped: Callable[[Tensor], Tensor],
     ) -> None:
         self.weights, self.products, self.factors, self.thin, self.dropped = weights, products, factors, thin, dropped

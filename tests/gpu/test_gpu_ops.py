@@ -22,10 +22,10 @@ from dmoe.ops.gate_weights import gate_weights, gate_weights_backward_ref, gate_
 from dmoe.ops.grouped_gemm import (
     grouped_gemm,
     grouped_gemm_ref,
-    grouped_gemm_sum,
     grouped_gemm_weight,
     grouped_gemm_weight_ref,
 )
+from dmoe.ops.grouped_gemm_sum import grouped_gemm_sum
 from dmoe.ops.histogram import histogram, histogram_ref
 from dmoe.ops.permute import permute, permute_ref, unpermute, unpermute_backward_ref, unpermute_ref
 from dmoe.ops.quantized_gemm import quantized_gemm

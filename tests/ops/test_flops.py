@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dmoe
 from dmoe import ops
 from dmoe.ops.fp8 import fp8_gemm, quantize_blocks, quantize_rows
-from dmoe.ops.grouped_gemm import grouped_gemm_sum
+from dmoe.ops.grouped_gemm_sum import grouped_gemm_sum
 from dmoe.ops.moe_mlp_deferred import defer, moe_mlp_deferred
 
 T, H, F, E, K = 10, 8, 6, 4, 2

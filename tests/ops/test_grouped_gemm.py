@@ -18,12 +18,11 @@ from dmoe.ops.grouped_gemm import (
     grouped_gemm,
     grouped_gemm_cuda,
     grouped_gemm_ref,
-    grouped_gemm_sum,
-    grouped_gemm_sum_cuda,
     grouped_gemm_weight,
     grouped_gemm_weight_cuda,
     grouped_gemm_weight_ref,
 )
+from dmoe.ops.grouped_gemm_sum import grouped_gemm_sum, grouped_gemm_sum_cuda
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 

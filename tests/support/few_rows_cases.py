@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 import torch
 
-from dmoe.ops.grouped_gemm import grouped_gemm, grouped_gemm_sum, grouped_gemm_weight
+from dmoe.ops.grouped_gemm import grouped_gemm, grouped_gemm_weight
+from dmoe.ops.grouped_gemm_sum import grouped_gemm_sum
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Inner and columns: one, below and above vectors of each length, sums of several blocks, several streams of columns.
