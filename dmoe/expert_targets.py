@@ -31,15 +31,15 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*") for pattern in patterns)
 
 
-def as_patterns(operation: str, targets: Any) -> tuple[str, ...]:
-    """What somebody gave as ``targets``.
+def as_patterns(operation: str, targets: Any, argument: str = "targets") -> tuple[str, ...]:
+    """What somebody gave as ``targets``, or as another argument.
 
     Raises:
         TypeError: no strings, or one alone.
     """
     found = tuple(targets) if isinstance(targets, Iterable) and not isinstance(targets, str) else None
     if found is None or not all(isinstance(each, str) for each in found):
-        raise TypeError(f"{operation}: targets: expected a sequence of patterns, got {targets!r}")
+        raise TypeError(f"{operation}: {argument}: expected a sequence of patterns, got {targets!r}")
     return found
 
 

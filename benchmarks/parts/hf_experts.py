@@ -146,7 +146,8 @@ class Contestant:
     def saved_bytes(self) -> int:
         """Bytes kept for backward beside parameters and inputs, each storage once."""
         inputs = self.inputs(0)
-        return saved_bytes(lambda: self.module(*inputs), (*self.module.parameters(), *inputs))
+        held = (*self.module.parameters(), *self.module.buffers())
+        return saved_bytes(lambda: self.module(*inputs), (*held, *inputs))
 
 
 def _first(result: Any) -> Tensor:

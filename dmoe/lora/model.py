@@ -62,6 +62,7 @@ def add(
     """
     config = config_of(config, fields)
     check_name("dmoe.lora.add", name)
+    check_dtype("dmoe.lora.add", dtype)
     targets = find_targets(model, config.targets, layers)
     fresh: list[tuple[Target, Adapter]] = []
     for target in targets:
@@ -80,6 +81,18 @@ def add(
         prefix = f"{target.path}.lora.{name}."
         added.update({prefix + each: parameter for each, parameter in adapter.named_parameters()})
     return added
+
+
+def check_dtype(operation: str, dtype: Any) -> None:
+    """One that products are computed in, or None.
+
+    Raises:
+        TypeError: another.
+    """
+    if dtype not in (None, torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(
+            f"{operation}: dtype: expected a floating-point dtype of 2 bytes or more, or None, got {dtype!r}"
+        )
 
 
 def config_of(config: LoRA | None, fields: dict[str, Any]) -> LoRA:

@@ -14,6 +14,7 @@ from dmoe.lora.config import LoRA
 from dmoe.lora.model import attach, build
 from dmoe.lora.router import RouterAdapter
 from dmoe.lora.targets import PATHS, Target, adapted_modules, find_targets
+from dmoe.ops._checks import check_tensors
 
 
 def state_dict(model: nn.Module, name: str = "default") -> dict[str, Any]:
@@ -126,7 +127,15 @@ def _parts_of(operation: str, state: Any) -> tuple[dict[str, LoRA], dict[str, Te
         raise TypeError(
             f"{operation}: state: expected a dict of config and tensors, as dmoe.lora.state_dict returns it, got {got}"
         )
-    return {path: LoRA.from_dict(fields) for path, fields in state["config"].items()}, dict(state["tensors"])
+    configs, tensors = state["config"], state["tensors"]
+    for part, held in (("config", configs), ("tensors", tensors)):
+        got = "other keys" if isinstance(held, Mapping) else type(held).__name__
+        if not isinstance(held, Mapping) or not all(isinstance(key, str) for key in held):
+            raise TypeError(f"{operation}: {part}: expected a dict with names, got {got}")
+    if not configs:
+        raise TypeError(f"{operation}: config: expected a dict with names, one at least, got an empty one")
+    check_tensors(operation, **tensors)
+    return {path: LoRA.from_dict(fields) for path, fields in configs.items()}, dict(tensors)
 
 
 def _target_at(operation: str, model: nn.Module, path: str, keys: Iterable[str]) -> Target:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dmoe.expert_slice import local_part
-from dmoe.expert_targets import HALVES, check_patterns, fields_of, matches
+from dmoe.expert_targets import HALVES, as_patterns, check_patterns, fields_of, matches
 from dmoe.expert_targets import PATHS as EXPERTS_PATHS
 from dmoe.expert_targets import TARGETS as EXPERTS_TARGETS
 from dmoe.experts import Experts
@@ -63,7 +63,7 @@ def find_targets(
     Raises:
         ValueError: a pattern that matches nothing, or weights that cannot have adapters.
     """
-    patterns = [layers] if isinstance(layers, str) else list(layers)
+    patterns = [layers] if isinstance(layers, str) else list(as_patterns(operation, layers, "layers"))
     everything, others = moe_layers(model), _others(model)
     found = {name: layer for name, layer in everything.items() if any(fnmatchcase(name, p) for p in patterns)}
     wanted_others = {
