@@ -11,7 +11,7 @@ import dmoe
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({"config": [], "tensors": {}}, r"config: expected a dict with names, one at least, got list"),
+        ({"config": [], "tensors": {}}, r"config: expected a dict with names, got list"),
         ({"config": {}, "tensors": {}}, r"config: expected a dict with names, one at least, got an empty one"),
         (
             {"config": {"experts": {}}, "tensors": {1: torch.ones(1)}},
