@@ -77,9 +77,9 @@ def _check_who_computes(experts: Any, _: Any) -> None:
     for what in sorted(set(attached_to(experts).values())):
         raise ValueError(
             f"dmoe: {type(experts).__name__}: expected experts that dmoe computes, beside {what} that are in the "
-            f"model, got experts_implementation={experts.config._experts_implementation!r}: let dmoe compute them, "
-            'experts_implementation="dmoe" or dmoe.integrations.transformers.use(model), or do so and take out what '
-            f"is there, {_OUT}"
+            f"model, got experts_implementation={experts.config._experts_implementation!r}: let dmoe compute them "
+            '(experts_implementation="dmoe", or dmoe.integrations.transformers.use(model)); if others are to, take '
+            f"them out then, {_OUT}"
         )
 
 
