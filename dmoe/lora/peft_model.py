@@ -60,7 +60,8 @@ def save_peft(
 ) -> None:
     """Write an adapter as PEFT does: ``adapter_config.json`` and ``adapter_model.safetensors``, both or none.
 
-    Names are those of the model's modules without dmoe; of a model of Hugging Face PEFT reads them. Under expert
+    Names are those of the model's modules without dmoe, and without a ``PeftModel`` around it; of a model of Hugging
+    Face PEFT reads them. Adapters of PEFT's own are not written, ``PeftModel.save_pretrained`` does that. Under expert
     parallelism and FSDP2 every rank calls this, experts are gathered, and the first rank writes.
 
     Of the options the files have the ranks, the scales and what is adapted. ``dropout`` is written in layouts that name
@@ -81,6 +82,7 @@ def save_peft(
         ValueError: no adapter of that name, experts of different widths, or a layout that cannot hold it.
         OSError: it cannot be written.
     """
+    model = _unwrapped(model)
     adapter = file_of(model, name)
     config = getattr(model, "config", None)
     base = base if base is not None else getattr(config, "_name_or_path", None) or None
@@ -117,7 +119,7 @@ def load_peft(
     parallelism, and keep their own experts'.
 
     Args:
-        model: of :class:`dmoe.MoE`, or of Hugging Face with experts that dmoe computes.
+        model: of :class:`dmoe.MoE`, or of Hugging Face with experts that dmoe computes; or a ``PeftModel`` around it.
         folder: the adapter's.
         name: of the adapter in this model.
         dtype: of the parameters; None is that of the weights.
@@ -132,6 +134,7 @@ def load_peft(
             changed then.
         OSError: a file is missing.
     """
+    model = _unwrapped(model)
     adapter = read_adapter(folder)
     named = {each.theirs: each for each in _named(model)}
     found: dict[str, dict[str, Any]] = {}
@@ -213,6 +216,13 @@ def file_of(model: nn.Module, name: str) -> AdapterFile:
     )
 
 
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of a ``PeftModel``, whose names are those of files."""
+    inside = getattr(model, "get_base_model", None)
+    found: nn.Module = model if inside is None else inside()
+    return found
+
+
 def _whole(parameter: Tensor) -> Tensor:
     parameter = parameter.detach()
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
@@ -234,7 +244,8 @@ def _named(model: nn.Module) -> Iterator[_Named]:
         except ValueError:  # nothing that dmoe computes
             continue
         if experts is not None:
-            theirs, turns = standing.get(path, (path, getattr(experts, "interleaved", False)))
+            plain = path.replace(".base_layer", "")  # PEFT's wrappers of parameters
+            theirs, turns = standing.get(path, (plain, getattr(experts, "interleaved", False)))
             yield _Named(path, theirs, module, turns)
 
 

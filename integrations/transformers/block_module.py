@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import dmoe
+from dmoe.integrations.transformers.attached import guard_saving
 from dmoe.integrations.transformers.blocks_table import block_weights, known_family
 from dmoe.integrations.transformers.blocks_weights import rename_to_ours, rename_to_theirs
 
@@ -151,6 +152,7 @@ class MoEBlock(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        guard_saving()  # in this process, perhaps for the first time
         self.family = known_family(self.theirs)
         self.weights = tuple(block_weights(self.theirs, self.family))
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 import dmoe
+from dmoe.integrations.transformers.attached import guard_saving, refuse_attached
 from dmoe.integrations.transformers.block_module import MoEBlock
 from dmoe.integrations.transformers.blocks_table import config_of, family_of
 
@@ -78,6 +79,7 @@ def to_dmoe(model: nn.Module, *, ep_group: Any = None, loss_group: Any = None, *
             made.give_back()
         raise
     _swap(model, {made.theirs: made for made in taken})
+    guard_saving()
     return list(blocks)
 
 
@@ -92,7 +94,8 @@ def from_dmoe(model: nn.Module) -> list[str]:
         The names of the blocks that were put back.
 
     Raises:
-        ValueError: the model has no block of :func:`to_dmoe`'s, or one that FSDP2 shards.
+        ValueError: the model has no block of :func:`to_dmoe`'s, or one that FSDP2 shards; or adapters of ``dmoe.lora``
+            or codes of ``dmoe.quant``, for which Hugging Face's blocks have no place.
     """
     blocks = {name: module for name, module in model.named_modules() if isinstance(module, MoEBlock)}
     if not blocks:
@@ -100,6 +103,7 @@ def from_dmoe(model: nn.Module) -> list[str]:
             f"from_dmoe: expected a model that to_dmoe changed, got {type(model).__name__} without its blocks"
         )
     for name, made in blocks.items():
+        refuse_attached("from_dmoe", made, name)
         sharded = {n for n, parameter in made.moe.named_parameters() if hasattr(parameter, "placements")}
         spread = {n for n in sharded if n.startswith("experts.")} if made.moe.experts.distributed else set()
         if sharded != spread or any(hasattr(module, "unshard") for module in made.modules()):

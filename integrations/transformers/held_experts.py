@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 import dmoe
-from dmoe.integrations.transformers.experts import as_expert_weights, dmoe_experts, names_of, projections_of
+from dmoe.integrations.transformers.attached import computed_by_dmoe, guard
+from dmoe.integrations.transformers.experts import as_expert_weights, names_of, projections_of
 from dmoe.integrations.transformers.fp8 import codes_of
 from dmoe.integrations.transformers.gates import gate_of
-from dmoe.integrations.transformers.versions import layout_of, on_interface, registries
+from dmoe.integrations.transformers.versions import layout_of, on_interface
 
 
 class HeldExperts:
@@ -48,6 +49,8 @@ def is_fp8(module: Any) -> bool:
 def held_experts(module: Any) -> HeldExperts | None:
     """What is known of a module; None where it is no experts' on Transformers' interface, or dmoe's gate is another.
 
+    Who asks may put something into it, so that from then on nobody else may compute it without a word.
+
     Raises:
         ValueError: experts that Transformers would compute, without what is put beside them.
     """
@@ -58,10 +61,11 @@ def held_experts(module: Any) -> HeldExperts | None:
         return None
     if is_fp8(module) and codes_of(module) is None:
         return None
-    implementation = getattr(module.config, "_experts_implementation", None)
-    if registries().plain.get(implementation, None) is not dmoe_experts:  # the word is the same for both
+    if not computed_by_dmoe(module):
+        implementation = getattr(module.config, "_experts_implementation", None)
         raise ValueError(
             f"dmoe: {type(module).__name__}: expected experts that dmoe computes, as after "
             f"dmoe.integrations.transformers.use(model), got experts_implementation={implementation!r}"
         )
+    guard(module)
     return HeldExperts(module, gate.interleaved)

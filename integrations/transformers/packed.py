@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import dmoe
 from dmoe.checkpoint.hub_folder import HubFolder
+from dmoe.integrations.transformers.attached import guard
 from dmoe.integrations.transformers.parallel import folder_of, parameters_on_meta
 from dmoe.integrations.transformers.switch import use
 
@@ -56,6 +57,7 @@ def load_packed(path: Any, *, dtype: torch.dtype = torch.bfloat16) -> Any:
                     files.read(name + _BLOCKS).clone(), files.read(name + _SCALES).clone(), gated=field != "down_proj"
                 )
                 _check_shape(folder, name, value.shape, _as_dmoe(parameter.shape, field))
+                guard(holder)
                 delattr(holder, field)
                 holder.register_module(field, dmoe.quant.QuantizedProjection(value, dtype))
                 left -= {name + _BLOCKS, name + _SCALES}

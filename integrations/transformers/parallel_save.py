@@ -17,6 +17,7 @@ from dmoe.checkpoint.hub_beside import copy_beside
 from dmoe.checkpoint.hub_writer import MAX_SHARD_BYTES, write_json
 from dmoe.checkpoint.new_folder import new_folder
 from dmoe.checkpoint.shared_files import PartWriter, SharedFiles
+from dmoe.integrations.transformers.attached import refuse_attached
 from dmoe.integrations.transformers.files_names import Keys, class_name
 from dmoe.integrations.transformers.parallel_links import (
     Link,
@@ -62,7 +63,8 @@ def save_pretrained(
     Raises:
         FileExistsError: there is something at the path.
         OSError: the disk is full, and the like.
-        ValueError: a model of somebody else, a size that is none, or files that cannot be written part by part.
+        ValueError: a model of somebody else, or with adapters of ``dmoe.lora`` or codes of ``dmoe.quant``; a size that
+            is none, or files that cannot be written part by part.
         RuntimeError: another rank raised one of these. Nothing is left of the new files, whichever it was.
     """
     grid = grid_of_model(model)
@@ -98,6 +100,7 @@ class _Plan:
 
 def _plans(model: Any, optimizer: torch.optim.Optimizer | None, limit: int) -> tuple[list[_Plan], dict[str, Any]]:
     """Of the model, then of each kind of moment; and the rest of the optimizer's state, empty without one."""
+    refuse_attached("save_pretrained", model)
     links, tensors = links_of(model), tensors_of(model)
     moments = Moments() if optimizer is None else moments_of(model, optimizer, links)
     plans = [_plan(model, "", links, tensors, limit)]

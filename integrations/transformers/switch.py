@@ -11,10 +11,11 @@ from typing import Any
 from torch import nn
 
 import dmoe
+from dmoe.integrations.transformers.attached import guard_saving, refuse_attached, unguard
 from dmoe.integrations.transformers.experts import dmoe_experts
 from dmoe.integrations.transformers.fp8 import dmoe_fp8_experts
 from dmoe.integrations.transformers.held_experts import held_experts
-from dmoe.integrations.transformers.lora import hand_over, has_own_adapters, take_back
+from dmoe.integrations.transformers.lora import hand_over, take_back
 from dmoe.integrations.transformers.patches import FORWARDS, forward_for
 from dmoe.integrations.transformers.versions import check_version, on_interface, registries
 
@@ -26,7 +27,9 @@ def register(name: str = "dmoe") -> None:
     """Make ``name`` an implementation of experts, for every Transformers model with such a switch.
 
     ``from_pretrained(..., experts_implementation="dmoe")`` and ``model.set_experts_implementation("dmoe")`` know it
-    from then on, for weights in fp8 too. Doing it again changes nothing.
+    from then on, for weights in fp8 too. Doing it again changes nothing. ``save_pretrained`` of all models
+    refuses those with adapters of ``dmoe.lora`` or codes of ``dmoe.quant`` from then on: its files have no names for
+    them.
 
     Args:
         name: the word.
@@ -43,6 +46,7 @@ def register(name: str = "dmoe") -> None:
     for registry, function in zip(registries(), ours, strict=True):
         registry.register(name, function)
     dmoe.register_experts(held_experts)  # for dmoe.lora and dmoe.quant
+    guard_saving()
 
 
 def use(model: nn.Module) -> list[str]:
@@ -95,17 +99,15 @@ def restore(model: nn.Module) -> list[str]:
         ValueError: experts with adapters of ``dmoe.lora``, or codes of ``dmoe.quant``, which nobody else would heed.
     """
     for name, module in model.named_modules():
-        if hasattr(module, _WAS) and (has_own_adapters(module) or any(_is_codes(each) for each in module.children())):
-            raise ValueError(
-                f"restore: {name}: expected experts that Transformers can compute, got codes or adapters beside them: "
-                "dmoe.quant.dequantize, and dmoe.lora.remove or save_peft, first"
-            )
+        if hasattr(module, _WAS):
+            refuse_attached("restore", module, name)
     restored = []
     take_back(model)
     for name, module in model.named_modules():
         if hasattr(module, _WAS):
             _name_implementation(module, getattr(module, _WAS))
             delattr(module, _WAS)
+            unguard(module)
             restored.append(name)
         for slot in ("forward", "_old_forward"):
             if _is_ours(vars(module).get(slot)):
@@ -119,10 +121,6 @@ def restore(model: nn.Module) -> list[str]:
 
 def _name_implementation(module: Any, name: str | None) -> None:
     module.config._experts_implementation = {"": name}  # the dict form: of this config alone, not of those under it
-
-
-def _is_codes(module: nn.Module) -> bool:
-    return isinstance(module, dmoe.quant.QuantizedProjection)
 
 
 def _slot(module: nn.Module) -> str:

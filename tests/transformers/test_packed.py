@@ -133,6 +133,19 @@ def test_a_published_folder_stays_packed(folder):
         assert (ours(IDS).logits - adapted).abs().max() <= 1e-5 * adapted.abs().max()
 
 
+def test_transformers_neither_computes_nor_saves_them(folder, tmp_path):
+    path, _ = folder
+    ours = load_packed(path)
+    expected = ours(IDS).logits
+    ours.set_experts_implementation("eager")
+    with pytest.raises(ValueError, match=r"GptOssExperts: expected .*codes of dmoe.quant"):
+        ours(IDS)
+    ours.set_experts_implementation("dmoe")
+    assert torch.equal(ours(IDS).logits, expected)
+    with pytest.raises(ValueError, match=r"save_pretrained: model.layers.0.mlp.experts.gate_up_proj: .*codes of dmoe"):
+        ours.save_pretrained(tmp_path / "saved")
+
+
 def test_in_bfloat16(folder):
     path, model = folder
     ours = load_packed(path)
