@@ -109,7 +109,9 @@ def test_peft_reads_what_dmoe_writes(family, how, dtype, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("how", "fields"), [(use, {"use_rslora": True, "rank_pattern": {"experts.down_proj": 5}}), (to_dmoe, {})], ids=str
+    ("how", "fields"),
+    [(use, {"use_rslora": True, "rank_pattern": {"experts.down_proj": 5}}), (to_dmoe, {})],
+    ids=["use", "to_dmoe"],
 )
 @pytest.mark.parametrize("family", CONFIGS)
 def test_dmoe_reads_what_peft_writes(family, how, fields, tmp_path):
