@@ -117,7 +117,7 @@ def _report(results: list[dict[str, Any]], env: dict[str, Any], name: str) -> st
         "both projections. Median milliseconds of forward and backward with new tokens and a new routing; in brackets, "
         f"how many times {MINE}'s. Before timing, outputs and gradients agreed with float64 within a relative norm of "
         + " and ".join(f"{bound:.0e} ({dtype})" for dtype, bound in TOLERANCE.items())
-        + f" ({QUANTIZED} computes with other weights).",
+        + f" ({QUANTIZED} computes with other weights; its factors are float32).",
         markdown_table(
             ["dtype, tokens, K", *names],
             [[_line(e), *time_cells(e["timings"], names, MINE, names)] for e in results],
