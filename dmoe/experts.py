@@ -87,7 +87,7 @@ class Experts(nn.Module):
 
     def _coded(self) -> list[str]:
         """Projections that are codes: what dmoe.quant puts in a parameter's place."""
-        return [name for name in (self.up_name, "down_proj") if isinstance(getattr(self, name), nn.Module)]
+        return [name for name in (self.up_name, "down_proj") if self._modules.get(name) is not None]
 
     def mark_parameters(self) -> None:
         """Set ``expert`` and ``allreduce`` on each parameter, and freeze what is, as after something replaced them."""
