@@ -216,7 +216,7 @@ def _fault(function: Any, device: torch.device, dtype: torch.dtype) -> str | Non
         return "of which a number depends on others"
     if not alike(function(x.flip(0, 1)).flip(0, 1), y):
         return "of which a number depends on its place"
-    if not alike(function(x[1:3].clone()), y[1:3]) or not alike(function(x.flatten().unsqueeze(0))[0], y.flatten()):
+    if not alike(function(x[1:3].clone()), y[1:3]) or not alike(function(x.clone().view(1, -1))[0], y.flatten()):
         return "of which a number depends on how many there are"
     large = torch.where(place % 5 == 0, 1e3 * x, x)  # what a largest number decides, say
     if not alike(function(large)[place % 5 != 0], y[place % 5 != 0]):

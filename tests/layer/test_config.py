@@ -109,11 +109,12 @@ def test_capacity_formulas(tokens, experts, top_k, factor):
         return config.capacity_for(tokens)
 
     share = factor * tokens / experts
+    of_all = factor * (tokens * top_k / experts)  # floor's order of operations: another may round across an integer
     most = tokens * top_k
-    assert capacity("ceil") == min(-int(-(share * top_k) // 1), most)
-    assert capacity("floor") == min(int(share * top_k // 1), most)
+    assert capacity("ceil") == min(-int(-(factor * (tokens * top_k) / experts) // 1), most)
+    assert capacity("floor") == min(int(of_all // 1), most)
     assert capacity("ceil_per_choice") == min(top_k * -int(-share // 1), most)
-    assert capacity("floor", 7) == min(max(int(share * top_k // 1), 7), most)
+    assert capacity("floor", 7) == min(max(int(of_all // 1), 7), most)
     assert small_config(capacity=5).capacity_for(tokens) == 5
     assert small_config().capacity_for(tokens) is None
 
