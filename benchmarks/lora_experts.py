@@ -97,13 +97,13 @@ def _run_case(case: Case, args: Any, bar: Any) -> dict[str, Any]:
         "errors": errors,
         "saved_bytes": {c.name: c.saved_bytes() for c in contestants},
         "weight_bytes": {c.name: _bytes(c.module) for c in contestants},
-        "grad_bytes": {c.name: sum(p.numel() * p.element_size() for p in c.parameters) for c in contestants},
+        "grad_bytes": {c.name: sum(p.nbytes for p in c.parameters) for c in contestants},
         "peak_bytes": {c.name: peak_bytes(c) for c in contestants},
     }
 
 
 def _bytes(module: torch.nn.Module) -> int:
-    return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
+    return sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
 
 
 def _report(results: list[dict[str, Any]], env: dict[str, Any], name: str) -> str:

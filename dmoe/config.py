@@ -16,8 +16,9 @@ from dmoe.sizes import larger, smaller
 
 GateWeightOn = Literal["output", "activation", "input"]
 Backend = Literal["grouped", "block_sparse", "torch", "reference"]
-# Those that know adapters and functions as activations; codes, of weights and in fp8, all but the last of them.
-COMPOSED_BACKENDS: tuple[Backend, ...] = ("grouped", "torch", "reference")
+# Those that know codes, of weights and in fp8; and those that know adapters and functions as activations.
+CODED_BACKENDS: tuple[Backend, ...] = ("grouped", "torch")
+COMPOSED_BACKENDS: tuple[Backend, ...] = (*CODED_BACKENDS, "reference")
 DropOrder = Literal[
     "token_major", "choice_major", "batch_prioritized", "gate_weight", "normalized_gate_weight", "random"
 ]

@@ -14,7 +14,7 @@ from torch import Tensor
 from dmoe.activation_functions import ActivationFunction, name_of, read_given
 from dmoe.activations import Activation
 from dmoe.adapters import Adapters, check_adapters
-from dmoe.config import COMPOSED_BACKENDS, Backend, ExpertCompute, GateWeightOn, SavedActivations
+from dmoe.config import CODED_BACKENDS, COMPOSED_BACKENDS, Backend, ExpertCompute, GateWeightOn, SavedActivations
 from dmoe.expert_weights import ExpertWeights
 from dmoe.ops._checks import check_tensors
 from dmoe.ops.moe_mlp import has_tangent
@@ -41,7 +41,10 @@ class Options(NamedTuple):
     saved_activations: str | None = None
 
     def beyond_kernels(self, weights: ExpertWeights) -> dict[str, bool]:
-        """What the kernels do not know, and the composition does, in errors' words: whether it is asked for."""
+        """What the kernels do not know, and the composition does, in errors' words: whether it is asked for.
+
+        For errors; :meth:`is_composed` is asked in every call, and makes no text.
+        """
         function = name_of(self.activation) if callable(self.activation) else ""
         return {
             "weights that are codes": weights.is_quantized,
@@ -53,7 +56,8 @@ class Options(NamedTuple):
 
     def is_composed(self, weights: ExpertWeights) -> bool:
         """Whether the composition computes."""
-        return any(self.beyond_kernels(weights).values())
+        in_fp8 = self.expert_compute is not None or self.saved_activations is not None
+        return self.adapters is not None or in_fp8 or callable(self.activation) or weights.is_quantized
 
 
 def check_choices(x: Tensor, expert_indices: Tensor, gate_weights: Tensor, weights: ExpertWeights) -> None:
@@ -189,7 +193,7 @@ def _check_composed(options: Options, weights: ExpertWeights) -> None:
     if options.main_grads is not None:
         raise ValueError(f"moe_mlp: main_grads: expected None beside {there[0]}, got buffers")
     in_codes = weights.is_quantized or options.expert_compute is not None or options.saved_activations is not None
-    allowed = COMPOSED_BACKENDS[:-1] if in_codes else COMPOSED_BACKENDS
+    allowed = CODED_BACKENDS if in_codes else COMPOSED_BACKENDS
     if options.backend not in (None, *allowed):
         raise ValueError(
             f"moe_mlp: backend: expected None, {' or '.join(allowed)} beside {there[0]}, got {options.backend!r}"

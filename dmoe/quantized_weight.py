@@ -100,7 +100,7 @@ class QuantizedWeight:
     def nbytes(self) -> int:
         """Bytes of codes, scales and zeros."""
         tensors = (self.codes, self.scales, *(() if self.zeros is None else (self.zeros,)))
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(tensor.nbytes for tensor in tensors)
 
     def __getitem__(self, experts: Any) -> QuantizedWeight:
         """Those experts' part; ``experts`` is a slice, or an index tensor."""

@@ -94,7 +94,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "functional",
     },
     "other_experts": {"expert_slice", "expert_weights", "experts"},
-    "quant": {"expert_slice", "expert_targets", "experts", "ops", "other_experts", "quantized_weight"},
+    "quant": {"config", "expert_slice", "expert_targets", "experts", "ops", "other_experts", "quantized_weight"},
     "shared_expert": {"ops", "plan", "config", "experts"},
     "parallel": {"activation_functions", "ops", "plan", "config", "expert_slice"},
     "layer": {

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dmoe.config import CODED_BACKENDS
 from dmoe.expert_slice import local_part
 from dmoe.expert_targets import as_patterns, check_patterns, fields_of, half_of, matches
 from dmoe.experts import Experts
@@ -228,7 +229,7 @@ def _check_place(name: str, place: _Place, codes_too: bool = False) -> None:
             f"{name}: expected whole experts on each rank, or dtensor=False, got a DTensor of {owned.num_shards} parts "
             "of their F"
         )
-    if config.backend not in (None, "grouped", "torch"):
+    if config.backend not in (None, *CODED_BACKENDS):
         raise ValueError(
             f"{name}: expected backend None, 'grouped' or 'torch', got {config.backend!r}, which multiplies no codes"
         )
