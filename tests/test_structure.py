@@ -454,6 +454,14 @@ def test_tests_lie_in_folders_that_mirror_what_they_test():
     assert not twice, "importing by name would find either"
 
 
+@pytest.mark.xdist_group("held together")
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="there are no workers")
+def test_what_shares_processes_stays_in_one_worker(request):
+    """pytest-xdist writes a test's group behind its name; where it cannot, each worker starts every set of ranks."""
+    if request.config.getoption("loadgroup"):
+        assert request.node.nodeid.endswith("@held together")
+
+
 def test_no_test_module_imports_another():
     assert not {_id(path): found for path in TESTS if (found := imported_tests(path.read_text()))}
 
