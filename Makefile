@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 SOURCES := $(wildcard csrc/*) setup.py
 
-.PHONY: demo test test-megatron-0.19 test-transformers test-checkpoints test-oldest check bench fairseq clean
+.PHONY: demo test test-megatron-0.19 test-transformers test-checkpoints test-kernels test-oldest check bench fairseq clean
 
 demo: $(VENV)/ready
 	$(BIN)/python examples/train_lm.py --compare-dense --minutes 7.5 --overwrite --generate --out runs/demo
@@ -31,6 +31,11 @@ test-checkpoints: $(VENV)/ready
 	cd tests/support && PATH=$(abspath $(BIN)):$$PATH python ft_verify.py ft_hashes.json \
 		'python -m dmoe.checkpoint convert {in} {out} --to fastertransformer --gpus {gpus} --dtype {dtype}' \
 		--vocab ' --vocab {vocab} --merges {merges}'
+
+# Every kernel through the compiler, for every architecture: `make test` takes those whose source has changed, and a part
+# of the others, another each day.
+test-kernels: $(VENV)/ready
+	DMOE_KERNELS=all $(BIN)/python -m pytest -q -n logical tests/kernels/test_kernel_table.py tests/kernels/test_gluon_table.py
 
 # The oldest PyTorch that is promised, and its Triton: an environment of their own in build/ (5 GB), with Python 3.11.
 test-oldest:

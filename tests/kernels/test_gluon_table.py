@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import gluon_table
 import kernel_table
@@ -19,12 +16,8 @@ def test_gluon_kernels_compile_without_spills_as_recorded():
     """In this Triton; what differs wants a look and ``python tests/support/gluon_table.py --write``."""
     triton = pytest.importorskip("triton")
     pytest.importorskip("triton.experimental.gluon")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(kernel_table.ROOT), environment.get("PYTHONPATH")]))
-    command = [sys.executable, gluon_table.__file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    table, recorded = json.loads(done.stdout), json.loads(gluon_table.TABLE.read_text())
+    table = json.loads(kernel_table.compiling_process(gluon_table.__file__, "--changed"))
+    recorded = json.loads(gluon_table.TABLE.read_text())
     assert not [(case, row) for case, rows in table.items() for row in rows if row["spilled"] or row["shared"] > SHARED]
     if triton.__version__ not in recorded:
         pytest.skip(f"the table was recorded with Triton {', '.join(recorded)}, this is {triton.__version__}")

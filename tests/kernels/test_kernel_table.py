@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import ast
 import json
-import os
-import subprocess
-import sys
 import types
 
+import front_end
 import kernel_table
 import machine_code
 import pytest
@@ -20,12 +18,7 @@ def test_kernels_compile_without_spills_as_recorded(arch):
     """Registers may grow by 8 on another compiler's whim; what is more, or another way to memory, wants a look and
     ``python tests/support/kernel_table.py --write``."""
     triton = pytest.importorskip("triton")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(kernel_table.ROOT), environment.get("PYTHONPATH")]))
-    command = [sys.executable, kernel_table.__file__, "--arch", str(arch)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    table = json.loads(done.stdout)
+    table = json.loads(kernel_table.compiling_process(kernel_table.__file__, "--arch", str(arch), "--changed"))
 
     spilled = {(case, row["kernel"]): row["spilled"] for case, rows in table.items() for row in rows if row["spilled"]}
     assert not spilled
@@ -44,6 +37,54 @@ def test_kernels_compile_without_spills_as_recorded(arch):
             assert now["uses"] == before["uses"], where
             assert now["ctas"] >= before["ctas"], where
             assert (now["steps"] or 0) <= 1.1 * (before["steps"] or 0), where
+
+
+ONLY_WHAT_DIFFERS = """
+import sys
+from triton import compiler
+import front_end, kernel_cases, kernel_table
+
+class Asked(Exception):
+    pass
+
+def asked(src, **others):
+    raise Asked(src.name)
+
+def table_of(rows):
+    with front_end.instead_of_compiling(rows):
+        return kernel_table.rows_of({case: kernel_cases.CASES[case]}, 90, None)[case]
+
+compiler.compile = asked
+case = "fp8_gemm"
+rows = kernel_table.recorded()[sys.argv[1]]["sm_90"][case]
+if sys.argv[2] == "changed":
+    rows = [row | {"source": row["source"][::-1]} if row["kernel"] == "fp8_rows_kernel" else row for row in rows]
+try:
+    assert table_of(rows) == rows
+except Asked as name:
+    print(name)
+"""
+
+
+def test_what_is_given_to_the_compiler_decides_whether_it_is_asked():
+    """A kernel whose source is another than the recorded one's is compiled, and nothing else."""
+    triton = pytest.importorskip("triton")
+    if triton.__version__ not in kernel_table.recorded():
+        pytest.skip(f"no table of Triton {triton.__version__}")
+    for how, asked in (("as recorded", []), ("changed", ["fp8_rows_kernel"])):
+        told = kernel_table.compiling_process("-c", ONLY_WHAT_DIFFERS, triton.__version__, how)
+        assert told.split() == asked
+
+
+def test_every_kernel_has_its_day(monkeypatch):
+    monkeypatch.delenv("DMOE_KERNELS", raising=False)
+    rows = [{"source": f"{number:016x}"} for number in range(100)]
+    left_out = [
+        row for day in range(front_end.PARTS) for row in rows if row not in front_end.unchanged({"case": rows}, day)
+    ]
+    assert sorted(row["source"] for row in left_out) == [row["source"] for row in rows]
+    monkeypatch.setenv("DMOE_KERNELS", "all")
+    assert front_end.unchanged({"case": rows}) == []
 
 
 every_version = pytest.mark.parametrize("version", sorted(kernel_table.recorded()))

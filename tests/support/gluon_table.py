@@ -1,35 +1,25 @@
 """What the compiler makes of the Gluon kernels for Hopper, and how many instructions a step of their loops takes.
 
-``python tests/support/gluon_table.py`` prints it for the Triton at hand as JSON; ``--write`` renews that Triton's part
-of the committed table, ``gluon_table.json`` beside this. Another Triton's: ``PYTHONPATH=/where/it/is``.
+``python tests/support/gluon_table.py`` prints it for the Triton at hand as JSON, and with ``--changed`` compiles only
+what has changed (:mod:`front_end`); ``--write`` renews that Triton's part of the committed table, ``gluon_table.json``
+beside this. Another Triton's: ``PYTHONPATH=/where/it/is``.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import re
-import subprocess
-import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
+import front_end
 import kernel_table
+import machine_code
 
 TABLE = Path(__file__).with_suffix(".json")
-
-
-def machine_code(compiled) -> list[str]:
-    """Instructions and labels, a line each."""
-    from triton.backends import nvidia
-
-    nvdisasm = Path(nvidia.__file__).parent / "bin" / "nvdisasm"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        told = subprocess.run([nvdisasm, "-c", cubin.name], capture_output=True, text=True, check=True).stdout
-    return [line for line in told.splitlines() if re.match(r"\s*/\*[0-9a-f]{4,}\*/|\.L_x_\d+:", line)]
+LINE = re.compile(r"\s*/\*[0-9a-f]{4,}\*/|\.L_x_\d+:")  # an instruction, or a label
 
 
 def loops(lines: list[str]) -> list[tuple[int, int]]:
@@ -60,7 +50,7 @@ def per_step(lines: list[str], mark: str, step: str) -> int:
 
 def row(kernel: str, compiled) -> dict:
     """One kernel's line of the table."""
-    lines = machine_code(compiled)
+    lines = [line for line in machine_code.disassembled(compiled.asm["cubin"]).splitlines() if LINE.match(line)]
     groups = sorted(int(n) for n in re.findall(r"setmaxnreg\.\w+\.sync\.aligned\.u32 \s*(\d+)", compiled.asm["ptx"]))
     used = kernel_table.resources(compiled, 90)
     del used["steps"]  # there are two loops: see below
@@ -75,39 +65,28 @@ def row(kernel: str, compiled) -> dict:
     }
 
 
-def table() -> dict:
-    """Every case of :mod:`gluon_cases`: {case: rows}."""
+def table(known: Sequence[dict] = ()) -> dict:
+    """Every case of :mod:`gluon_cases`: {case: rows}; ``known`` ones are taken where the source is the same."""
     import gluon_cases
 
-    from dmoe.kernels.offline import compiling
-
     os.environ["DMOE_GLUON"] = "1"
-    result, seen = {}, {}
-    for name, run in gluon_cases.CASES.items():
-        with compiling(90) as launched:
-            run()
-        rows = []
-        for kernel, compiled in launched:
-            if kernel.startswith("gluon_"):
-                digest = hashlib.sha256(compiled.asm["cubin"]).hexdigest()
-                if digest not in seen:
-                    seen[digest] = {**row(kernel, compiled), "binary": len(seen)}
-                rows.append(seen[digest])
-        result[name] = rows
-    return result
+    with front_end.instead_of_compiling(known):
+        return kernel_table.rows_of(gluon_cases.CASES, 90, row, begins="gluon_")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help=f"renew this Triton's part of {TABLE.name}")
+    parser.add_argument("--changed", action="store_true", help="compile what has changed, and a part of the rest")
     options = parser.parse_args()
-    made = table()
+    import triton
+
+    recorded = json.loads(TABLE.read_text())
+    known = recorded.get(triton.__version__, {}) if options.changed else {}
+    made = table(front_end.unchanged(known))
     if not options.write:
         print(json.dumps(made, indent=1))
         return
-    import triton
-
-    recorded = json.loads(TABLE.read_text()) if TABLE.exists() else {}
     recorded[triton.__version__] = made
     TABLE.write_text(json.dumps(dict(sorted(recorded.items())), indent=1) + "\n")
 
