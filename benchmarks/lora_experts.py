@@ -10,8 +10,6 @@ Before timing, outputs and gradients are compared in float64 (not those of four-
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +21,16 @@ from parts.harness import (
     checked,
     describe,
     environment,
-    interleave,
     markdown_table,
     new_figure,
     publish,
-    relative_error,
-    require_close,
     save_figure,
-    stopwatch,
     time_cells,
 )
-from parts.hf_experts import Case, Contestant
+from parts.hf_experts import TOLERANCE, Case, errors_of, timings_of
 from parts.lora_contestants import FULL, MINE, QUANTIZED, contestants_of, exact_results, peak_bytes
 from tqdm import tqdm
 
-# Relative norms against float64.
-TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2}
 CASES = [
     Case("lora", tokens, dtype, True, experts=64, top_k=top_k)
     for dtype in TOLERANCE
@@ -75,22 +67,9 @@ def _run_case(case: Case, args: Any, bar: Any) -> dict[str, Any]:
     truth, errors = exact_results(contestants), {}
     for contestant in contestants:
         if contestant.name in truth:
-            expected, got = truth[contestant.name], contestant.results(0)
-            if got.keys() != expected.keys():
-                raise CheckError(f"{case.label}: {contestant.name}: gradients of {sorted(got)}, not {sorted(expected)}")
-            errors[contestant.name] = {name: relative_error(got[name], expected[name]) for name in got}
-            require_close(f"{case.label}, {contestant.name}", errors[contestant.name], TOLERANCE[case.dtype])
+            errors[contestant.name] = errors_of(contestant, truth[contestant.name])
     del truth
-
-    def turn(contestant: Contestant, i: int) -> float:
-        contestant.clear()
-        inputs = contestant.inputs(100 + args.warmup + i)
-        return stopwatch(lambda: contestant.run(inputs), time.process_time if args.threads == 1 else time.perf_counter)
-
-    runs: dict[str, Callable[[int], float]] = {c.name: (lambda i, c=c: turn(c, i)) for c in contestants}  # type: ignore[misc]
-    timings = interleave(
-        runs, rounds=args.rounds, warmup=args.warmup, seconds_each=args.seconds, seed=args.seed, tick=bar.update
-    )
+    timings = timings_of(contestants, args, bar.update)
     return {
         "case": {**vars(case), "label": case.label},
         "timings": timings,

@@ -9,7 +9,6 @@ in float64. ``lora`` is a training step of PEFT's adapters (r = 8) on both proje
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +20,17 @@ from parts.harness import (
     checked,
     describe,
     environment,
-    interleave,
     markdown_table,
     new_figure,
     publish,
-    relative_error,
-    require_close,
     save_figure,
-    stopwatch,
     time_cells,
 )
-from parts.hf_experts import Case, Contestant, exact, field
+from parts.hf_experts import TOLERANCE, Case, errors_of, exact, field, timings_of
 from tqdm import tqdm
 
 MODELS = ("mixtral", "gpt_oss", "aria", "llama4", "lora")
 SMALL = (1, 8, 64, 128)
-# Relative norms against float64, as in layer_cpu; eager itself adds experts up in bfloat16.
-TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2}
 
 
 def cases_of(model: str) -> list[Case]:
@@ -94,30 +87,11 @@ def run_case(case: Case, args: Any, bar: Any) -> dict[str, Any]:
     truth = exact(case, contestants[0], seed=0)
     errors = {}
     for contestant in contestants:
-        got = contestant.results(0)
-        if got.keys() != truth.keys():
-            raise CheckError(f"{case.label}: {contestant.name}: gradients of {sorted(got)}, not of {sorted(truth)}")
-        errors[contestant.name] = {name: relative_error(got[name], truth[name]) for name in got}
         # They add a bias's gradient up in the weights' dtype: in bfloat16 that is no figure to check.
         rival = case.dtype == "bf16" and contestant.name in ("grouped_mm", "batched_mm")
-        checked_errors = {n: e for n, e in errors[contestant.name].items() if not (rival and n.endswith("_bias"))}
-        require_close(f"{case.label}, {contestant.name}", checked_errors, TOLERANCE[case.dtype])
+        errors[contestant.name] = errors_of(contestant, truth, passed_over="_bias" if rival else None)
     del truth
-
-    def turn(contestant: Contestant, i: int) -> float:
-        contestant.clear()
-        inputs = contestant.inputs(100 + args.warmup + i)
-        # Of one thread the processor's time: what else runs on the machine does not count.
-        return stopwatch(lambda: contestant.run(inputs), time.process_time if args.threads == 1 else time.perf_counter)
-
-    timings = interleave(
-        {c.name: (lambda i, c=c: turn(c, i)) for c in contestants},  # type: ignore[misc]
-        rounds=args.rounds,
-        warmup=args.warmup,
-        seconds_each=args.seconds,
-        seed=args.seed,
-        tick=bar.update,
-    )
+    timings = timings_of(contestants, args, bar.update)
     saved = {c.name: c.saved_bytes() for c in contestants} if case.backward else {}
     return {
         "case": {**vars(case), "label": case.label},

@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     from dmoe.expert_weights import ExpertWeights
 
 
+def check_dropout(where: str, given: Any) -> None:
+    """Raises ValueError, which begins with ``where``, for what is no probability below 1."""
+    if not isinstance(given, int | float) or not 0 <= given < 1:
+        raise ValueError(f"{where}: expected 0 <= p < 1, got {given!r:.40}")
+
+
 @dataclass(frozen=True)
 class LowRank:
     """One factored matrix per expert, ``scale * b[e] @ a[e]``.
@@ -59,8 +65,7 @@ class LowRank:
             )
         if self.a.dtype != self.b.dtype:
             raise TypeError(f"LowRank: expected factors of one dtype, got {self.a.dtype} and {self.b.dtype}")
-        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
-            raise ValueError(f"LowRank: dropout: expected 0 <= p < 1, got {self.dropout!r}")
+        check_dropout("LowRank: dropout", self.dropout)
 
     @property
     def rank(self) -> int:

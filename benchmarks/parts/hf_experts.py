@@ -1,9 +1,11 @@
-"""The contestants of ``transformers_experts.py``: modules of Transformers' models, and who computes their experts."""
+"""Modules of Transformers' models, and who computes their experts: checked, and timed in turns."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import functools
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +16,11 @@ from transformers import AriaTextConfig, GptOssConfig, Llama4TextConfig, Mixtral
 from dmoe.integrations.transformers import experts as experts_module
 from dmoe.integrations.transformers import register, restore, use
 from dmoe.integrations.transformers.lora import Adapted
-from parts.harness import saved_bytes
+from parts.harness import CheckError, Timing, interleave, relative_error, require_close, saved_bytes, stopwatch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Relative norms against float64, as in layer_cpu; eager itself adds experts up in bfloat16.
+TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2}
 WORDS = ("eager", "grouped_mm", "batched_mm", "dmoe")
 RANK = 8
 
@@ -230,6 +234,44 @@ def _with_adapters(case: Case) -> list[Contestant]:
 
 def _name(experts: Any, word: str) -> None:
     experts.config._experts_implementation = word
+
+
+def errors_of(contestant: Contestant, expected: dict[str, Tensor], passed_over: str | None = None) -> dict[str, float]:
+    """Relative norms of a contestant's output and gradients against what was expected.
+
+    Raises:
+        CheckError: other gradients than expected, or one that is off, unless its name ends with ``passed_over``.
+    """
+    case, got = contestant.case, contestant.results(0)
+    where = f"{case.label}, {contestant.name}"
+    if got.keys() != expected.keys():
+        raise CheckError(f"{where}: gradients of {sorted(got)}, not of {sorted(expected)}")
+    errors = {name: relative_error(got[name], expected[name]) for name in got}
+    held = {n: e for n, e in errors.items() if passed_over is None or not n.endswith(passed_over)}
+    require_close(where, held, TOLERANCE[case.dtype])
+    return errors
+
+
+def timings_of(contestants: Sequence[Contestant], args: Any, tick: Callable[[], None]) -> dict[str, Timing]:
+    """Each with new tokens and a new routing in every turn, as the command line says (``args``).
+
+    Of one thread the processor's time: what else runs on the machine does not count.
+    """
+    clock = time.process_time if args.threads == 1 else time.perf_counter
+
+    def turn(contestant: Contestant, i: int) -> float:
+        contestant.clear()
+        inputs = contestant.inputs(100 + args.warmup + i)
+        return stopwatch(lambda: contestant.run(inputs), clock)
+
+    return interleave(
+        {each.name: functools.partial(turn, each) for each in contestants},
+        rounds=args.rounds,
+        warmup=args.warmup,
+        seconds_each=args.seconds,
+        seed=args.seed,
+        tick=tick,
+    )
 
 
 def exact(case: Case, contestant: Contestant, seed: int) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from dmoe.adapters import check_dropout
 from dmoe.expert_targets import as_patterns
 
 Init = Literal["default", "gaussian"]
@@ -51,8 +52,7 @@ class LoRA:
             raise ValueError(f"LoRA: rank: expected an integer of at least 1, got {self.rank!r}")
         if self.alpha is not None and not (isinstance(self.alpha, int | float) and math.isfinite(self.alpha)):
             raise ValueError(f"LoRA: alpha: expected a finite number or None, got {self.alpha!r}")
-        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
-            raise ValueError(f"LoRA: dropout: expected 0 <= p < 1, got {self.dropout!r}")
+        check_dropout("LoRA: dropout", self.dropout)
         for name in ("rank_stabilized", "share_a", "share_b"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"LoRA: {name}: expected True or False, got {getattr(self, name)!r}")

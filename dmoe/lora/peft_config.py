@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dmoe.adapters import check_dropout
+
 CONFIG = "adapter_config.json"
 TENSORS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."  # before the name of every module
@@ -89,8 +91,7 @@ class PeftConfig:
                 raise ValueError(f"{self.path}: {patterns}: expected names, each with {what}, got {found!r:.80}")
             for pattern in found:
                 self._check_pattern(patterns, pattern)
-        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
-            raise ValueError(f"{self.path}: lora_dropout: expected 0 <= p < 1, got {self.dropout!r:.40}")
+        check_dropout(f"{self.path}: lora_dropout", self.dropout)
 
     def _check_pattern(self, name: str, pattern: str) -> None:
         """A regular expression whose search ends soon: without repeated groups, and with few repetitions."""

@@ -9,6 +9,7 @@ from typing import Any
 from .picture import FAINT, INK
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73")
+LINES = ("-", (0, (3, 3)), "-")
 PARTS = ("experts", "other weights", "gradients", "optimizer", "saved")
 SHADES = ("#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#999999")
 
@@ -56,8 +57,9 @@ def draw(path: Path, curves: Curves, memory: Memory, note: str) -> None:
             1, 2, left=0.06, right=0.975, top=0.79, bottom=0.2, wspace=0.42, width_ratios=[1.2, 1]
         )
         loss = figure.add_subplot(grid[0])
-        for colour, (name, points) in zip(COLOURS, curves.items(), strict=False):
-            loss.plot(*zip(*points, strict=True), color=colour, linewidth=2.2, marker="o", markersize=4, label=name)
+        # Curves may lie upon each other: the later are dashed, so that the earlier ones are seen between.
+        for colour, line, (name, points) in zip(COLOURS, LINES, curves.items(), strict=False):
+            loss.plot(*zip(*points, strict=True), color=colour, linewidth=2.2, linestyle=line, label=name)
         loss.set_title("Held-out bits per byte")
         loss.set_xlabel("steps")
         loss.legend(frameon=False)

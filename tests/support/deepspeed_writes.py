@@ -68,9 +68,10 @@ class Model(nn.Module):
 def main(out: Path, cases: list[str]) -> None:
     sys.modules["fairseq"] = None  # which DeepSpeed looks for, and which not every Python can import
     import deepspeed
-    import deepspeed.comm.torch
+    from deepspeed.comm.torch import TorchBackend
 
-    deepspeed.comm.torch.build_shm_op = lambda: None  # shared memory between ranks, which it would compile first
+    # Shared memory between ranks, which it would compile first. By its globals: `deepspeed.comm.torch` is PyTorch.
+    TorchBackend.__init__.__globals__["build_shm_op"] = lambda: None
     torch.distributed.init_process_group(
         "gloo",
         init_method=f"file://{out}/store",

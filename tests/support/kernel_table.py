@@ -142,7 +142,7 @@ def main():
         return
 
     def one(arch):
-        command = [sys.executable, __file__, "--arch", str(arch)]
+        command = [sys.executable, __file__, "--arch", str(arch), *["--changed"] * options.changed]
         return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT).stdout)
 
     table = {f"sm_{arch}": one(arch) for arch in ARCHITECTURES}
