@@ -29,7 +29,7 @@ pieces = pytest.importorskip("dmoe.kernels._pieces")
 
 @interpreted
 @without_generated_products
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(drawn=calls(), tiling=tilings())
 def test_kernels_against_the_reference_in_float64(drawn, tiling):
     call, grad = drawn
