@@ -164,6 +164,13 @@ class MoEConfig:
         wire_dtype: ``fp8`` or ``int8``: tokens travel to their experts as one byte per number and a float32 scale per
             row; results come back in their own dtype. None: so do the tokens.
         wire_backward: the tokens' gradients travel like that, too.
+        balance_ranks: ``replicate``: the hottest experts of ranks that have more rows than the mean are copied for the
+            one forward to ranks that have fewer, with a share of their rows. Nothing is dropped; output, gradients and
+            checkpoints are as without it. None: an expert's rows are computed where it lives.
+        max_expert_copies: copies that a rank hosts at a time, at most (static mode: experts that it lends).
+        balance_slack: no rank is to compute more than ``1 + balance_slack`` times the mean, as far as copies allow.
+        min_rows_per_copy: no copy for fewer rows than this; None: than pay for the weights' way, as
+            :func:`dmoe.parallel.rows_that_pay` reckons.
         overlap_degree: into how many chunks each rank's experts are cut, of which one computes while the next one's
             tokens travel. A token that chose experts of several chunks on one rank travels there once for each.
     """
@@ -237,6 +244,10 @@ class MoEConfig:
     max_rows_received: int | None = None
     wire_dtype: Literal["fp8", "int8"] | None = None
     wire_backward: bool = False
+    balance_ranks: Literal["replicate"] | None = None
+    max_expert_copies: int = 2
+    balance_slack: float = 0.05
+    min_rows_per_copy: int | None = None
     overlap_degree: int = 1
 
     def __post_init__(self) -> None:

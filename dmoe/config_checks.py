@@ -150,6 +150,7 @@ def _check_capacity(c: MoEConfig) -> None:
     bound = c.max_rows_received
     _require(c, bound is None or bound >= 0, "max_rows_received", "at least 0, or None")
     _require(c, not c.wire_backward or c.wire_dtype is not None, "wire_backward", "False without wire_dtype")
+    _check_levelling(c)
     _require(c, 0 <= c.selection_bias_update_rate < math.inf, "selection_bias_update_rate", "at least 0")
     _require(c, 0 <= c.selection_bias_decay < 1, "selection_bias_decay", "0 <= share < 1")
     if c.selection_bias and c.selection_bias_rule == "quantile":
@@ -157,6 +158,17 @@ def _check_capacity(c: MoEConfig) -> None:
         _require(c, not grouped, "top_k_groups", "None with selection_bias_rule='quantile'")
         few = c.top_k < c.num_experts
         _require(c, few, "top_k", f"less than num_experts = {c.num_experts} with selection_bias_rule='quantile'")
+
+
+def _check_levelling(c: MoEConfig) -> None:
+    _require(c, c.max_expert_copies >= 1, "max_expert_copies", "at least 1")
+    _require(c, 0 <= c.balance_slack < math.inf, "balance_slack", "at least 0")
+    rows = c.min_rows_per_copy
+    _require(c, rows is None or rows >= 1, "min_rows_per_copy", "at least 1, or None")
+    if c.balance_ranks is not None:
+        why = "with balance_ranks='replicate'"
+        _require(c, isinstance(c.ffn_hidden_size, int), "ffn_hidden_size", f"one width for all experts {why}")
+        _require(c, c.overlap_degree == 1, "overlap_degree", f"1 {why}")
 
 
 def _check_losses(c: MoEConfig) -> None:

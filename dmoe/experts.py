@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from dmoe.expert_states import adapters_without_place, other_layout, weights_for
 from dmoe.expert_weights import F_DIM, ExpertWeights, Weight
 from dmoe.functional import run_experts
 from dmoe.ops._checks import check_plain
+from dmoe.parallel.copies import Copies, Lent
 from dmoe.plan import RoutingPlan
 
 
@@ -160,14 +162,22 @@ class Experts(nn.Module):
         at_work: dict[str, Any] = {name: scaled(tensor, forward_scale[name], scale) for name, tensor in given.items()}
         return replace(weights, **at_work)
 
-    def weights_ahead(self) -> ExpertWeights | None:
+    def weights_ahead(self, copies: Copies | None = None) -> ExpertWeights | Lent | None:
         """The weights at work for a :meth:`forward` to come, their gradients computed where backward comes to this.
+
+        With ``copies`` those that other ranks host are on their way to them.
 
         None where they may not be here yet: FSDP gathers them for that forward, and takes their gradients after it;
         offloading replaces the forward, or hooks it, to bring them.
         """
         hooked = hasattr(self, "unshard") or "forward" in self.__dict__ or bool(self._forward_pre_hooks)
-        return None if hooked or self.lora is not None else self._weights_at_work().deferred()
+        if hooked or self.lora is not None:
+            return None
+        return (self._weights_at_work() if copies is None else self._lend(copies)).deferred()
+
+    def _lend(self, copies: Copies, x: Tensor | None = None) -> Lent:
+        """The weights at work, some of them on their way to other ranks: see :meth:`Copies.start`."""
+        return copies.start(self._weights_at_work(), self._main_grads(), x)
 
     def _adapters_at_work(self, dtype: torch.dtype | None) -> dict[str, Any]:
         """Adapters beside weights of such a dtype, and tokens' choice, as :func:`dmoe.run_experts` takes them."""
@@ -234,11 +244,37 @@ class Experts(nn.Module):
         plan: RoutingPlan,
         gate_weights: Tensor,
         residual: Tensor | None = None,
-        weights: ExpertWeights | None = None,
+        weights: ExpertWeights | Lent | None = None,
+        copies: Copies | None = None,
+        copies_plan: RoutingPlan | None = None,
     ) -> Tensor:
-        """``(T, H)`` through the experts, or through those of :meth:`in_parts`; see :func:`dmoe.run_experts`."""
+        """``(T, H)`` through the experts, or through those of :meth:`in_parts`; see :func:`dmoe.run_experts`.
+
+        ``weights`` are those of :meth:`weights_ahead`, if it had any. With ``copies`` this rank computes experts of
+        others, too, for the rows in ``copies_plan``, and others compute its own.
+        """
+        if weights is None:
+            weights = self._weights_at_work() if copies is None else self._lend(copies, x)
+        if not isinstance(weights, Lent):
+            return self._run(x, plan, gate_weights, residual, weights, self._main_grads())
+        x = x if weights.x is None else weights.x
+        y = self._run(x, plan, gate_weights, residual, weights.weights, self._main_grads())
+        y, hosted = weights.finish(y)
+        if hosted is None or copies_plan is None:
+            return y
+        return self._run(x, copies_plan, gate_weights, y, hosted, None)
+
+    def _run(
+        self,
+        x: Tensor,
+        plan: RoutingPlan,
+        gate_weights: Tensor,
+        residual: Tensor | None,
+        weights: ExpertWeights,
+        main_grads: Sequence[Tensor | None] | None,
+    ) -> Tensor:
+        """:func:`dmoe.run_experts` as the config says."""
         config = self.config
-        weights = self._weights_at_work() if weights is None else weights
         return run_experts(
             x,
             plan,
@@ -250,7 +286,7 @@ class Experts(nn.Module):
             expert_dropout=config.expert_dropout if self.training else 0.0,
             backend=config.backend,
             residual=residual,
-            main_grads=self._main_grads(),
+            main_grads=main_grads,
             recompute=config.recompute_pre_activation,
             expert_compute=config.expert_compute,
             saved_activations=config.saved_activations,

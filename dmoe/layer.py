@@ -193,11 +193,12 @@ class MoE(Float32Buffers):
         going = dispatcher.start_dispatch(tokens, routing.expert_indices, routing.gate_weights, routing.plan)
         moved = isinstance(dispatcher, AllToAllDispatcher)
         ahead = moved and isinstance(experts, Experts)  # not what an adapter or FSDP1 put in its place
-        weights = experts.weights_ahead() if ahead else None
+        weights = experts.weights_ahead(going.copies) if ahead else None
         shared = None if self.shared_expert is None else self.shared_expert(tokens)
         arrived = dispatcher.finish_dispatch(going)
         residual = None if moved else shared  # where nothing moved the experts' own sum takes in the shared one
-        y = experts(arrived.x, arrived.plan, arrived.gate_weights, residual, weights)
+        lent = {} if arrived.copies is None else {"copies": arrived.copies, "copies_plan": arrived.copies_plan}
+        y = experts(arrived.x, arrived.plan, arrived.gate_weights, residual, weights, **lent)
         y = dispatcher.combine(y, arrived)
         y = y + shared if moved and shared is not None else y
         return y, (arrived,), arrived.kept_per_expert

@@ -22,11 +22,14 @@ class RoutingMetrics:
         tokens_per_expert: assignments per expert before any drop, ``(E,)`` integer.
         kept_per_expert: rows each expert computed, ``(E,)`` integer.
         entropy: mean entropy of the router's probabilities over the tokens that count, nats, scalar.
-        bytes_sent: bytes that this rank sent to others in forward: rows with their choices, results, and counts. A
-            Python integer, or a scalar tensor when summed over ranks (:func:`dmoe.reduce_metrics`); None without expert
+        bytes_sent: bytes that this rank sent to others in forward: rows with their choices, results, counts, and copies
+            of experts. A Python integer, or a scalar tensor when summed over ranks (:func:`dmoe.reduce_metrics`); None without expert
             parallelism.
         naive_bytes_sent: bytes of the rows and results alone, had each choice of a token sent a copy; None without
             expert parallelism, and in its static mode.
+        rank_rows: rows that each rank's experts compute, its copies of others' with them, those that share experts
+            counted once, ``(O,)`` integer; None without ``balance_ranks``.
+        rank_rows_unbalanced: what it would have been without copies.
     """
 
     tokens_per_expert: Tensor
@@ -34,6 +37,8 @@ class RoutingMetrics:
     entropy: Tensor
     bytes_sent: int | Tensor | None = None
     naive_bytes_sent: int | Tensor | None = None
+    rank_rows: Tensor | None = None
+    rank_rows_unbalanced: Tensor | None = None
 
     @property
     def load(self) -> Tensor:
@@ -71,7 +76,11 @@ def metrics_of(routing: Routing, arrived: Sequence[Dispatched], kept_per_expert:
         return RoutingMetrics(plan.tokens_per_expert, kept, entropy)
     naive = [each.naive_bytes_sent for each in traffic]
     total = None if None in naive else sum(number for number in naive if number is not None)
-    return RoutingMetrics(plan.tokens_per_expert, kept, entropy, sum(each.bytes_sent for each in traffic), total)
+    sent = sum(each.bytes_sent for each in traffic)
+    sent += sum(each.copies.bytes_sent for each in arrived if each.copies is not None)
+    levels = arrived[0].levels
+    rank_rows = (None, None) if levels is None else (levels.rows, levels.rows_before)
+    return RoutingMetrics(plan.tokens_per_expert, kept, entropy, sent, total, *rank_rows)
 
 
 def expert_load(tokens_per_expert: Tensor) -> Tensor:

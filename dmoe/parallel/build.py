@@ -11,6 +11,7 @@ from dmoe.expert_slice import ExpertSlice
 from dmoe.parallel.dispatch import AllToAllDispatcher
 from dmoe.parallel.gradients import SharedOverflow
 from dmoe.parallel.interface import Dispatcher, LocalDispatcher
+from dmoe.parallel.levelling import Levelling
 from dmoe.parallel.mesh import expert_mesh
 from dmoe.parallel.overlap import chunk_of
 from dmoe.parallel.placement import as_group
@@ -59,9 +60,16 @@ def build_dispatcher(
         wire_dtype=config.wire_dtype,
         wire_backward=config.wire_backward,
         two_level=ep_levels,
+        levelling=_levelling(config, ep_levels is not None),
     )
     chunk_of(dispatcher.num_local_experts, config.overlap_degree, 0)  # says so where they cannot be cut
     return dispatcher
+
+
+def _levelling(config: MoEConfig, across_nodes: bool) -> Levelling | None:
+    if config.balance_ranks is None:
+        return None
+    return Levelling(config.balance_slack, config.max_expert_copies, config.min_rows_per_copy, across_nodes)
 
 
 def owned_experts(

@@ -227,6 +227,25 @@ class _Finish(torch.autograd.Function):
         return grad, None  # _Start does not read it: what it returns is under way, and has another shape
 
 
+def tied(y: Tensor, *others: Tensor) -> Tensor:
+    """``y``, whose backward reaches the others, too, whatever lies between.
+
+    A rank without a row may compute its (0, H) results from nothing. Its backward would then not come to the exchanges
+    that brought the rows, where the other ranks wait for it.
+    """
+    return _Tied.apply(y, *others)
+
+
+class _Tied(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, *others: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (grad, *(None for _ in ctx.needs_input_grad[1:]))
+
+
 def check_rows(x: Tensor, exchange: Any) -> None:
     """Refuse what cannot be sent, with a ValueError: no matrix, or too few rows."""
     if x.dim() != 2 or x.shape[0] < sum(exchange.send_counts):
@@ -274,6 +293,22 @@ def all_reduce(tensor: Tensor, what: str, *groups: ProcessGroup | None, op: Any 
     """
     for group in groups:
         explained(functools.partial(dist.all_reduce, tensor, op, group=group), f"the all-reduce of {what}", group)
+
+
+# PyTorch 2.13's name for it, under which it does not warn.
+_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+
+
+def all_gather(received: Tensor, tensor: Tensor, what: str, group: ProcessGroup | None) -> None:
+    """Every rank's tensor, of one shape, one after the other.
+
+    Args:
+        received: is filled, ``(W * n, ...)``.
+        tensor: this rank's, ``(n, ...)``.
+        what: is gathered, for the error.
+        group: the ranks; None is all of them.
+    """
+    explained(functools.partial(getattr(dist, _GATHER), received, tensor, group=group), what, group)
 
 
 def explained(call: Any, what: str, group: ProcessGroup | None) -> Any:

@@ -31,9 +31,11 @@ class Counting:
         group: the ranks.
         levels: two hops instead of one.
         tp_group: ranks that then also tell each other what they received: on a GPU without the host between the two.
+        beside: integers that come to the host with the counts, int64 of any shape; None for none.
 
     Attributes:
         held: with ``levels``, after :meth:`read`: what passed this rank, a row for each rank of its node and each node.
+        beside: after :meth:`read`, on the host.
     """
 
     def __init__(
@@ -42,10 +44,12 @@ class Counting:
         group: ProcessGroup,
         levels: TwoLevel | None = None,
         tp_group: ProcessGroup | None = None,
+        beside: Tensor | None = None,
     ) -> None:
         self._counts, self._group, self._levels, self._tp_group = counts, group, levels, tp_group
         self._copies = 1 if tp_group is None else dist.get_world_size(tp_group)
         self.held: list[list[int]] | None = None
+        self.beside = beside
         first = counts
         if levels is not None:  # by (l', n'), as the rows will be
             self._group = levels.inner
@@ -62,6 +66,10 @@ class Counting:
                 everything = self._rest()
                 self._on_host = torch.empty(everything.shape, dtype=everything.dtype, pin_memory=True)
                 self._on_host.copy_(everything, non_blocking=True)
+                if beside is not None:
+                    self.beside = torch.empty(beside.shape, dtype=beside.dtype, pin_memory=True)
+                    self.beside.copy_(beside, non_blocking=True)
+                    beside.record_stream(side)
                 self._ready = torch.cuda.Event()
                 self._ready.record(side)
             for tensor in (counts, first, self._arriving):

@@ -14,6 +14,9 @@ With more ranks than experts (``W = E * S``) S ranks share each expert, each a s
 and what they return are terms of one sum, as the results of different experts are: ``combine`` adds them all. Tensor
 parallelism cuts F over ranks of another group, each with tokens of its own: see ``tensor_parallel.py``.
 
+With :class:`dmoe.parallel.Levelling` the experts of a rank that has too many rows are copied to others for this one
+forward; choices are then of places where experts are, their own or a copy's: see ``levelling.py`` and ``copies.py``.
+
 Both ways come in two halves as well, between which a caller can compute what needs no rows of other ranks. In backward
 that is differentiated while gradients travel::
 
@@ -37,11 +40,14 @@ from dmoe.ops.activation import accumulate_dtype
 from dmoe.ops.histogram import histogram
 from dmoe.ops.permute import permute, unpermute
 from dmoe.parallel.agreement import raise_unless_equal
-from dmoe.parallel.collectives import Exchange, RowExchange, outside_graphs
+from dmoe.parallel.collectives import Exchange, RowExchange, outside_graphs, tied
+from dmoe.parallel.copies import Copies
 from dmoe.parallel.counting import Counting
 from dmoe.parallel.destinations import choices_of_plan, choices_of_rows, destinations_of, kept_per_expert, shortened
 from dmoe.parallel.interface import Dispatched, Prepared, Returning, UnderWay, WayBack
+from dmoe.parallel.levelling import Levelling, LevelPlan, plan_levels
 from dmoe.parallel.placement import ffn_shard, local_experts
+from dmoe.parallel.statistics import LoadOfRanks
 from dmoe.parallel.tensor_parallel import TensorParallel
 from dmoe.parallel.traffic import Hop, Traffic
 from dmoe.parallel.two_level import TwoLevel, TwoLevelExchange
@@ -77,6 +83,9 @@ class AllToAllDispatcher:
         wire_backward: whether the tokens' gradients travel back like that, too.
         two_level: rows travel in two hops, inside a node and between nodes, over these groups: the ranks of ``group``
             in the order of the nodes. The results are the same. None: straight to each rank.
+        levelling: hosts copies of the hottest experts on the ranks with least to do, so that all compute about as many
+            rows. :class:`Dispatched` then has ``copies`` and their plan, for whoever holds the weights. None: experts
+            stay where they are.
         tp_group: tensor parallelism: ranks with the same experts, of which each holds a slice of their F, in the order
             of the ranks. The ranks form a grid of which ``group`` is this rank's row and ``tp_group`` its column. Each
             rank has tokens of its own; its experts see those that came to any rank of ``tp_group``, and
@@ -102,11 +111,12 @@ class AllToAllDispatcher:
         wire_dtype: str | None = None,
         wire_backward: bool = False,
         two_level: TwoLevel | None = None,
+        levelling: Levelling | None = None,
     ) -> None:
         check_wire_dtype(wire_dtype, wire_backward)
         self.group, self.num_experts, self.max_rows_received = group, num_experts, max_rows_received
         self.wire_dtype, self.wire_backward, self.two_level = wire_dtype, wire_backward, two_level
-        self.tp_group, self._tensor = tp_group, None
+        self.tp_group, self._tensor, self.levelling = tp_group, None, levelling
         if two_level is not None:
             two_level.check_against(group)
         self.world_size, self.rank = dist.get_world_size(group), dist.get_rank(group)
@@ -141,6 +151,7 @@ class AllToAllDispatcher:
             wire_dtype=self.wire_dtype,
             wire_backward=self.wire_backward,
             two_level=self.two_level,
+            levelling=self.levelling,
         )
 
     def __reduce__(self) -> Any:
@@ -168,6 +179,25 @@ class AllToAllDispatcher:
     def num_local_experts(self) -> int:
         """E / W, at least 1."""
         return len(self.local_experts)
+
+    @property
+    def num_owners(self) -> int:
+        """Ranks, those that share their experts counted once."""
+        return self.world_size // self._shards
+
+    @property
+    def num_slots(self) -> int:
+        """Places for copies on this rank."""
+        if self.levelling is None:
+            return 0
+        if self.max_rows_received is None:
+            return self.levelling.max_copies
+        return min(self.levelling.max_copies, self.num_local_experts) * self.num_owners
+
+    @property
+    def _places(self) -> int:
+        """Experts that this rank may compute: its own, and copies."""
+        return self.num_local_experts + self.num_slots
 
     def dispatch(
         self, x: Tensor, expert_indices: Tensor | None, gate_weights: Tensor, plan: RoutingPlan | None = None
@@ -204,11 +234,37 @@ class AllToAllDispatcher:
         finds the others there.
         """
         x, choices, gates = self._checked(x, expert_indices, gate_weights, plan)
-        bound, ranks = self._bound, self.world_size
-        destinations = destinations_of(choices, self.num_local_experts, ranks, self._shards)
+        bound, ranks, levels = self._bound, self.world_size, None
+        if self.levelling is not None:
+            levels = self._levelled(choices, x)
+            choices = levels.choices
+        destinations = destinations_of(choices, self._places, ranks, self._shards)
         way = plan_token_choice(destinations, ranks, capacity=bound, binned=bound is not None)
-        counting = None if bound is not None else self._start_counting(x, choices, gates, way)
-        return Prepared(x, choices, gates, destinations, way, counting)
+        counting = None if bound is not None else self._start_counting(x, choices, gates, way, levels)
+        return Prepared(x, choices, gates, destinations, way, counting, levels)
+
+    def _levelled(self, choices: Tensor, x: Tensor) -> LevelPlan:
+        """Ask all ranks how many rows they have for each expert, and plan who computes which."""
+        assert self.levelling is not None
+        experts, static = self.num_experts, self.max_rows_received is not None
+        here = histogram(choices.flatten(), experts + 1)[:experts]
+        everyone = LoadOfRanks(*self.groups)
+        loads, source = everyone.gather(here)
+        how = self.levelling.with_min_rows(x.device, x.element_size())
+        levels = plan_levels(choices, experts, self.num_owners, loads, source, how, static=static)
+        return replace(levels, bytes_sent=everyone.bytes_gathered(here))
+
+    def _copies(self, prepared: Prepared) -> Copies | None:
+        """What this rank lends and hosts; the counts have been read."""
+        levels, counting = prepared.levels, prepared.counting
+        if levels is None:
+            return None
+        mine, each = self.rank // self._shards, self.num_local_experts
+        if counting is None:
+            lent = levels.slots[0].view(self.num_owners, -1)[mine] - mine * each
+            return Copies.static(lent, self.rank, self._shards, self.group)
+        slots = counting.beside[0].tolist()
+        return Copies.of_slots(slots, each, self.rank, self._shards, self.group)
 
     @property
     def _bound(self) -> int | None:
@@ -218,8 +274,8 @@ class AllToAllDispatcher:
     @outside_graphs
     def launch_dispatch(self, prepared: Prepared) -> UnderWay:
         """The rest of :meth:`start_dispatch`."""
-        x, choices, way, bound = prepared.x, prepared.choices, prepared.way, self._bound
-        top_k, each, ranks = choices.shape[1], self.num_local_experts, self.world_size
+        x, choices, way, bound, levels = prepared.x, prepared.choices, prepared.way, self._bound, prepared.levels
+        top_k, each, ranks = choices.shape[1], self._places, self.world_size
 
         # While counts travel: a row for each (token, rank), and a row with that rank's choices and their weights.
         rows = permute(x, way.row_to_token, way.token_offsets, way.token_rows)
@@ -230,12 +286,19 @@ class AllToAllDispatcher:
             gathered = (bound * ranks,) * (1 if self._tensor is None else self._tensor.size)
             traffic = self._static_traffic(x, chosen, send_counts, gathered)
             kept = kept_per_expert(choices, prepared.destinations, way, each, self._shards)
+            if levels is not None:
+                kept = levels.of_experts(kept, self.num_experts)
             used, assignments = bound * ranks, sum(gathered) * top_k
+            of_copies = assignments
         else:
             send_counts, recv_counts, gathered, assignments, traffic = self._counted(prepared.counting, x, chosen)
             used, kept = sum(send_counts), None
             held = prepared.counting.held
             held_counts = () if held is None else tuple(count[0] for count in held)
+            of_copies = 0
+            if levels is not None:
+                of_copies = int(prepared.counting.beside[1][self.rank // self._shards].sum())
+                assignments -= of_copies
 
         # The choices first: the plan is made while the rows are still under way.
         of_choices = self._exchange(send_counts, recv_counts, held_counts, "expert choices")
@@ -243,7 +306,7 @@ class AllToAllDispatcher:
         return UnderWay(
             choices=(of_choices, of_choices.start(chosen)),
             rows=(of_rows, of_rows.start(rows)),
-            assignments=assignments,
+            assignments=(assignments, of_copies),
             way_back=WayBack(
                 way.row_to_token[:used],
                 way.row_to_slot[:used],
@@ -254,8 +317,15 @@ class AllToAllDispatcher:
                 held_counts,
                 gathered,
             ),
-            traffic=replace(traffic, wire_row_bytes=self._wire_row_bytes(x), hops=_hops(of_rows)),
+            traffic=replace(
+                traffic,
+                wire_row_bytes=self._wire_row_bytes(x),
+                hops=_hops(of_rows),
+                count_bytes=traffic.count_bytes + (0 if levels is None else levels.bytes_sent),
+            ),
             kept_per_expert=kept,
+            copies=self._copies(prepared),
+            levels=levels,
         )
 
     @outside_graphs
@@ -272,9 +342,11 @@ class AllToAllDispatcher:
             of_rows, rows = self._tensor.start_gather(of_rows.finish(rows), way.gathered, "token rows")
             arrived = of_choices.finish(choices)
         top_k, each = arrived.shape[1] // 2, self.num_local_experts
-        tile_rows = device_tile_rows(arrived.device, under_way.assignments, each)
-        ids = arrived[:, top_k:].to(torch.int32)
-        plan = shortened(plan_token_choice(ids, each, tile_rows=tile_rows), under_way.assignments)
+        ids, (own, of_copies) = arrived[:, top_k:].to(torch.int32), under_way.assignments
+        plan, copies_plan = _plan_here(ids.clamp(max=each) if under_way.levels is not None else ids, each, own), None
+        if under_way.copies is not None and (hosted := under_way.copies.num_hosted):
+            ids = ids - each
+            copies_plan = _plan_here(ids.masked_fill((ids < 0) | (ids > hosted), hosted), hosted, of_copies)
         return Dispatched(
             x=of_rows.finish(rows),
             plan=plan,
@@ -282,6 +354,9 @@ class AllToAllDispatcher:
             way_back=way,
             traffic=under_way.traffic,
             kept_per_expert=under_way.kept_per_expert,
+            copies=under_way.copies,
+            copies_plan=copies_plan,
+            levels=under_way.levels,
         )
 
     def combine(self, y: Tensor, dispatched: Dispatched) -> Tensor:
@@ -303,7 +378,7 @@ class AllToAllDispatcher:
         if way is None or y.shape[0] != sum(way.gathered):
             expected = "what dispatch returned" if way is None else f"{sum(way.gathered)} rows"
             raise ValueError(f"combine: expected {expected}, got y of shape {tuple(y.shape)}")
-        y = _Tied.apply(y, dispatched.x, dispatched.gate_weights)
+        y = tied(y, dispatched.x, dispatched.gate_weights)
         if self._tensor is not None:
             y = self._tensor.summed(y, way.gathered)
         back = self._exchange(way.recv_counts, way.send_counts, way.held_counts, "results", back=True)
@@ -370,10 +445,12 @@ class AllToAllDispatcher:
             choices = choices.masked_fill(plan.token_to_rows < 0, self.num_experts)
         return x, choices, gate_weights.to(accumulate_dtype(x.dtype))
 
-    def _start_counting(self, x: Tensor, choices: Tensor, gates: Tensor, way: RoutingPlan) -> Counting:
+    def _start_counting(
+        self, x: Tensor, choices: Tensor, gates: Tensor, way: RoutingPlan, levels: LevelPlan | None
+    ) -> Counting:
         """Tell every rank how many rows and assignments it will get, and what kind of rows."""
         owners = self.world_size // self._shards
-        assignments = histogram((choices // self.num_local_experts).flatten(), owners + 1)[:owners]
+        assignments = histogram((choices // self._places).flatten(), owners + 1)[:owners]
         assignments = assignments.repeat_interleave(self._shards, output_size=self.world_size)
         wire = _WIRES.index(None if self.wire_dtype is None else (self.wire_dtype, self.wire_backward))
         dtype = _DTYPES.index(x.dtype) + len(_DTYPES) * wire
@@ -382,7 +459,8 @@ class AllToAllDispatcher:
         if x.is_cuda:
             kinds = kinds.contiguous().pin_memory().to(x.device, non_blocking=True)
         counts = torch.stack([way.tokens_per_expert, assignments], 1).long()
-        return Counting(torch.cat([counts, kinds], 1), self.group, self.two_level, self.tp_group)
+        beside = None if levels is None else torch.stack([levels.slots, levels.slot_rows])
+        return Counting(torch.cat([counts, kinds], 1), self.group, self.two_level, self.tp_group, beside)
 
     def _counted(
         self, counting: Counting, x: Tensor, chosen: Tensor
@@ -444,20 +522,10 @@ class AllToAllDispatcher:
         )
 
 
-class _Tied(torch.autograd.Function):
-    """Identity on the first input, whose backward reaches the others whatever lies between.
-
-    A rank without a row may compute its (0, H) results from nothing. Its backward would then not come to the exchanges
-    of dispatch, where the other ranks wait for it.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, *others: Tensor) -> Tensor:
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (grad, *(None for _ in ctx.needs_input_grad[1:]))
+def _plan_here(ids: Tensor, num_experts: int, assignments: int) -> RoutingPlan:
+    """Which row goes to which of the experts here, of which so many are chosen at most."""
+    tile_rows = device_tile_rows(ids.device, assignments, num_experts)
+    return shortened(plan_token_choice(ids, num_experts, tile_rows=tile_rows), assignments)
 
 
 def _hops(exchange: RowExchange) -> tuple[Hop, ...]:

@@ -11,6 +11,8 @@ from dmoe.plan import RoutingPlan, device_tile_rows, plan_token_choice
 
 if TYPE_CHECKING:
     from dmoe.parallel.collectives import RowExchange
+    from dmoe.parallel.copies import Copies
+    from dmoe.parallel.levelling import LevelPlan
     from dmoe.parallel.traffic import Traffic
 
 
@@ -51,6 +53,9 @@ class Dispatched:
         traffic: what was sent; None when nothing moved.
         kept_per_expert: assignments of this rank's own tokens that were sent, for all experts, ``(E,)`` integer; None
             when none was dropped here.
+        copies: the experts that this rank lends to others and hosts for them; None where nobody does.
+        copies_plan: which row goes to which hosted copy, beside ``plan``; None where none is hosted here.
+        levels: who was to compute how much; None without :class:`dmoe.parallel.Levelling`.
     """
 
     x: Tensor
@@ -59,6 +64,9 @@ class Dispatched:
     way_back: WayBack | None = None
     traffic: Traffic | None = None
     kept_per_expert: Tensor | None = None
+    copies: Copies | None = None
+    copies_plan: RoutingPlan | None = None
+    levels: LevelPlan | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,7 @@ class Prepared:
         destinations: the ranks of each token, ``(T, D)`` int32, W where there is none.
         way: the plan of the tokens, with ranks as experts.
         counting: what brings the counts to the host; None in the static mode.
+        levels: who computes what, where experts are copied; ``choices`` are then of its numbers.
     """
 
     x: Tensor
@@ -78,6 +87,7 @@ class Prepared:
     destinations: Tensor
     way: RoutingPlan
     counting: Any
+    levels: LevelPlan | None = None
 
 
 @dataclass(frozen=True)
@@ -86,16 +96,18 @@ class UnderWay:
 
     Attributes:
         choices, rows: the exchanges that have started, each with the buffer that is being filled.
-        assignments: how many assignments the rows here will have, at most.
-        way_back, traffic, kept_per_expert: as in :class:`Dispatched`.
+        assignments: how many assignments the rows here will have, at most: of this rank's experts, and of copies.
+        way_back, traffic, kept_per_expert, copies, levels: as in :class:`Dispatched`.
     """
 
     choices: tuple[RowExchange, Tensor]
     rows: tuple[RowExchange, Tensor]
-    assignments: int
+    assignments: tuple[int, int]
     way_back: WayBack
     traffic: Traffic
     kept_per_expert: Tensor | None
+    copies: Copies | None = None
+    levels: LevelPlan | None = None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dmoe.parallel.collectives import all_reduce, explained, outside_graphs
+from dmoe.parallel.collectives import all_gather, all_reduce, outside_graphs
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -67,11 +66,18 @@ class LoadOfRanks:
         for group in self.groups:
             size = dist.get_world_size(group)
             parts = everyone.new_empty((size * len(everyone), *everyone.shape[1:]))
-            call = functools.partial(dist.all_gather_into_tensor, parts, everyone, group=group)
-            explained(call, "the gathering of routing", group)
+            all_gather(parts, everyone, "the gathering of routing", group)
             everyone = parts
             here, stride = here + dist.get_rank(group) * stride, stride * size
         return everyone, here
+
+    def bytes_gathered(self, tensor: Tensor) -> int:
+        """Bytes that this rank sends to others in :meth:`gather`."""
+        total, copies = 0, 1
+        for group in self.groups:
+            size = dist.get_world_size(group)
+            total, copies = total + (size - 1) * copies * tensor.nbytes, copies * size
+        return total
 
     def add_up(self, counts: Tensor) -> None:
         """Sum over the ranks, in place."""

@@ -1,10 +1,12 @@
-"""What really goes to other ranks: ``all_to_all_single``, watched."""
+"""What really goes to other ranks: all-to-all and all-gather, watched."""
 
 from __future__ import annotations
 
 from unittest.mock import patch
 
 import torch.distributed as dist
+
+from dmoe.parallel.collectives import _GATHER as GATHER
 
 
 class Wire:
@@ -31,12 +33,28 @@ class Wire:
             entry["bytes"] += row * (sum(splits) - splits[me])
             return real(output, input, output_splits, input_splits, group=group, async_op=async_op)
 
-        self._patch = patch.object(dist, "all_to_all_single", counting)
-        self._patch.__enter__()
+        gather = getattr(dist, GATHER)
+
+        def counting_gather(output, input, group=None, async_op=False):
+            assert self.group is None or group is self.group
+            ranks = dist.get_world_size(group)
+            entry = self.by_group.setdefault(group, {"calls": 0, "messages": 0, "bytes": 0})
+            entry["calls"] += 1
+            entry["messages"] += ranks - 1
+            entry["bytes"] += input.nbytes * (ranks - 1)
+            return gather(output, input, group=group, async_op=async_op)
+
+        self._patches = [
+            patch.object(dist, "all_to_all_single", counting),
+            patch.object(dist, GATHER, counting_gather),
+        ]
+        for each in self._patches:
+            each.__enter__()
         return self
 
     def __exit__(self, *error):
-        self._patch.__exit__(*error)
+        for each in self._patches:
+            each.__exit__(*error)
 
     def sum(self, name):
         return sum(entry[name] for entry in self.by_group.values())
