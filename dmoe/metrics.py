@@ -23,8 +23,8 @@ class RoutingMetrics:
         kept_per_expert: rows each expert computed, ``(E,)`` integer.
         entropy: mean entropy of the router's probabilities over the tokens that count, nats, scalar.
         bytes_sent: bytes that this rank sent to others in forward: rows with their choices, results, counts, and copies
-            of experts. A Python integer, or a scalar tensor when summed over ranks (:func:`dmoe.reduce_metrics`); None without expert
-            parallelism.
+            of experts. A Python integer, or a scalar tensor when summed over ranks (:func:`dmoe.reduce_metrics`); None
+            without expert parallelism.
         naive_bytes_sent: bytes of the rows and results alone, had each choice of a token sent a copy; None without
             expert parallelism, and in its static mode.
         rank_rows: rows that each rank's experts compute, its copies of others' with them, those that share experts

@@ -91,12 +91,13 @@ MAY_IMPORT: dict[str, set[str]] = {
         "expert_slice",
         "expert_states",
         "expert_weights",
+        "parallel",  # experts that are lent
         "functional",
     },
     "other_experts": {"expert_slice", "expert_weights", "experts"},
     "quant": {"config", "expert_slice", "expert_targets", "experts", "ops", "other_experts", "quantized_weight"},
     "shared_expert": {"ops", "plan", "config", "experts"},
-    "parallel": {"activation_functions", "ops", "plan", "config", "expert_slice"},
+    "parallel": {"activation_functions", "ops", "plan", "config", "expert_slice", "expert_weights"},
     "layer": {
         "ops",
         "plan",

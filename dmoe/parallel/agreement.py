@@ -42,6 +42,11 @@ def check_layers(layer: Any, dtype: torch.dtype) -> None:
             f"MoE: experts: expected parameters of an adapter to say whether other ranks have others, got {unmarked} "
             "without: mark them with expert = True and allreduce = False"
         )
+    if dispatcher.levelling is not None and (beside := _beside_plain_weights(holders)):
+        raise ValueError(
+            "MoE: balance_ranks: expected None where experts are more than their weights, which is what is copied, got "
+            f"{config.balance_ranks!r} with {beside}"
+        )
     options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     if callable(config.activation):  # whose repr may hold an address
         options["activation"] = name_of(config.activation)
@@ -60,6 +65,13 @@ def check_layers(layer: Any, dtype: torch.dtype) -> None:
     seed = {"adapters": adapters, "seed": getattr(layer.experts, "seed", None)}
     fields = {**options, **weights, **hops, **groups, **seed}
     check_agreement("MoE", fields, dispatcher.groups, hints)
+
+
+def _beside_plain_weights(holders: Sequence[Any]) -> str | None:
+    """What experts have that no copy of their weights brings along."""
+    if any(getattr(holder, "lora", None) is not None for holder in holders):
+        return "adapters"
+    return "weights that are codes" if any(next(holder.buffers(), None) is not None for holder in holders) else None
 
 
 @outside_graphs

@@ -122,7 +122,7 @@ def level(loads: Tensor, owners: int, how: Levelling, *, static: bool) -> tuple[
     none = owners * each
     slots = torch.full((owners, how.max_copies), none, device=device)
     rows, used = torch.zeros_like(slots), torch.zeros_like(load)
-    for _ in range(2 * how.max_copies + owners.bit_length()):
+    for _ in range(2 * (how.max_copies + owners.bit_length())):
         if not loads.is_cuda and bool((load <= limit).all()):  # which the host knows without a wait
             break
         give = _from_hottest(left, load - limit).flatten()

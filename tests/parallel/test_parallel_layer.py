@@ -52,6 +52,9 @@ def layers(draw):
         fields |= {"capacity": None, "gate_normalization": None, "drop_order": "token_major"}
     each = max(1, experts // (world // tp))
     fields["overlap_degree"] = draw(st.sampled_from([degree for degree in (1, 2) if each % degree == 0]))
+    if fields["overlap_degree"] == 1 and fields["ffn_hidden_size"] == 4:
+        fields["balance_ranks"] = draw(st.sampled_from([None, "replicate"]))
+        fields |= {"min_rows_per_copy": 1, "balance_slack": 0.0, "max_expert_copies": draw(st.integers(1, 2))}
     tokens = draw(st.lists(st.sampled_from([0, 1, 5, 8]), min_size=world, max_size=world))
     return fields, arrangement, tokens, draw(st.booleans()), draw(st.integers(0, 2**20))
 
