@@ -30,6 +30,7 @@ class RoutingMetrics:
         rank_rows: rows that each rank's experts compute, its copies of others' with them, those that share experts
             counted once, ``(O,)`` integer; None without ``balance_ranks``.
         rank_rows_unbalanced: what it would have been without copies.
+        copies_hosted: experts of others that this rank computed, too; 0 without ``balance_ranks``.
     """
 
     tokens_per_expert: Tensor
@@ -39,6 +40,7 @@ class RoutingMetrics:
     naive_bytes_sent: int | Tensor | None = None
     rank_rows: Tensor | None = None
     rank_rows_unbalanced: Tensor | None = None
+    copies_hosted: int = 0
 
     @property
     def load(self) -> Tensor:
@@ -77,10 +79,10 @@ def metrics_of(routing: Routing, arrived: Sequence[Dispatched], kept_per_expert:
     naive = [each.naive_bytes_sent for each in traffic]
     total = None if None in naive else sum(number for number in naive if number is not None)
     sent = sum(each.bytes_sent for each in traffic)
-    sent += sum(each.copies.bytes_sent for each in arrived if each.copies is not None)
-    levels = arrived[0].levels
+    levels, copies = arrived[0].levels, arrived[0].copies
     rank_rows = (None, None) if levels is None else (levels.rows, levels.rows_before)
-    return RoutingMetrics(plan.tokens_per_expert, kept, entropy, sent, total, *rank_rows)
+    hosted, sent = (0, sent) if copies is None else (copies.num_hosted, sent + copies.bytes_sent)
+    return RoutingMetrics(plan.tokens_per_expert, kept, entropy, sent, total, *rank_rows, hosted)
 
 
 def expert_load(tokens_per_expert: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dmoe import ExpertWeights, plan_token_choice, run_experts
 from dmoe.ops.permute import permute, unpermute
-from dmoe.parallel import AllToAllDispatcher, Dispatched
+from dmoe.parallel import AllToAllDispatcher, Dispatched, collectives, statistics
 from parts.ep_bytes import draw_choices
 from parts.harness import relative_error, stopwatch
 
@@ -61,7 +61,7 @@ class Case:
 
 
 class WireBytes:
-    """Counts, while it is entered, the bytes that ``all_to_all_single`` really takes to other ranks."""
+    """Counts, while it is entered, the bytes that all-to-alls and gathers really take to other ranks."""
 
     def __init__(self, group: Any) -> None:
         self.group, self.sent = group, 0
@@ -77,12 +77,24 @@ class WireBytes:
             self.sent += width * (sum(splits) - splits[me])
             return real(output, input, out, into, **options)
 
-        self._patch = patch.object(dist, "all_to_all_single", counting)
-        self._patch.start()
+        gather, others = collectives.all_gather, dist.get_world_size(self.group) - 1
+
+        def counting_gather(received: Tensor, tensor: Tensor, what: str, group: Any) -> None:
+            assert group is self.group
+            self.sent += tensor.nbytes * others
+            gather(received, tensor, what, group)
+
+        self._patches = [
+            patch.object(dist, "all_to_all_single", counting),
+            patch.object(statistics, "all_gather", counting_gather),
+        ]
+        for each in self._patches:
+            each.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._patch.stop()
+        for each in self._patches:
+            each.stop()
 
 
 # ------------------------------------------------------------------------------------------------------- naive
