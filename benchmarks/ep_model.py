@@ -29,6 +29,8 @@ results. Flat: W - 1 messages in each. Two-level: L - 1 inside a node of L, then
 C chunks of a rank's experts are dispatched one after the other while another computes, and a shared expert runs beside
 the first. Chunks cost: a token then travels once per (rank, chunk), and every chunk pays its messages. The best C of
 1, 2, 4, 8 that divides E/W is reported, with the milliseconds that stay visible. Experts in chunks are taken as equal.
+
+**Copies** of the hottest experts on ranks with less to do (``balance_ranks="replicate"``): ``parts/ep_copies.py``.
 """
 
 from __future__ import annotations
@@ -52,6 +54,9 @@ from parts.ep_bytes import (
     naive_rows_to_ranks,
     rows_to_ranks,
 )
+from parts.ep_copies import compare, limits_of
+from parts.ep_copies import plot as plot_copies
+from parts.ep_copies import table as table_of_copies
 from parts.ep_links import DEFAULT_LINKS, Machine, Phase, flat, load_machine, overlapped, seconds, two_level
 from parts.harness import COLOURS, RESULTS, label_lines, markdown_table, new_figure, save_figure
 from torch import Tensor
@@ -61,6 +66,7 @@ import dmoe
 
 SAMPLED = 16384  # tokens
 WAYS: dict[str, Callable[[Tensor, int], list[Phase]]] = {"flat": flat, "two-level": two_level}
+COPIES = 2, 0.05  # that a rank hosts at most, and how much more than the mean it may compute
 # What travels: (naive, narrow).
 FORMS = {
     "naive bf16": (True, False),
@@ -171,6 +177,9 @@ def evaluate(setting: Setting, routing: Routing, machine: Machine) -> dict[str, 
             found["seconds"][key] = sum(parts_seconds(rows, wire, way, machine))
             if not naive:
                 found["overlap"][key] = best_overlap(setting, routing, wire, way, machine, compute, beside)
+        if form == "dedup bf16":
+            limits = limits_of(setting, machine, *COPIES)
+            found["level"] = compare(setting, routing.choices, machine, wire, rows.double(), limits)
     return found
 
 
@@ -244,6 +253,8 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=8, help="K")
     parser.add_argument("--shared", type=int, default=1, help="shared experts of width F, computed beside the dispatch")
     parser.add_argument("--routings", default="uniform,zipf:0.5", help="uniform or zipf:s, separated by commas")
+    parser.add_argument("--skews", default="0,0.25,0.5,0.75,1,1.25,1.5", help="of Zipf's law, for the plot of copies")
+    parser.add_argument("--skew-gpus", default="8,64,512,4096", help="for the plot of copies; with the first --tokens")
     parser.add_argument("--recorded", type=Path, help="expert_indices by torch.save, one (T, K) or a list by rank")
     parser.add_argument("--links", type=Path, default=DEFAULT_LINKS, help="JSON of nodes and links")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON, the table and the plot")
@@ -251,6 +262,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         results, machine = model(args)
+        skewed = [] if args.recorded else skews(args, machine)
     except (ValueError, TypeError, OSError) as error:
         parser.error(str(error))
     versions = {"dmoe": dmoe.__version__, "torch": torch.__version__}
@@ -258,12 +270,18 @@ def main() -> None:
     kept = {k: v for k, v in vars(args).items() if k not in ("out", "links", "recorded")}
     args.out.mkdir(parents=True, exist_ok=True)
     base = args.out / f"ep_model_{machine.name.lower().replace(' ', '-')}_{about['date']}"
-    base.with_suffix(".json").write_text(json.dumps({**about, "settings": kept, "results": results}, indent=1) + "\n")
-    text = report(results, machine, about, base.name)
+    written = {**about, "settings": kept, "results": results, "skews": skewed}
+    base.with_suffix(".json").write_text(json.dumps(written, indent=1) + "\n")
+    text = report(results, skewed, machine, about, base.name)
     base.with_suffix(".md").write_text(text)
     plot(results, machine, base.with_suffix(".png"))
+    if skewed:
+        title = (
+            f"A model of copies of the hottest experts: {machine.name}, {skewed[0]['setting']['tokens']} tokens a GPU"
+        )
+        plot_copies(skewed, title, base.with_name(f"{base.name}_copies.png"))
     print(text)
-    print(f"written: {base.name}.json, .md, .png")
+    print(f"written: {base.name}.json, .md, .png{', _copies.png' if skewed else ''}")
 
 
 def model(args: argparse.Namespace) -> tuple[list[dict[str, Any]], Machine]:
@@ -297,6 +315,24 @@ def model(args: argparse.Namespace) -> tuple[list[dict[str, Any]], Machine]:
     return results, machine
 
 
+def skews(args: argparse.Namespace, machine: Machine) -> list[dict[str, Any]]:
+    """Steps with copies and without for routings from even to skewed, with the first of the numbers of tokens.
+
+    Raises:
+        ValueError: an option that cannot be; it is named.
+    """
+    tokens, found = integers("tokens", args.tokens)[0], []
+    for ranks in tqdm(integers("skew_gpus", args.skew_gpus), desc="skews", unit="size"):
+        experts = args.experts if args.keep_experts else max(args.experts, ranks)
+        for skew in args.skews.split(","):
+            setting = Setting(ranks, tokens, args.hidden, args.ffn, experts, args.top_k, args.shared, f"zipf:{skew}")
+            routing = make_routing(setting.routing, setting, args.seed)
+            wire, rows = wire_of(setting, naive=False, narrow=False), routing.rows(setting, naive=False).double()
+            level = compare(setting, routing.choices, machine, wire, rows, limits_of(setting, machine, *COPIES))
+            found.append({"setting": asdict(setting), "level": level})
+    return found
+
+
 def integers(name: str, text: str) -> list[int]:
     """Positive integers, separated by commas.
 
@@ -313,7 +349,13 @@ def integers(name: str, text: str) -> list[int]:
     return numbers
 
 
-def report(results: Sequence[dict[str, Any]], machine: Machine, about: dict[str, Any], name: str) -> str:
+def report(
+    results: Sequence[dict[str, Any]],
+    skewed: Sequence[dict[str, Any]],
+    machine: Machine,
+    about: dict[str, Any],
+    name: str,
+) -> str:
     """All tables as Markdown."""
     first = results[0]["setting"]
     versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items())
@@ -340,6 +382,16 @@ def report(results: Sequence[dict[str, Any]], machine: Machine, about: dict[str,
             if chosen:
                 how = " and ".join(sorted({f["rows"] for f in chosen}))
                 parts += [f"## {routing}, {tokens} tokens on each GPU (rows {how})", _table(chosen), reading(chosen)]
+    copied = [found for found in [*results, *skewed] if found["level"] is not None]
+    if copied:
+        parts += [
+            "## With copies of the hottest experts",
+            f"At most {COPIES[0]} copies on a rank, at most {1 + COPIES[1]:g} means where these allow it. Rows are "
+            "those that the busiest rank's experts compute; a copy is made for no fewer rows than pay for its "
+            "weights. A step is forward and backward of one layer in bf16, flat, deduplicated.",
+            *([f"![step time over skew]({name}_copies.png)"] if skewed else []),
+            table_of_copies(copied),
+        ]
     return "\n\n".join(parts) + "\n"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from dmoe.config import MoEConfig
 from dmoe.expert_slice import ExpertSlice
@@ -52,24 +53,35 @@ def build_dispatcher(
             f"MoE: overlap_degree: expected 1 with accumulate_main_grad, got {config.overlap_degree}: each chunk would "
             "add to the whole buffer"
         )
+    group = as_group(ep_group)
+    tp_group = None if expert_tp_group is None else as_group(expert_tp_group, "expert_tp_group")
+    shards = max(1, dist.get_world_size(group) // config.num_experts)
+    shards *= 1 if tp_group is None else dist.get_world_size(tp_group)
     dispatcher = AllToAllDispatcher(
-        as_group(ep_group),
+        group,
         config.num_experts,
-        None if expert_tp_group is None else as_group(expert_tp_group, "expert_tp_group"),
+        tp_group,
         max_rows_received=config.max_rows_received,
         wire_dtype=config.wire_dtype,
         wire_backward=config.wire_backward,
         two_level=ep_levels,
-        levelling=_levelling(config, ep_levels is not None),
+        levelling=_levelling(config, shards, ep_levels is not None),
     )
     chunk_of(dispatcher.num_local_experts, config.overlap_degree, 0)  # says so where they cannot be cut
     return dispatcher
 
 
-def _levelling(config: MoEConfig, across_nodes: bool) -> Levelling | None:
+def _levelling(config: MoEConfig, shards: int, across_nodes: bool) -> Levelling | None:
     if config.balance_ranks is None:
         return None
-    return Levelling(config.balance_slack, config.max_expert_copies, config.min_rows_per_copy, across_nodes)
+    return Levelling(
+        config.balance_slack,
+        config.max_expert_copies,
+        config.min_rows_per_copy,
+        ffn=config.ffn_sizes[0] // shards,
+        projections=3 if config.gated else 2,
+        across_nodes=across_nodes,
+    )
 
 
 def owned_experts(

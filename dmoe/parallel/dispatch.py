@@ -250,7 +250,7 @@ class AllToAllDispatcher:
         here = histogram(choices.flatten(), experts + 1)[:experts]
         everyone = LoadOfRanks(*self.groups)
         loads, source = everyone.gather(here)
-        how = self.levelling.with_min_rows(x.device, x.element_size())
+        how = self.levelling.for_rows(x)
         levels = plan_levels(choices, experts, self.num_owners, loads, source, how, static=static)
         return replace(levels, bytes_sent=everyone.bytes_gathered(here))
 

@@ -12,6 +12,7 @@ those that live there, then its slots for copies. Everything behind this sees ch
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,22 +28,27 @@ class Levelling:
     Attributes:
         slack: no rank is to compute more than ``(1 + slack)`` times the mean of all ranks, rounded up.
         max_copies: experts that a rank hosts beside its own, at most. In the static mode: that it lends, at most.
-        min_rows: rows below which no copy is made; None: that do not pay for it, by :func:`rows_that_pay`.
-        across_nodes: whether weights go from node to node, for that.
+        min_rows: rows below which no copy is made; None: that do not pay for it, by :func:`rows_that_pay`, which then
+            needs the rest.
+        ffn: F, the part of it that a rank holds.
+        projections: an expert's, 3 with a gate.
+        across_nodes: whether weights go from node to node.
     """
 
     slack: float
     max_copies: int
     min_rows: int | None = None
+    ffn: int = 1
+    projections: int = 3
     across_nodes: bool = False
 
-    def with_min_rows(self, device: torch.device, number_bytes: int) -> Levelling:
-        """The same with :attr:`min_rows` a number, for weights on a device whose numbers take so many bytes."""
+    def for_rows(self, x: Tensor) -> Levelling:
+        """The same with :attr:`min_rows` a number, for tokens and weights of x's kind, ``(T, H)``."""
         if self.min_rows is not None:
             return self
-        kind = device.type if device.type == "cuda" else "cpu"
-        machine = _MACHINES[kind, self.across_nodes and kind == "cuda"]
-        return replace(self, min_rows=rows_that_pay(number_bytes, *machine))
+        machine = _MACHINES["cuda" if x.is_cuda else "cpu", self.across_nodes and x.is_cuda]
+        rows = rows_that_pay(x.shape[1], self.ffn, x.element_size(), *machine, projections=self.projections)
+        return replace(self, min_rows=rows)
 
 
 @dataclass(frozen=True)
@@ -76,24 +82,39 @@ class LevelPlan:
         return counts.new_zeros(num_experts + 1).index_add(0, self.expert_of, counts)[:-1]
 
 
-# FLOP/s that grouped products reach, and bytes a second of one rank's link: an H100's share of its NVLink and of its
-# network card (the table of benchmarks/parts/ep_links.json); two cores of a server, whose ranks talk by gloo.
-_MACHINES = {("cuda", False): (5e14, 4e11), ("cuda", True): (5e14, 4.5e10), ("cpu", False): (6e10, 1.5e9)}
+# FLOP/s that grouped products reach, bytes a second of one rank's link, and seconds of a message: half of an H100, its
+# NVLink and its network card (the table of benchmarks/parts/ep_links.json); one core of a server, whose ranks talk by
+# gloo.
+_MACHINES = {
+    ("cuda", False): (4.94e14, 4.5e11, 6e-7),
+    ("cuda", True): (4.94e14, 5e10, 2.7e-6),
+    ("cpu", False): (6e10, 1.5e9, 1e-4),
+}
 
 
-def rows_that_pay(number_bytes: int, flops: float, bandwidth: float) -> int:
-    """Rows that a copy has to take over so that they cost its owner more time than sending the weights.
+def rows_that_pay(
+    hidden: int, ffn: int, number_bytes: int, flops: float, bandwidth: float, latency: float, projections: int = 3
+) -> int:
+    """Rows that a copy has to take over so that these cost the owner more time than the weights' way does.
 
-    A row costs ``6 H F`` operations in forward, an expert is ``3 H F`` numbers, so that H and F cancel:
-    ``rows * 6 H F / flops >= 3 H F * number_bytes / bandwidth``. (In backward the products double, and the gradient
-    that comes home is as large as the weights; without a gate both are two thirds.)
+    An expert is ``P H F`` numbers. Each row costs its owner ``2 P H F`` operations in forward, and H numbers that it
+    receives and H that it sends back::
+
+        rows * (2 P H F / flops + 2 H * number_bytes / bandwidth) = P H F * number_bytes / bandwidth + latency
+
+    In backward the products double, and the gradient that comes home is as large as the weights.
 
     Args:
-        number_bytes: of one number of a weight.
+        hidden, ffn: H; F, the part of it that one rank holds.
+        number_bytes: of a number of a weight, and of a row.
         flops: operations a second that an expert's products reach.
-        bandwidth: bytes a second from the owner to another rank.
+        bandwidth: bytes a second between the owner and another rank, each way.
+        latency: seconds of one message.
+        projections: P, 3 with a gate and 2 without.
     """
-    return max(1, round(number_bytes * flops / (2 * bandwidth)))
+    numbers = projections * hidden * ffn
+    of_row = 2 * numbers / flops + 2 * hidden * number_bytes / bandwidth
+    return max(1, math.ceil((numbers * number_bytes / bandwidth + latency) / of_row))
 
 
 def level(loads: Tensor, owners: int, how: Levelling, *, static: bool) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import rank_jobs_ep_model as jobs
+import rank_jobs_levelling as jobs_levelling
 import torch
 from patience import GRACE, PATIENCE
 
@@ -18,10 +19,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import dispatch
 import ep_model
 import parts.ep_bytes as rows_and_bytes
+import parts.ep_copies as ep_copies
 import parts.ep_links as links
 from parts.ep_movement import Case
 from parts.ep_ranks import RankFailedError, Ranks
 from parts.harness import CheckError
+
+from dmoe.parallel.levelling import Levelling
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 H, K = 6, 3
@@ -103,6 +107,52 @@ def test_predicted_bytes_with_more_ranks_than_experts(ranks):
     assert [of_rank["backward"] for of_rank in found] == wire.backward(rows).tolist()
     naive = rows_and_bytes.Wire(4 * H, 0, 4 * H, 0)
     assert [of_rank["naive_metrics"] for of_rank in found] == naive.forward(naive_rows).tolist()
+
+
+@pytest.mark.parametrize("kind", ["zipf", "one rank", "idle", "masked"])
+@pytest.mark.parametrize("world", [2, 4])
+def test_predicted_bytes_with_copies_of_experts(ranks, world, kind):
+    """Rows, loads, the copies' weights and their gradients, forward and backward, of a layer in float64."""
+    experts, ffn = 3 * world, 4
+    choices = routing(kind, world, experts)
+    plan = ep_copies.levelled(choices, experts, world, 0, Levelling(0.0, 2, 1))
+    fields = {"hidden_size": H, "ffn_hidden_size": ffn, "num_experts": experts, "top_k": K}
+    fields |= {"balance_ranks": "replicate", "balance_slack": 0.0, "min_rows_per_copy": 1}
+    shares = [(torch.randn(len(ids), H).double(), torch.randn(len(ids), H).double(), ids) for ids in choices]
+    found = ranks.run(
+        jobs_levelling.layer, {**fields, "load_balancing_coefficient": 0.0}, 1, torch.float64, shares, ranks=world
+    )
+    wire = rows_and_bytes.Wire.deduplicated(H, K, "fp64")
+    loads, weight = (world - 1) * experts * ep_copies.LOAD_BYTES, 3 * H * ffn * 8
+    forward, backward = wire.forward(plan.rows) + loads + plan.lent * weight, wire.backward(plan.rows)
+    for rank, of_rank in enumerate(found):
+        assert of_rank["sent"] == (forward[rank], forward[rank])
+        assert of_rank["sent_back"] == backward[rank] + plan.hosts[rank] * weight
+        assert of_rank["hosted"] == plan.hosts[rank]
+        assert torch.equal(of_rank["rank_rows"][1], plan.own + plan.hosted)
+    if kind == "one rank":
+        assert plan.lent.sum() > 0
+
+
+def test_a_step_with_copies_by_hand():
+    """Two GPUs, one of which has all rows; half of them move."""
+    link = links.Link("a", 100.0, 0.5, "")
+    machine = links.Machine("m", 2, link, link, 1000.0, "")
+    setting = ep_model.Setting(2, 8, 4, 2, 2, 1, 0, "recorded")
+    choices = [torch.zeros(8, 1, dtype=torch.int64)] * 2
+    wire = rows_and_bytes.Wire.deduplicated(4, 1, "bf16")
+    plain = rows_and_bytes.counted_rows(choices, 2).double()
+    found = ep_copies.compare(setting, choices, machine, wire, plain, Levelling(0.0, 1, 1))
+    assert (found["rows_over_mean"], found["copies"], found["weight_bytes"]) == ([2.0, 1.0], 1, 3 * 4 * 2 * 2)
+    product, rows = 6 * 4 * 2 / 1000, 8 * (4 * 2) / 100
+    # Rows to rank 0 and back, twice each; all 16 rows' products there, three times.
+    assert found["step_seconds"][0] == pytest.approx(4 * (0.5 + rows) + 3 * 16 * product)
+    # Each rank's tokens stay: no rows, but messages; a copy's way is longer than the 8 rows' products of its owner.
+    weights, loads = 0.5 + 48 / 100, 0.5 + 2 * ep_copies.LOAD_BYTES / 100
+    forward, backward = max(8 * product, weights), max(16 * product, weights)
+    assert weights > 8 * product
+    host = weights + 8 * product, weights + 16 * product  # which has no rows of its own, and waits
+    assert found["step_seconds"][1] == pytest.approx(loads + 4 * 0.5 + max(forward, host[0]) + max(backward, host[1]))
 
 
 @pytest.mark.parametrize("kind", ["uniform", "one rank", "idle"])

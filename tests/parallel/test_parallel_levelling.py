@@ -106,10 +106,13 @@ def test_every_row_has_one_place_and_places_are_as_full_as_planned(case, copies,
 
 
 def test_rows_that_pay_is_where_products_cost_what_the_weights_way_costs():
-    hidden, ffn, flops, bandwidth = 7168, 2048, 5e14, 4.5e10
-    rows = rows_that_pay(2, flops, bandwidth)
-    assert rows * 6 * hidden * ffn / flops == pytest.approx(3 * hidden * ffn * 2 / bandwidth, rel=1e-4)
-    assert rows_that_pay(1, 1.0, 1e9) == 1
+    hidden, ffn, flops, bandwidth, latency = 7168, 2048, 5e14, 4.5e10, 3e-5
+    for projections in (2, 3):
+        rows = rows_that_pay(hidden, ffn, 2, flops, bandwidth, latency, projections)
+        numbers = projections * hidden * ffn
+        saved = rows * (2 * numbers / flops + 2 * hidden * 2 / bandwidth)
+        assert saved == pytest.approx(numbers * 2 / bandwidth + latency, rel=1e-3)
+    assert rows_that_pay(4, 8, 1, 1.0, 1e9, 0.0) == 1
 
 
 # ------------------------------------------------------------------------------------------------------------ layers

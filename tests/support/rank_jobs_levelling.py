@@ -37,7 +37,8 @@ def layer(group, fields, seed, dtype, shares, arrangement="flat", how="plain"):
         else:
             y = module(x, expert_indices=ids)
         sent = wire.bytes_sent
-    (y * grad_y).sum().backward()
+    with Wire() as wire:
+        (y * grad_y).sum().backward()
     metrics = module.last_metrics
     gradients = {name: plain(p.grad) for name, p in module.named_parameters() if p.grad is not None}
     if how == "main_grad":
@@ -49,6 +50,8 @@ def layer(group, fields, seed, dtype, shares, arrangement="flat", how="plain"):
         "rank_rows": (metrics.rank_rows_unbalanced, metrics.rank_rows),
         "kept": metrics.kept_per_expert,
         "sent": (metrics.bytes_sent, sent),
+        "sent_back": wire.bytes_sent,
+        "hosted": metrics.copies_hosted,
     }
 
 
