@@ -80,9 +80,16 @@ def metrics_of(routing: Routing, arrived: Sequence[Dispatched], kept_per_expert:
     total = None if None in naive else sum(number for number in naive if number is not None)
     sent = sum(each.bytes_sent for each in traffic)
     levels, copies = arrived[0].levels, arrived[0].copies
-    rank_rows = (None, None) if levels is None else (levels.rows, levels.rows_before)
-    hosted, sent = (0, sent) if copies is None else (copies.num_hosted, sent + copies.bytes_sent)
-    return RoutingMetrics(plan.tokens_per_expert, kept, entropy, sent, total, *rank_rows, hosted)
+    return RoutingMetrics(
+        plan.tokens_per_expert,
+        kept,
+        entropy,
+        sent if copies is None else sent + copies.bytes_sent,
+        total,
+        rank_rows=None if levels is None else levels.rows,
+        rank_rows_unbalanced=None if levels is None else levels.rows_before,
+        copies_hosted=0 if copies is None else copies.num_hosted,
+    )
 
 
 def expert_load(tokens_per_expert: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ class WireBytes:
             self.sent += tensor.nbytes * others
             gather(received, tensor, what, group)
 
-        self._patches = [
+        self._patches: list[Any] = [
             patch.object(dist, "all_to_all_single", counting),
             patch.object(statistics, "all_gather", counting_gather),
         ]
