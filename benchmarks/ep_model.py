@@ -23,7 +23,7 @@ K expert numbers), ``result = 2 H``, ``counts = 48``. The naive all-to-all sends
 
 **Seconds** (``parts/ep_links.py``): on each kind of link ``messages * latency + max(sent, received) / bandwidth``; the
 kinds work at the same time, the slowest rank counts. Four exchanges follow each other: counts, choices, rows; then
-results. Flat: W - 1 messages in each. Two-level: L - 1 inside a node of L, then N - 1 between N nodes.
+results. From 63 messages on choices travel with the rows, in three exchanges. Flat: W - 1 messages in each. Two-level: L - 1 inside a node of L, then N - 1 between N nodes.
 
 **Overlap**: the experts' share is ``6 H F`` operations for each choice (gated, forward), at the rate in the link table.
 C chunks of a rank's experts are dispatched one after the other while another computes, and a shared expert runs beside
@@ -63,6 +63,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import dmoe
+from dmoe.parallel.dispatch import JOIN_FROM
 
 SAMPLED = 16384  # tokens
 WAYS: dict[str, Callable[[Tensor, int], list[Phase]]] = {"flat": flat, "two-level": two_level}
@@ -205,13 +206,17 @@ def parts_seconds(rows: Tensor, wire: Wire, way: str, machine: Machine) -> tuple
     """Seconds of the counts, of rows and choices there, and of results back."""
     phases = WAYS[way](rows, machine.node)
     everyone = WAYS[way](torch.ones(1, 1, dtype=rows.dtype).expand(len(rows), len(rows)), machine.node)
-    choices = seconds(phases, wire.choices, machine) if wire.choices else 0.0
     back = [phase.back() for phase in reversed(phases)]
-    return (
-        seconds(everyone, wire.counts, machine),
-        choices + seconds(phases, wire.row, machine),
-        seconds(back, wire.result, machine),
-    )
+    if joins(phases):
+        there = seconds(phases, wire.row + wire.choices, machine)
+    else:
+        there = seconds(phases, wire.row, machine) + (seconds(phases, wire.choices, machine) if wire.choices else 0.0)
+    return seconds(everyone, wire.counts, machine), there, seconds(back, wire.result, machine)
+
+
+def joins(phases: list[Phase]) -> bool:
+    """Whether choices travel with the rows, as the dispatcher decides it: where messages are many."""
+    return sum(phase.inside_messages + phase.between_messages for phase in phases) >= JOIN_FROM
 
 
 def best_overlap(

@@ -164,6 +164,9 @@ class MoEConfig:
         wire_dtype: ``fp8`` or ``int8``: tokens travel to their experts as one byte per number and a float32 scale per
             row; results come back in their own dtype. None: so do the tokens.
         wire_backward: the tokens' gradients travel like that, too.
+        join_choices: whether a token's gate weights and expert ids travel in one exchange with it (True), or before it
+            (False), so that the plan is made while it is under way. None: with it where a rank has 63 others or more
+            to talk to, as messages then cost more than a copy of the rows.
         balance_ranks: ``replicate``: the hottest experts of ranks that have more rows than the mean are copied for the
             one forward to ranks that have fewer, with a share of their rows. Nothing is dropped; output, gradients and
             checkpoints are as without it. None: an expert's rows are computed where it lives.
@@ -244,6 +247,7 @@ class MoEConfig:
     max_rows_received: int | None = None
     wire_dtype: Literal["fp8", "int8"] | None = None
     wire_backward: bool = False
+    join_choices: bool | None = None
     balance_ranks: Literal["replicate"] | None = None
     max_expert_copies: int = 2
     balance_slack: float = 0.05

@@ -65,6 +65,7 @@ def build_dispatcher(
         wire_dtype=config.wire_dtype,
         wire_backward=config.wire_backward,
         two_level=ep_levels,
+        join_choices=config.join_choices,
         levelling=_levelling(config, shards, ep_levels is not None),
     )
     chunk_of(dispatcher.num_local_experts, config.overlap_degree, 0)  # says so where they cannot be cut

@@ -177,7 +177,7 @@ class Exchange(Halves):
         self._work = self._explained(
             lambda: dist.all_to_all_single(
                 received[:arriving].view(torch.uint8),
-                _as_bytes(x[: sum(self.send_counts)]),
+                as_bytes(x[: sum(self.send_counts)]),
                 list(self.recv_counts),
                 list(self.send_counts),
                 group=self.group,
@@ -275,7 +275,7 @@ def all_to_all_rows(
     return exchange.finish(exchange.start(x))
 
 
-def _as_bytes(rows: Tensor) -> Tensor:
+def as_bytes(rows: Tensor) -> Tensor:
     """The rows' bytes, one after the other."""
     if not rows.is_contiguous() or rows.stride(1) != 1:  # one element may have any stride, and counts as contiguous
         rows = rows.clone(memory_format=torch.contiguous_format)

@@ -45,6 +45,7 @@ from dmoe.parallel.copies import Copies
 from dmoe.parallel.counting import Counting
 from dmoe.parallel.destinations import choices_of_plan, choices_of_rows, destinations_of, kept_per_expert, shortened
 from dmoe.parallel.interface import Dispatched, Prepared, Returning, UnderWay, WayBack
+from dmoe.parallel.joined import Apart, Arriving, Joined
 from dmoe.parallel.levelling import Levelling, LevelPlan, plan_levels
 from dmoe.parallel.placement import ffn_shard, local_experts
 from dmoe.parallel.statistics import LoadOfRanks
@@ -58,7 +59,9 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _Moved: TypeAlias = tuple[int, int, int]
+_Counts: TypeAlias = tuple[Sequence[int], Sequence[int], Sequence[int]]  # of rows sent, received, and passed on
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+JOIN_FROM = 63  # other ranks from which on messages cost more than a copy of the rows
 _WIRES = (None, *((kind, narrow_gradients) for kind in WIRE_DTYPES for narrow_gradients in (False, True)))
 
 
@@ -83,6 +86,9 @@ class AllToAllDispatcher:
         wire_backward: whether the tokens' gradients travel back like that, too.
         two_level: rows travel in two hops, inside a node and between nodes, over these groups: the ranks of ``group``
             in the order of the nodes. The results are the same. None: straight to each rank.
+        join_choices: whether a token's choices travel with it, not in an exchange before: half the messages, for a copy
+            of the rows on either side. None: where a rank has 63 others or more to talk to. Second derivatives need
+            False.
         levelling: hosts copies of the hottest experts on the ranks with least to do, so that all compute about as many
             rows. :class:`Dispatched` then has ``copies`` and their plan, for whoever holds the weights. None: experts
             stay where they are.
@@ -111,12 +117,13 @@ class AllToAllDispatcher:
         wire_dtype: str | None = None,
         wire_backward: bool = False,
         two_level: TwoLevel | None = None,
+        join_choices: bool | None = None,
         levelling: Levelling | None = None,
     ) -> None:
         check_wire_dtype(wire_dtype, wire_backward)
         self.group, self.num_experts, self.max_rows_received = group, num_experts, max_rows_received
         self.wire_dtype, self.wire_backward, self.two_level = wire_dtype, wire_backward, two_level
-        self.tp_group, self._tensor, self.levelling = tp_group, None, levelling
+        self.tp_group, self._tensor, self.levelling, self.join_choices = tp_group, None, levelling, join_choices
         if two_level is not None:
             two_level.check_against(group)
         self.world_size, self.rank = dist.get_world_size(group), dist.get_rank(group)
@@ -151,6 +158,7 @@ class AllToAllDispatcher:
             wire_dtype=self.wire_dtype,
             wire_backward=self.wire_backward,
             two_level=self.two_level,
+            join_choices=self.join_choices,
             levelling=self.levelling,
         )
 
@@ -300,12 +308,10 @@ class AllToAllDispatcher:
                 of_copies = int(prepared.counting.beside[1][self.rank // self._shards].sum())
                 assignments -= of_copies
 
-        # The choices first: the plan is made while the rows are still under way.
-        of_choices = self._exchange(send_counts, recv_counts, held_counts, "expert choices")
-        of_rows = self._exchange(send_counts, recv_counts, held_counts, "token rows", narrow=True)
+        counts = send_counts, recv_counts, held_counts
+        arriving, hops = self._joined(rows, chosen, counts) if self.joins else self._apart(rows, chosen, counts)
         return UnderWay(
-            choices=(of_choices, of_choices.start(chosen)),
-            rows=(of_rows, of_rows.start(rows)),
+            arriving=arriving,
             assignments=(assignments, of_copies),
             way_back=WayBack(
                 way.row_to_token[:used],
@@ -320,7 +326,8 @@ class AllToAllDispatcher:
             traffic=replace(
                 traffic,
                 wire_row_bytes=self._wire_row_bytes(x),
-                hops=_hops(of_rows),
+                hops=hops,
+                joined=self.joins,
                 count_bytes=traffic.count_bytes + (0 if levels is None else levels.bytes_sent),
             ),
             kept_per_expert=kept,
@@ -335,12 +342,12 @@ class AllToAllDispatcher:
         Raises:
             RuntimeError: an exchange failed.
         """
-        (of_choices, choices), (of_rows, rows), way = under_way.choices, under_way.rows, under_way.way_back
-        arrived = of_choices.finish(choices)
+        arriving, way = under_way.arriving, under_way.way_back
+        arrived = arriving.choices()
         if self._tensor is not None:  # the choices go on while the rows are still on their first step
-            of_choices, choices = self._tensor.start_gather(arrived, way.gathered, "expert choices")
-            of_rows, rows = self._tensor.start_gather(of_rows.finish(rows), way.gathered, "token rows")
-            arrived = of_choices.finish(choices)
+            of_choices = self._tensor.start_gather(arrived, way.gathered, "expert choices")
+            arriving = Apart(of_choices, self._tensor.start_gather(arriving.rows(), way.gathered, "token rows"))
+            arrived = arriving.choices()
         top_k, each = arrived.shape[1] // 2, self.num_local_experts
         ids, (own, of_copies) = arrived[:, top_k:].to(torch.int32), under_way.assignments
         plan, copies_plan = _plan_here(ids.clamp(max=each) if under_way.levels is not None else ids, each, own), None
@@ -348,7 +355,7 @@ class AllToAllDispatcher:
             ids = ids - each
             copies_plan = _plan_here(ids.masked_fill((ids < 0) | (ids > hosted), hosted), hosted, of_copies)
         return Dispatched(
-            x=of_rows.finish(rows),
+            x=arriving.rows(),
             plan=plan,
             gate_weights=arrived[:, :top_k],
             way_back=way,
@@ -395,6 +402,28 @@ class AllToAllDispatcher:
         rows = back.finish(under_way)
         return unpermute(rows, None, way.row_to_token, way.row_to_slot, way.token_offsets, way.token_rows)
 
+    def _apart(self, rows: Tensor, chosen: Tensor, counts: _Counts) -> tuple[Arriving, tuple[Hop, ...]]:
+        """The choices first: the plan is made while the rows are still under way."""
+        of_choices = self._exchange(*counts, "expert choices")
+        of_rows: RowExchange = self._exchange(*counts, "token rows")
+        if self.wire_dtype is not None:
+            of_rows = NarrowExchange(of_rows, self.wire_dtype, self.wire_backward)
+        return Apart((of_choices, of_choices.start(chosen)), (of_rows, of_rows.start(rows))), _hops(of_rows)
+
+    def _joined(self, rows: Tensor, chosen: Tensor, counts: _Counts) -> tuple[Arriving, tuple[Hop, ...]]:
+        """Both at once."""
+        carrier = self._exchange(*counts, "token rows and choices")
+        return Joined(rows, chosen, carrier, self.wire_dtype, self.wire_backward), _hops(carrier)
+
+    @property
+    def joins(self) -> bool:
+        """Whether choices travel with the rows."""
+        if self.join_choices is not None:
+            return self.join_choices
+        levels = self.two_level
+        others = self.world_size - 1 if levels is None else levels.num_nodes + levels.ranks_per_node - 2
+        return others >= JOIN_FROM
+
     def _exchange(
         self,
         send_counts: Sequence[int],
@@ -402,18 +431,12 @@ class AllToAllDispatcher:
         held_counts: Sequence[int],
         what: str,
         *,
-        narrow: bool = False,
         back: bool = False,
     ) -> RowExchange:
-        """How rows of one kind travel; ``narrow``: those that ``wire_dtype`` is about; ``back``: from the experts."""
-        exchange: RowExchange
+        """How rows of one kind travel; ``back``: from the experts."""
         if self.two_level is None:
-            exchange = Exchange(send_counts, recv_counts, self.group, what)
-        else:
-            exchange = TwoLevelExchange(send_counts, recv_counts, held_counts, self.two_level, what, back=back)
-        if not narrow or self.wire_dtype is None:
-            return exchange
-        return NarrowExchange(exchange, self.wire_dtype, self.wire_backward)
+            return Exchange(send_counts, recv_counts, self.group, what)
+        return TwoLevelExchange(send_counts, recv_counts, held_counts, self.two_level, what, back=back)
 
     def _wire_row_bytes(self, x: Tensor) -> int:
         """Bytes of one token on its way to its experts."""

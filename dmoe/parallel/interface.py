@@ -12,6 +12,7 @@ from dmoe.plan import RoutingPlan, device_tile_rows, plan_token_choice
 if TYPE_CHECKING:
     from dmoe.parallel.collectives import RowExchange
     from dmoe.parallel.copies import Copies
+    from dmoe.parallel.joined import Arriving
     from dmoe.parallel.levelling import LevelPlan
     from dmoe.parallel.traffic import Traffic
 
@@ -95,13 +96,12 @@ class UnderWay:
     """Rows that are being sent to their experts: for :meth:`AllToAllDispatcher.finish_dispatch`, and for that once.
 
     Attributes:
-        choices, rows: the exchanges that have started, each with the buffer that is being filled.
+        arriving: the tokens and their choices.
         assignments: how many assignments the rows here will have, at most: of this rank's experts, and of copies.
         way_back, traffic, kept_per_expert, copies, levels: as in :class:`Dispatched`.
     """
 
-    choices: tuple[RowExchange, Tensor]
-    rows: tuple[RowExchange, Tensor]
+    arriving: Arriving
     assignments: tuple[int, int]
     way_back: WayBack
     traffic: Traffic

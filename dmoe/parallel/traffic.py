@@ -35,6 +35,7 @@ class Traffic:
         count_bytes: bytes of counts sent to other ranks.
         wire_row_bytes: bytes of one row of x on its way there; None: ``row_bytes``.
         tp_rows_sent, tp_rows_received: rows of the step between tensor-parallel ranks, which travel in their own dtype.
+        joined: whether rows and choices were one exchange.
         hops: those of the way there, each of which is gone back; empty: one, straight to each rank.
     """
 
@@ -49,6 +50,7 @@ class Traffic:
     count_bytes: int
     wire_row_bytes: int | None = None
     hops: tuple[Hop, ...] = ()
+    joined: bool = False
     tp_rows_sent: int = 0
     tp_rows_received: int = 0
 
@@ -73,6 +75,16 @@ class Traffic:
         None if unknown.
         """
         return sum(hop.others for hop in self.hops) if self.hops else None
+
+    @property
+    def messages(self) -> int | None:
+        """Those of a forward: three exchanges where choices travel with the rows, four where they do not.
+
+        In the static mode, where ``count_bytes`` is 0, one less. None if unknown.
+        """
+        each = self.messages_per_exchange
+        exchanges = (1 if self.count_bytes else 0) + (1 if self.joined else 2) + 1
+        return None if each is None else exchanges * each
 
     @property
     def naive_bytes_sent(self) -> int | None:

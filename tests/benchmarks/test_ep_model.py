@@ -308,6 +308,19 @@ def test_seconds_by_hand():
     assert links.seconds(links.flat(rows, 2), 5, two_nodes) == pytest.approx(2 * 2.0 + 80 * 5 / 10)
 
 
+def test_choices_travel_with_rows_where_messages_are_many():
+    """64 ranks each a node of their own: 63 messages in each of three exchanges; with one rank fewer in four."""
+    link = links.Link("a", 100.0, 0.5, "")
+    machine = links.Machine("m", 1, link, link, 1.0, "")
+    wire = rows_and_bytes.Wire(row=3, choices=2, result=4, counts=1)
+    for ranks_, exchanges in ((63, 2), (64, 1)):
+        rows = torch.ones(ranks_, ranks_)
+        counts, there, back = ep_model.parts_seconds(rows, wire, "flat", machine)
+        others = ranks_ - 1
+        assert there == pytest.approx(exchanges * others * 0.5 + others * 5 / 100)
+        assert (counts, back) == pytest.approx((others * 0.51, others * 0.54))
+
+
 def test_overlap_by_hand():
     assert links.overlapped(1, [4], [6], [4], 0) == 15
     assert links.overlapped(1, [4], [6], [4], 7) == 17  # the shared expert ends after the dispatch

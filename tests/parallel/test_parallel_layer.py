@@ -52,6 +52,7 @@ def layers(draw):
         fields |= {"capacity": None, "gate_normalization": None, "drop_order": "token_major"}
     each = max(1, experts // (world // tp))
     fields["overlap_degree"] = draw(st.sampled_from([degree for degree in (1, 2) if each % degree == 0]))
+    fields["join_choices"] = draw(st.booleans())
     if fields["overlap_degree"] == 1 and fields["ffn_hidden_size"] == 4:
         fields["balance_ranks"] = draw(st.sampled_from([None, "replicate"]))
         fields |= {"min_rows_per_copy": 1, "balance_slack": 0.0, "max_expert_copies": draw(st.integers(1, 2))}

@@ -152,11 +152,11 @@ def narrow_gradients(shares, weights, options, world, kind):
 
 
 @settings(max_examples=25)
-@given(routing=routings(), kind=st.sampled_from(KINDS), back=st.booleans())
-def test_results_equal_one_process_on_rounded_tokens(ranks, routing, kind, back):
+@given(routing=routings(), kind=st.sampled_from(KINDS), back=st.booleans(), joined=st.booleans())
+def test_results_equal_one_process_on_rounded_tokens(ranks, routing, kind, back, joined):
     world, _, ids, _ = routing
     case = case_of(routing)
-    chosen = {"wire_dtype": kind, "wire_backward": back}
+    chosen = {"wire_dtype": kind, "wire_backward": back, "join_choices": joined}
     results = ranks.run(rank_jobs_wire.experts, *case, chosen, ranks=world)
     shares, weights, options = narrow_case(case, kind)
     expected = in_one_process(shares, weights, options)
@@ -169,16 +169,45 @@ def test_results_equal_one_process_on_rounded_tokens(ranks, routing, kind, back)
         there, back_again = traffic.rows_sent * (H + 4 + 2 * top_k * 8), traffic.rows_received * H * 8
         assert result["bytes_sent"] == there + back_again + (world - 1) * 6 * 8 == result["wire_bytes"]
         assert traffic.naive_bytes_sent == (traffic.naive_rows_sent + traffic.naive_rows_received) * H * 8
-        home = traffic.rows_received * ((H + 4 if back else H * 8) + 2 * top_k * 8)
+        of_gates = (1 if joined else 2) * top_k * 8  # ids have no gradient, and apart they take theirs along
+        home = traffic.rows_received * ((H + 4 if back else H * 8) + of_gates)
         assert result["wire_bytes_back"] == home + traffic.rows_sent * H * 8
 
 
+@settings(max_examples=20)
+@given(routing=routings(), static=st.booleans(), needs=st.sampled_from(["x", "gates", "both"]))
+def test_choices_that_travel_with_their_tokens(ranks, routing, static, needs):
+    """The same bits as apart, in one exchange less each way; in backward only what has a gradient travels."""
+    world, _, ids, _ = routing
+    case, results = case_of(routing), []
+    bound = {"max_rows_received": world * max(len(i) for i in ids)} if static else {}
+    for joined in (False, True):
+        options = {**bound, "join_choices": joined}
+        results.append(ranks.run(rank_jobs_wire.experts, *case, options, None, needs, ranks=world))
+    for apart, joined in zip(*results, strict=True):
+        for name in ("y", "x", "gates", "arrived"):
+            assert (apart[name] is None) == (joined[name] is None)
+            assert apart[name] is None or torch.equal(apart[name], joined[name]), name
+        for mine, theirs in zip(joined["weights"], apart["weights"], strict=True):
+            assert mine is None or torch.equal(mine, theirs)
+        assert joined["bytes_sent"] == apart["bytes_sent"] == joined["wire_bytes"]
+        assert joined["calls"] == apart["calls"] - 1 == (2 if static else 3)
+        assert joined["traffic"].messages == (2 if static else 3) * (world - 1)
+        assert apart["traffic"].messages == (3 if static else 4) * (world - 1)
+        assert joined["calls_back"] == apart["calls_back"] - (needs == "both")
+
+
+@pytest.mark.parametrize(("choices", "world", "expected"), [(None, 2, False), (True, 2, True), (False, 2, False)])
+def test_choices_join_where_they_are_told_to_or_ranks_are_many(ranks, choices, world, expected):
+    assert ranks.run(rank_jobs_wire.joins, choices, ranks=world) == [(expected, choices is not False)] * world
+
+
 @settings(max_examples=8)
-@given(routing=routings(), kind=st.sampled_from(KINDS))
-def test_static_mode_with_a_narrow_wire(ranks, routing, kind):
+@given(routing=routings(), kind=st.sampled_from(KINDS), joined=st.booleans())
+def test_static_mode_with_a_narrow_wire(ranks, routing, kind, joined):
     world, _, ids, _ = routing
     case = case_of(routing)
-    chosen = {"wire_dtype": kind, "max_rows_received": world * max(len(i) for i in ids)}
+    chosen = {"wire_dtype": kind, "max_rows_received": world * max(len(i) for i in ids), "join_choices": joined}
     results = ranks.run(rank_jobs_wire.experts, *case, chosen, ranks=world)
     assert_equal_to(in_one_process(*narrow_case(case, kind)), results, exactly)
     assert all(result["bytes_sent"] == result["wire_bytes"] for result in results)

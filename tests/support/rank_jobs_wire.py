@@ -104,15 +104,18 @@ def mesh_groups(group):
     return mesh_group(whole) is dist.group.WORLD, dist.get_process_group_ranks(mesh_group(part))
 
 
-def experts(group, shares, weights, options, dispatcher_options, shape=None):
-    """Dispatch, experts and combine, forward and backward. Weights are all experts', a share is (x, ids, gates, dy)."""
+def experts(group, shares, weights, options, dispatcher_options, shape=None, needs="both"):
+    """Dispatch, experts and combine, forward and backward. Weights are all experts', a share is (x, ids, gates, dy).
+
+    ``needs``: which of x and the gates has a gradient.
+    """
     x, ids, gates, grad_y = shares[dist.get_rank(group)]
     levels = None if shape is None else levels_of(shape)
     dispatcher = AllToAllDispatcher(group, weights[1].shape[0], two_level=levels, **dispatcher_options)
     dispatcher = copy.deepcopy(dispatcher)  # the same options, and the same groups
     mine = slice(dispatcher.local_experts.start, dispatcher.local_experts.stop)
     own = [None if w is None else w[mine].clone().requires_grad_() for w in weights]
-    x, gates = x.clone().requires_grad_(), gates.clone().requires_grad_()
+    x, gates = x.clone().requires_grad_(needs != "gates"), gates.clone().requires_grad_(needs != "x")
     with Wire() as wire:
         arrived = dispatcher.dispatch(x, ids, gates)
         y = run_experts(
@@ -133,7 +136,16 @@ def experts(group, shares, weights, options, dispatcher_options, shape=None):
         "wire": [wire.by_group.get(g) for g in ((group,) if levels is None else (levels.inner, levels.outer))],
         "wire_bytes": wire.sum("bytes"),
         "wire_bytes_back": wire_back.sum("bytes"),
+        "calls": wire.calls,
+        "calls_back": wire_back.calls,
     }
+
+
+def joins(group, join_choices):
+    """Whether choices travel with the tokens here, and would among 64 ranks."""
+    dispatcher = AllToAllDispatcher(group, 4, join_choices=join_choices)
+    here, dispatcher.world_size = dispatcher.joins, 64
+    return here, dispatcher.joins
 
 
 def differing_wires(group, by_rank):
