@@ -23,7 +23,8 @@ K expert numbers), ``result = 2 H``, ``counts = 48``. The naive all-to-all sends
 
 **Seconds** (``parts/ep_links.py``): on each kind of link ``messages * latency + max(sent, received) / bandwidth``; the
 kinds work at the same time, the slowest rank counts. Four exchanges follow each other: counts, choices, rows; then
-results. From 63 messages on choices travel with the rows, in three exchanges. Flat: W - 1 messages in each. Two-level: L - 1 inside a node of L, then N - 1 between N nodes.
+results. From 63 messages on choices travel with the rows, in three exchanges. Flat: W - 1 messages in each. Two-level:
+L - 1 inside a node of L, then N - 1 between N nodes.
 
 **Overlap**: the experts' share is ``6 H F`` operations for each choice (gated, forward), at the rate in the link table.
 C chunks of a rank's experts are dispatched one after the other while another computes, and a shared expert runs beside
