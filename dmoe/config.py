@@ -164,6 +164,9 @@ class MoEConfig:
         wire_dtype: ``fp8`` or ``int8``: tokens travel to their experts as one byte per number and a float32 scale per
             row; results come back in their own dtype. None: so do the tokens.
         wire_backward: the tokens' gradients travel like that, too.
+        rows_between_nodes: with ``ep_levels``, whether a token crosses to another node ``once_per_rank`` of its experts
+            there, inside the node first (Tutel's 2DH all-to-all), or ``once_per_node`` (DeepEP), and inside the node
+            then, for a second exchange of counts.
         join_choices: whether a token's gate weights and expert ids travel in one exchange with it (True), or before it
             (False), so that the plan is made while it is under way. None: with it where a rank has 63 others or more
             to talk to, as messages then cost more than a copy of the rows.
@@ -247,6 +250,7 @@ class MoEConfig:
     max_rows_received: int | None = None
     wire_dtype: Literal["fp8", "int8"] | None = None
     wire_backward: bool = False
+    rows_between_nodes: Literal["once_per_rank", "once_per_node"] = "once_per_rank"
     join_choices: bool | None = None
     balance_ranks: Literal["replicate"] | None = None
     max_expert_copies: int = 2

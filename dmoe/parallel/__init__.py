@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from dmoe.parallel.agreement import check_agreement
+from dmoe.parallel.by_node import NodeDispatcher
 from dmoe.parallel.clipping import clip_grad_norm, grad_norm
 from dmoe.parallel.collectives import Exchange, all_to_all_rows
 from dmoe.parallel.dispatch import AllToAllDispatcher
@@ -17,6 +18,7 @@ from dmoe.parallel.fsdp import fully_shard_experts
 from dmoe.parallel.grad_scaler import GradScaler
 from dmoe.parallel.gradients import average_gradients, average_in_backward, data_parallel, split_parameters
 from dmoe.parallel.interface import Dispatched, Dispatcher, LocalDispatcher, Returning, UnderWay
+from dmoe.parallel.levelling import Levelling, rows_that_pay
 from dmoe.parallel.overlap import Overlapped, chunk_of, run_overlapped
 from dmoe.parallel.placement import as_group, ffn_shard, local_experts
 from dmoe.parallel.statistics import LoadOfRanks
@@ -31,9 +33,11 @@ __all__ = [
     "Exchange",
     "GradScaler",
     "Hop",
+    "Levelling",
     "LoadOfRanks",
     "LocalDispatcher",
     "NarrowExchange",
+    "NodeDispatcher",
     "Overlapped",
     "Returning",
     "Traffic",
@@ -54,6 +58,7 @@ __all__ = [
     "local_experts",
     "mesh_group",
     "pack_rows",
+    "rows_that_pay",
     "run_overlapped",
     "split_parameters",
     "unpack_rows",

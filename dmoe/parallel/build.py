@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from dmoe.config import MoEConfig
 from dmoe.expert_slice import ExpertSlice
+from dmoe.parallel.by_node import NodeDispatcher
 from dmoe.parallel.dispatch import AllToAllDispatcher
 from dmoe.parallel.gradients import SharedOverflow
 from dmoe.parallel.interface import Dispatcher, LocalDispatcher
@@ -57,7 +58,8 @@ def build_dispatcher(
     tp_group = None if expert_tp_group is None else as_group(expert_tp_group, "expert_tp_group")
     shards = max(1, dist.get_world_size(group) // config.num_experts)
     shards *= 1 if tp_group is None else dist.get_world_size(tp_group)
-    dispatcher = AllToAllDispatcher(
+    by_node = ep_levels is not None and config.rows_between_nodes == "once_per_node"
+    dispatcher = (NodeDispatcher if by_node else AllToAllDispatcher)(
         group,
         config.num_experts,
         tp_group,

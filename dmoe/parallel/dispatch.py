@@ -150,7 +150,7 @@ class AllToAllDispatcher:
 
     def for_experts(self, num_experts: int) -> AllToAllDispatcher:
         """One with the same groups and options, for so many experts."""
-        return AllToAllDispatcher(
+        return type(self)(
             self.group,
             num_experts,
             self.tp_group,
@@ -241,11 +241,21 @@ class AllToAllDispatcher:
         Of several dispatches the counts can thus travel together, so that the host, which waits for the first ones,
         finds the others there.
         """
+        return self._prepared(*self._renumbered(x, expert_indices, gate_weights, plan))
+
+    def _renumbered(
+        self, x: Tensor, expert_indices: Tensor | None, gate_weights: Tensor, plan: RoutingPlan | None
+    ) -> tuple[Tensor, Tensor, Tensor, LevelPlan | None]:
+        """What :meth:`_checked` returns, with choices of places where experts are, and who decided on these."""
         x, choices, gates = self._checked(x, expert_indices, gate_weights, plan)
-        bound, ranks, levels = self._bound, self.world_size, None
-        if self.levelling is not None:
-            levels = self._levelled(choices, x)
-            choices = levels.choices
+        if self.levelling is None:
+            return x, choices, gates, None
+        levels = self._levelled(choices, x)
+        return x, levels.choices, gates, levels
+
+    def _prepared(self, x: Tensor, choices: Tensor, gates: Tensor, levels: LevelPlan | None) -> Prepared:
+        """A row for each rank that a token goes to is planned, and the counts are on their way."""
+        bound, ranks = self._bound, self.world_size
         destinations = destinations_of(choices, self._places, ranks, self._shards)
         way = plan_token_choice(destinations, ranks, capacity=bound, binned=bound is not None)
         counting = None if bound is not None else self._start_counting(x, choices, gates, way, levels)
@@ -261,6 +271,12 @@ class AllToAllDispatcher:
         how = self.levelling.for_rows(x)
         levels = plan_levels(choices, experts, self.num_owners, loads, source, how, static=static)
         return replace(levels, bytes_sent=everyone.bytes_gathered(here))
+
+    def _rows_of_copies(self, prepared: Prepared) -> int:
+        """Assignments that the copies here take over; the counts have been read."""
+        if prepared.levels is None:
+            return 0
+        return int(prepared.counting.beside[1][self.rank // self._shards].sum())
 
     def _copies(self, prepared: Prepared) -> Copies | None:
         """What this rank lends and hosts; the counts have been read."""
@@ -303,10 +319,8 @@ class AllToAllDispatcher:
             used, kept = sum(send_counts), None
             held = prepared.counting.held
             held_counts = () if held is None else tuple(count[0] for count in held)
-            of_copies = 0
-            if levels is not None:
-                of_copies = int(prepared.counting.beside[1][self.rank // self._shards].sum())
-                assignments -= of_copies
+            of_copies = self._rows_of_copies(prepared)
+            assignments -= of_copies
 
         counts = send_counts, recv_counts, held_counts
         arriving, hops = self._joined(rows, chosen, counts) if self.joins else self._apart(rows, chosen, counts)
@@ -342,12 +356,20 @@ class AllToAllDispatcher:
         Raises:
             RuntimeError: an exchange failed.
         """
-        arriving, way = under_way.arriving, under_way.way_back
+        return self._dispatched(self._all_slices(under_way), under_way)
+
+    def _all_slices(self, under_way: UnderWay) -> Arriving:
+        """Tokens on their last step: with tensor parallelism to those who hold the other slices."""
+        arriving, gathered = under_way.arriving, under_way.way_back.gathered
+        if self._tensor is None:
+            return arriving
+        # The choices go on while the rows are still on their first step.
+        of_choices = self._tensor.start_gather(arriving.choices(), gathered, "expert choices")
+        return Apart(of_choices, self._tensor.start_gather(arriving.rows(), gathered, "token rows"))
+
+    def _dispatched(self, arriving: Arriving, under_way: UnderWay) -> Dispatched:
+        """The plans are made when the choices are there, then the rows are waited for."""
         arrived = arriving.choices()
-        if self._tensor is not None:  # the choices go on while the rows are still on their first step
-            of_choices = self._tensor.start_gather(arrived, way.gathered, "expert choices")
-            arriving = Apart(of_choices, self._tensor.start_gather(arriving.rows(), way.gathered, "token rows"))
-            arrived = arriving.choices()
         top_k, each = arrived.shape[1] // 2, self.num_local_experts
         ids, (own, of_copies) = arrived[:, top_k:].to(torch.int32), under_way.assignments
         plan, copies_plan = _plan_here(ids.clamp(max=each) if under_way.levels is not None else ids, each, own), None
@@ -358,7 +380,7 @@ class AllToAllDispatcher:
             x=arriving.rows(),
             plan=plan,
             gate_weights=arrived[:, :top_k],
-            way_back=way,
+            way_back=under_way.way_back,
             traffic=under_way.traffic,
             kept_per_expert=under_way.kept_per_expert,
             copies=under_way.copies,

@@ -57,6 +57,7 @@ class Dispatched:
         copies: the experts that this rank lends to others and hosts for them; None where nobody does.
         copies_plan: which row goes to which hosted copy, beside ``plan``; None where none is hosted here.
         levels: who was to compute how much; None without :class:`dmoe.parallel.Levelling`.
+        before: of a :class:`dmoe.parallel.NodeDispatcher`, what came to this rank in the hop before.
     """
 
     x: Tensor
@@ -68,6 +69,7 @@ class Dispatched:
     copies: Copies | None = None
     copies_plan: RoutingPlan | None = None
     levels: LevelPlan | None = None
+    before: Dispatched | None = None
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,7 @@ def assert_equal_to_one_process(results, fields, seed, shares, tp=1, tolerance=1
             close(name, sum(result["gradients"][name] for result in results), parameter.grad, tolerance)
 
 
-ARRANGEMENTS = ["flat", ("levels", 2), ("tp", 2)]
+ARRANGEMENTS = ["flat", ("levels", 2), ("tp", 2), "once_per_node"]
 
 
 @pytest.mark.parametrize("kind", ["zipf", "one expert"])
@@ -179,6 +179,8 @@ def test_level_ranks_compute_what_one_process_does(ranks, kind, arrangement, exp
     top_k = 1 if experts == 2 or kind == "one expert" else 2
     fields = {**BASE, "num_experts": experts, "top_k": top_k, "bias": "expert", "expert_grad_scale": "sum"}
     shares = shares_of([90, 40, 0, 70], experts, top_k, kind)
+    if arrangement == "once_per_node":
+        fields["rows_between_nodes"], arrangement = arrangement, ("levels", 2)
     results = ranks.run(jobs.layer, {**fields, **LEVEL}, 7, torch.float64, shares, arrangement)
     assert_equal_to_one_process(results, fields, 7, shares, tp=2 if arrangement == ("tp", 2) else 1)
     for result in results:

@@ -168,6 +168,44 @@ def test_dispatcher_in_two_hops_equals_one_hop_bit_for_bit(pool_of, case, wire, 
         assert two["traffic"].rows_sent == one["traffic"].rows_sent
 
 
+@settings(max_examples=30)
+@given(case=shaped_routings(), wire=st.sampled_from([{}, {}, {"wire_dtype": "fp8"}]), joined=st.booleans())
+def test_a_token_crosses_to_each_node_once(pool_of, case, wire, joined):
+    """Results and gradients are those of one hop; between nodes it goes once to each node of its experts."""
+    (nodes, each), routing = case
+    world, experts, ids, _ = routing
+    pool, data, options = pool_of((nodes, each)), case_of(routing), {**wire, "join_choices": joined}
+    flat = pool.run(rank_jobs_wire.experts, *data, options)
+    by_node = pool.run(rank_jobs_wire.experts, *data, {**options, "by_node": True}, (nodes, each))
+    top_k, of_rank = ids[0].shape[1], experts // world
+    for rank, (one, two) in enumerate(zip(flat, by_node, strict=True)):
+        for name in ("y", "x", "gates"):
+            torch.testing.assert_close(two[name], one[name], rtol=1e-12, atol=1e-12 if not wire else 1e-6)
+        for mine, theirs in zip(two["weights"][:2], one["weights"][:2], strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12 if not wire else 1e-6)
+        chosen = [{e // of_rank // each for e in token if e < experts} for token in ids[rank].tolist()]
+        between, inside = two["traffic"].hops
+        assert between.rows_there == sum(len(found - {rank // each}) for found in chosen)
+        assert [inside.others, between.others] == [each - 1, nodes - 1]
+        row = (H + 4 if wire else H * 8) + 2 * top_k * 8
+        measured = dict(zip(("inside", "between"), two["wire"], strict=True))
+        for name, hop in (("inside", inside), ("between", between)):
+            calls = 3 if joined else 4
+            assert measured[name]["calls"] == calls
+            rows = hop.rows_there * row + hop.rows_back * H * 8
+            assert measured[name]["bytes"] == rows + 6 * 8 * hop.others
+        assert two["bytes_sent"] == two["wire_bytes"]
+        assert two["traffic"].naive_bytes_sent is None
+
+
+def test_what_a_node_dispatcher_cannot_have(ranks):
+    told = ranks.run(rank_jobs_wire.no_node_dispatcher)
+    for shared, bounded in told:
+        assert "num_experts: expected a multiple of the 2 nodes" in shared
+        assert shared.endswith("got 1")
+        assert "max_rows_received: expected None, got 8" in bounded
+
+
 @settings(max_examples=60)
 @given(
     counts=st.integers(1, 4).flatmap(

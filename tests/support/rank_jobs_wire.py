@@ -11,7 +11,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from wire_counter import Wire
 
 from dmoe import ExpertWeights, run_experts
-from dmoe.parallel import AllToAllDispatcher, Exchange, NarrowExchange, TwoLevel, TwoLevelExchange, mesh_group
+from dmoe.parallel import (
+    AllToAllDispatcher,
+    Exchange,
+    NarrowExchange,
+    NodeDispatcher,
+    TwoLevel,
+    TwoLevelExchange,
+    mesh_group,
+)
 
 
 def gradients(x, exchange, factor):
@@ -111,7 +119,8 @@ def experts(group, shares, weights, options, dispatcher_options, shape=None, nee
     """
     x, ids, gates, grad_y = shares[dist.get_rank(group)]
     levels = None if shape is None else levels_of(shape)
-    dispatcher = AllToAllDispatcher(group, weights[1].shape[0], two_level=levels, **dispatcher_options)
+    kind = NodeDispatcher if dispatcher_options.pop("by_node", False) else AllToAllDispatcher
+    dispatcher = kind(group, weights[1].shape[0], two_level=levels, **dispatcher_options)
     dispatcher = copy.deepcopy(dispatcher)  # the same options, and the same groups
     mine = slice(dispatcher.local_experts.start, dispatcher.local_experts.stop)
     own = [None if w is None else w[mine].clone().requires_grad_() for w in weights]
@@ -139,6 +148,17 @@ def experts(group, shares, weights, options, dispatcher_options, shape=None, nee
         "calls": wire.calls,
         "calls_back": wire_back.calls,
     }
+
+
+def no_node_dispatcher(group):
+    """What is said to experts that nodes share, and to a bound of rows."""
+    told = []
+    for experts, options in ((1, {}), (4, {"max_rows_received": 8})):
+        try:
+            NodeDispatcher(group, experts, two_level=levels_of((2, 2)), **options)
+        except ValueError as error:
+            told.append(str(error))
+    return told
 
 
 def joins(group, join_choices):
