@@ -12,17 +12,21 @@ from torch import Tensor, nn
 
 from dmoe.activations import ActivationName
 from dmoe.compat._not_offered import attributes_of
-from dmoe.compat.megablocks.layers import common
+from dmoe.compat.megablocks.layers import common, mpu
 from dmoe.compat.megablocks.layers.arguments import Arguments
 from dmoe.compat.megablocks.layers.overrides import steps
 from dmoe.compat.megablocks.layers.shared_expert import SharedMLP
 from dmoe.compat.megablocks.layers.weights import (
     ScaleGradient,
+    all_rows,
     create_dmoe_expert_weights,
     create_moe_expert_weights,
+    part_of_experts,
+    part_of_rows,
     resolve_dtensor,
     scale_gradient,
 )
+from dmoe.expert_slice import ExpertSlice
 from dmoe.expert_weights import ExpertWeights
 from dmoe.functional import run_experts
 from dmoe.ops.cumsum import inclusive_cumsum
@@ -65,12 +69,19 @@ def fused_activation(function: Callable[..., Any] | None) -> ActivationName | No
 
 @steps("weights", "scale_grad")
 class ExpertParameters(nn.Module):
-    """Weights of E experts; what the MLP classes below share.
+    """Weights of experts; what the MLP classes below share.
 
-    ``w1``, ``w2`` and, where gated, ``v1`` are parameters, each in the shape that :meth:`_stored` says.
+    ``w1``, ``w2`` and, where gated, ``v1`` are parameters, each in the shape that :meth:`_stored` says. In shapes E and
+    F are what lives on this rank: all of them, or :func:`.mpu.experts_per_rank` and :func:`.mpu.features_per_rank`.
 
     Args:
-        args: sizes, dtype, device, initialisation, activation.
+        args: sizes, dtype, device, initialisation, activation, ranks.
+
+    Attributes:
+        num_experts, ffn_hidden_size: E and F of this rank.
+        gradient_scale: what the weights' gradients are multiplied by, 1 / W under either parallelism: they are then
+            means over ranks as data parallelism makes them; None is 1.
+        owned: the same for :mod:`dmoe.parallel`.
     """
 
     names: tuple[str, ...] = ("w1", "w2")
@@ -80,17 +91,31 @@ class ExpertParameters(nn.Module):
     def __init__(self, args: Arguments) -> None:
         super().__init__()
         self.args = args
-        shape = (args.moe_num_experts, args.ffn_hidden_size, args.hidden_size)
+        self.num_experts, self.ffn_hidden_size = mpu.experts_per_rank(args), mpu.features_per_rank(args)
+        self._weight_ranks = mpu.get_weight_parallel_world_size(args)
+        ranks = mpu.get_expert_parallel_world_size(args)
+        shard, block = divmod(mpu.get_expert_parallel_rank(args), mpu.expert_sharding_degree(args))
+        first = block * self.num_experts
+        self.owned = ExpertSlice(
+            range(first, first + self.num_experts), args.moe_num_experts, shard, mpu.hidden_sharding_degree(args)
+        )
         for name in self.names:
-            shape_there = self._stored(name, torch.empty(shape, device="meta")).shape
-            weight = torch.empty(shape_there, device=args.device, dtype=common.dtype(args))
+            weight = torch.empty(self._shape(name), device=args.device, dtype=common.dtype(args))
             self.register_parameter(name, nn.Parameter(weight))
-        self.gradient_scale: float | None = None  # there: 1 / ranks of expert parallelism
+        spread = args.moe_expert_model_parallelism or args.moe_weight_parallelism
+        self.gradient_scale: float | None = 1 / max(ranks, self._weight_ranks) if spread else None
         # Subclasses make more weights with these, as MegaBlocks' own do.
-        self._num_rows_per_rank = args.moe_num_experts * args.ffn_hidden_size
-        self._should_set_parallelism_attribute = args.moe_expert_model_parallelism
-        self._mark()
+        self._num_rows_per_rank = mpu.rows_per_rank(args)
+        self._should_set_parallelism_attribute = spread
+        self._differs = max(ranks, self._weight_ranks) > 1
+        self.mark_parameters()
         self.reset_parameters()
+
+    def _shape(self, name: str) -> torch.Size:
+        """Of a parameter on this rank."""
+        experts = torch.empty(self.num_experts, self.ffn_hidden_size, self.args.hidden_size, device="meta")
+        stored = self._stored(name, experts)
+        return (stored if self._weight_ranks == 1 else part_of_rows(self.args, stored)).shape
 
     def _stored(self, name: str, weight: Tensor) -> Tensor:
         """A view of ``(E, F, H)`` in the parameter's shape: ``(E * F, H)``."""
@@ -98,37 +123,54 @@ class ExpertParameters(nn.Module):
 
     def _by_expert(self, name: str, weight: Tensor) -> Tensor:
         """A view of a parameter as ``(E, F, H)``."""
-        return weight.view(self.args.moe_num_experts, -1, weight.shape[-1])
+        return weight.view(self.num_experts, -1, weight.shape[-1])
 
-    def _mark(self) -> None:
+    def mark_parameters(self) -> None:
+        """Set ``expert``, ``expert_model_parallel`` and, where ranks differ in them, ``allreduce`` on the parameters."""
         for param in self.parameters():
             param.expert = True  # type: ignore[attr-defined]
+            if self._differs:
+                param.allreduce = False  # type: ignore[attr-defined]
             param.expert_model_parallel = self._should_set_parallelism_attribute  # type: ignore[attr-defined]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Marks again: a deep copy of a parameter is without its attributes."""
         super().__setstate__(state)
-        self._mark()
+        self.mark_parameters()
 
     def _apply(self, fn: Any, recurse: bool = True) -> ExpertParameters:
         super()._apply(fn, recurse)
-        self._mark()  # to("meta"), to_empty() make parameters of their own
+        self.mark_parameters()  # to("meta"), to_empty() make parameters of their own
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._mark()  # load_state_dict(assign=True) brings parameters of its own
+        self.mark_parameters()  # load_state_dict(assign=True) brings parameters of its own
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Fresh values, from the user's functions, which see each weight as ``(E, F, H)``."""
         if self.w2.is_meta:
             return
+        args = self.args
         for name in self.names:
-            weight = self._by_expert(name, getattr(self, name))
-            fresh = torch.empty_like(weight, memory_format=torch.contiguous_format)
-            (self.args.output_layer_init_method if name == "w2" else self.args.init_method)(fresh)
-            weight.copy_(fresh)
+            init_method = args.output_layer_init_method if name == "w2" else args.init_method
+            parameter = getattr(self, name)
+            if not self._differs:
+                weight = self._by_expert(name, parameter)
+                fresh = torch.empty_like(weight, memory_format=torch.contiguous_format)
+                init_method(fresh)
+                weight.copy_(fresh)
+                continue
+            if resolve_dtensor(parameter) is not parameter:
+                raise ValueError(
+                    f"{type(self).__name__}: reset_parameters: expected plain parameters over several ranks, got "
+                    f"{name} as a DTensor: fill the weights before they are sharded"
+                )
+            everything = parameter.new_empty(args.moe_num_experts, args.ffn_hidden_size, args.hidden_size)
+            init_method(everything)
+            mine = self._stored(name, part_of_experts(args, everything).contiguous())
+            parameter.copy_(mine if self._weight_ranks == 1 else part_of_rows(args, mine))
 
     def scale_grad(self, w: Tensor) -> Tensor:
         """A weight whose gradient is to be scaled by ``gradient_scale``; as it is where that is None."""
@@ -138,18 +180,21 @@ class ExpertParameters(nn.Module):
         """The weights that are here, under their names, as views ``(E, F, H)``.
 
         Raises:
-            ValueError: a weight of another shape, such as one rank's part of all experts.
+            ValueError: a weight of another shape, such as another number of ranks' part of all experts.
         """
-        args, here = self.args, {}
-        expert = torch.empty(args.moe_num_experts, args.ffn_hidden_size, args.hidden_size, device="meta")
+        here = {}
         for name in self.names:
-            weight = resolve_dtensor(self.scale_grad(getattr(self, name)))
-            expected = self._stored(name, expert).shape
+            weight, expected = resolve_dtensor(self.scale_grad(getattr(self, name))), self._shape(name)
             if weight.shape != expected:
+                whose = f"all {self.num_experts} experts"
+                if self._differs:
+                    whose = f"this rank's part of {self.args.moe_num_experts} experts"
                 raise ValueError(
-                    f"{type(self).__name__}: {name}: expected shape {tuple(expected)} of all {args.moe_num_experts} "
-                    f"experts for these Arguments, got {tuple(weight.shape)}"
+                    f"{type(self).__name__}: {name}: expected shape {tuple(expected)} of {whose} for these Arguments, "
+                    f"got {tuple(weight.shape)}"
                 )
+            if self._weight_ranks > 1:
+                weight = all_rows(self.args, weight)
             here[name] = self._by_expert(name, weight)
         return here
 
@@ -174,8 +219,12 @@ class ExpertParameters(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes for ``print(model)``."""
-        a = self.args
-        return f"num_experts={a.moe_num_experts}, hidden_size={a.hidden_size}, ffn_hidden_size={a.ffn_hidden_size}"
+        a, o = self.args, self.owned
+        here = f" (here {o.experts.start} to {o.experts.stop - 1}" if self._differs and self._weight_ranks == 1 else ""
+        if here:
+            here += f", part {o.shard} of {o.num_shards} of F)" if o.num_shards > 1 else ")"
+        sizes = f"hidden_size={a.hidden_size}, ffn_hidden_size={a.ffn_hidden_size}"
+        return f"num_experts={a.moe_num_experts}{here}, {sizes}"
 
 
 def as_dmoe(w1: Tensor, w2: Tensor, v1: Tensor | None = None) -> ExpertWeights:
@@ -224,12 +273,12 @@ class SparseMLP(ExpertParameters):
         """
         blocks = topo.offsets.shape[0] - 1
         block_size = x.shape[0] // max(blocks, 1)
-        if blocks * block_size != x.shape[0] or (block_size and self.args.ffn_hidden_size % block_size):
+        if blocks * block_size != x.shape[0] or (block_size and self.ffn_hidden_size % block_size):
             raise ValueError(
-                f"{type(self).__name__}: expected rows and ffn_hidden_size {self.args.ffn_hidden_size} in whole "
+                f"{type(self).__name__}: expected rows and ffn_hidden_size {self.ffn_hidden_size} in whole "
                 f"blocks, got {x.shape[0]} rows in {blocks} row blocks"
             )
-        columns = self.args.ffn_hidden_size // max(block_size, 1)
+        columns = self.ffn_hidden_size // max(block_size, 1)
         found = topo.column_indices.int()
         first = found[topo.offsets[:-1].long()]
         expert = torch.div(first, columns, rounding_mode="floor")
@@ -241,7 +290,7 @@ class SparseMLP(ExpertParameters):
                     "block, and experts in order, as ParallelDroplessMLP.topology makes it; for another structure "
                     "use dmoe.ops.sdd and dsd"
                 )
-        return self.grouped(x, _offsets(histogram(expert, self.args.moe_num_experts) * block_size))
+        return self.grouped(x, _offsets(histogram(expert, self.num_experts) * block_size))
 
 
 @steps("forward")
