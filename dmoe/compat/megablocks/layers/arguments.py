@@ -183,7 +183,6 @@ class Arguments:
         require(shared is not None and shared >= 1, "shared_expert_hidden_size", "at least 1, or None")
         name, layers = "num_layers_per_virtual_pipeline_stage", self.num_layers_per_virtual_pipeline_stage
         require(layers is None or (isinstance(layers, int) and layers >= 1), name, "an integer of at least 1, or None")
-        mpu.rows_per_rank(self)  # says so where they cannot be divided
         ranks = mpu.get_weight_parallel_world_size(self)
         if ranks > 1 and mpu.get_expert_parallel_world_size(self) > 1:
             raise NotImplementedError(
@@ -191,6 +190,7 @@ class Arguments:
                 f"over more than one, got {self.moe_weight_parallelism} over {ranks} ranks: shard each rank's experts "
                 "with FSDP2 over the ranks that hold the same ones"
             )
+        mpu.rows_per_rank(self)  # says so where ranks do not divide the experts
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Arguments:
         """The same groups: a copy of a layer talks to the same ranks, and a process group cannot be copied."""

@@ -1,4 +1,4 @@
-"""Tokens to the ranks of their experts and back, under MegaBlocks' names: by dmoe's dispatcher, where MegaBlocks has them.
+"""Tokens to the ranks of their experts and back: by dmoe's dispatcher, to the ranks where MegaBlocks has them.
 
 ::
 

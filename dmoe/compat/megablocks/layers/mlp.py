@@ -99,8 +99,9 @@ class ExpertParameters(nn.Module):
         self.owned = ExpertSlice(
             range(first, first + self.num_experts), args.moe_num_experts, shard, mpu.hidden_sharding_degree(args)
         )
-        for name in self.names:
-            weight = torch.empty(self._shape(name), device=args.device, dtype=common.dtype(args))
+        self._shapes = {name: self._shape(name) for name in self.names}
+        for name, shape in self._shapes.items():
+            weight = torch.empty(shape, device=args.device, dtype=common.dtype(args))
             self.register_parameter(name, nn.Parameter(weight))
         spread = args.moe_expert_model_parallelism or args.moe_weight_parallelism
         self.gradient_scale: float | None = 1 / max(ranks, self._weight_ranks) if spread else None
@@ -126,7 +127,7 @@ class ExpertParameters(nn.Module):
         return weight.view(self.num_experts, -1, weight.shape[-1])
 
     def mark_parameters(self) -> None:
-        """Set ``expert``, ``expert_model_parallel`` and, where ranks differ in them, ``allreduce`` on the parameters."""
+        """Set ``expert``, ``expert_model_parallel`` and, where ranks differ, ``allreduce`` on the parameters."""
         for param in self.parameters():
             param.expert = True  # type: ignore[attr-defined]
             if self._differs:
@@ -184,7 +185,7 @@ class ExpertParameters(nn.Module):
         """
         here = {}
         for name in self.names:
-            weight, expected = resolve_dtensor(self.scale_grad(getattr(self, name))), self._shape(name)
+            weight, expected = resolve_dtensor(self.scale_grad(getattr(self, name))), self._shapes[name]
             if weight.shape != expected:
                 whose = f"all {self.num_experts} experts"
                 if self._differs:
