@@ -8,6 +8,8 @@ import torch
 from helpers import without_generated_products
 from parallel_layer_cases import close
 
+from dmoe.checkpoint import Options, convert, load_layers
+
 pytestmark = without_generated_products
 
 H = 6
@@ -117,6 +119,30 @@ def test_a_layer_on_ranks_equals_the_layer_on_one(ranks, kind, world, options, b
 
 
 @pytest.mark.parametrize("experts", [4, 2])
+def test_files_of_ranks_are_those_that_the_checkpoint_tools_know(ranks, experts, tmp_path):
+    """Four files of ranks become one layer, and are cut again as the ranks had them."""
+    options = {"moe_num_experts": experts, "bias": True, "return_bias": False}
+    shares = shares_of(4)
+    results = ranks.run(jobs.layer, "dMoE glu", options, shares, False)
+    files = [tmp_path / f"rank{rank}.pt" for rank in range(4)]
+    for file, got in zip(files, results, strict=True):
+        torch.save({f"moe.{name}": value for name, value in got["state"].items()}, file)
+    settings = {"top_k": 2, "activation": "gelu_tanh"}
+    convert(files, tmp_path / "whole", to="dmoe", options=Options(settings=settings))
+    layer = load_layers(tmp_path / "whole")["moe"]
+    for (x, _), got in zip(shares, results, strict=True):
+        y = layer(x)
+        close("y", sum(y) if isinstance(y, tuple) else y, got["y"])
+    convert(tmp_path / "whole", tmp_path / "back{rank}.pt", to="megablocks", options=Options(ranks=4))
+    for rank, got in enumerate(results):
+        back = torch.load(tmp_path / f"back{rank}.pt", weights_only=True)
+        assert {name: value.shape for name, value in back.items()} == {
+            f"moe.{name}": value.shape for name, value in got["state"].items()
+        }
+        assert all(torch.equal(back[f"moe.{name}"], value) for name, value in got["state"].items())
+
+
+@pytest.mark.parametrize("experts", [4, 2])
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("kind", ["dMoE grouped", "dMoE glu"])
 def test_expert_parallelism_equals_weight_parallelism(ranks, kind, world, experts):
@@ -168,7 +194,7 @@ def test_half_precision_keeps_its_dtypes_and_its_accuracy(ranks, autocast, by_st
                 assert (got[name] - whole).norm() < 0.02 * whole.norm(), name
 
 
-@pytest.mark.parametrize("how", ["fsdp2", "data_parallel"])
+@pytest.mark.parametrize("how", ["fsdp2 experts.mlp", "fsdp2 experts", "data_parallel"])
 def test_a_step_of_training_with_replicas_is_that_of_one_process(ranks, how):
     options = {"moe_zloss_weight": 0.1}
     shares = shares_of(4, (5, 5, 5, 5))

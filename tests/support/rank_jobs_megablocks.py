@@ -144,15 +144,15 @@ def trained(group, kind, options, shares, how):
     made, args = seeded(kind, expert_parallel_group=mesh["ep"].get_group(), **PARALLEL, **options)
     x, grad_y = shares[dist.get_rank()]
     model: torch.nn.Module = made
-    if how == "fsdp2":
-        fully_shard(made.experts.mlp, mesh=mesh["replicas"])
+    if how.startswith("fsdp2"):
+        fully_shard(made.get_submodule(how.removeprefix("fsdp2 ")), mesh=mesh["replicas"])
         fully_shard(made, mesh=init_device_mesh("cpu", (4,)))
     else:
         model = dmoe.parallel.data_parallel(made, expert_replicas=mesh["replicas"].get_group())
     y = total(model(x))
     balance, z = losses_of(args)
     ((y * grad_y).sum() + balance + z).backward()
-    norm = None if how == "fsdp2" else dmoe.parallel.clip_grad_norm(made, 1e9)
+    norm = None if how.startswith("fsdp2") else dmoe.parallel.clip_grad_norm(made, 1e9)
     torch.optim.SGD(model.parameters(), lr=0.1, foreach=False).step()
     whole = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in made.named_parameters()}
     return {name: value.detach().clone() for name, value in whole.items()}, norm
