@@ -18,7 +18,7 @@ from torch import nn
 
 from dmoe.compat import megablocks
 from dmoe.compat.megablocks.layers.arguments import DEFAULT_ACTIVATION_FN, from_megatron
-from dmoe.compat.megablocks.layers.mlp import fused_activation
+from dmoe.compat.megablocks.layers.parameters import fused_activation
 
 pytestmark = without_generated_products
 

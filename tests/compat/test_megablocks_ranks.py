@@ -234,6 +234,16 @@ def test_micro_batches_share_one_loss(ranks):
     close(router, sum(gradients[router] for _, gradients in results), one.get_parameter(router).grad)
 
 
+def test_checkpointed_activations_travel_again_and_leave_no_second_loss(ranks):
+    options = {"moe_num_experts": 2, "moe_zloss_weight": 0.1}
+    for plain, again in ranks.run(jobs.checkpointed, "dMoE glu", options, shares_of(4)):
+        assert plain[2] == again[2] == []
+        close("balance", plain[0], again[0])
+        close("x", plain[1], again[1])
+        for name, gradient in plain[3].items():
+            close(name, gradient, again[3][name])
+
+
 def test_what_does_not_fit_is_said_on_every_rank(ranks):
     for rank, told in enumerate(ranks.run(jobs.messages)):
         differing, odd, shared, narrow, group, both, capacity, rows = told

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megablocks_cases import layer_of
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import checkpoint
 
 import dmoe
 from dmoe.compat import megablocks
@@ -166,6 +167,20 @@ def micro_batches(group, kind, options, shares, count):
     balance, z = losses_of(args)
     (sum((y * dy).sum() for y, dy in zip(outputs, grad_y.chunk(count), strict=True)) + balance + z).backward()
     return balance.detach(), {name: p.grad for name, p in made.named_parameters()}
+
+
+def checkpointed(group, kind, options, shares):
+    """Losses and gradients without activation checkpointing, and with it."""
+    found = []
+    for wrapped in (False, True):
+        made, args = seeded(kind, expert_parallel_group=group, **PARALLEL, **options)
+        x = shares[dist.get_rank(group)][0].clone().requires_grad_()
+        y = checkpoint(made, x, use_reentrant=False) if wrapped else made(x)
+        balance, z = losses_of(args)
+        (y.square().sum() + balance + z).backward()
+        left = megablocks.get_load_balancing_loss()
+        found.append((balance.detach(), x.grad, left, {name: p.grad for name, p in made.named_parameters()}))
+    return found
 
 
 def messages(group):

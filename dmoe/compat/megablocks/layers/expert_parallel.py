@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dmoe.compat.megablocks.layers import mpu
 from dmoe.compat.megablocks.layers.arguments import Arguments
+from dmoe.ops.permute import unpermute
 from dmoe.parallel import AllToAllDispatcher, Dispatched
 from dmoe.parallel.agreement import check_agreement
 from dmoe.parallel.collectives import all_reduce, outside_graphs
@@ -78,12 +79,35 @@ def _with_capacity(arrived: Dispatched, capacity: int) -> Dispatched:
     return replace(arrived, plan=plan_token_choice(ids, plan.num_experts, capacity=capacity))
 
 
+def rows_by_steps(arrived: Dispatched, permute_and_compute: Callable[..., Tensor]) -> Tensor:
+    """Rows that arrived through a layer's own step, as MegaBlocks calls it: a row for each assignment, no weights.
+
+    Args:
+        arrived: rows ``(R', H)``, their plan and weights.
+        permute_and_compute: that of the layer.
+
+    Returns:
+        The weighted sum of each row, ``(R', H)``.
+    """
+    plan = arrived.plan
+    with torch.no_grad():
+        bins, counts = plan.expert_offsets[1:], plan.expert_offsets.diff()
+        bin_ids = torch.arange(len(counts), dtype=torch.int32, device=bins.device).repeat_interleave(counts)
+        indices = torch.arange(bin_ids.shape[0], dtype=torch.int32, device=bins.device)
+        capacity = int(counts.max())
+    rows = arrived.x.index_select(0, plan.row_to_token[: bin_ids.shape[0]])
+    rows = permute_and_compute(rows, counts, indices, bin_ids, None, bins, capacity, 1)
+    places = (plan.row_to_token, plan.row_to_slot, plan.token_offsets, plan.token_rows)
+    return unpermute(rows, arrived.gate_weights, *places)
+
+
 @outside_graphs
-def mean_tokens(args: Arguments, tokens: int, device: torch.device) -> Fraction:
+def mean_tokens(args: Arguments, tokens: int, device: torch.device) -> int | Fraction:
     """Tokens of all ranks over the number of ranks, exactly: the host waits for their sum."""
     total = torch.tensor(tokens, device=device)
     all_reduce(total, "numbers of tokens", mpu.group_of(args, "expert_parallel_group"))
-    return Fraction(int(total), mpu.get_expert_parallel_world_size(args))
+    mean = Fraction(int(total), mpu.get_expert_parallel_world_size(args))
+    return mean.numerator if mean.denominator == 1 else mean
 
 
 def check_ranks(layer: str, args: Arguments) -> None:

@@ -40,9 +40,9 @@ from dmoe.compat.megablocks.layers.balance import (
     save_load_balancing_loss,
 )
 from dmoe.compat.megablocks.layers.overrides import is_untouched, is_unwatched, steps
+from dmoe.compat.megablocks.layers.parameters import ExpertParameters
 from dmoe.ops._checks import check_tensors
 from dmoe.ops.histogram import histogram
-from dmoe.ops.permute import unpermute
 from dmoe.outputs import as_output
 from dmoe.parallel import AllToAllDispatcher, Dispatched
 from dmoe.plan import plan_token_choice
@@ -220,28 +220,18 @@ class ParallelMLP(nn.Module):
         return y, tokens_per_expert
 
     def _fused_rows(self, arrived: Dispatched) -> Tensor:
-        assert isinstance(self.mlp, mlp.ExpertParameters)
+        assert isinstance(self.mlp, ExpertParameters)
         return self.mlp.route(arrived.x, arrived.plan, arrived.gate_weights)
 
     def _rows_by_steps(self, arrived: Dispatched) -> Tensor:
-        """Rows from other ranks by the steps: a row for each assignment, sorted by expert, as MegaBlocks has them."""
-        plan = arrived.plan
-        with torch.no_grad():
-            bins, counts = plan.expert_offsets[1:], plan.expert_offsets.diff()
-            bin_ids = torch.arange(len(counts), dtype=torch.int32, device=bins.device).repeat_interleave(counts)
-            indices = torch.arange(bin_ids.shape[0], dtype=torch.int32, device=bins.device)
-            capacity = int(counts.max())
-        rows = arrived.x.index_select(0, plan.row_to_token[: bin_ids.shape[0]])
-        rows = self.permute_and_compute(rows, counts, indices, bin_ids, None, bins, capacity, 1)
-        places = (plan.row_to_token, plan.row_to_slot, plan.token_offsets, plan.token_rows)
-        return unpermute(rows, arrived.gate_weights, *places)
+        return ranks.rows_by_steps(arrived, self.permute_and_compute)
 
     def _is_plain(self) -> bool:
         """Whether nobody would see a difference between the steps and the fused operation."""
         return is_untouched(self) and is_untouched(self.mlp) and is_unwatched(self.mlp)
 
     def _fused_once(self, x: Tensor, expert_weights: Tensor, top_experts: Tensor) -> tuple[Tensor, Tensor]:
-        assert isinstance(self.mlp, mlp.ExpertParameters)
+        assert isinstance(self.mlp, ExpertParameters)
         tokens, top_experts = x.reshape(-1, x.shape[-1]), top_experts.reshape(-1, self.top_k)
         plan = plan_token_choice(top_experts, self.num_experts, capacity=self._capacity(tokens.shape[0]))
         return self.mlp.route(tokens, plan, expert_weights.reshape(-1, self.top_k)), plan.tokens_per_expert
