@@ -142,7 +142,11 @@ def in_bfloat16(group, shares, autocast, by_steps):
 def trained(group, kind, options, shares, how):
     """One step of SGD on 2 x 2 ranks, experts spread over pairs and held twice; and the gradients' norm."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "ep"))
-    made, args = seeded(kind, expert_parallel_group=mesh["ep"].get_group(), **PARALLEL, **options)
+    pair = mesh["ep"].get_group()
+    if how == "weight parallelism":
+        made, args = seeded(kind, moe_weight_parallelism=True, weight_parallel_group=pair, **options)
+    else:
+        made, args = seeded(kind, expert_parallel_group=pair, **PARALLEL, **options)
     x, grad_y = shares[dist.get_rank()]
     model: torch.nn.Module = made
     if how.startswith("fsdp2"):

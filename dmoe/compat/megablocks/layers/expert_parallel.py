@@ -34,6 +34,17 @@ def dispatcher_of(args: Arguments) -> AllToAllDispatcher:
     return AllToAllDispatcher(mpu.group_of(args, "expert_parallel_group"), experts)
 
 
+def sharing_ranks(args: Arguments) -> AllToAllDispatcher | None:
+    """The ranks that share a layer's experts, as :mod:`dmoe.parallel` asks for them; None where one rank has all.
+
+    Under weight parallelism too, where nothing is dispatched.
+    """
+    if mpu.get_expert_parallel_world_size(args) > 1:
+        return dispatcher_of(args)
+    ranks = mpu.get_weight_parallel_world_size(args)
+    return AllToAllDispatcher(mpu.group_of(args, "weight_parallel_group"), ranks) if ranks > 1 else None
+
+
 def through_ranks(
     args: Arguments,
     x: Tensor,

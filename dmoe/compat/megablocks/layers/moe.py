@@ -125,8 +125,8 @@ class ParallelMLP(nn.Module):
 
     @property
     def dispatcher(self) -> AllToAllDispatcher | None:
-        """How tokens reach the experts of other ranks, by which :mod:`dmoe.parallel` knows this layer; None on one."""
-        return ranks.dispatcher_of(self.args) if mpu.get_expert_parallel_world_size(self.args) > 1 else None
+        """By which :mod:`dmoe.parallel` knows the ranks that share these experts; None where this one has all."""
+        return ranks.sharing_ranks(self.args)
 
     @property
     def experts(self) -> nn.Module:
