@@ -8,7 +8,7 @@ from typing import Any
 _FUSED = (
     "backward keeps the input and the pre-activation in every case, which is what it bought; call the experts' module"
 )
-_LISTS = "what layers leave is kept for one round, not in a list; use get_, save_ and clear_load_balancing_loss"
+_LISTS = "what layers leave is kept in rounds, not in a list; use get_, save_ and clear_load_balancing_loss"
 _KERNELS = "Triton kernels with their own launches; use the operations in dmoe.compat.megablocks.ops"
 _FORK = "the raw kernels of a fork; use permute and unpermute in dmoe.compat.grouped_gemm.ops, which are differentiable"
 
@@ -17,7 +17,7 @@ NOT_OFFERED = {
     "backend": _KERNELS,
     "benchmark_util": "it times MegaBlocks' own benchmarks; dmoe's are in benchmarks/",
     "turbo_util": "dmoe does not quantize what it saves; leave quantize_* and num_bits at -1",
-    "layers.weight_parallel": "MegaBlocks removed it in 0.6; shard the weights with FSDP",
+    "layers.weight_parallel": "its operations went in 0.6; dMoE does the same with moe_weight_parallelism",
     "layers.glu.MemoryOptimizedGroupedGLU": _FUSED,
     "layers.glu.memory_optimized_grouped_glu": _FUSED,
     "layers.mlp.MemoryOptimizedGroupedMLP": _FUSED,
@@ -25,7 +25,7 @@ NOT_OFFERED = {
     "layers.mlp.memory_optimized_grouped_mlp": _FUSED,
     "layers.mlp.memory_optimized_mlp": _FUSED,
     "layers.moe._LOAD_BALANCING_LOSS": _LISTS,
-    "layers.router._ROUTER_LOGITS": "logits are kept for one round; use batched_router_zloss and clear_router_zloss",
+    "layers.router._ROUTER_LOGITS": "logits are kept in rounds; use batched_router_zloss and clear_router_zloss",
     "layers.router._save_router_logits": "routers leave their logits by themselves; call LearnedRouter's forward",
     "grouped_gemm.backend.permute": _FORK,
     "grouped_gemm.backend.unpermute": _FORK,

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dmoe.compat import megablocks
 from dmoe.compat.megablocks.layers import saved
-from dmoe.compat.megablocks.layers.moe import _LOADS
+from dmoe.compat.megablocks.layers.moe import _LOADS, batched_load_balancing_and_z_loss
 from dmoe.compat.megablocks.layers.router import _LOGITS, batched_router_zloss, clear_router_zloss
 
 pytestmark = without_generated_products
@@ -220,3 +220,128 @@ def test_a_loss_that_has_lost_its_graph_is_refused():
         batched_router_zloss(args)
     with torch.no_grad():
         assert megablocks.batched_load_balancing_loss(args) > 0
+
+
+# ---- Several forwards before a step
+
+
+def micro_batches(count=3):
+    torch.manual_seed(0)
+    model, args = stack(2, num_layers=2)
+    return model.double(), args, torch.randn(count, 5, 6, dtype=torch.float64)
+
+
+def gradients_of(model):
+    found = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    return found
+
+
+def test_forwards_that_wait_for_their_backward_share_one_loss():
+    """Gradient accumulation with one backward: the mean of what each micro-batch would have added by itself."""
+    model, args, batches = micro_batches()
+    total = torch.zeros(())
+    for x in batches:
+        total = (
+            total + model(x).sum() + (megablocks.batched_load_balancing_loss(args) + batched_router_zloss(args)[1]) / 3
+        )
+        megablocks.clear_load_balancing_loss()
+        clear_router_zloss()
+    total.backward()
+    one_by_one = gradients_of(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        together = sum(model(x).sum() for x in batches)
+        assert [len(entries) for entries in _LOADS.rounds()] == [2, 2, 2]
+        assert len(megablocks.get_load_balancing_loss()) == 6
+        z = batched_router_zloss(args)
+        assert z.shape == (6,)
+        loss = together + megablocks.batched_load_balancing_loss(args) + z[1::2].mean()
+    megablocks.clear_load_balancing_loss()
+    clear_router_zloss()
+    loss.backward()
+    for plain, again in zip(one_by_one, gradients_of(model), strict=True):
+        torch.testing.assert_close(plain, again)
+
+
+def test_the_pair_of_losses_is_a_mean_over_micro_batches_too():
+    model, args, batches = micro_batches()
+    pairs = []
+    for x in batches:
+        model(x)
+        pairs.append([loss.item() for loss in batched_load_balancing_and_z_loss(args)])
+        megablocks.clear_load_balancing_loss()
+        clear_router_zloss()
+    outputs = [model(x) for x in batches]
+    together = [loss.item() for loss in batched_load_balancing_and_z_loss(args)]
+    assert together == pytest.approx(torch.tensor(pairs, dtype=torch.float64).mean(0).tolist())
+    assert len(outputs) == 3
+
+
+def test_a_forward_whose_backward_has_run_is_no_longer_counted():
+    """One forward and one backward all the time, as Megatron does in its steady state, and nobody who clears."""
+    model, args, batches = micro_batches(4)
+    first, second = model(batches[0]).sum(), model(batches[1]).sum()
+    assert len(_LOADS.rounds()) == 2
+    first.backward()
+    with pytest.warns(UserWarning, match="the load-balancing loss of the first was cleared"):
+        third = model(batches[2]).sum()
+    megablocks.clear_load_balancing_loss()
+    clear_router_zloss()
+    model(batches[2])
+    alone = megablocks.batched_load_balancing_loss(args).item()
+    megablocks.clear_load_balancing_loss()
+    second, third = model(batches[1]).sum(), model(batches[2]).sum()
+    second.backward()  # behind a newer forward
+    assert [len(entries) for entries in _LOADS.rounds()] == [2]
+    assert megablocks.batched_load_balancing_loss(args).item() == pytest.approx(alone)
+    third.backward()  # of the last forward the loss may still be asked for
+    assert megablocks.batched_load_balancing_loss(args).item() == pytest.approx(alone)
+
+
+def test_a_forward_that_nobody_holds_is_no_longer_counted():
+    model, _, batches = micro_batches()
+    held = model(batches[0])
+    kept = weakref.ref(megablocks.get_load_balancing_loss()[0][1])
+    model(batches[1])
+    assert len(_LOADS.rounds()) == 2
+    del held
+    assert kept() is None
+    with pytest.warns(UserWarning, match="was cleared"):
+        assert len(_LOADS.rounds()) == 1
+
+
+def test_the_losses_of_stages_and_chunks_add_up_to_the_models():
+    """As Megatron's schedules ask for them: behind the forward of each stage, or chunk, and each micro-batch."""
+    torch.manual_seed(0)
+    model, args = stack(4, num_layers=4)
+    model, x = model.double(), torch.randn(2, 5, 6, dtype=torch.float64)
+    (model(x).sum() + megablocks.batched_load_balancing_loss(args)).backward()
+    megablocks.clear_load_balancing_loss()
+    whole = gradients_of(model)
+    for options, each in (
+        ({"pipeline_model_parallel_size": 2}, 2),
+        ({"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}, 1),
+    ):
+        args = arguments(num_layers=4, **options)
+        y, loss = x, torch.zeros(())
+        for first in range(0, 4, each):
+            y = model[first : first + each](y)
+            loss = loss + megablocks.batched_load_balancing_loss(args)
+            megablocks.clear_load_balancing_loss()
+        (y.sum() + loss).backward()
+        for expected, got in zip(whole, gradients_of(model), strict=True):
+            torch.testing.assert_close(expected, got)
+    model[:2](x)
+    with pytest.raises(
+        ValueError, match=r"expected 1 layers .*num_layers_per_virtual_pipeline_stage = 1\), got 2 since"
+    ):
+        megablocks.batched_load_balancing_loss(args)
+
+
+def test_layers_in_place_of_each_other_are_not_taken_for_micro_batches():
+    model, args = stack(3, num_layers=1)
+    outputs = [model(torch.randn(2, 5, 6)) for _ in range(2)]
+    with pytest.raises(ValueError, match=r"expected 1 layers .*got 3 and 3 since"):
+        megablocks.batched_load_balancing_loss(args)
+    assert len(outputs) == 2

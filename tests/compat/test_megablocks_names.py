@@ -85,7 +85,7 @@ def test_the_table_is_complete():
             if getattr(value, "__module__", None) == module.__name__ and not name.startswith("_")
         ]
         listed = {name.removeprefix(f"{path}.").split(".")[0] for name in names if name.startswith(path)}
-        assert set(public) - {"as_dmoe", "fused_activation", "ExpertParameters"} <= listed, path
+        assert set(public) <= listed, path
     assert "(docs/megablocks.md)" in (ROOT / "README.md").read_text()
 
 
@@ -161,22 +161,47 @@ def test_a_loss_may_be_asked_for_with_expert_parallelism_and_no_process_group():
     assert asked == megablocks.batched_load_balancing_loss(layer.experts.args)
 
 
-def test_expert_parallelism_over_more_ranks_is_refused_with_what_there_is(monkeypatch):
+@pytest.mark.parametrize(
+    ("ranks", "options", "error", "message"),
+    [
+        (3, {}, ValueError, "moe_num_experts: expected a multiple of the 3 ranks of expert_parallel_group, got 4"),
+        (6, {}, ValueError, "moe_num_experts: expected a divisor of the 6 ranks of expert_parallel_group, .*, got 4"),
+        (16, {}, ValueError, "ffn_hidden_size: expected a multiple of 4, the ranks that share an expert, got 10"),
+        (
+            2,
+            {"moe_weight_parallelism": True},
+            NotImplementedError,
+            "moe_weight_parallelism: expected False, or one rank, .* got True over 2 ranks: .* FSDP2",
+        ),
+        (
+            3,
+            {"moe_weight_parallelism": True, "moe_expert_model_parallelism": False},
+            ValueError,
+            r"ffn_hidden_size: expected .* a multiple of the 3 ranks of weight_parallel_group, got 4 \* 10",
+        ),
+    ],
+)
+def test_experts_that_ranks_do_not_divide_are_refused(monkeypatch, ranks, options, error, message):
+    options = {"moe_expert_model_parallelism": True, **options}
+    args = arguments()
+    vars(args).update(options)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
-    for name, there_is in (
-        ("moe_expert_model_parallelism", r"dmoe\.MoE\(\.\.\., ep_group=group\)"),
-        ("moe_weight_parallelism", "FSDP"),
-    ):
-        with pytest.raises(
-            NotImplementedError, match=rf"^Arguments: {name}: expected False or one rank.*2.*{there_is}"
-        ):
-            arguments(**{name: True})
-        args = arguments()
-        setattr(args, name, True)
-        with pytest.raises(NotImplementedError, match=name):
-            megablocks.dMoE(args)
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: ranks)
+    monkeypatch.setattr(dist, "get_rank", lambda group=None: 0)
+    with pytest.raises(error, match=rf"^Arguments: {message}"):
+        arguments(**options)
+    for layer in (megablocks.dMoE, megablocks.MoE):
+        with pytest.raises(error, match=rf"^Arguments: {message}"):
+            layer(args)
     arguments(expert_parallel_group=object())  # without the switch it has no meaning, as there
+
+
+def test_a_group_that_is_none_is_refused_and_weights_with_a_capacity_are_not_cut(one_rank, monkeypatch):
+    with pytest.raises(TypeError, match=r"^Arguments: expert_parallel_group: expected a torch.distributed Process"):
+        parallel(expert_parallel_group=3)
+    monkeypatch.setattr(mpu, "get_weight_parallel_world_size", lambda args: 2)
+    with pytest.raises(NotImplementedError, match=r"^MoE: moe_weight_parallelism: expected False.*2 ranks.*FSDP2"):
+        megablocks.MoE(arguments(moe_weight_parallelism=True))
 
 
 def test_rows_come_back_from_an_exchange_with_oneself(one_rank):

@@ -18,7 +18,7 @@ from torch import nn
 
 from dmoe.compat import megablocks
 from dmoe.compat.megablocks.layers.arguments import DEFAULT_ACTIVATION_FN, from_megatron
-from dmoe.compat.megablocks.layers.mlp import fused_activation
+from dmoe.compat.megablocks.layers.parameters import fused_activation
 
 pytestmark = without_generated_products
 
@@ -41,6 +41,7 @@ pytestmark = without_generated_products
         ({"num_layers": 0}, ValueError, "at least 1"),
         ({"moe_num_experts": 0}, ValueError, "at least 1"),
         ({"pipeline_model_parallel_size": 0}, ValueError, "at least 1"),
+        ({"num_layers_per_virtual_pipeline_stage": 0}, ValueError, "at least 1, or None"),
         ({"moe_capacity_factor": -1}, ValueError, "at least 0"),
         ({"moe_normalize_expert_weights": 0.5}, ValueError, "finite p >= 1"),
         ({"moe_normalize_expert_weights": float("inf")}, ValueError, "finite p >= 1"),

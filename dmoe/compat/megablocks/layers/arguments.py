@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -9,9 +10,10 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from dmoe.compat.megablocks.layers import mpu
 
 InitFn = Callable[[Tensor], Any]
 
@@ -67,13 +69,18 @@ class Arguments:
         shared_expert_hidden_size: its width; None for ``ffn_hidden_size``.
         shared_expert_weighted_sum: weigh it 1 and the routed experts K, of K + 1.
 
-    Pipeline
-        pipeline_model_parallel_size, num_layers_per_virtual_pipeline_stage: how many layers one stage's load-balancing
-            loss is made of.
-
-    Refused over more ranks than one
-        moe_expert_model_parallelism: over the ranks of expert_parallel_group, or all where that is None.
-        moe_weight_parallelism: over those of weight_parallel_group; an option of older MegaBlocks.
+    Parallelism
+        moe_expert_model_parallelism: experts are spread over ranks, each of which brings tokens of its own: see
+            :mod:`.mpu` for who holds what, and :mod:`.expert_parallel` for how tokens get there. Every rank seeds
+            PyTorch's default generator alike before it builds a layer.
+        expert_parallel_group: those ranks, a process group or a ``DeviceMesh`` of one dimension; None is all.
+        pipeline_model_parallel_size: stages that the model is cut into: ``num_layers`` divided by it are the layers of
+            which one stage's load-balancing loss is made.
+        num_layers_per_virtual_pipeline_stage: how many that are where a stage holds several chunks of the model; a
+            loss is then that of one chunk.
+        moe_weight_parallelism: of MegaBlocks before 0.6, ``dMoE`` only: ranks hold equal parts of the rows of all
+            experts' weights, which each forward brings together; gradients are means over the ranks.
+        weight_parallel_group: those ranks; None is all.
 
     Refused unless left alone
         quantize_inputs_num_bits, quantize_rematerialize_num_bits, quantize_scatter_num_bits: of older MegaBlocks.
@@ -137,21 +144,9 @@ class Arguments:
 
         Raises:
             NotImplementedError: an option of MegaBlocks that dmoe lacks.
-            ValueError: a value that no option takes.
+            ValueError: a value that no option takes, or experts that cannot be spread over the ranks.
+            TypeError: a group of ranks that is none, or that this rank does not belong to.
         """
-        one_rank_only = {
-            "moe_expert_model_parallelism": (
-                self.expert_parallel_group,
-                "dmoe spreads experts over ranks in dmoe.MoE(..., ep_group=group), not yet under MegaBlocks' names",
-            ),
-            "moe_weight_parallelism": (self.weight_parallel_group, "shard the weights with FSDP instead"),
-        }
-        for name, (group, instead) in one_rank_only.items():
-            if getattr(self, name) and (ranks := _ranks(group)) != 1:
-                raise NotImplementedError(
-                    f"Arguments: {name}: expected False or one rank, got {getattr(self, name)} over {ranks} ranks: "
-                    f"{instead}"
-                )
         for name in ("quantize_inputs_num_bits", "quantize_rematerialize_num_bits", "quantize_scatter_num_bits"):
             if getattr(self, name) != -1:
                 raise NotImplementedError(
@@ -186,10 +181,24 @@ class Arguments:
         require(self.mlp_impl in ("grouped", "sparse"), "mlp_impl", "'grouped' or 'sparse'")
         shared = self.shared_expert_hidden_size
         require(shared is not None and shared >= 1, "shared_expert_hidden_size", "at least 1, or None")
+        name, layers = "num_layers_per_virtual_pipeline_stage", self.num_layers_per_virtual_pipeline_stage
+        require(layers is None or (isinstance(layers, int) and layers >= 1), name, "an integer of at least 1, or None")
+        ranks = mpu.get_weight_parallel_world_size(self)
+        if ranks > 1 and mpu.get_expert_parallel_world_size(self) > 1:
+            raise NotImplementedError(
+                "Arguments: moe_weight_parallelism: expected False, or one rank, beside moe_expert_model_parallelism "
+                f"over more than one, got {self.moe_weight_parallelism} over {ranks} ranks: shard each rank's experts "
+                "with FSDP2 over the ranks that hold the same ones"
+            )
+        mpu.rows_per_rank(self)  # says so where ranks do not divide the experts
 
-
-def _ranks(group: Any) -> int:
-    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+    def __deepcopy__(self, memo: dict[int, Any]) -> Arguments:
+        """The same groups: a copy of a layer talks to the same ranks, and a process group cannot be copied."""
+        for group in (self.expert_parallel_group, self.weight_parallel_group):
+            memo[id(group)] = group
+        copied = copy.copy(self)
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
 
 def from_megatron(megatron_args: Any) -> Arguments:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,10 @@ class ParallelDroplessMLP(moe.ParallelMLP):
     def _init_mlp(self, args: Arguments) -> nn.Module:
         return dmlp_registry.get(args)
 
-    def _capacity(self, tokens: int) -> None:
+    def _capacity(self, tokens: int | Fraction) -> None:
+        return None
+
+    def _capacity_of_ranks(self, tokens: Tensor) -> None:
         return None
 
     def sparse_transpose(
@@ -93,7 +97,7 @@ class ParallelDroplessMLP(moe.ParallelMLP):
         offsets = torch.arange(0, rows * columns + 1, columns, dtype=torch.int32, device=x.device)
         column_indices = ops.topology(padded_bins, self.blocking, rows, columns)
         row_indices = torch.arange(rows, dtype=column_indices.dtype, device=x.device).repeat_interleave(columns)
-        size = (x.shape[0], self.ffn_hidden_size * self.num_experts)
+        size = (x.shape[0], self.ffn_hidden_size * padded_bins.numel())
         values = torch.empty(rows * columns, self.blocking, self.blocking, dtype=common.dtype(self.args), device="meta")
         transposed = self.sparse_transpose(size, row_indices, column_indices, offsets)
         return sparse_matrix(size, values, BlockTopology(row_indices, column_indices, offsets, *transposed))
@@ -189,7 +193,7 @@ class ParallelDroplessMLP(moe.ParallelMLP):
     ) -> Tensor:
         """:meth:`sparse_permute_and_compute` or :meth:`grouped_permute_and_compute`.
 
-        Only expert parallelism calls it in MegaBlocks, and nothing does here.
+        Expert parallelism calls it, with the rows that came from all ranks, each of which has one expert here.
         """
         sparse = self.args.mlp_impl == "sparse"
         compute = self.sparse_permute_and_compute if sparse else self.grouped_permute_and_compute

@@ -7,16 +7,19 @@ MegaBlocks, for ``dMoE`` too:
 - Zero tokens work, and so does any ``ffn_hidden_size`` (``mlp_impl="sparse"`` by steps wants whole blocks, as there);
   inputs may have any leading dimensions.
 - Products and sums are accumulated in float32 and rounded once; ties between experts go to the lowest id.
-- What the losses need is saved in training alone and holds one round: see :mod:`.saved`.
+- What the losses need is saved in training alone, and does not pile up where nobody clears it: see :mod:`.saved`.
 - ``shared_expert`` and ``return_bias`` work together.
 - ``MoE`` with ``mlp_type='glu'`` is refused: MegaBlocks builds plain experts there without a word.
-- ``moe_expert_model_parallelism`` works on one rank; the capacity is then counted as it is without.
+- Under ``moe_expert_model_parallelism`` the tokens of all ranks are one batch, of which an expert takes as many as one
+  rank's layer takes of that batch, and the first ones. MegaBlocks counts K twice there, and so the ranks that share an
+  expert; and each rank counts by its own number of tokens.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +28,7 @@ from dmoe import losses
 from dmoe.compat._not_offered import attributes_of
 from dmoe.compat.megablocks import ops
 from dmoe.compat.megablocks.layers import common, mlp, mpu, router, sharedexpert_registry
+from dmoe.compat.megablocks.layers import expert_parallel as ranks
 from dmoe.compat.megablocks.layers.all_to_all import all_to_all
 from dmoe.compat.megablocks.layers.arguments import Arguments
 from dmoe.compat.megablocks.layers.balance import (
@@ -36,8 +40,11 @@ from dmoe.compat.megablocks.layers.balance import (
     save_load_balancing_loss,
 )
 from dmoe.compat.megablocks.layers.overrides import is_untouched, is_unwatched, steps
+from dmoe.compat.megablocks.layers.parameters import ExpertParameters
 from dmoe.ops._checks import check_tensors
+from dmoe.ops.histogram import histogram
 from dmoe.outputs import as_output
+from dmoe.parallel import AllToAllDispatcher, Dispatched
 from dmoe.plan import plan_token_choice
 
 __all__ = [
@@ -67,10 +74,11 @@ class ParallelMLP(nn.Module):
     """The experts behind a router: ``forward`` takes its scores and choices.
 
     Args:
-        args: sizes, capacity, bias.
+        args: sizes, capacity, bias, ranks.
 
     Attributes:
-        mlp: the experts. Another module takes bins, ``mlp(x (E, C, H))``, and returns their results.
+        mlp: the experts. Another module takes bins, ``mlp(x (E, C, H))``, and returns their results; under expert
+            parallelism E and C are of this rank's experts and the tokens of all ranks.
         sort_end_bit: how many bits an expert's id has.
     """
 
@@ -87,12 +95,18 @@ class ParallelMLP(nn.Module):
         bias = torch.zeros(args.hidden_size, device=args.device, dtype=common.dtype(args)) if args.bias else None
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
         self._forward_fn: _Step | None = None
+        self._ranks_agree = False
 
     def _init_mlp(self, args: Arguments) -> nn.Module:
         if args.mlp_type != "mlp":
             raise ValueError(
                 f"MoE: mlp_type: expected 'mlp', got {args.mlp_type!r}: a capacity goes with plain experts only; "
                 "dMoE has gated ones"
+            )
+        if (count := mpu.get_weight_parallel_world_size(args)) > 1:
+            raise NotImplementedError(
+                f"MoE: moe_weight_parallelism: expected False, or one rank, got {args.moe_weight_parallelism} over "
+                f"{count} ranks: MegaBlocks has it for dMoE alone; shard these weights with FSDP2"
             )
         return mlp.MLP(args)
 
@@ -109,9 +123,24 @@ class ParallelMLP(nn.Module):
     def forward_fn(self, function: _Step) -> None:
         self._forward_fn = function
 
-    def expert_capacity(self, tokens: int) -> int:
-        """``int(moe_capacity_factor * K * T / E)``: rows that one expert takes of T tokens; 0 means all."""
-        return int(self.args.moe_capacity_factor * (self.top_k * tokens / self.num_experts))
+    @property
+    def dispatcher(self) -> AllToAllDispatcher | None:
+        """By which :mod:`dmoe.parallel` knows the ranks that share these experts; None where this one has all."""
+        return ranks.sharing_ranks(self.args)
+
+    @property
+    def experts(self) -> nn.Module:
+        """:attr:`mlp`, under the name that :mod:`dmoe.parallel` looks for."""
+        return self.mlp
+
+    def expert_capacity(self, tokens: int | Fraction) -> int:
+        """``int(moe_capacity_factor * K * T * W / E)``: rows that one expert takes; 0 means all.
+
+        Args:
+            tokens: T, of each of W expert-parallel ranks; or their mean.
+        """
+        per_expert = self.top_k * tokens * mpu.get_expert_parallel_world_size(self.args) / self.num_experts
+        return int(self.args.moe_capacity_factor * float(per_expert))
 
     def load_balancing_loss(self, tokens_per_expert: Tensor, expert_scores: Tensor) -> Tensor:
         """This layer's loss without a weight, 1 under even routing; see :func:`dmoe.losses.load_balancing_loss`."""
@@ -164,21 +193,55 @@ class ParallelMLP(nn.Module):
         return y, tokens_per_expert
 
     def parallel_forward_once(self, x: Tensor, expert_weights: Tensor, top_experts: Tensor) -> tuple[Tensor, Tensor]:
-        """:meth:`forward_once` under expert parallelism, which here is that of one rank."""
-        return self.forward_once(x, expert_weights, top_experts)
+        """:meth:`forward_once` under expert parallelism; see :mod:`.expert_parallel`.
+
+        Every rank calls it, with any number of tokens, and gets its own tokens' results and its own counts ``(E,)``.
+        """
+        if mpu.get_expert_parallel_world_size(self.args) == 1:
+            return self.forward_once(x, expert_weights, top_experts)
+        if not self._ranks_agree:
+            ranks.check_ranks(type(self).__name__, self.args)
+            self._ranks_agree = True
+        plain = self._is_plain()
+        with torch.no_grad():
+            if plain:
+                tokens_per_expert = histogram(top_experts.flatten().int(), self.num_experts)
+            else:
+                *_, tokens_per_expert = self.indices_and_bins(top_experts.flatten())
+        tokens = x.reshape(-1, x.shape[-1])
+        y = ranks.through_ranks(
+            self.args,
+            tokens,
+            expert_weights.reshape(-1, self.top_k),
+            top_experts.reshape(-1, self.top_k),
+            self._fused_rows if plain else self._rows_by_steps,
+            lambda: self._capacity_of_ranks(tokens),
+        )
+        return y, tokens_per_expert
+
+    def _fused_rows(self, arrived: Dispatched) -> Tensor:
+        assert isinstance(self.mlp, ExpertParameters)
+        return self.mlp.route(arrived.x, arrived.plan, arrived.gate_weights)
+
+    def _rows_by_steps(self, arrived: Dispatched) -> Tensor:
+        return ranks.rows_by_steps(arrived, self.permute_and_compute)
 
     def _is_plain(self) -> bool:
         """Whether nobody would see a difference between the steps and the fused operation."""
         return is_untouched(self) and is_untouched(self.mlp) and is_unwatched(self.mlp)
 
     def _fused_once(self, x: Tensor, expert_weights: Tensor, top_experts: Tensor) -> tuple[Tensor, Tensor]:
-        assert isinstance(self.mlp, mlp.ExpertParameters)
+        assert isinstance(self.mlp, ExpertParameters)
         tokens, top_experts = x.reshape(-1, x.shape[-1]), top_experts.reshape(-1, self.top_k)
         plan = plan_token_choice(top_experts, self.num_experts, capacity=self._capacity(tokens.shape[0]))
         return self.mlp.route(tokens, plan, expert_weights.reshape(-1, self.top_k)), plan.tokens_per_expert
 
-    def _capacity(self, tokens: int) -> int | None:
-        return min(self.expert_capacity(tokens), tokens * self.top_k) or None
+    def _capacity(self, tokens: int | Fraction) -> int | None:
+        everything = int(tokens * mpu.get_expert_parallel_world_size(self.args)) * self.top_k
+        return min(self.expert_capacity(tokens), everything) or None
+
+    def _capacity_of_ranks(self, tokens: Tensor) -> int | None:
+        return self._capacity(ranks.mean_tokens(self.args, tokens.shape[0], tokens.device))
 
     def forward(
         self, x: Tensor, scores: Tensor, expert_weights: Tensor, top_experts: Tensor
@@ -199,7 +262,7 @@ class ParallelMLP(nn.Module):
         y, tokens_per_expert = self.forward_fn(x, expert_weights, top_experts)
         y = as_output(y, x.shape)
         if self.training and self.args.moe_loss_weight > 0:
-            _LOADS.save((tokens_per_expert, scores), self, self.args)
+            _LOADS.save((tokens_per_expert, scores), self, self.args, y)
         if self.bias is None:
             return y
         return (y, self.bias) if self.args.return_bias else y + self.bias

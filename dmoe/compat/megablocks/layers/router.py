@@ -30,7 +30,8 @@ def batched_router_zloss(args: Arguments) -> Tensor | int:
 
     Returns:
         one value for each router that ran in training since the last clearing, ``(L,)``, in the logits' dtype or, with
-        ``moe_zloss_in_fp32``, float32; a scalar 0 where none did; 0 with a warning when the weight is 0.
+        ``moe_zloss_in_fp32``, float32; a scalar 0 where none did; 0 with a warning when the weight is 0. Of several
+        forwards of a model the first one's values come first.
 
     Raises:
         RuntimeError: the routers ran under ``no_grad``, and this does not.
@@ -86,8 +87,6 @@ class LearnedRouter(nn.Module):
         if self.training and args.moe_jitter_eps is not None:
             x = x * self.jitter(x)
         logits = self.layer(x.reshape(-1, x.shape[-1]))
-        if self.training and args.moe_zloss_weight:
-            _LOGITS.save(logits, self, args)
         # CUDA's autocast runs a softmax in float32 by itself, the CPU's does not.
         wide = accumulate_dtype(logits.dtype) if common.autocast_is_on(logits.device.type) else logits.dtype
         scores = logits.softmax(-1, dtype=wide)
@@ -95,6 +94,8 @@ class LearnedRouter(nn.Module):
         if args.moe_normalize_expert_weights:
             every = torch.arange(weights.shape[1], device=weights.device).expand(weights.shape)
             weights = gate_weights(weights, every, normalization=args.moe_normalize_expert_weights)
+        if self.training and args.moe_zloss_weight:
+            _LOGITS.save(logits, self, args, weights)
         if args.uniform_expert_assignment:
             experts = _uniform_expert_assignment(experts, args.moe_num_experts)
         return scores, weights, experts
