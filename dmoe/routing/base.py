@@ -145,7 +145,14 @@ class LinearRouter(Float32Buffers):
         jitter = self.config.input_jitter if self.training and self.config.input_jitter_on == "router" else 0.0
         seed = draw_seed(x.device) if jitter else None
         return router_logits(
-            x, weight, bias, dtype=self.dtype_of(x), jitter=jitter, seed=seed, backend=self.config.backend
+            x,
+            weight,
+            bias,
+            dtype=self.dtype_of(x),
+            jitter=jitter,
+            seed=seed,
+            backend=self.config.backend,
+            batch_invariant=self.config.batch_invariant,
         )
 
     def dtype_of(self, x: Tensor) -> torch.dtype:
