@@ -60,6 +60,11 @@ def build_dispatcher(
         wire_backward=config.wire_backward,
         two_level=ep_levels,
     )
+    if config.batch_invariant and dispatcher.ffn_shard[1] > 1:
+        raise ValueError(
+            "MoE: batch_invariant: expected False where ranks share an expert, got True with "
+            f"{dispatcher.ffn_shard[1]} slices of each expert's F: their partial results are a sum of its own"
+        )
     chunk_of(dispatcher.num_local_experts, config.overlap_degree, 0)  # says so where they cannot be cut
     return dispatcher
 

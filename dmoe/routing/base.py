@@ -127,6 +127,8 @@ class LinearRouter(Float32Buffers):
         held: Any = self.lora
         if held is None:
             return self.capped(self.project(x, self.weight, self.bias))
+        if self.config.batch_invariant:
+            raise ValueError("MoE.router: expected no adapter with batch_invariant=True: its products follow the batch")
         logits = held.logits(
             lambda weight: self.project(x, weight, None), self.weight, self.dtype_of(x), self.config.backend
         )
