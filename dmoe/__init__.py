@@ -35,8 +35,8 @@ from dmoe.model_tools import (
 from dmoe.other_experts import OtherExperts, register_experts
 from dmoe.plan import RoutingPlan, device_tile_rows, plan_expert_choice, plan_token_choice
 from dmoe.quantized_weight import QuantizedWeight
-from dmoe.replay import record_routing, replay_routing
 from dmoe.replace import replace_ffn
+from dmoe.replay import record_routing, replay_routing
 from dmoe.residual import ResidualMoE
 from dmoe.routing import Routing
 from dmoe.routing_record import RoutingRecord

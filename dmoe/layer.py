@@ -189,8 +189,9 @@ class MoE(Float32Buffers):
         """
         dispatcher, experts, degree = self.dispatcher, self.experts, self.config.overlap_degree
         if isinstance(dispatcher, AllToAllDispatcher) and self.config.batch_invariant:
-            chosen, gates = routing.expert_indices, routing.gate_weights
-            y, arrived = run_by_slots(dispatcher, experts, self.shared_expert, tokens, chosen, gates)
+            assert routing.expert_indices is not None  # of the only family that promises it
+            choices = routing.expert_indices, routing.gate_weights
+            y, arrived = run_by_slots(dispatcher, experts, self.shared_expert, tokens, *choices)
             return y, (arrived,), arrived.kept_per_expert
         if isinstance(dispatcher, AllToAllDispatcher) and degree > 1:
             done = run_in_chunks(dispatcher, experts, self.shared_expert, tokens, routing, degree=degree)

@@ -1,8 +1,8 @@
 """Integer tensors in a file that executes nothing when read, and that says so when it is damaged.
 
 The layout is safetensors': eight bytes with the length of a JSON header, the header, and the bytes of the tensors, one
-behind the other; any reader of it opens the file. The header's metadata holds a SHA-256 of these bytes, as the format
-itself would not see a flipped one.
+behind the other; any reader of it opens the file. The header's metadata holds a SHA-256 of these bytes and of the rest
+of the header, as the format itself would not see a flipped one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import math
 import os
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -44,10 +44,8 @@ def write_tensors(path: _PathLike, tensors: Mapping[str, Tensor], metadata: Mapp
         header[name] = place
         blocks.append(_little_endian(data, here.element_size()))
         offset += len(data)
-    digest = hashlib.sha256()
-    for block in blocks:
-        digest.update(block)
-    head = json.dumps({"__metadata__": {**metadata, "sha256": digest.hexdigest()}, **header}).encode()
+    digest = _digest({"__metadata__": dict(metadata), **header}, blocks)
+    head = json.dumps({"__metadata__": {**metadata, "sha256": digest}, **header}).encode()
     head += b" " * (-len(head) % 8)
     final = Path(path)
     part = final.with_name(f".{final.name}.{secrets.token_hex(4)}.part")
@@ -95,14 +93,19 @@ def _parse(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or not 2 <= length <= min(len(data) - 8, _MOST_HEADER):
         raise ValueError(f"a header of {length} bytes")
-    header = json.loads(data[8 : 8 + length])
-    metadata, body = header.pop("__metadata__"), memoryview(data)[8 + length :]
-    if not all(isinstance(text, str) for text in metadata.values()):
-        raise ValueError("metadata that is no text")
-    found = hashlib.sha256(body).hexdigest()
-    if metadata["sha256"] != found:
-        raise ValueError(f"a SHA-256 of {metadata['sha256']:.16} in the header, {found:.16} of the tensors")
+    header, body = json.loads(data[8 : 8 + length]), memoryview(data)[8 + length :]
+    written, found = header["__metadata__"].pop("sha256"), _digest(header, [body])
+    if written != found:
+        raise ValueError(f"a SHA-256 of {written!r:.18} in the header, {found:.16} of what is there")
+    metadata = header.pop("__metadata__")
     return {name: _tensor(place, body) for name, place in header.items()}, metadata
+
+
+def _digest(header: dict[str, Any], blocks: Iterable[bytes | memoryview]) -> str:
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for block in blocks:
+        digest.update(block)
+    return digest.hexdigest()
 
 
 def _tensor(place: Any, body: memoryview) -> Tensor:

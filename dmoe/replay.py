@@ -59,9 +59,7 @@ def record_routing(model: nn.Module, *, layers: Iterable[Any] | None = None) -> 
 
         return after
 
-    handles = [
-        layer.router.register_forward_hook(hook_of(name), with_kwargs=True) for name, layer in named.items()
-    ]
+    handles = [layer.router.register_forward_hook(hook_of(name), with_kwargs=True) for name, layer in named.items()]
     try:
         with _eagerly():
             yield record
@@ -96,7 +94,7 @@ class Replay:
         self.take(slice(None))
 
     def take(self, tokens: Selection) -> None:
-        """Forwards to come take these tokens of the record, one after the other; without it all of them, from the first.
+        """Forwards to come take these tokens of the record, one after the other; without it all, from the first.
 
         Args:
             tokens: a slice, or ids of tokens in the order in which a batch has them, or a mask.
@@ -192,8 +190,8 @@ def replay_routing(
             state.active = None
     if replay.unused and not allow_unused:
         raise ValueError(
-            f"replay_routing: expected forwards that take all {record.num_tokens} tokens of the record, got tokens left "
-            f"by layer: {replay.unused}; allow_unused=True leaves them"
+            f"replay_routing: expected forwards that take all {record.num_tokens} tokens of the record, got tokens "
+            f"left by layer: {replay.unused}; allow_unused=True leaves them"
         )
 
 
@@ -292,20 +290,17 @@ def _named_layers(what: str, model: nn.Module, names: Iterable[Any] | None) -> d
         raise ValueError(f"{what}: model: expected layers whose tokens choose, got {choosing}, whose experts do")
     given = [_plain(name, model) for name in found] if names is None else list(map(str, names))
     if len(given) != len(found) or len(set(given)) != len(given):
-        raise ValueError(
-            f"{what}: layers: expected {len(found)} different names for {list(found)}, got {given}"
-        )
+        raise ValueError(f"{what}: layers: expected {len(found)} different names for {list(found)}, got {given}")
     return dict(zip(given, found.values(), strict=True))
 
 
 def _plain(name: str, model: nn.Module) -> str:
     """A layer's name without those of wrappers."""
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
-    while isinstance(model, nn.Module) and type(model).__name__ in ("DistributedDataParallel", "OptimizedModule"):
-        if type(model).__name__ == "DistributedDataParallel":
-            parts, model = parts[1:], model.module
-        else:
-            model = model._orig_mod
+    inner: Any = model
+    while type(inner).__name__ in ("DistributedDataParallel", "OptimizedModule"):
+        is_ddp = type(inner).__name__ == "DistributedDataParallel"  # whose name for the model is anybody's
+        parts, inner = (parts[1:], inner.module) if is_ddp else (parts, inner._orig_mod)
     return ".".join(parts)
 
 

@@ -43,9 +43,7 @@ class RoutingRecord:
                 f"RoutingRecord: num_experts: expected one for each of the layers {list(choices)}, got {list(sizes)}"
             )
         self._num_experts = {str(layer): int(sizes[layer]) for layer in choices}
-        self._pieces = {
-            str(layer): [_checked(str(layer), ids, int(sizes[layer]))] for layer, ids in choices.items()
-        }
+        self._pieces = {str(layer): [_checked(str(layer), ids, int(sizes[layer]))] for layer, ids in choices.items()}
         self._check_tokens("RoutingRecord")
 
     @classmethod
@@ -323,6 +321,6 @@ def _checked(layer: str, ids: Tensor, num_experts: int) -> Tensor:
         token = int(twice.any(1).nonzero()[0])
         raise ValueError(
             f"RoutingRecord: layer {layer}: expected different experts for a token, got {wide[token].tolist()} for "
-            f"token {token} (engines write zeros for layers that have no experts: from_array's `where` leaves these out)"
+            f"token {token} (engines write zeros for layers without experts: from_array's `where` leaves these out)"
         )
     return wide.to(compact_dtype(num_experts))

@@ -56,4 +56,4 @@ def linear_invariant(x: Tensor, weight: Tensor) -> Tensor:
         NotImplementedError: not on the CPU, or without the compiled library.
     """
     everyone = torch.tensor([0, x.shape[0]], dtype=torch.int32, device=x.device)
-    return _op(x, weight.unsqueeze(0), everyone, True)  # type: ignore[no-any-return]
+    return _op(x, weight.unsqueeze(0), everyone, True)

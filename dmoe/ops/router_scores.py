@@ -64,7 +64,7 @@ def router_scores_ref(logits: Tensor, score_function: str, with_log_z: bool) -> 
 
 
 def router_scores_invariant_ref(logits: Tensor, score_function: str, with_log_z: bool) -> tuple[Tensor, Tensor]:
-    """:func:`router_scores_ref` with the same bits for a token in any batch; softmax and logsumexp have them already."""
+    """:func:`router_scores_ref` with the same bits for a token in any batch; softmax and logsumexp have them."""
     if score_function == "softmax":
         return router_scores_ref(logits, score_function, with_log_z)
     scores = (_sigmoid_by_element if score_function == "sigmoid" else _sqrt_softplus_by_element)(logits)

@@ -330,7 +330,13 @@ def router_top_k(
         ValueError: logits or a score function that :func:`router_scores` refuses.
     """
     known = rule.score_function in ("softmax", "sigmoid")  # to the kernel
-    if not with_weights or backend == "reference" or batch_invariant or not known or not _fits_one_launch(router_logits):
+    if (
+        not with_weights
+        or backend == "reference"
+        or batch_invariant
+        or not known
+        or not _fits_one_launch(router_logits)
+    ):
         return _separately(
             router_logits,
             rule,

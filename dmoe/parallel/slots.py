@@ -66,7 +66,9 @@ def run_by_slots(
     expert_indices: Tensor,
     gate_weights: Tensor,
 ) -> tuple[Tensor, Dispatched]:
-    """Dispatch, experts and combine, choice by choice; while tokens travel, the shared expert.
+    """The shared expert, then dispatch, experts and combine, choice by choice.
+
+    Backward adds to a token's gradient in the opposite order, as it does where one operation holds all experts.
 
     Args:
         dispatcher: of the experts' ranks.
@@ -81,8 +83,7 @@ def run_by_slots(
     top_k = expert_indices.shape[1]
     choices, gates = expert_indices.reshape(-1, 1), gate_weights.reshape(-1, 1)
     plan = plan_token_choice(choices, dispatcher.num_experts)
-    going = dispatcher.start_dispatch(_Apart.apply(tokens, top_k), choices, gates, plan)
     shared = None if shared_expert is None else shared_expert(tokens)
-    arrived = dispatcher.finish_dispatch(going)
+    arrived = dispatcher.dispatch(_Apart.apply(tokens, top_k), choices, gates, plan)
     rows = dispatcher.combine(experts(arrived.x, arrived.plan, arrived.gate_weights), arrived)
     return _Together.apply(rows, shared, top_k), arrived

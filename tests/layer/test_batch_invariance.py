@@ -36,7 +36,9 @@ def layers(draw):
         "bias": draw(st.sampled_from(["none", "expert", "output"])),
         "gate_weight_on": draw(st.sampled_from(["output", "activation", "input"])),
         "score_function": scores,
-        "softmax_order": draw(st.sampled_from(["before_topk", "after_topk"] if scores == "softmax" else ["before_topk"])),
+        "softmax_order": draw(
+            st.sampled_from(["before_topk", "after_topk"] if scores == "softmax" else ["before_topk"])
+        ),
         "gate_normalization": draw(st.sampled_from([None, 1.0, 2.0])),
         "router_bias": draw(st.booleans()),
         "router_logit_softcap": draw(st.sampled_from([None, 2.0])),
@@ -98,7 +100,9 @@ def test_it_computes_what_the_layer_computes(case):
     for mine, theirs in zip(results_of(layer, x, grad), results_of(plain, x, grad), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
     for (name, mine), theirs in zip(layer.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            mine.grad, theirs.grad, rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def vars_of(config):
@@ -110,7 +114,12 @@ def vars_of(config):
 def test_without_it_bits_depend_on_the_batch(dtype):
     """What the option is for, and that these tests would see it."""
     torch.manual_seed(0)
-    fields = SIZES | {"hidden_size": 256, "ffn_hidden_size": 320, "score_function": "sigmoid", "gate_normalization": 1.0}
+    fields = SIZES | {
+        "hidden_size": 256,
+        "ffn_hidden_size": 320,
+        "score_function": "sigmoid",
+        "gate_normalization": 1.0,
+    }
     x, grad = torch.randn(2, 333, 256, dtype=torch.float64).to(dtype)
     for invariant in (False, True):
         layer = MoE(**fields, batch_invariant=invariant, dtype=dtype)
@@ -283,9 +292,13 @@ def test_operations_keep_pytorchs_contract():
 
 @needs_kernels
 def test_scores_far_from_zero():
-    far = torch.tensor([-1e30, -200.0, -90.0, -20.0, -1e-8, 0.0, 1e-8, 20.0, 200.0, 1e30, torch.nan, torch.inf, -torch.inf])
+    far = torch.tensor(
+        [-1e30, -200.0, -90.0, -20.0, -1e-8, 0.0, 1e-8, 20.0, 200.0, 1e30, torch.nan, torch.inf, -torch.inf]
+    )
     for name in ("sigmoid", "sqrt_softplus"):
         for dtype in (torch.float32, torch.float64):
             x = far.to(dtype).unsqueeze(0)
-            mine, plain = (op(x, name, False)[0] for op in (torch.ops.dmoe.router_scores_invariant, torch.ops.dmoe.router_scores))
+            mine, plain = (
+                op(x, name, False)[0] for op in (torch.ops.dmoe.router_scores_invariant, torch.ops.dmoe.router_scores)
+            )
             torch.testing.assert_close(mine, plain, equal_nan=True)
