@@ -207,9 +207,9 @@ def _state_of(layer: MoE) -> _State:
 
 def _before(router: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Before a router's forward: give it the record's choices."""
-    state: _State | None = router.__dict__.get("_dmoe_replay")
-    if state is None:  # a copy of a layer
+    if torch.compiler.is_compiling():  # outside of contexts, which run everything eagerly
         return None
+    state: _State = router.__dict__["_dmoe_replay"]
     x: Tensor = args[0]
     if _in_backward():
         again = _recomputed(state, x)

@@ -55,5 +55,6 @@ def linear_invariant(x: Tensor, weight: Tensor) -> Tensor:
     Raises:
         NotImplementedError: not on the CPU, or without the compiled library.
     """
-    everyone = torch.tensor([0, x.shape[0]], dtype=torch.int32, device=x.device)
+    rows = torch.full((1,), x.shape[0], dtype=torch.int32, device=x.device)  # a number that may be a symbol
+    everyone = torch.nn.functional.pad(rows, (1, 0))
     return _op(x, weight.unsqueeze(0), everyone, True)

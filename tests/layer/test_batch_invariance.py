@@ -208,6 +208,21 @@ def test_autocast_copies_and_checkpoints():
     assert all(torch.equal(a, b.grad) for a, b in zip(gradients, layer.parameters(), strict=True))
 
 
+@needs_kernels
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+def test_compiled_in_one_graph_for_any_number_of_tokens(scores):
+    torch.manual_seed(5)
+    layer = MoE(**SIZES | {"score_function": scores}, batch_invariant=True, shared_ffn_hidden_size=6)
+    graph, x = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True), torch.randn(9, 12)
+    for count in (9, 5):
+        given, eager = (x[:count].clone().requires_grad_() for _ in range(2))
+        y, expected = graph(given), layer(eager)
+        y.square().sum().backward()
+        expected.square().sum().backward()
+        assert torch.equal(y, expected)
+        assert torch.equal(given.grad, eager.grad)
+
+
 @pytest.mark.parametrize(
     ("fields", "named"),
     [

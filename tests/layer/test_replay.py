@@ -265,6 +265,15 @@ def test_compiled_models_run_eagerly_inside():
     assert again == record
 
 
+def test_a_layer_that_has_replayed_compiles_in_one_graph():
+    layer, x = MoE(**BASE), torch.randn(6, H)
+    with torch.inference_mode(), record_routing(layer) as record:
+        layer(x)
+    with replay_routing(layer, record):
+        layer(x)
+    torch.testing.assert_close(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))
+
+
 def test_wrappers_change_no_names():
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
