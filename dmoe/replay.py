@@ -75,13 +75,17 @@ class _Forward:
     Attributes:
         digest: of its tokens' bits, a scalar on their device.
         shape: of its tokens.
-        indices: ``(T, K)`` as the router got them.
+        choices: of those that its mask left in, as the record has them.
+        mask: ``(T,)`` bool, or None.
+        num_experts: E.
         recomputed: how often it was.
     """
 
     digest: Tensor
     shape: tuple[int, ...]
-    indices: Tensor
+    choices: Tensor
+    mask: Tensor | None
+    num_experts: int
     recomputed: int = 0
 
 
@@ -223,13 +227,20 @@ def _before(router: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         )
     mask: Tensor | None = kwargs.get("token_mask")
     count = x.shape[0] if mask is None else int(mask.sum())
-    ids = replay._of(layer, count).to(x.device, torch.int64)
-    if mask is not None:
-        there = ids
-        ids = ids.new_full((x.shape[0], ids.shape[1]), replay._record.num_experts[layer])
-        ids[mask] = there
-    state.forwards.append(_Forward(_digest(x), tuple(x.shape), ids))
-    return args, {**kwargs, "expert_indices": ids}
+    choices, experts = replay._of(layer, count), replay._record.num_experts[layer]
+    if _may_be_recomputed():
+        state.forwards.append(_Forward(_digest(x), tuple(x.shape), choices, mask, experts))
+    return args, {**kwargs, "expert_indices": _indices(x, choices, mask, experts)}
+
+
+def _indices(x: Tensor, choices: Tensor, mask: Tensor | None, num_experts: int) -> Tensor:
+    """``(T, K)`` as a router takes it: the choices of the tokens that a mask leaves in, and E for the others."""
+    ids = choices.to(x.device, torch.int64)
+    if mask is None:
+        return ids
+    every = ids.new_full((x.shape[0], ids.shape[1]), num_experts)
+    every[mask] = ids
+    return every
 
 
 def _recomputed(state: _State, x: Tensor) -> Tensor | None:
@@ -238,7 +249,7 @@ def _recomputed(state: _State, x: Tensor) -> Tensor | None:
     Raises:
         RuntimeError: the layer replays now, and had no such tokens.
     """
-    alike = [each for each in state.forwards if each.shape == tuple(x.shape) and each.indices.device == x.device]
+    alike = [each for each in state.forwards if each.shape == tuple(x.shape) and each.digest.device == x.device]
     digest = _digest(x)
     same = [each for each in alike if torch.equal(each.digest, digest)]
     if not same:
@@ -250,7 +261,7 @@ def _recomputed(state: _State, x: Tensor) -> Tensor | None:
         )
     forward = min(same, key=lambda each: each.recomputed)  # equal tokens, in the order of their forwards
     forward.recomputed += 1
-    return forward.indices
+    return _indices(x, forward.choices, forward.mask, forward.num_experts)
 
 
 def _digest(x: Tensor) -> Tensor:
@@ -264,6 +275,11 @@ def _digest(x: Tensor) -> Tensor:
 def _in_backward() -> bool:
     """Whether this runs inside a backward: a forward there is a checkpoint's, run again."""
     return torch._C._current_graph_task_id() != -1
+
+
+def _may_be_recomputed() -> bool:
+    """Whether a checkpoint may run this forward again: one kind runs it without a graph, the other saves by hooks."""
+    return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _eagerly() -> AbstractContextManager[Any]:

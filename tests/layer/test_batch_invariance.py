@@ -273,9 +273,15 @@ def test_calls_that_cannot_promise_it_are_refused():
     meta = dmoe.ExpertWeights(up_proj=weights.up_proj.to("meta"), down_proj=weights.down_proj.to("meta"), gated=True)
     given = (x.to("meta"), ids.to("meta"), gates.to("meta"))
     assert dmoe.functional.moe_mlp(*given, meta, batch_invariant=True).shape == (3, 8)
+
+
+@needs_kernels
+@pytest.mark.parametrize("targets", ["router", "experts"])
+def test_adapters_are_refused(targets):
     layer = MoE(**SIZES, batch_invariant=True)
-    dmoe.lora.add(layer, rank=2)
-    with pytest.raises(ValueError, match="batch_invariant=True"):
+    layer(torch.randn(3, 12))
+    dmoe.lora.add(layer, rank=2, targets=(targets,))
+    with pytest.raises(ValueError, match=r"expected no adapter.* with batch_invariant=True"):
         layer(torch.randn(3, 12))
 
 

@@ -138,6 +138,20 @@ def test_full_recomputation_has_the_bits_of_none(recompute, outside, order, alik
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+def test_forwards_that_nobody_can_recompute_are_not_kept():
+    model, x = model_of(0), torch.randn(6, H)
+    record = _record()
+    kept = model.blocks[0]["moe"].router
+    with replay_routing(model, record):
+        model(x)
+    assert not kept.__dict__["_dmoe_replay"].forwards
+    model.recompute = "other"
+    for _ in range(2):
+        with replay_routing(model, record):
+            model(x)
+    assert len(kept.__dict__["_dmoe_replay"].forwards) == 2
+
+
 def test_a_recomputation_is_not_recorded():
     for recompute in ("reentrant", "other"):
         model = model_of(0, recompute=recompute)
