@@ -54,8 +54,10 @@ def record_routing(model: nn.Module, *, layers: Iterable[Any] | None = None) -> 
         def after(router: nn.Module, args: Any, kwargs: dict[str, Any], routing: Any) -> None:
             if _in_backward():
                 return
-            chosen, mask = routing.expert_indices.detach(), kwargs.get("token_mask")
-            append(record, name, chosen if mask is None else chosen[mask])
+            chosen, mask = routing.expert_indices, kwargs.get("token_mask")
+            if chosen is None:
+                raise ValueError(f"record_routing: layer {name}: expected a router whose tokens choose, got no choices")
+            append(record, name, (chosen if mask is None else chosen[mask]).detach())
 
         return after
 

@@ -115,12 +115,12 @@ def test_without_it_bits_depend_on_the_batch(dtype):
     """What the option is for, and that these tests would see it."""
     torch.manual_seed(0)
     fields = SIZES | {
-        "hidden_size": 256,
-        "ffn_hidden_size": 320,
+        "hidden_size": 512,
+        "ffn_hidden_size": 640,
         "score_function": "sigmoid",
         "gate_normalization": 1.0,
     }
-    x, grad = torch.randn(2, 333, 256, dtype=torch.float64).to(dtype)
+    x, grad = torch.randn(2, 333, 512, dtype=torch.float64).to(dtype)
     for invariant in (False, True):
         layer = MoE(**fields, batch_invariant=invariant, dtype=dtype)
         whole = results_of(layer, x, grad)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 from itertools import pairwise
 
@@ -402,6 +403,35 @@ def test_models_without_choices():
         pass
     with pytest.raises(TypeError, match="record: expected a RoutingRecord, got dict"), replay_routing(model_of(0), {}):
         pass
+
+
+def test_a_router_of_somebodys_own_is_heard():
+    class Own(nn.Module):
+        choices = True
+
+        def __init__(self, config):
+            super().__init__()
+            self.inner = dmoe.routing.build_router(config)
+
+        def forward(self, x, **about):
+            routing = self.inner(x, **about)
+            return routing if self.choices else dataclasses.replace(routing, expert_indices=None)
+
+        def update_selection_bias(self):
+            pass
+
+    torch.manual_seed(0)
+    config, x = MoEConfig(**BASE), torch.randn(6, H)
+    layer = MoE(config, router_module=Own(config))
+    with record_routing(layer) as record:
+        layer(x)
+    with record_routing(layer) as again, replay_routing(layer, record):
+        layer(x + 1)
+    assert again == record
+    layer.router.choices = False
+    nothing = pytest.raises(ValueError, match=r"^record_routing: layer : expected a router whose tokens choose, got no")
+    with nothing, record_routing(layer):
+        layer(x)
 
 
 def test_outside_nothing_changes():
