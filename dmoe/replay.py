@@ -6,8 +6,8 @@ arXiv 2510.11370). Gate weights, and their gradient to the router, are those of 
 
 Both work by hooks on the layers' routers, which see what every family of routers is called with and returns. A forward
 that runs inside a backward is a checkpoint's recomputation: it is not recorded, and it gets the choices that its
-forward got. Which forward that was is told by its tokens' bits, as neither kind of checkpointing says it, and neither
-micro-batches nor pipeline schedules keep an order.
+forward got. Which forward that was is told by its tokens' bits (and by the numbers of autograd's nodes where tokens are
+the same), as neither kind of checkpointing says it, and neither micro-batches nor pipeline schedules keep an order.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ class _Forward:
         choices: of those that its mask left in, as the record has them.
         mask: ``(T,)`` bool, or None.
         num_experts: E.
-        recomputed: how often it was.
+        node: the number of the next node of autograd's graph, then.
+        in_graph: whether it made nodes itself.
     """
 
     digest: Tensor
@@ -88,7 +89,8 @@ class _Forward:
     choices: Tensor
     mask: Tensor | None
     num_experts: int
-    recomputed: int = 0
+    node: int
+    in_graph: bool
 
 
 class Replay:
@@ -231,7 +233,9 @@ def _before(router: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     count = x.shape[0] if mask is None else int(mask.sum())
     choices, experts = replay._of(layer, count), replay._record.num_experts[layer]
     if _may_be_recomputed():
-        state.forwards.append(_Forward(_digest(x), tuple(x.shape), choices, mask, experts))
+        node: int = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+        in_graph = torch.is_grad_enabled()
+        state.forwards.append(_Forward(_digest(x), tuple(x.shape), choices, mask, experts, node, in_graph))
     return args, {**kwargs, "expert_indices": _indices(x, choices, mask, experts)}
 
 
@@ -261,9 +265,19 @@ def _recomputed(state: _State, x: Tensor) -> Tensor | None:
             "replay_routing: a checkpoint recomputes tokens whose bits no forward in this context had; its forward has "
             "to be inside the context, and everything before the layer deterministic (preserve_rng_state=True)"
         )
-    forward = min(same, key=lambda each: each.recomputed)  # equal tokens, in the order of their forwards
-    forward.recomputed += 1
+    forward = min(same, key=_distance)
     return _indices(x, forward.choices, forward.mask, forward.num_experts)
+
+
+def _distance(forward: _Forward) -> tuple[bool, int]:
+    """How far a forward is from the node whose backward recomputes: of forwards of the very same tokens the nearest.
+
+    A checkpoint that ran without a graph has its own node before all of its forward; one that saves by hooks is woken
+    by the last of its forward's nodes that wants a tensor.
+    """
+    here: Any = torch._C._current_autograd_node()
+    nodes = (forward.node - here._sequence_nr()) * (-1 if forward.in_graph else 1)
+    return nodes < 0, nodes
 
 
 def _digest(x: Tensor) -> Tensor:
