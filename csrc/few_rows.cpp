@@ -114,8 +114,9 @@ inline void* scratch(size_t bytes) {
   return memory.get(bytes);
 }
 
+// With `by_row` the kernel is one for any number of rows.
 template <typename T>
-void multiply(const Matrix& out, const Matrix& a, const Matrix& b, bool accumulate) {
+void multiply(const Matrix& out, const Matrix& a, const Matrix& b, bool accumulate, bool by_row = false) {
   const bool columns_are_dense = b.col_stride != 1;
   const int64_t w_stride = columns_are_dense ? b.col_stride : b.row_stride;
   void* packed = scratch(a.rows * packed_inner(a.cols) * sizeof(float));
@@ -124,7 +125,7 @@ void multiply(const Matrix& out, const Matrix& a, const Matrix& b, bool accumula
 #ifdef DMOE_X86_LEVELS
   if constexpr (std::is_same_v<T, BFloat16>) {
     // One or two rows wait for memory in any case, and streams of it are then what is fast.
-    if (level() == Level::kAvx512Bf16 && a.rows > 2) {
+    if (level() == Level::kAvx512Bf16 && (a.rows > 2 || by_row)) {
       auto* pairs = static_cast<uint32_t*>(packed);
       const PairProduct p{to, out.row_stride, pairs, w, w_stride, out.rows, a.cols, out.cols, accumulate};
       columns_are_dense ? pack_row_pairs(a, pairs) : pack_column_pairs(a, pairs);
@@ -168,6 +169,53 @@ void multiply_rearranged(const Matrix& out, const Matrix& a, const Matrix& b, bo
     for (int64_t k = 0; k < b.rows; ++k) rows[k * b.cols + column] = *at<T>(b, k, column);
   }
   multiply<T>(out, a, row_major(rows, b.rows, b.cols, b.cols), accumulate);
+}
+
+// <a, b> in eight sums, of contiguous numbers.
+DMOE_SIMD double dot_of_doubles(const double* a, const double* b, int64_t inner) {
+  constexpr int kLanes = 8;
+  double sums[kLanes] = {};
+  const int64_t whole = inner / kLanes * kLanes;
+  for (int64_t k = 0; k < whole; k += kLanes) {
+    for (int i = 0; i < kLanes; ++i) sums[i] += a[k + i] * b[k + i];
+  }
+  for (int64_t k = whole; k < inner; ++k) sums[k - whole] += a[k] * b[k];
+  return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+}
+// sum += a @ w, row after row of w.
+DMOE_SIMD void add_row_of_doubles(double* sum, const double* a, const double* w, int64_t w_stride, int64_t inner,
+                                  int64_t columns) {
+  for (int64_t k = 0; k < inner; ++k) {
+    const double number = a[k];
+    for (int64_t c = 0; c < columns; ++c) sum[c] += number * w[k * w_stride + c];
+  }
+}
+
+// float64 row by row; what else is float64 here is the BLAS library's.
+inline void multiply_doubles(const Matrix& out, const Matrix& a, const Matrix& b, bool accumulate) {
+  static thread_local Scratch memory;
+  auto* rows = static_cast<double*>(memory.get((a.rows * a.cols + b.cols) * sizeof(double)));
+  double* sum = rows + a.rows * a.cols;
+  for (int64_t row = 0; row < a.rows; ++row) {
+    for (int64_t k = 0; k < a.cols; ++k) rows[row * a.cols + k] = *at<double>(a, row, k);
+  }
+  auto* to = static_cast<double*>(out.data);
+  if (b.col_stride != 1) {  // a column stays in the innermost cache for all rows
+    for (int64_t column = 0; column < b.cols; ++column) {
+      for (int64_t row = 0; row < a.rows; ++row) {
+        const double product = dot_of_doubles(rows + row * a.cols, at<double>(b, 0, column), a.cols);
+        double& result = to[row * out.row_stride + column];
+        result = accumulate ? result + product : product;
+      }
+    }
+    return;
+  }
+  for (int64_t row = 0; row < a.rows; ++row) {
+    std::fill_n(sum, b.cols, 0.0);
+    add_row_of_doubles(sum, rows + row * a.cols, at<double>(b, 0, 0), b.row_stride, a.cols, b.cols);
+    double* result = to + row * out.row_stride;
+    for (int64_t c = 0; c < b.cols; ++c) result[c] = accumulate ? result[c] + sum[c] : sum[c];
+  }
 }
 
 }  // namespace few
@@ -254,6 +302,43 @@ void multiply(const Matrix& out, const Matrix& a, const Matrix& b, ScalarType dt
     rearrange ? few::multiply_rearranged<T>(out, a, b, accumulate) : few::multiply<T>(out, a, b, accumulate);
   };
   switch (dtype) {
+    case ScalarType::Float: return run(float{});
+    case ScalarType::BFloat16: return run(BFloat16{});
+    default: return run(Half{});
+  }
+}
+
+void multiply_by_row(const Matrix& out, const Matrix& a, const Matrix& b, ScalarType dtype, bool accumulate) {
+  if (out.rows == 0 || out.cols == 0) return;
+  const int64_t item = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+  if (a.cols == 0) return accumulate ? void() : fill_with_zeros(out, item);
+  // Rows at a time, which the weight, in the outer caches, is read once for.
+  constexpr int64_t kRows = 64;
+  const auto run = [&](auto number) {
+    using T = decltype(number);
+    static thread_local Scratch memory;
+    Matrix right = b;
+    if (b.row_stride != 1 && b.col_stride != 1) {
+      T* dense = static_cast<T*>(memory.get(b.rows * b.cols * sizeof(T)));
+      for (int64_t k = 0; k < b.rows; ++k) {
+        for (int64_t column = 0; column < b.cols; ++column) dense[k * b.cols + column] = *few::at<T>(b, k, column);
+      }
+      right = row_major(dense, b.rows, b.cols, b.cols);
+    }
+    for (int64_t first = 0; first < out.rows; first += kRows) {
+      const int64_t count = std::min(kRows, out.rows - first);
+      const auto rows_from = [&](const Matrix& m) {
+        return Matrix{static_cast<T*>(m.data) + first * m.row_stride, count, m.cols, m.row_stride, m.col_stride};
+      };
+      if constexpr (std::is_same_v<T, double>) {
+        few::multiply_doubles(rows_from(out), rows_from(a), right, accumulate);
+      } else {
+        few::multiply<T>(rows_from(out), rows_from(a), right, accumulate, true);
+      }
+    }
+  };
+  switch (dtype) {
+    case ScalarType::Double: return run(double{});
     case ScalarType::Float: return run(float{});
     case ScalarType::BFloat16: return run(BFloat16{});
     default: return run(Half{});

@@ -30,4 +30,9 @@ int64_t sums_to_give(int64_t sums, int64_t rows, int64_t columns, ScalarType dty
 // processor alone it is one of our kernels or mm_out() itself.
 void multiply(const Matrix& out, const Matrix& a, const Matrix& b, ScalarType dtype, bool accumulate = false);
 
+// The same where a row of the result may depend on that row of `a`, on `b` and on nothing else: not on how many rows
+// there are, nor on which of them it is. Never a library's product, whose sums follow the shape of the whole, and never
+// one of two kernels by the number of rows. `out` has contiguous rows.
+void multiply_by_row(const Matrix& out, const Matrix& a, const Matrix& b, ScalarType dtype, bool accumulate = false);
+
 }  // namespace dmoe

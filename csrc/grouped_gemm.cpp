@@ -27,7 +27,7 @@ namespace {
 int64_t block_rows(int64_t rows) { return rows >= 4096 ? 256 : 128; }
 
 Tensor grouped_gemm_of(const char* kOp, const Tensor& a, const Tensor& b, const Tensor& expert_offsets, bool trans_b,
-                       const std::optional<Addend>& addend) {
+                       const std::optional<Addend>& addend, bool by_row = false) {
   check_dim(kOp, "a", a, 2);
   check_dim(kOp, "b", b, 3);
   check_product_dtype(kOp, a, b);
@@ -61,7 +61,7 @@ Tensor grouped_gemm_of(const char* kOp, const Tensor& a, const Tensor& b, const 
     const int64_t height = ((count + pieces - 1) / pieces + 15) / 16 * 16;
     for (int64_t row = 0; row < count; row += height) {
       const int64_t rows_here = std::min(height, count - row);
-      const int64_t width = column_width(rows_here, used, inner, columns);
+      const int64_t width = by_row ? columns : column_width(rows_here, used, inner, columns);
       for (int64_t column = 0; column < columns; column += width) {
         tasks.push_back({e, offsets[e] + row, rows_here, column, std::min(columns, column + width)});
       }
@@ -75,8 +75,8 @@ Tensor grouped_gemm_of(const char* kOp, const Tensor& a, const Tensor& b, const 
                              padded, item, scratch.second);
     const auto add_product = [&](const Tensor& from, const Tensor& experts, bool accumulate) {
       const Matrix factor = rows_of(from, task.first_row, task.rows, padded, item, scratch.first);
-      multiply(result.matrix, factor, columns_of(matrix_of(experts, task.expert, trans_b, item), task.begin, task.end, item),
-               dtype, accumulate);
+      const Matrix weight = columns_of(matrix_of(experts, task.expert, trans_b, item), task.begin, task.end, item);
+      (by_row ? multiply_by_row : multiply)(result.matrix, factor, weight, dtype, accumulate);
     };
     add_product(left, right, false);
     if (addend) add_product(left2, right2, true);
@@ -88,6 +88,11 @@ Tensor grouped_gemm_of(const char* kOp, const Tensor& a, const Tensor& b, const 
 
 Tensor grouped_gemm(const Tensor& a, const Tensor& b, const Tensor& expert_offsets, bool trans_b) {
   return grouped_gemm_of("grouped_gemm", a, b, expert_offsets, trans_b, std::nullopt);
+}
+
+// A row of the result depends on its own factor and expert alone: see multiply_by_row().
+Tensor grouped_gemm_invariant(const Tensor& a, const Tensor& b, const Tensor& expert_offsets, bool trans_b) {
+  return grouped_gemm_of("grouped_gemm_invariant", a, b, expert_offsets, trans_b, std::nullopt, true);
 }
 
 Tensor grouped_gemm_sum(const Tensor& a, const Tensor& b, const Tensor& a2, const Tensor& b2,
@@ -157,6 +162,7 @@ Tensor grouped_gemm_weight(const Tensor& a, const Tensor& b, const Tensor& exper
 
 STABLE_TORCH_LIBRARY_IMPL(dmoe, CPU, m) {
   m.impl("grouped_gemm", TORCH_BOX(&dmoe::grouped_gemm));
+  m.impl("grouped_gemm_invariant", TORCH_BOX(&dmoe::grouped_gemm_invariant));
   m.impl("grouped_gemm_sum", TORCH_BOX(&dmoe::grouped_gemm_sum));
   m.impl("grouped_gemm_weight", TORCH_BOX(&dmoe::grouped_gemm_weight));
 }

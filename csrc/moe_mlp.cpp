@@ -56,6 +56,7 @@ struct Arguments {
   double activation_dropout, expert_dropout;
   optional<Tensor> residual;   // added to y
   optional<Tensor> gate_proj;  // the gate's half of up_proj, where that is the other half only
+  bool by_row;                 // see Problem::multiply()
 
   // How many rows of width F an expert's pre-activation has.
   int64_t halves() const { return gated ? 2 : 1; }
@@ -124,6 +125,16 @@ struct Problem {
       experts.push_back({offsets[e], offsets[e + 1] - offsets[e], size, start, 0, 0});
       start += size;
     }
+  }
+
+  // A product of a block's rows. With `by_row` a row depends on itself alone (multiply_by_row()), so that a token's
+  // output and gradients do not depend on what else is in the batch; nothing is then cut by columns either, as what
+  // is added up over the pieces of a row would be cut where the batch says.
+  void multiply(const Matrix& out, const Matrix& a, const Matrix& b, bool accumulate = false) const {
+    args.by_row ? multiply_by_row(out, a, b, kType, accumulate) : dmoe::multiply(out, a, b, kType, accumulate);
+  }
+  bool in_columns(const vector<Piece>& pieces, const vector<Block>& blocks) const {
+    return pieces.size() > blocks.size() && !args.by_row;
   }
 
   static const T* data(const Tensor& tensor) { return static_cast<const T*>(tensor.const_data_ptr()); }
@@ -237,17 +248,25 @@ struct Problem {
     }
   }
 
-  // y[t] = sum of the token's rows, in slot order, weighted or not; and of its residual, when there is one.
+  // y[t] = sum of the token's rows, in slot order, weighted or not; and of its residual, when there is one. With
+  // `by_row` a weighted row is rounded before it is added, as one that comes from another rank is: the sum then has the
+  // same bits wherever its rows were computed.
   void combine(const T* rows, bool weighted, const T* residual, T* y) const {
     torch::stable::parallel_for(0, tokens, 64, [&](int64_t begin, int64_t end) {
       vector<A> sum(hidden);
+      vector<T> rounded(weighted && args.by_row ? hidden : 0);
       for (int64_t t = begin; t < end; ++t) {
         T* out = y + t * hidden;
         std::fill(sum.begin(), sum.end(), A(0));
+        for (int64_t j = token_offsets[t]; j < token_offsets[t + 1] && !rounded.empty(); ++j) {
+          if (token_rows[j] < 0) continue;
+          scale_row<T>(rows + token_rows[j] * hidden, gates[j], rounded.data(), hidden);
+          accumulate_row<T>(sum.data(), A(1), rounded.data(), hidden);
+        }
         const T* row[4];
         A weight[4];
         int count = 0;
-        for (int64_t j = token_offsets[t]; j < token_offsets[t + 1]; ++j) {
+        for (int64_t j = token_offsets[t]; j < token_offsets[t + 1] && rounded.empty(); ++j) {
           if (token_rows[j] < 0) continue;
           row[count] = rows + token_rows[j] * hidden;
           weight[count] = weighted ? gates[j] : A(1);
@@ -283,17 +302,17 @@ void forward_up(const Problem<T>& p, const Activation& activation, const Block& 
   const int64_t f = p.experts[block.expert].width, f_max = p.width, begin = columns.begin, count = columns.count();
   const Matrix x_rows = row_major(at.x, at.padded, p.hidden, p.hidden);
   if (p.interleaved()) {
-    multiply(row_major(at.pre + 2 * begin, at.padded, 2 * count, p.pre_width), x_rows,
-             transposed(p.up_matrix(p.weights, block.expert, 0, 2 * begin, 2 * columns.end)), p.kType);
+    p.multiply(row_major(at.pre + 2 * begin, at.padded, 2 * count, p.pre_width), x_rows,
+             transposed(p.up_matrix(p.weights, block.expert, 0, 2 * begin, 2 * columns.end)));
   } else if (count == f) {
     for (int64_t part = 0; part < p.up_parts(); ++part) {
       const Matrix out = row_major(at.pre + part * f_max, at.padded, p.up_rows(block.expert), p.pre_width);
-      multiply(out, x_rows, transposed(p.up_matrix(block.expert, part)), p.kType);
+      p.multiply(out, x_rows, transposed(p.up_matrix(block.expert, part)));
     }
   } else {
     for (int64_t half = 0; half < p.halves(); ++half) {
-      multiply(row_major(at.pre + half * f_max + begin, at.padded, count, p.pre_width), x_rows,
-             transposed(p.half_matrix(block.expert, half, begin, columns.end)), p.kType);
+      p.multiply(row_major(at.pre + half * f_max + begin, at.padded, count, p.pre_width), x_rows,
+             transposed(p.half_matrix(block.expert, half, begin, columns.end)));
     }
   }
 
@@ -332,8 +351,8 @@ void forward_down(const Problem<T>& p, const Block& block, const Columns& column
   using A = Accumulate<T>;
   const int64_t f = p.experts[block.expert].width, begin = columns.begin, count = columns.count();
   const Matrix weight = transposed(p.down_matrix(block.expert));
-  multiply(row_major(at.out + begin, at.padded, count, p.hidden), row_major(at.hidden, at.padded, f, f),
-         columns_of(weight, begin, columns.end, sizeof(T)), p.kType);
+  p.multiply(row_major(at.out + begin, at.padded, count, p.hidden), row_major(at.hidden, at.padded, f, f),
+         columns_of(weight, begin, columns.end, sizeof(T)));
   vector<A> mask(p.args.expert_dropout > 0 ? p.hidden : 0);
   for (int64_t r = 0; r < block.rows && (p.down_bias != nullptr || !mask.empty()); ++r) {
     const int64_t row = block.begin + r;
@@ -413,7 +432,7 @@ void forward(const Arguments& args, T* y, T* pre) {
   const vector<Block> blocks = p.blocks(0, p.experts_count);
   with_activation(args.activation, args.gated, [&](const auto& activation) {
     const vector<Piece> of_width = p.pieces_of_width(blocks, p.halves());
-    if (of_width.size() > blocks.size()) return forward_in_columns<T>(p, activation, blocks, of_width, pre, rows);
+    if (p.in_columns(of_width, blocks)) return forward_in_columns<T>(p, activation, blocks, of_width, pre, rows);
     parallel_tasks(static_cast<int64_t>(blocks.size()), [&](int64_t task) {
       forward_block<T>(p, activation, blocks[task], pre, rows);
     });
@@ -488,8 +507,8 @@ void backward_down(const Problem<T>& p, const Activation& activation, const Bloc
   const int64_t f = p.experts[block.expert].width, halves = p.halves(), begin = columns.begin, count = columns.count();
   vector<A> mask(p.args.activation_dropout > 0 ? f : 0), room(count);
   vector<T> apart(p.interleaved() ? 2 * count : 0);  // a row's gradients of gate and up
-  multiply(row_major(at.hidden + begin, at.padded, count, f), row_major(at.grad_out, at.padded, p.hidden, p.hidden),
-         columns_of(p.down_matrix(block.expert), begin, columns.end, sizeof(T)), p.kType);
+  p.multiply(row_major(at.hidden + begin, at.padded, count, f), row_major(at.grad_out, at.padded, p.hidden, p.hidden),
+         columns_of(p.down_matrix(block.expert), begin, columns.end, sizeof(T)));
 
   // Rows that fill the block up are summed over by the weight gradients: they must be zero, like holes.
   for (int64_t r = 0; r < at.padded; ++r) {
@@ -525,9 +544,9 @@ template <typename T>
 void backward_up(const Problem<T>& p, const Block& block, const Columns& columns, const BackwardRows<T>& at) {
   const int64_t f = p.experts[block.expert].width, inner = p.up_rows(block.expert);
   for (int64_t part = 0; part < p.up_parts(); ++part) {
-    multiply(row_major(at.out + columns.begin, at.padded, columns.count(), p.hidden),
+    p.multiply(row_major(at.out + columns.begin, at.padded, columns.count(), p.hidden),
            row_major(at.grad_pre + part * f, at.padded, inner, p.halves() * f),
-           columns_of(p.up_matrix(block.expert, part), columns.begin, columns.end, sizeof(T)), p.kType, part > 0);
+           columns_of(p.up_matrix(block.expert, part), columns.begin, columns.end, sizeof(T)), part > 0);
   }
 }
 
@@ -740,7 +759,7 @@ void backward(const Arguments& args, const T* grad_y, const T* pre, bool of_weig
       }
       const vector<Block> blocks = p.blocks(first, last);
       const vector<Piece> of_width = p.pieces_of_width(blocks, 1);
-      if (of_width.size() > blocks.size()) {
+      if (p.in_columns(of_width, blocks)) {
         backward_in_columns<T>(p, activation, blocks, of_width, grad_y, pre, wave, grad_rows, row_gate.data());
         if (grads.pre != nullptr) p.each_block(blocks, [&](int64_t i) { keep_block<T>(p, blocks[i], wave, grads); });
       } else {
@@ -861,15 +880,16 @@ T* out(Tensor& tensor) {
       optional<Tensor> residual, optional<Tensor> /*tiles*/, optional<Tensor> /*experts_by_load*/,            \
       int64_t /*tile_rows*/, optional<Tensor> /*up_main_grad*/, optional<Tensor> /*down_main_grad*/,          \
       optional<Tensor> gate_proj, optional<Tensor> /*gate_main_grad*/
-#define DMOE_MOE_MLP_ARGUMENTS                                                                          \
+#define DMOE_MOE_MLP_ARGUMENTS(by_row)                                                                  \
   Arguments {                                                                                           \
     x, gate_weights, up_proj, down_proj, up_bias, down_bias, expert_offsets, row_to_token, row_to_slot, \
         token_offsets, token_rows, seed, ffn_sizes.value_or(vector<int64_t>{}), activation, gated,      \
-        parse_gate_on(gate_weight_on), activation_dropout, expert_dropout, residual, gate_proj          \
+        parse_gate_on(gate_weight_on), activation_dropout, expert_dropout, residual, gate_proj, by_row  \
   }
 
+template <bool kByRow>
 std::tuple<Tensor, Tensor> moe_mlp(DMOE_MOE_MLP_PARAMETERS) {
-  const Arguments args = DMOE_MOE_MLP_ARGUMENTS;
+  const Arguments args = DMOE_MOE_MLP_ARGUMENTS(kByRow);
   Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1)}), pre;
   dispatch(args, [&](auto zero) {
     using T = decltype(zero);
@@ -879,8 +899,9 @@ std::tuple<Tensor, Tensor> moe_mlp(DMOE_MOE_MLP_PARAMETERS) {
   return {y, pre};
 }
 
+template <bool kByRow>
 Tensor moe_mlp_inference(DMOE_MOE_MLP_PARAMETERS) {
-  const Arguments args = DMOE_MOE_MLP_ARGUMENTS;
+  const Arguments args = DMOE_MOE_MLP_ARGUMENTS(kByRow);
   Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1)});
   dispatch(args, [&](auto zero) { forward<decltype(zero)>(args, out<decltype(zero)>(y), nullptr); });
   return y;
@@ -896,8 +917,9 @@ void check_backward(const Tensor& grad_y, const Tensor& pre_activation, const Te
 
 using Gradients7 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+template <bool kByRow>
 Gradients7 moe_mlp_backward(Tensor grad_y, Tensor pre_activation, bool of_weights, DMOE_MOE_MLP_PARAMETERS) {
-  const Arguments args = DMOE_MOE_MLP_ARGUMENTS;
+  const Arguments args = DMOE_MOE_MLP_ARGUMENTS(kByRow);
   check_backward(grad_y, pre_activation, x);
   const auto wanted = [&](const optional<Tensor>& tensor) {
     return tensor && of_weights ? large_empty_like(*tensor) : torch::stable::new_empty(x, {0});
@@ -923,7 +945,7 @@ Gradients7 moe_mlp_backward(Tensor grad_y, Tensor pre_activation, bool of_weight
 // The half without the weights' gradients, which grouped_gemm_weight makes of what this returns last.
 std::tuple<Tensor, Tensor, Tensor, Tensor> moe_mlp_backward_data(Tensor grad_y, Tensor pre_activation,
                                                                  DMOE_MOE_MLP_PARAMETERS) {
-  const Arguments args = DMOE_MOE_MLP_ARGUMENTS;
+  const Arguments args = DMOE_MOE_MLP_ARGUMENTS(false);
   check_backward(grad_y, pre_activation, x);
   Tensor grad_x = large_empty_like(x), grad_gate = large_empty_like(gate_weights), grad_pre = large_empty_like(pre_activation);
   Tensor hidden = large_empty(x, {row_to_token.size(0), widest(args)});
@@ -942,8 +964,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_mlp_backward_data(Tensor grad_y, 
 }  // namespace dmoe
 
 STABLE_TORCH_LIBRARY_IMPL(dmoe, CPU, m) {
-  m.impl("moe_mlp", TORCH_BOX(&dmoe::moe_mlp));
-  m.impl("moe_mlp_inference", TORCH_BOX(&dmoe::moe_mlp_inference));
-  m.impl("moe_mlp_backward", TORCH_BOX(&dmoe::moe_mlp_backward));
+  m.impl("moe_mlp", TORCH_BOX(&dmoe::moe_mlp<false>));
+  m.impl("moe_mlp_inference", TORCH_BOX(&dmoe::moe_mlp_inference<false>));
+  m.impl("moe_mlp_backward", TORCH_BOX(&dmoe::moe_mlp_backward<false>));
+  m.impl("moe_mlp_invariant", TORCH_BOX(&dmoe::moe_mlp<true>));
+  m.impl("moe_mlp_invariant_inference", TORCH_BOX(&dmoe::moe_mlp_inference<true>));
+  m.impl("moe_mlp_invariant_backward", TORCH_BOX(&dmoe::moe_mlp_backward<true>));
   m.impl("moe_mlp_backward_data", TORCH_BOX(&dmoe::moe_mlp_backward_data));
 }

@@ -36,8 +36,10 @@ from dmoe.other_experts import OtherExperts, register_experts
 from dmoe.plan import RoutingPlan, device_tile_rows, plan_expert_choice, plan_token_choice
 from dmoe.quantized_weight import QuantizedWeight
 from dmoe.replace import replace_ffn
+from dmoe.replay import record_routing, replay_routing
 from dmoe.residual import ResidualMoE
 from dmoe.routing import Routing
+from dmoe.routing_record import RoutingRecord
 
 __version__ = "0.1.0"
 
@@ -53,6 +55,7 @@ __all__ = [
     "ResidualMoE",
     "Routing",
     "RoutingPlan",
+    "RoutingRecord",
     "SoftcappedSwiGLU",
     "aux_loss",
     "checkpoint",
@@ -74,9 +77,11 @@ __all__ = [
     "plan_token_choice",
     "presets",
     "quant",
+    "record_routing",
     "reduce_metrics",
     "register_experts",
     "replace_ffn",
+    "replay_routing",
     "routing",
     "run_experts",
     "set_aux_loss_scale",

@@ -153,6 +153,10 @@ class MoEConfig:
             half of bfloat16's bytes. None: they are in x's dtype.
         accumulate_main_grad: backward adds the gradients of the two projections to their ``main_grad``, a float32
             buffer in the parameter's shape (Megatron's ``gradient_accumulation_fusion``), and leaves ``grad`` alone.
+        batch_invariant: a token's router logits, choices, output and gradients have the same bits whatever else is in
+            the batch and whichever row it is: a prefill's are a decode step's, and a training forward's those of the
+            sampler. ``docs/reinforcement.md`` has what is promised, what it costs, and what is refused: it goes with
+            the family ``top_k``, without drops, dropout and noise, and on the compiled CPU kernels alone.
 
     Expert parallelism (no effect without ``ep_group``)
         expert_grad_scale: what backward multiplies the experts' gradients by, which each rank sums over the tokens of
@@ -245,6 +249,7 @@ class MoEConfig:
     expert_compute: ExpertCompute | None = None
     saved_activations: SavedActivations | None = None
     accumulate_main_grad: bool = False
+    batch_invariant: bool = False
 
     expert_grad_scale: Literal["mean", "sum", "sqrt_world_size"] = "mean"
     max_rows_received: int | None = None

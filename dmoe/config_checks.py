@@ -23,6 +23,8 @@ def check_config(c: MoEConfig) -> None:
     _check_router(c)
     _check_capacity(c)
     _check_losses(c)
+    if c.batch_invariant:
+        _check_invariant(c)
 
 
 def _require(c: MoEConfig, condition: bool, field: str, allowed: str) -> None:
@@ -184,3 +186,24 @@ def _check_losses(c: MoEConfig) -> None:
         _require(c, number and 0 <= float(term[1]) < math.inf, "losses", allowed)
     names = [term[0] for term in c.losses]
     _require(c, len(set(names)) == len(names), "losses", "each name once")
+
+
+def _check_invariant(c: MoEConfig) -> None:
+    """``batch_invariant`` goes with what gives each token results of its own."""
+    why = "with batch_invariant=True"
+    _require(c, c.backend in (None, "grouped"), "backend", f"None or 'grouped' {why}")
+    for name in ("expert_compute", "saved_activations"):
+        _require(c, getattr(c, name) is None, name, f"None {why}, which fp8's products do not promise")
+    plain = c.gate_normalization in (None, 1, 2)
+    _require(c, plain, "gate_normalization", f"None, 1 or 2 {why}: other powers round by an element's place")
+    named = not callable(c.activation)
+    _require(c, named, "activation", f"one that the kernels know {why}; a function runs on a composition")
+    for name in ("activation_dropout", "expert_dropout", "input_jitter"):
+        _require(c, not getattr(c, name), name, f"0 {why}: what is drawn goes by a token's place in the batch")
+    if c.family.name != "top_k":
+        raise ValueError(
+            f"MoEConfig: router: expected 'top_k' {why}, which no other family promises, got {c.family.name!r}"
+        )
+    for name in ("capacity", "capacity_factor", "eval_capacity_factor", "eval_capacity_fraction", "max_rows_received"):
+        _require(c, getattr(c, name) in (None, 0), name, f"None {why}: who is dropped depends on the batch")
+    _require(c, c.overlap_degree == 1, "overlap_degree", f"1 {why}")

@@ -39,6 +39,7 @@ class Options(NamedTuple):
     adapter_ids: Tensor | None
     expert_compute: str | None = None
     saved_activations: str | None = None
+    batch_invariant: bool = False
 
     def beyond_kernels(self, weights: ExpertWeights) -> dict[str, bool]:
         """What the kernels do not know, and the composition does, in errors' words: whether it is asked for.
@@ -154,6 +155,8 @@ def check_call(
         _check_composed(options, weights)
     if options.main_grads is not None:
         _check_main_grads(options.main_grads, weights)
+    if options.batch_invariant:
+        _check_invariant(options, weights)
     return options
 
 
@@ -173,8 +176,9 @@ def _check_options(options: Options) -> None:
     for name, known in (("expert_compute", ExpertCompute), ("saved_activations", SavedActivations)):
         if getattr(options, name) not in (None, *get_args(known)):
             raise ValueError(f"moe_mlp: {name}: expected None or 'fp8', got {getattr(options, name)!r}")
-    if not isinstance(recompute, bool):
-        raise TypeError(f"moe_mlp: recompute: expected True or False, got {recompute!r}")
+    for name in ("recompute", "batch_invariant"):
+        if not isinstance(getattr(options, name), bool):
+            raise TypeError(f"moe_mlp: {name}: expected True or False, got {getattr(options, name)!r}")
     if backend in ("block_sparse", "reference") and (recompute or options.main_grads is not None):
         name, allowed = ("recompute", "False") if recompute else ("main_grads", "None")
         raise ValueError(
@@ -198,6 +202,22 @@ def _check_composed(options: Options, weights: ExpertWeights) -> None:
         raise ValueError(
             f"moe_mlp: backend: expected None, {' or '.join(allowed)} beside {there[0]}, got {options.backend!r}"
         )
+
+
+def _check_invariant(options: Options, weights: ExpertWeights) -> None:
+    """Who cannot promise that a token's bits are its own says so."""
+    why = "with batch_invariant=True, which the compiled CPU kernels alone promise"
+    if options.backend not in (None, "grouped"):
+        raise ValueError(f"moe_mlp: backend: expected None or grouped {why}, got {options.backend!r}")
+    if options.is_composed(weights):
+        there = next(what for what, is_there in options.beyond_kernels(weights).items() if is_there)
+        raise ValueError(f"moe_mlp: expected no {there} {why}: they run on a composition, whose sums follow the batch")
+    for name in ("activation_dropout", "expert_dropout"):
+        if getattr(options, name):
+            raise ValueError(
+                f"moe_mlp: {name}: expected 0 with batch_invariant=True, as masks are drawn by a token's place in the "
+                f"batch, got {getattr(options, name)!r}"
+            )
 
 
 def _check_residual(residual: Tensor, x: Tensor) -> None:

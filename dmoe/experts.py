@@ -290,6 +290,7 @@ class Experts(nn.Module):
             recompute=config.recompute_pre_activation,
             expert_compute=config.expert_compute,
             saved_activations=config.saved_activations,
+            batch_invariant=config.batch_invariant,
             **self._adapters_at_work(weights.dtype),
         )
 

@@ -53,6 +53,7 @@ def moe_mlp(
     adapter_ids: Tensor | None = None,
     expert_compute: ExpertCompute | None = None,
     saved_activations: SavedActivations | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """``y_t = sum_k w_tk * expert_{i_tk}(x_t)``: every token through its experts, weighted and summed.
 
@@ -69,7 +70,7 @@ def moe_mlp(
         capacity: the most rows one expert takes; None drops nothing.
         drop_order: which choices come first where the capacity binds; see :class:`dmoe.MoEConfig`.
         backend: who computes; see :class:`dmoe.MoEConfig`.
-        residual, main_grads, recompute, adapters, adapter_ids, expert_compute, saved_activations: see
+        residual, main_grads, recompute, adapters, adapter_ids, expert_compute, saved_activations, batch_invariant: see
             :func:`run_experts`; ``residual`` is ``(..., H)``, ``adapter_ids`` has x's leading dimensions.
 
     Returns:
@@ -95,6 +96,7 @@ def moe_mlp(
         adapter_ids,
         expert_compute,
         saved_activations,
+        batch_invariant,
     )
     check_choices(x, expert_indices, gate_weights, weights)
     options = check_call(x, x.shape[:-1], expert_indices, gate_weights, weights, options)
@@ -133,6 +135,7 @@ def run_experts(
     adapter_ids: Tensor | None = None,
     expert_compute: ExpertCompute | None = None,
     saved_activations: SavedActivations | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """Every token through its experts, weighted and summed.
 
@@ -160,6 +163,9 @@ def run_experts(
             nor the backends ``block_sparse`` and ``reference``.
         saved_activations: ``fp8`` for x and the pre-activation kept for backward as codes, with whatever products. Not
             with ``main_grads``, nor the backends ``block_sparse`` and ``reference``.
+        batch_invariant: a token's output, and the gradients of its x and gate weights, have the same bits whatever else
+            is in the batch and whichever row it is (``docs/reinforcement.md``). Without dropout, adapters, codes, fp8
+            and functions as activations, and on the compiled CPU kernels alone.
 
     Returns:
         ``(T, H)`` in x's dtype (autocast's under autocast).
@@ -167,6 +173,7 @@ def run_experts(
     Raises:
         TypeError: something that is no tensor, or of another kind of numbers.
         ValueError: sizes, dtypes, devices or options that do not fit together.
+        NotImplementedError: ``batch_invariant`` where nothing promises it.
     """
     options = Options(
         activation,
@@ -181,6 +188,7 @@ def run_experts(
         adapter_ids,
         expert_compute,
         saved_activations,
+        batch_invariant,
     )
     check_planned(plan, gate_weights, weights)
     options = check_call(x, (plan.num_tokens,), plan.token_rows, gate_weights, weights, options)
@@ -238,7 +246,7 @@ def _compute(x: Tensor, plan: RoutingPlan, gate_weights: Tensor, weights: Expert
     if composed:
         return _composed(up, down, group_offsets, arguments, gate_proj, options)
     backend, residual, recompute = options.backend, options.residual, options.recompute
-    plain = options.main_grads is None and not recompute
+    plain = options.main_grads is None and not recompute and not options.batch_invariant
     if backend == "block_sparse" or (backend is None and plain and _block_sparse_by_default(x, weights)):
         y = block_sparse_mlp(*_in_one_piece(arguments, weights))
         return y if residual is None else y + residual.to(y.dtype)
@@ -254,6 +262,8 @@ def _compute(x: Tensor, plan: RoutingPlan, gate_weights: Tensor, weights: Expert
         gate_proj,
         gate_main_grad,
     )
+    if options.batch_invariant:
+        return moe_mlp_op(*arguments, recompute=recompute, batch_invariant=True)
     if weights.later is not None and backend in (None, "grouped") and torch.is_grad_enabled():
         return moe_mlp_deferred(weights.later, *arguments, recompute=recompute)
     return moe_mlp_op(*arguments, backend=backend, recompute=recompute)

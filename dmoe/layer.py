@@ -28,6 +28,7 @@ from dmoe.parallel import AllToAllDispatcher, Dispatched, as_group
 from dmoe.parallel.agreement import check_layers
 from dmoe.parallel.build import build_dispatcher, owned_experts, ranks_of
 from dmoe.parallel.overlap import run_in_chunks
+from dmoe.parallel.slots import run_by_slots
 from dmoe.parallel.statistics import LoadOfRanks, move_selection_bias
 from dmoe.routing import Routing, build_router
 from dmoe.shared_expert import SharedExpert
@@ -187,6 +188,11 @@ class MoE(Float32Buffers):
         Returns y, what was dispatched, and what the dispatch kept for each expert where that is less than planned.
         """
         dispatcher, experts, degree = self.dispatcher, self.experts, self.config.overlap_degree
+        if isinstance(dispatcher, AllToAllDispatcher) and self.config.batch_invariant:
+            assert routing.expert_indices is not None  # of the only family that promises it
+            choices = routing.expert_indices, routing.gate_weights
+            y, arrived = run_by_slots(dispatcher, experts, self.shared_expert, tokens, *choices)
+            return y, (arrived,), arrived.kept_per_expert
         if isinstance(dispatcher, AllToAllDispatcher) and degree > 1:
             done = run_in_chunks(dispatcher, experts, self.shared_expert, tokens, routing, degree=degree)
             return done.y, done.chunks, done.kept_per_expert

@@ -9,6 +9,8 @@ from dmoe.config import MoEConfig
 from dmoe.experts import Experts
 from dmoe.ops.activation import accumulate_dtype
 from dmoe.ops.grouped_gemm import grouped_gemm
+from dmoe.ops.grouped_gemm_invariant import linear_invariant
+from dmoe.ops.router_scores import router_scores
 from dmoe.plan import device_tile_rows, plan_token_choice
 
 
@@ -54,6 +56,7 @@ class SharedExpert(nn.Module):
             expert_compute=config.expert_compute,
             saved_activations=config.saved_activations,
             accumulate_main_grad=config.accumulate_main_grad,
+            batch_invariant=config.batch_invariant,
         )
         self.mlp = Experts(one, routed=False, device=device, dtype=dtype)
         self.gate = (
@@ -65,7 +68,11 @@ class SharedExpert(nn.Module):
         everyone = torch.zeros(x.shape[0], 1, dtype=torch.int32, device=x.device)
         dtype = accumulate_dtype(x.dtype)
         weight = torch.ones(x.shape[0], 1, dtype=dtype, device=x.device)
-        if self.gate is not None:
+        if self.gate is not None and self.mlp.config.batch_invariant:
+            with torch.autocast(x.device.type, enabled=False):
+                logits = linear_invariant(x, self.gate.weight.to(x.dtype)).to(dtype)
+            weight = router_scores(logits, "sigmoid", batch_invariant=True)[0]
+        elif self.gate is not None:
             weight = torch.sigmoid(self.gate(x).to(dtype))
         tile_rows = device_tile_rows(x.device, x.shape[0], 1)
         return self.mlp(x, plan_token_choice(everyone, 1, tile_rows=tile_rows), weight)

@@ -113,6 +113,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         "parallel",
     },
     "model_tools": {"layer", "config", "parallel", "metrics"},
+    "record_file": set(),
+    "routing_record": {"record_file"},
+    "replay": {"layer", "model_tools", "routing_record"},
     "lora": {
         "ops",
         "adapters",

@@ -21,6 +21,7 @@ from dmoe.ops import (  # noqa: F401
     block_sparse_mlp,
     fp8,
     grouped_gemm,
+    grouped_gemm_invariant,
     grouped_gemm_sum,
     moe_mlp,
     moe_mlp_deferred,
@@ -65,8 +66,8 @@ def _register(*names: str) -> Any:
 
 
 def _either(*ends: str) -> list[str]:
-    """Names of the experts' operations: by device, and of PyTorch's own."""
-    return [f"moe_mlp{way}{end}" for way in ("", "_torch") for end in ends]
+    """Names of the experts' operations: by device, of PyTorch's own, and those whose bits no batch changes."""
+    return [f"moe_mlp{way}{end}" for way in ("", "_torch", "_invariant") for end in ends]
 
 
 @_register(*_either("", "_inference", "_lean"), "block_sparse_mlp", "block_sparse_mlp_inference")
@@ -99,7 +100,7 @@ def _backward_weights(grad_y: Tensor, grad_pre: Tensor, hidden: Tensor, *argumen
     return _mlp(*arguments)
 
 
-@_register("grouped_gemm", "grouped_gemm_portable")
+@_register("grouped_gemm", "grouped_gemm_portable", "grouped_gemm_invariant")
 def _grouped_gemm(a: Tensor, b: Tensor, expert_offsets: Tensor, *_: Any, out_val: Any = None) -> int:
     return 2 * _last(expert_offsets, a.shape[0]) * b.shape[1] * b.shape[2]
 

@@ -25,6 +25,7 @@ from torch.autograd import forward_ad
 from dmoe.ops._library import count_flops, define, refuse_double_backward, register_autograd
 from dmoe.ops._moe_mlp_call import PROJECTIONS, SCHEMA, SCHEMA_INTO, WEIGHTS, Call
 from dmoe.ops._moe_mlp_parts import add_to_main_grads, save_values, saved_values
+from dmoe.ops.batch_invariance import refuse
 from dmoe.ops.moe_mlp_cuda import (
     moe_mlp_backward_cuda,
     moe_mlp_cuda,
@@ -245,6 +246,8 @@ _ON_GPU: dict[str, dict[str, Any]] = {
 }
 BY_DEVICE = _operations("", Implementation(moe_mlp_ref, lambda *a: moe_mlp_ref(*a)[0], moe_mlp_backward_ref), _ON_GPU)
 COMPOSED = _operations("_torch", _COMPOSED, {})
+# A token's results are the same bits in any batch; a weighted row is rounded to x's dtype before it is added.
+INVARIANT = _operations("_invariant", Implementation(refuse, refuse, refuse), {})
 
 
 def has_tangent(x: Tensor) -> bool:
@@ -254,7 +257,9 @@ def has_tangent(x: Tensor) -> bool:
     return forward_ad.unpack_dual(x).tangent is not None
 
 
-def moe_mlp(*arguments: Any, backend: str | None = None, recompute: bool = False) -> Tensor:
+def moe_mlp(
+    *arguments: Any, backend: str | None = None, recompute: bool = False, batch_invariant: bool = False
+) -> Tensor:
     """Run the operation on the arguments of the schema; see :func:`dmoe.functional.moe_mlp` for the public form.
 
     Args:
@@ -262,11 +267,12 @@ def moe_mlp(*arguments: Any, backend: str | None = None, recompute: bool = False
         backend: ``reference`` runs the composition under autograd, ``torch`` that of PyTorch's own operations;
             otherwise the tensors' device decides.
         recompute: save x only, and compute the pre-activation again in backward.
+        batch_invariant: what a token gets does not depend on the others; only with the default backend.
     """
     count_flops()
     if backend == "reference":
         return under_autocast(moe_mlp_twice_differentiable, *arguments)
-    operations = COMPOSED if backend == "torch" else BY_DEVICE
+    operations = INVARIANT if batch_invariant else COMPOSED if backend == "torch" else BY_DEVICE
     if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in arguments):
         return operations.lean(*arguments) if recompute else operations.forward(*arguments)[0]
     return operations.inference(*arguments)

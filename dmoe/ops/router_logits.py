@@ -15,8 +15,9 @@ from torch import Tensor
 from dmoe.ops._library import count_flops, define, refuse_double_backward, register_autograd
 from dmoe.ops._trust import Subject
 from dmoe.ops.grouped_gemm import grouped_gemm, grouped_gemm_weight
+from dmoe.ops.grouped_gemm_invariant import linear_invariant
 from dmoe.ops.philox import jitter_scale
-from dmoe.sums import sum_tokens
+from dmoe.sums import add_to_tokens, sum_tokens
 
 
 def _router_input(x: Tensor, dtype: torch.dtype, jitter: float, seed: Tensor | None) -> Tensor:
@@ -180,6 +181,7 @@ def router_logits(
     jitter: float = 0.0,
     seed: Tensor | None = None,
     backend: str | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """Router logits ``x @ weight.T + bias`` in ``dtype``; saves x as it is.
 
@@ -191,6 +193,8 @@ def router_logits(
         jitter: half width j of the multiplicative noise U(1 - j, 1 + j) on x; needs ``seed``.
         seed: scalar int64; None for no jitter.
         backend: ``reference`` for plain PyTorch under its own autograd.
+        batch_invariant: a token's logits, and the gradient of its x, have the same bits in any batch; without jitter,
+            and on the CPU alone. Saves x in ``dtype``.
 
     Returns:
         ``(T, E)`` in ``dtype``.
@@ -203,5 +207,10 @@ def router_logits(
         raise ValueError(
             f"router_logits: expected x (T, H) and weight (E, H), got {tuple(x.shape)} and {tuple(weight.shape)}"
         )
+    if batch_invariant:
+        kind = dtype or x.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            out = linear_invariant(x.to(kind), weight.to(kind))
+            return out if bias is None else add_to_tokens(out, bias.to(kind))
     run = router_logits_ref if backend == "reference" else _forward
     return run(x, weight, bias, dtype or x.dtype, jitter, seed)

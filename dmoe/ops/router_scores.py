@@ -24,6 +24,27 @@ def _sqrt_softplus(logits: Tensor) -> Tensor:
     return torch.where(low, (logits.masked_fill(~low, 0) / 2).exp(), root)
 
 
+def _exp_of_negative(logits: Tensor) -> Tensor:
+    """``e^-|x|``, of which the functions below are made where bits must not depend on an element's place.
+
+    PyTorch computes the last few elements of a tensor, or of a thread's share, one by one, and there ``sigmoid``,
+    ``softplus`` and ``pow`` round otherwise than in its vectors. Single sums and products are rounded once in any way,
+    and ``exp``, ``expm1``, ``log1p`` and ``tanh`` fill a vector for the last elements, too.
+    """
+    return (-logits.abs()).exp()
+
+
+def _sigmoid_by_element(logits: Tensor) -> Tensor:
+    small = _exp_of_negative(logits)
+    return torch.where(logits < 0, small, torch.ones_like(small)) / (1 + small)
+
+
+def _sqrt_softplus_by_element(logits: Tensor) -> Tensor:
+    low = logits < math.log(torch.finfo(logits.dtype).eps)
+    root = (logits.clamp(min=0) + torch.log1p(_exp_of_negative(logits))).sqrt()
+    return torch.where(low, (logits.masked_fill(~low, 0) / 2).exp(), root)
+
+
 def _sqrt_softplus_slope(scores: Tensor) -> Tensor:
     """``sigmoid(x) / (2 y)`` from y alone: sigmoid(x) = 1 - exp(-y^2), which is y^2 where y is small."""
     squares = scores.square()
@@ -42,6 +63,14 @@ def router_scores_ref(logits: Tensor, score_function: str, with_log_z: bool) -> 
     return scores, torch.logsumexp(logits, -1) if with_log_z else logits.new_empty(0)
 
 
+def router_scores_invariant_ref(logits: Tensor, score_function: str, with_log_z: bool) -> tuple[Tensor, Tensor]:
+    """:func:`router_scores_ref` with the same bits for a token in any batch; softmax and logsumexp have them."""
+    if score_function == "softmax":
+        return router_scores_ref(logits, score_function, with_log_z)
+    scores = (_sigmoid_by_element if score_function == "sigmoid" else _sqrt_softplus_by_element)(logits)
+    return scores, torch.logsumexp(logits, -1) if with_log_z else logits.new_empty(0)
+
+
 def router_scores_backward_ref(
     grad_scores: Tensor, grad_log_z: Tensor | None, scores: Tensor, logits: Tensor | None, score_function: str
 ) -> Tensor:
@@ -51,7 +80,8 @@ def router_scores_backward_ref(
         probs = scores
     else:
         if score_function == "sigmoid":
-            grad = torch.ops.aten.sigmoid_backward(grad_scores, scores)
+            # Not aten's, which fuses a product and a sum in float64, for the last elements only.
+            grad = grad_scores * (scores * (1 - scores))
         else:
             grad = grad_scores * _sqrt_softplus_slope(scores)
         probs = scores if logits is None else torch.softmax(logits, -1)
@@ -73,6 +103,14 @@ _backward = define(
     fake=lambda grad_scores, grad_log_z, scores, logits, score_function: scores.new_empty(scores.shape),
 )
 refuse_double_backward(_backward)
+_invariant = define(
+    "router_scores_invariant(Tensor logits, str score_function, bool with_log_z) -> (Tensor, Tensor)",
+    router_scores_invariant_ref,
+    fake=lambda logits, score_function, with_log_z: (
+        logits.new_empty(logits.shape),
+        logits.new_empty(logits.shape[0] if with_log_z else 0),
+    ),
+)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -88,6 +126,7 @@ def _autograd(ctx: Any, grad_scores: Tensor, grad_log_z: Tensor) -> tuple[Tensor
 
 
 register_autograd(_forward, _autograd, _setup_context)
+register_autograd(_invariant, _autograd, _setup_context)
 
 
 def router_scores(
@@ -96,6 +135,7 @@ def router_scores(
     *,
     with_log_z: bool = False,
     backend: str | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Scores of every expert for every token.
 
@@ -106,6 +146,7 @@ def router_scores(
         score_function: ``softmax``, ``sigmoid`` or ``sqrt_softplus`` (``sqrt(ln(1 + e^x))``, DeepSeek-V4).
         with_log_z: also return ``logsumexp`` of each row.
         backend: ``reference`` for plain PyTorch under its own autograd.
+        batch_invariant: a token's scores, and their gradients, have the same bits in any batch on the CPU.
 
     Returns:
         scores ``(T, E)`` and log_z ``(T,)`` or None, in the logits' dtype.
@@ -120,6 +161,6 @@ def router_scores(
             f"router_scores: router_logits: expected (T, E) floating point, got {tuple(router_logits.shape)} "
             f"{router_logits.dtype}"
         )
-    run = router_scores_ref if backend == "reference" else _forward
+    run = router_scores_ref if backend == "reference" else _invariant if batch_invariant else _forward
     scores, log_z = run(router_logits, score_function, with_log_z)
     return scores, log_z if with_log_z else None

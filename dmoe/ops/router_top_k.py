@@ -94,9 +94,12 @@ def _separately(
     with_weights: bool,
     count_first: bool,
     backend: str | None,
+    batch_invariant: bool = False,
 ) -> RouterChoice:
     num_experts = logits.shape[1]
-    scores, log_z = router_scores(logits, rule.score_function, with_log_z=with_log_z, backend=backend)
+    scores, log_z = router_scores(
+        logits, rule.score_function, with_log_z=with_log_z, backend=backend, batch_invariant=batch_invariant
+    )
     chosen = select_experts(scores, rule, selection_bias) if expert_indices is None else expert_indices
     if token_mask is not None:
         chosen = chosen.masked_fill(~token_mask.unsqueeze(1), num_experts)
@@ -305,6 +308,7 @@ def router_top_k(
     with_weights: bool = True,
     count_first: bool = False,
     backend: str | None = None,
+    batch_invariant: bool = False,
 ) -> RouterChoice:
     """Score, choose and weigh the experts of every token.
 
@@ -320,12 +324,19 @@ def router_top_k(
         with_weights: also return gate weights, normalised over all choices (a plan's drops come later).
         count_first: also count first choices.
         backend: ``reference`` for plain PyTorch under its own autograd, differentiable twice.
+        batch_invariant: see :func:`router_scores`.
 
     Raises:
         ValueError: logits or a score function that :func:`router_scores` refuses.
     """
     known = rule.score_function in ("softmax", "sigmoid")  # to the kernel
-    if not with_weights or backend == "reference" or not known or not _fits_one_launch(router_logits):
+    if (
+        not with_weights
+        or backend == "reference"
+        or batch_invariant
+        or not known
+        or not _fits_one_launch(router_logits)
+    ):
         return _separately(
             router_logits,
             rule,
@@ -336,6 +347,7 @@ def router_top_k(
             with_weights=with_weights,
             count_first=count_first,
             backend=backend,
+            batch_invariant=batch_invariant,
         )
     scores, log_z, chosen, weights, first = _forward(
         router_logits, selection_bias, token_mask, expert_indices, with_log_z, count_first, *rule

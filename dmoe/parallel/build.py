@@ -70,6 +70,11 @@ def build_dispatcher(
         join_choices=config.join_choices,
         levelling=_levelling(config, shards, ep_levels is not None),
     )
+    if config.batch_invariant and dispatcher.ffn_shard[1] > 1:
+        raise ValueError(
+            "MoE: batch_invariant: expected False where ranks share an expert, got True with "
+            f"{dispatcher.ffn_shard[1]} slices of each expert's F: their partial results are a sum of its own"
+        )
     chunk_of(dispatcher.num_local_experts, config.overlap_degree, 0)  # says so where they cannot be cut
     return dispatcher
 

@@ -127,6 +127,8 @@ class LinearRouter(Float32Buffers):
         held: Any = self.lora
         if held is None:
             return self.capped(self.project(x, self.weight, self.bias))
+        if self.config.batch_invariant:
+            raise ValueError("MoE.router: expected no adapter with batch_invariant=True: its products follow the batch")
         logits = held.logits(
             lambda weight: self.project(x, weight, None), self.weight, self.dtype_of(x), self.config.backend
         )
@@ -145,7 +147,14 @@ class LinearRouter(Float32Buffers):
         jitter = self.config.input_jitter if self.training and self.config.input_jitter_on == "router" else 0.0
         seed = draw_seed(x.device) if jitter else None
         return router_logits(
-            x, weight, bias, dtype=self.dtype_of(x), jitter=jitter, seed=seed, backend=self.config.backend
+            x,
+            weight,
+            bias,
+            dtype=self.dtype_of(x),
+            jitter=jitter,
+            seed=seed,
+            backend=self.config.backend,
+            batch_invariant=self.config.batch_invariant,
         )
 
     def dtype_of(self, x: Tensor) -> torch.dtype:

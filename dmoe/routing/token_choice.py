@@ -75,6 +75,9 @@ class TopK(RouterFamily):
         of_gshard = config.load_balancing_choices == "first" and config.token_groups == 1
         balanced = config.has_loss(*BALANCE_LOSSES)
         fits = not balanced or (of_gshard and not config.has_loss("sequence", "global"))
+        for name, drawless in (("logit_noise", "none"), ("second_expert", "all")):
+            own = not config.batch_invariant or getattr(self, name) == drawless
+            self.require(own, name, f"{drawless!r} with batch_invariant=True, as draws go by a token's place")
         self.require(
             self.masked_tokens == "absent" or fits,
             "masked_tokens",
@@ -171,6 +174,7 @@ class TopKRouter(LinearRouter):
             with_weights=capacity is None and policy == "all" and unrouted is None,
             count_first=config.load_balancing_choices == "first" and config.has_loss("load_balancing", "global"),
             backend=config.backend,
+            batch_invariant=config.batch_invariant,
         )
         scores, chosen = choice.scores, choice.expert_indices
         if policy == "sampling":
