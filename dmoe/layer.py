@@ -191,7 +191,7 @@ class MoE(Float32Buffers):
         if isinstance(dispatcher, AllToAllDispatcher) and self.config.batch_invariant:
             assert routing.expert_indices is not None  # of the only family that promises it
             choices = routing.expert_indices, routing.gate_weights
-            y, arrived = run_by_slots(dispatcher, experts, self.shared_expert, tokens, *choices)
+            y, arrived = run_by_slots(dispatcher, self._on_arrived, self.shared_expert, tokens, *choices)
             return y, (arrived,), arrived.kept_per_expert
         if isinstance(dispatcher, AllToAllDispatcher) and degree > 1:
             done = run_in_chunks(dispatcher, experts, self.shared_expert, tokens, routing, degree=degree)
@@ -203,11 +203,16 @@ class MoE(Float32Buffers):
         shared = None if self.shared_expert is None else self.shared_expert(tokens)
         arrived = dispatcher.finish_dispatch(going)
         residual = None if moved else shared  # where nothing moved the experts' own sum takes in the shared one
-        lent = {} if arrived.copies is None else {"copies": arrived.copies, "copies_plan": arrived.copies_plan}
-        y = experts(arrived.x, arrived.plan, arrived.gate_weights, residual, weights, **lent)
+        y = self._on_arrived(arrived, residual, weights)
         y = dispatcher.combine(y, arrived)
         y = y + shared if moved and shared is not None else y
         return y, (arrived,), arrived.kept_per_expert
+
+    def _on_arrived(self, arrived: Dispatched, *residual_and_weights: Any) -> Tensor:
+        """The experts here, and the copies of others that this rank hosts, on the tokens that came."""
+        copied = {} if arrived.copies is None else {"copies": arrived.copies, "copies_plan": arrived.copies_plan}
+        y: Tensor = self.experts(arrived.x, arrived.plan, arrived.gate_weights, *residual_and_weights, **copied)
+        return y
 
     def router_losses(self, routing: Routing, num_sequences: int = 1) -> Tensor | None:
         """Sum of this layer's auxiliary losses times their coefficients, a scalar; None when there is none.

@@ -18,7 +18,7 @@ from torch import Tensor
 from dmoe.ops.activation import accumulate_dtype
 from dmoe.parallel.dispatch import AllToAllDispatcher
 from dmoe.parallel.interface import Dispatched
-from dmoe.plan import RoutingPlan, plan_token_choice
+from dmoe.plan import plan_token_choice
 
 
 def _sum_of_slots(rows: Tensor, top_k: int, residual: Tensor | None) -> Tensor:
@@ -60,7 +60,7 @@ class _Together(torch.autograd.Function):
 
 def run_by_slots(
     dispatcher: AllToAllDispatcher,
-    experts: Callable[[Tensor, RoutingPlan, Tensor], Tensor],
+    experts: Callable[[Dispatched], Tensor],
     shared_expert: Callable[[Tensor], Tensor] | None,
     tokens: Tensor,
     expert_indices: Tensor,
@@ -72,7 +72,7 @@ def run_by_slots(
 
     Args:
         dispatcher: of the experts' ranks.
-        experts: of the rows that arrive, their plan and gate weights.
+        experts: of the rows that arrive.
         shared_expert: of ``(T, H)``, or None.
         tokens: ``(T, H)``.
         expert_indices, gate_weights: ``(T, K)``; E takes no expert. Nothing is dropped.
@@ -85,5 +85,5 @@ def run_by_slots(
     plan = plan_token_choice(choices, dispatcher.num_experts)
     shared = None if shared_expert is None else shared_expert(tokens)
     arrived = dispatcher.dispatch(_Apart.apply(tokens, top_k), choices, gates, plan)
-    rows = dispatcher.combine(experts(arrived.x, arrived.plan, arrived.gate_weights), arrived)
+    rows = dispatcher.combine(experts(arrived), arrived)
     return _Together.apply(rows, shared, top_k), arrived

@@ -32,6 +32,8 @@ def cases(draw):
         "shared_ffn_hidden_size": shared,
         "shared_expert_gate": shared is not None and draw(st.booleans()),
     }
+    balance = draw(st.sampled_from([None, "replicate"]))  # a copy of an expert computes what the expert does
+    fields |= {"balance_ranks": balance, "balance_slack": 0.0, "min_rows_per_copy": 1}
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
     seed, count = draw(st.integers(0, 2**20)), draw(st.sampled_from([4, 12, 64]))
     torch.manual_seed(seed)
