@@ -161,6 +161,9 @@ class MoEConfig:
         max_rows_received: the static mode, without any wait of the host: the most token rows that a rank receives,
             ``ceil(max_rows_received / W)`` from each rank. What is beyond is dropped and counted, see
             :class:`dmoe.parallel.AllToAllDispatcher`. None: as many as there are.
+        on_overflow: what is beyond ``max_rows_received`` is dropped (``drop``); or nothing ever is (``rerun``): the
+            layer is static inside :func:`dmoe.parallel.exact_step` alone, which does a step again, without the bound,
+            where any layer of any rank had no room.
         wire_dtype: ``fp8`` or ``int8``: tokens travel to their experts as one byte per number and a float32 scale per
             row; results come back in their own dtype. None: so do the tokens.
         wire_backward: the tokens' gradients travel like that, too.
@@ -235,6 +238,7 @@ class MoEConfig:
 
     expert_grad_scale: Literal["mean", "sum", "sqrt_world_size"] = "mean"
     max_rows_received: int | None = None
+    on_overflow: Literal["drop", "rerun"] = "drop"
     wire_dtype: Literal["fp8", "int8"] | None = None
     wire_backward: bool = False
     overlap_degree: int = 1

@@ -27,6 +27,8 @@ class RoutingMetrics:
             parallelism.
         naive_bytes_sent: bytes of the rows and results alone, had each choice of a token sent a copy; None without
             expert parallelism, and in its static mode.
+        rows_dropped: rows on their way to other ranks, or to this one, that ``max_rows_received`` had no room for: one
+            for each rank that a token did not come to, scalar integer; None outside the static mode.
     """
 
     tokens_per_expert: Tensor
@@ -34,6 +36,7 @@ class RoutingMetrics:
     entropy: Tensor
     bytes_sent: int | Tensor | None = None
     naive_bytes_sent: int | Tensor | None = None
+    rows_dropped: Tensor | None = None
 
     @property
     def load(self) -> Tensor:
@@ -71,7 +74,9 @@ def metrics_of(routing: Routing, arrived: Sequence[Dispatched], kept_per_expert:
         return RoutingMetrics(plan.tokens_per_expert, kept, entropy)
     naive = [each.naive_bytes_sent for each in traffic]
     total = None if None in naive else sum(number for number in naive if number is not None)
-    return RoutingMetrics(plan.tokens_per_expert, kept, entropy, sum(each.bytes_sent for each in traffic), total)
+    dropped = [each.rows_dropped for each in arrived if each.rows_dropped is not None]
+    lost = torch.stack(dropped).sum() if dropped else None
+    return RoutingMetrics(plan.tokens_per_expert, kept, entropy, sum(each.bytes_sent for each in traffic), total, lost)
 
 
 def expert_load(tokens_per_expert: Tensor) -> Tensor:

@@ -56,6 +56,7 @@ def build_dispatcher(
         config.num_experts,
         None if expert_tp_group is None else as_group(expert_tp_group, "expert_tp_group"),
         max_rows_received=config.max_rows_received,
+        on_overflow=config.on_overflow,
         wire_dtype=config.wire_dtype,
         wire_backward=config.wire_backward,
         two_level=ep_levels,

@@ -38,9 +38,11 @@ from dmoe.ops.histogram import histogram
 from dmoe.ops.permute import permute, unpermute
 from dmoe.parallel.agreement import raise_unless_equal
 from dmoe.parallel.collectives import Exchange, RowExchange, outside_graphs
+from dmoe.parallel.compaction import Compaction
 from dmoe.parallel.counting import Counting
 from dmoe.parallel.destinations import choices_of_plan, choices_of_rows, destinations_of, kept_per_expert, shortened
 from dmoe.parallel.interface import Dispatched, Prepared, Returning, UnderWay, WayBack
+from dmoe.parallel.overflow import Overflow
 from dmoe.parallel.placement import ffn_shard, local_experts
 from dmoe.parallel.tensor_parallel import TensorParallel
 from dmoe.parallel.traffic import Hop, Traffic
@@ -70,6 +72,9 @@ class AllToAllDispatcher:
             padding. Every pair of ranks exchanges ``ceil(max_rows_received / W)`` rows; a token beyond that on its way
             to a rank is not sent there, and adds nothing from there (its gate weights are not renormalised). ``W``
             times the most tokens of any rank is enough for every routing. None: as many rows as there are.
+        on_overflow: what becomes of tokens beyond ``max_rows_received``: ``"drop"``, as said there; ``"rerun"``: the
+            static mode is left to :func:`dmoe.parallel.exact_step`, which does a step again where they were lost, and
+            everywhere else as many rows travel as there are.
         wire_dtype: ``"fp8"`` or ``"int8"``: tokens travel to the experts as one byte per number and a float32 scale per
             row (see :mod:`dmoe.parallel.wire`), those that stay on this rank rounded like the others. Their gate
             weights, and the results, keep their dtype, as does the step between tensor-parallel ranks. None: so do the
@@ -99,6 +104,7 @@ class AllToAllDispatcher:
         tp_group: ProcessGroup | None = None,
         *,
         max_rows_received: int | None = None,
+        on_overflow: str = "drop",
         wire_dtype: str | None = None,
         wire_backward: bool = False,
         two_level: TwoLevel | None = None,
@@ -106,7 +112,7 @@ class AllToAllDispatcher:
         check_wire_dtype(wire_dtype, wire_backward)
         self.group, self.num_experts, self.max_rows_received = group, num_experts, max_rows_received
         self.wire_dtype, self.wire_backward, self.two_level = wire_dtype, wire_backward, two_level
-        self.tp_group, self._tensor = tp_group, None
+        self.tp_group, self._tensor, self.overflow = tp_group, None, Overflow(on_overflow)
         if two_level is not None:
             two_level.check_against(group)
         self.world_size, self.rank = dist.get_world_size(group), dist.get_rank(group)
@@ -128,12 +134,14 @@ class AllToAllDispatcher:
             )
 
     def __deepcopy__(self, memo: Any) -> AllToAllDispatcher:
-        """The same group: a copy of a layer talks to the same ranks."""
-        return self.for_experts(self.num_experts)
+        """The same group: a copy of a layer talks to the same ranks, and counts for itself what it has no room for."""
+        copied = self.for_experts(self.num_experts)
+        copied.overflow = Overflow(self.overflow.on_overflow)
+        return copied
 
     def for_experts(self, num_experts: int) -> AllToAllDispatcher:
         """One with the same groups and options, for so many experts."""
-        return AllToAllDispatcher(
+        made = AllToAllDispatcher(
             self.group,
             num_experts,
             self.tp_group,
@@ -142,6 +150,8 @@ class AllToAllDispatcher:
             wire_backward=self.wire_backward,
             two_level=self.two_level,
         )
+        made.overflow = self.overflow
+        return made
 
     def __reduce__(self) -> Any:
         raise TypeError(
@@ -213,7 +223,8 @@ class AllToAllDispatcher:
     @property
     def _bound(self) -> int | None:
         """Rows between two ranks in the static mode."""
-        return None if self.max_rows_received is None else -(-self.max_rows_received // self.world_size)
+        bounded = self.max_rows_received is not None and self.overflow.static
+        return -(-self.max_rows_received // self.world_size) if bounded else None  # type: ignore[operator]
 
     @outside_graphs
     def launch_dispatch(self, prepared: Prepared) -> UnderWay:
@@ -230,10 +241,11 @@ class AllToAllDispatcher:
             gathered = (bound * ranks,) * (1 if self._tensor is None else self._tensor.size)
             traffic = self._static_traffic(x, chosen, send_counts, gathered)
             kept = kept_per_expert(choices, prepared.destinations, way, each, self._shards)
+            dropped: Tensor | None = self.overflow.count(way.tokens_per_expert, bound)
             used, assignments = bound * ranks, sum(gathered) * top_k
         else:
             send_counts, recv_counts, gathered, assignments, traffic = self._counted(prepared.counting, x, chosen)
-            used, kept = sum(send_counts), None
+            used, kept, dropped = sum(send_counts), None, None
             held = prepared.counting.held
             held_counts = () if held is None else tuple(count[0] for count in held)
 
@@ -256,6 +268,7 @@ class AllToAllDispatcher:
             ),
             traffic=replace(traffic, wire_row_bytes=self._wire_row_bytes(x), hops=_hops(of_rows)),
             kept_per_expert=kept,
+            rows_dropped=dropped,
         )
 
     @outside_graphs
@@ -273,15 +286,21 @@ class AllToAllDispatcher:
             arrived = of_choices.finish(choices)
         top_k, each = arrived.shape[1] // 2, self.num_local_experts
         tile_rows = device_tile_rows(arrived.device, under_way.assignments, each)
+        x, compaction = of_rows.finish(rows), None
+        if under_way.rows_dropped is not None and self.overflow.compacts:
+            compaction = Compaction((arrived[:, top_k:] < each).any(1))
+            arrived, x = compaction.apply(arrived), compaction.apply(x)
         ids = arrived[:, top_k:].to(torch.int32)
         plan = shortened(plan_token_choice(ids, each, tile_rows=tile_rows), under_way.assignments)
         return Dispatched(
-            x=of_rows.finish(rows),
+            x=x,
             plan=plan,
             gate_weights=arrived[:, :top_k],
             way_back=way,
             traffic=under_way.traffic,
             kept_per_expert=under_way.kept_per_expert,
+            rows_dropped=under_way.rows_dropped,
+            compaction=compaction,
         )
 
     def combine(self, y: Tensor, dispatched: Dispatched) -> Tensor:
@@ -304,6 +323,7 @@ class AllToAllDispatcher:
             expected = "what dispatch returned" if way is None else f"{sum(way.gathered)} rows"
             raise ValueError(f"combine: expected {expected}, got y of shape {tuple(y.shape)}")
         y = _Tied.apply(y, dispatched.x, dispatched.gate_weights)
+        y = y if dispatched.compaction is None else dispatched.compaction.undo(y)
         if self._tensor is not None:
             y = self._tensor.summed(y, way.gathered)
         back = self._exchange(way.recv_counts, way.send_counts, way.held_counts, "results", back=True)

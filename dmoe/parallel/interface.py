@@ -11,6 +11,7 @@ from dmoe.plan import RoutingPlan, device_tile_rows, plan_token_choice
 
 if TYPE_CHECKING:
     from dmoe.parallel.collectives import RowExchange
+    from dmoe.parallel.compaction import Compaction
     from dmoe.parallel.traffic import Traffic
 
 
@@ -51,6 +52,8 @@ class Dispatched:
         traffic: what was sent; None when nothing moved.
         kept_per_expert: assignments of this rank's own tokens that were sent, for all experts, ``(E,)`` integer; None
             when none was dropped here.
+        rows_dropped: rows of this rank's own tokens that the static mode had no room for, scalar int64; None outside.
+        compaction: how the gaps between rows were closed; None where they were not, or there are none.
     """
 
     x: Tensor
@@ -59,6 +62,8 @@ class Dispatched:
     way_back: WayBack | None = None
     traffic: Traffic | None = None
     kept_per_expert: Tensor | None = None
+    rows_dropped: Tensor | None = None
+    compaction: Compaction | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ class UnderWay:
     Attributes:
         choices, rows: the exchanges that have started, each with the buffer that is being filled.
         assignments: how many assignments the rows here will have, at most.
-        way_back, traffic, kept_per_expert: as in :class:`Dispatched`.
+        way_back, traffic, kept_per_expert, rows_dropped: as in :class:`Dispatched`.
     """
 
     choices: tuple[RowExchange, Tensor]
@@ -96,6 +101,7 @@ class UnderWay:
     way_back: WayBack
     traffic: Traffic
     kept_per_expert: Tensor | None
+    rows_dropped: Tensor | None = None
 
 
 @dataclass(frozen=True)
