@@ -132,7 +132,8 @@ class MoEConfig:
         load_balancing_over: what is to be balanced: the ``local`` batch of a rank (Switch, GShard); each ``sequence``,
             the last of x's leading dimensions (DeepSeek-V3); or the ``global`` batch of all ranks of the layer's
             ``loss_group`` (Megatron-Core's ``global_aux_loss``), whose counts are summed without the host waiting; all
-            of these train, or none does, for a rank in evaluation has no loss to count for.
+            of these train, or none does, for a rank in evaluation has no loss to count for: those that share experts
+            are told where they differ, but not in later forwards of the static mode.
         aux_loss: ``explicit``: the caller adds ``dmoe.aux_loss(model)`` to the task's loss; ``attached``: the gradient
             joins at the layer's output, for training loops that cannot be edited.
         num_moe_layers: the losses are divided by this, so the coefficient means the same at any depth (MegaBlocks).

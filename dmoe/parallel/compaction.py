@@ -9,9 +9,10 @@ from torch import Tensor
 
 
 class Compaction:
-    """Rows that are there first, in their order, and the gaps behind them; no shape changes, and the host waits for nothing.
+    """Rows that are there first, in their order, and the gaps behind them.
 
-    Dropout draws each row's mask by the row's place, and so draws the same ones in both modes.
+    No shape changes, and the host waits for nothing. Dropout draws each row's mask by the row's place, and so draws the
+    same ones in both modes.
 
     Args:
         here: which rows are there, ``(R,)`` bool.

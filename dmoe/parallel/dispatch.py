@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 
 _Moved: TypeAlias = tuple[int, int, int]
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_MODES = ("any", "evaluation", "training")
 _WIRES = (None, *((kind, narrow_gradients) for kind in WIRE_DTYPES for narrow_gradients in (False, True)))
 
 
@@ -88,6 +89,8 @@ class AllToAllDispatcher:
             ``max_rows_received`` bounds what comes to each of these.
 
     Attributes:
+        mode: ``"training"`` or ``"evaluation"`` where that has to be the same on all ranks, which a layer sees to;
+            ``"any"``: it does not matter. Exchanged with the counts, and so not in the static mode.
         local_experts: the experts that live here, whole or in part.
         ffn_shard: which slice of them, and of how many: ``(index, count)`` is columns ``[index * F / count,
             (index + 1) * F / count)`` of each one's F. What ``combine`` gets is then their part of the sum over F.
@@ -116,6 +119,7 @@ class AllToAllDispatcher:
         if two_level is not None:
             two_level.check_against(group)
         self.world_size, self.rank = dist.get_world_size(group), dist.get_rank(group)
+        self.mode = "any"
         self.local_experts = local_experts(num_experts, self.world_size, self.rank)
         self.ffn_shard = ffn_shard(num_experts, self.world_size, self.rank)
         self._shards = self.ffn_shard[1]
@@ -150,7 +154,7 @@ class AllToAllDispatcher:
             wire_backward=self.wire_backward,
             two_level=self.two_level,
         )
-        made.overflow = self.overflow
+        made.overflow, made.mode = self.overflow, self.mode
         return made
 
     def __reduce__(self) -> Any:
@@ -189,7 +193,7 @@ class AllToAllDispatcher:
 
         Raises:
             ValueError: shapes that do not fit; or, on every rank, rows that differ between ranks in width, dtype,
-                number of choices, or in whether they need a gradient (not looked at in the static mode).
+                number of choices, or in whether they need a gradient, or ``mode`` (not looked at in the static mode).
             RuntimeError: an exchange failed.
         """
         return self.finish_dispatch(self.start_dispatch(x, expert_indices, gate_weights, plan))
@@ -397,7 +401,8 @@ class AllToAllDispatcher:
         assignments = assignments.repeat_interleave(self._shards, output_size=self.world_size)
         wire = _WIRES.index(None if self.wire_dtype is None else (self.wire_dtype, self.wire_backward))
         dtype = _DTYPES.index(x.dtype) + len(_DTYPES) * wire
-        kind = [x.shape[1], choices.shape[1], dtype, _needs_gradient(x, gates)]
+        needs = _needs_gradient(x, gates) + 4 * _MODES.index(self.mode)
+        kind = [x.shape[1], choices.shape[1], dtype, needs]
         kinds = torch.tensor(kind, device="cpu").expand(self.world_size, -1)
         if x.is_cuda:
             kinds = kinds.contiguous().pin_memory().to(x.device, non_blocking=True)
@@ -498,7 +503,8 @@ def _check_kinds(received: list[list[list[int]]]) -> None:
             "K": str(top_k),
             "dtype": str(_DTYPES[dtype % len(_DTYPES)]),
             "wire_dtype, wire_backward": str(_WIRES[dtype // len(_DTYPES)]),
-            "requires_grad": needs[gradient],
+            "requires_grad": needs[gradient % 4],
+            "mode": _MODES[gradient // 4],
         }
         for counts in received
         for _, _, hidden, top_k, dtype, gradient in counts

@@ -1,9 +1,9 @@
-"""Static shapes without a lost token: a step whose rows did not fit anywhere is done again, on all ranks, without bound.
+"""Static shapes without a lost token: a step whose rows did not fit somewhere is done again, everywhere, without bound.
 
 ::
 
     step()  static  --> rows without room, summed over all ranks --> 0: done
-                                                                 --> else: put everything back, step() as many as there are
+                                                                 --> else: put all back, step() without a bound
 
 Forward and backward of the first run wait for nothing. One number for each rank is summed behind it, which is the one
 thing that the host waits for.

@@ -47,10 +47,7 @@ class StepState:
             for holder, name, buffer in _state_tensors(model)
         ]
         self._absent = [
-            (module, name)
-            for module in model.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is None
+            (module, name) for module in model.modules() for name, buffer in module._buffers.items() if buffer is None
         ]
         self._parameters = list(model.parameters())
         self._versions = [_version(parameter) for parameter in self._parameters]
@@ -145,7 +142,10 @@ def _refuse_held_gradients(model: nn.Module) -> None:
         state = module._get_fsdp_state()
         groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
         held = [each for group in groups if group is not None for each in group.fsdp_params]
-        if any(getattr(each, "unsharded_accumulated_grad", None) is not None for each in held):
+        whole = [getattr(each, "_unsharded_param", None) for each in held]
+        grads = [each.grad for each in whole if each is not None]
+        grads += [getattr(each, "unsharded_accumulated_grad", None) for each in held]
+        if any(grad is not None for grad in grads):
             raise ValueError(
                 "exact_step: expected all micro-batches of an optimizer step inside one step, got gradients of earlier "
                 "ones that FSDP has not reduced yet (set_requires_gradient_sync(False))"

@@ -1,6 +1,8 @@
-"""``exact_step``: static shapes whose steps are done again where rows had no room, bit by bit as in the dynamic mode."""
+"""``exact_step``: static steps that are done again where rows had no room, bit by bit as in the dynamic mode."""
 
 from __future__ import annotations
+
+import warnings
 
 import pytest
 import rank_jobs_exact as jobs
@@ -10,7 +12,8 @@ from hypothesis import strategies as st
 from parallel_layer_cases import BASE
 from rank_pool import RankError
 
-from dmoe import MoEConfig
+from dmoe import MoE, MoEConfig
+from dmoe.parallel.step_state import StepState
 
 H, WORLD = 8, 4
 # Rows between two ranks in the tight layer: three tokens always fit, and 4 x 4 + 1 go somewhere where they do not.
@@ -190,3 +193,48 @@ def test_options_of_the_config():
         MoEConfig(**BASE, on_overflow="rerun")
     with pytest.raises(ValueError, match="on_overflow: expected one of 'drop', 'rerun', got 'raise'"):
         MoEConfig(**BASE, max_rows_received=3, on_overflow="raise")
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+def test_what_else_a_step_changes_is_put_back(zeros):
+    """Generators of one's own, ``main_grad``, a buffer that begins as None, and a loss that nobody has read."""
+    torch.manual_seed(0)
+    layer = MoE(**BASE | {"load_balancing_coefficient": 0.1}, selection_bias=True)
+    layer.register_buffer("seen", None)
+    generator = torch.Generator().manual_seed(1)
+    main_grads = {}
+    for name, parameter in layer.named_parameters():
+        parameter.main_grad = torch.zeros_like(parameter) if zeros else torch.randn_like(parameter)
+        main_grads[name] = parameter.main_grad.clone()
+
+    def step():
+        x = torch.randn(5, BASE["hidden_size"], generator=generator)
+        layer(x).sum().backward()
+        layer.seen = torch.ones(1)
+        for parameter in layer.parameters():
+            parameter.main_grad += 1 if parameter.grad is None else parameter.grad + 1
+        return x, layer.router.load_since_update.clone(), layer.last_metrics
+
+    before = StepState(layer, [generator], gradients_are_zero=zeros)
+    first = step()
+    assert not before.parameters_changed
+    before.restore()
+    assert layer.seen is layer.last_metrics is layer.auxiliary._kept is None
+    assert not layer.router.load_since_update.any()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is None
+        assert torch.equal(parameter.main_grad, main_grads[name])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a loss that was lost would be told of
+        again = step()
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
+    with torch.no_grad():
+        layer.router.weight.add_(1)
+    assert before.parameters_changed
+
+
+def test_gradients_that_fsdp_holds_back_and_whole_parameters(ranks):
+    for told, same in ranks.run(jobs.under_fsdp, two_layers(8, 2)):
+        assert "expected all micro-batches of an optimizer step inside one step" in told
+        assert same

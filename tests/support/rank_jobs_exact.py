@@ -242,3 +242,32 @@ def evaluated(group, by_layer):
     except ZeroDivisionError:
         still = any(each.dispatcher.overflow.static for each in inner.mixtures)
     return outputs, done.reran, done.rows_dropped, still
+
+
+def under_fsdp(group, by_layer):
+    """What is said of gradients held back; and, after an evaluation left parameters whole, whether a rerun is exact."""
+    results = []
+    for exact in (True, False):
+        inner, _ = built(by_layer if exact else without_bound(by_layer), "fsdp", ())
+        me = dist.get_rank(group)
+        torch.manual_seed(me)
+        random.seed(me)
+        x = torch.randn(30 if me == 2 else 3, by_layer[0]["hidden_size"], dtype=torch.float64)
+        with torch.no_grad():
+            inner(x)
+
+        def step(inner=inner, x=x):
+            (inner(x).square().mean() + aux_loss(inner)).backward()
+
+        if exact:
+            assert exact_step(step, inner).reran
+        else:
+            step()
+        results.append({name: plain(p.grad) for name, p in inner.named_parameters()})
+    same = all(torch.equal(grad, results[1][name]) for name, grad in results[0].items())
+    inner.set_requires_gradient_sync(False)
+    step()
+    try:
+        exact_step(step, inner)
+    except ValueError as error:
+        return str(error), same
