@@ -121,8 +121,8 @@ def reduce_metrics(model: nn.Module, group: ProcessGroup | None = None) -> dict[
             None if here is None else total.long()
             for here, total in zip((metrics.bytes_sent, metrics.naive_bytes_sent), part[-2:], strict=True)
         )
-        lost = None if metrics.rows_dropped is None else part[-3].long()
-        reduced[name] = RoutingMetrics(tokens, kept, entropy, sent, naive, lost)
+        dropped = None if metrics.rows_dropped is None else part[-3].long()
+        reduced[name] = RoutingMetrics(tokens, kept, entropy, sent, naive, dropped)
     return reduced
 
 

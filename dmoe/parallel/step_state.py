@@ -79,11 +79,11 @@ class StepState:
             local_part(buffer).copy_(copied)
         for module, name in self._absent:
             module._buffers[name] = None
-        for parameter, name, grad, copied in self._gradients:
+        for parameter, name, grad, before in self._gradients:
             if getattr(parameter, name) is not grad:
                 setattr(parameter, name, grad)
-            if grad is not None and copied is not None:
-                local_part(grad.detach()).copy_(copied)
+            if grad is not None and before is not None:
+                local_part(grad.detach()).copy_(before)
         for layer in self._layers:
             layer.restore()
         torch.clear_autocast_cache()  # casts made inside an autocast that is still on, with the graph of the first run
