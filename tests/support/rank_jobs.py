@@ -155,6 +155,7 @@ def layer(group, fields, seed, dtype, shares, autocast=None, arrangement="flat")
         "naive_bytes_sent": metrics.naive_bytes_sent,
         "tokens_per_expert": metrics.tokens_per_expert,
         "kept_per_expert": metrics.kept_per_expert,
+        "rows_dropped": metrics.rows_dropped,
     }
 
 
