@@ -132,7 +132,8 @@ class MoEConfig:
         load_balancing_over: what is to be balanced: the ``local`` batch of a rank (Switch, GShard); each ``sequence``,
             the last of x's leading dimensions (DeepSeek-V3); or the ``global`` batch of all ranks of the layer's
             ``loss_group`` (Megatron-Core's ``global_aux_loss``), whose counts are summed without the host waiting; all
-            of these train, or none does, for a rank in evaluation has no loss to count for.
+            of these train, or none does, for a rank in evaluation has no loss to count for: those that share experts
+            are told where they differ, but not in later forwards of the static mode.
         aux_loss: ``explicit``: the caller adds ``dmoe.aux_loss(model)`` to the task's loss; ``attached``: the gradient
             joins at the layer's output, for training loops that cannot be edited.
         num_moe_layers: the losses are divided by this, so the coefficient means the same at any depth (MegaBlocks).
@@ -165,6 +166,9 @@ class MoEConfig:
         max_rows_received: the static mode, without any wait of the host: the most token rows that a rank receives,
             ``ceil(max_rows_received / W)`` from each rank. What is beyond is dropped and counted, see
             :class:`dmoe.parallel.AllToAllDispatcher`. None: as many as there are.
+        on_overflow: what is beyond ``max_rows_received`` is dropped (``drop``); or nothing ever is (``rerun``): the
+            layer is static inside :func:`dmoe.parallel.exact_step` alone, which does a step again, without the bound,
+            where any layer of any rank had no room.
         wire_dtype: ``fp8`` or ``int8``: tokens travel to their experts as one byte per number and a float32 scale per
             row; results come back in their own dtype. None: so do the tokens.
         wire_backward: the tokens' gradients travel like that, too.
@@ -253,6 +257,7 @@ class MoEConfig:
 
     expert_grad_scale: Literal["mean", "sum", "sqrt_world_size"] = "mean"
     max_rows_received: int | None = None
+    on_overflow: Literal["drop", "rerun"] = "drop"
     wire_dtype: Literal["fp8", "int8"] | None = None
     wire_backward: bool = False
     rows_between_nodes: Literal["once_per_rank", "once_per_node"] = "once_per_rank"

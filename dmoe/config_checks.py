@@ -151,6 +151,7 @@ def _check_capacity(c: MoEConfig) -> None:
     _require(c, c.min_capacity >= 0, "min_capacity", "at least 0")
     bound = c.max_rows_received
     _require(c, bound is None or bound >= 0, "max_rows_received", "at least 0, or None")
+    _require(c, bound is not None or c.on_overflow == "drop", "on_overflow", "'drop' without max_rows_received")
     _require(c, not c.wire_backward or c.wire_dtype is not None, "wire_backward", "False without wire_dtype")
     _check_levelling(c)
     _require(c, 0 <= c.selection_bias_update_rate < math.inf, "selection_bias_update_rate", "at least 0")

@@ -153,7 +153,8 @@ class MoE(Float32Buffers):
 
         Raises:
             ValueError, TypeError: x, mask, ids or indices of another shape, type or device than the layer expects.
-            ValueError: on every rank, in the first forward with ``ep_group``: ranks whose layers differ.
+            ValueError: on every rank, in the first forward with ``ep_group``: ranks whose layers differ; and in any
+                forward, but not in the static mode, ranks that differ in training and evaluation, or in autograd.
         """
         check_inputs(self.config, x, token_mask, token_ids, expert_indices)
         if not self._ranks_agree:
@@ -163,6 +164,8 @@ class MoE(Float32Buffers):
         if self.training and self.config.input_jitter_on == "layer":
             tokens = jittered(tokens, self.config.input_jitter)
         routing = self.router(tokens, **about)
+        if isinstance(self.dispatcher, AllToAllDispatcher):
+            self.dispatcher.mode = "training" if self.training else "evaluation"
         y, arrived, kept = self._through_experts(tokens, routing)
         y = self.auxiliary.hand_over(
             y,

@@ -27,6 +27,8 @@ class RoutingMetrics:
             without expert parallelism.
         naive_bytes_sent: bytes of the rows and results alone, had each choice of a token sent a copy; None without
             expert parallelism, and in its static mode.
+        rows_dropped: rows on their way to other ranks, or to this one, that ``max_rows_received`` had no room for: one
+            for each rank that a token did not come to, scalar integer; None outside the static mode.
         rank_rows: rows that each rank's experts compute, its copies of others' with them, those that share experts
             counted once, ``(O,)`` integer; None without ``balance_ranks``.
         rank_rows_unbalanced: what it would have been without copies.
@@ -38,6 +40,7 @@ class RoutingMetrics:
     entropy: Tensor
     bytes_sent: int | Tensor | None = None
     naive_bytes_sent: int | Tensor | None = None
+    rows_dropped: Tensor | None = None
     rank_rows: Tensor | None = None
     rank_rows_unbalanced: Tensor | None = None
     copies_hosted: int = 0
@@ -80,6 +83,7 @@ def metrics_of(routing: Routing, arrived: Sequence[Dispatched], kept_per_expert:
     total = None if None in naive else sum(number for number in naive if number is not None)
     sent = sum(each.bytes_sent for each in traffic)
     levels, copies = arrived[0].levels, arrived[0].copies
+    dropped = [each.rows_dropped for each in arrived if each.rows_dropped is not None]
     return RoutingMetrics(
         plan.tokens_per_expert,
         kept,
@@ -88,6 +92,7 @@ def metrics_of(routing: Routing, arrived: Sequence[Dispatched], kept_per_expert:
         total,
         rank_rows=None if levels is None else levels.rows,
         rank_rows_unbalanced=None if levels is None else levels.rows_before,
+        rows_dropped=torch.stack(dropped).sum() if dropped else None,
         copies_hosted=0 if copies is None else copies.num_hosted,
     )
 

@@ -89,7 +89,7 @@ def reduce_metrics(model: nn.Module, group: ProcessGroup | None = None) -> dict[
         group: ``torch.distributed`` ranks; None is all of them.
 
     Returns:
-        By layer name: counts and bytes summed (bytes as scalar int64 tensors; None where the layer counts none), the
+        By layer name: counts and bytes summed (as scalar int64 tensors; None where the layer counts none), the
         entropy's mean over ranks weighted by their assignments. Layers that have not run are left out.
 
     """
@@ -104,7 +104,8 @@ def reduce_metrics(model: nn.Module, group: ProcessGroup | None = None) -> dict[
         traffic = [metrics.bytes_sent, metrics.naive_bytes_sent]
         none = [float("nan") if number is None else float(number) for number in traffic]
         own = torch.tensor(none, dtype=torch.float64, device="cpu").to(counts.device, non_blocking=True)
-        pieces += [counts.flatten(), (metrics.entropy.double() * weight).view(1), own]
+        lost = weight.new_zeros(1) if metrics.rows_dropped is None else metrics.rows_dropped.double().view(1)
+        pieces += [counts.flatten(), (metrics.entropy.double() * weight).view(1), lost, own]
     if not pieces:
         return ran
     everything = torch.cat([piece.to(pieces[0].device) for piece in pieces])
@@ -112,15 +113,16 @@ def reduce_metrics(model: nn.Module, group: ProcessGroup | None = None) -> dict[
     reduced, position = {}, 0
     for name, metrics in ran.items():
         experts = metrics.tokens_per_expert.shape[0]
-        part = everything[position : position + 2 * experts + 3]
-        position += 2 * experts + 3
+        part = everything[position : position + 2 * experts + 4]
+        position += 2 * experts + 4
         tokens, kept = (counts.long() for counts in part[: 2 * experts].view(2, experts))
-        entropy = (part[-3] / part[:experts].sum().clamp(min=1)).to(metrics.entropy.dtype)
+        entropy = (part[-4] / part[:experts].sum().clamp(min=1)).to(metrics.entropy.dtype)
         sent, naive = (
             None if here is None else total.long()
             for here, total in zip((metrics.bytes_sent, metrics.naive_bytes_sent), part[-2:], strict=True)
         )
-        reduced[name] = RoutingMetrics(tokens, kept, entropy, sent, naive)
+        dropped = None if metrics.rows_dropped is None else part[-3].long()
+        reduced[name] = RoutingMetrics(tokens, kept, entropy, sent, naive, dropped)
     return reduced
 
 

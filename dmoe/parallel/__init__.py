@@ -14,6 +14,7 @@ from dmoe.parallel.by_node import NodeDispatcher
 from dmoe.parallel.clipping import clip_grad_norm, grad_norm
 from dmoe.parallel.collectives import Exchange, all_to_all_rows
 from dmoe.parallel.dispatch import AllToAllDispatcher
+from dmoe.parallel.exact import ExactStep, exact_step
 from dmoe.parallel.fsdp import fully_shard_experts
 from dmoe.parallel.grad_scaler import GradScaler
 from dmoe.parallel.gradients import average_gradients, average_in_backward, data_parallel, split_parameters
@@ -30,6 +31,7 @@ __all__ = [
     "AllToAllDispatcher",
     "Dispatched",
     "Dispatcher",
+    "ExactStep",
     "Exchange",
     "GradScaler",
     "Hop",
@@ -52,6 +54,7 @@ __all__ = [
     "chunk_of",
     "clip_grad_norm",
     "data_parallel",
+    "exact_step",
     "ffn_shard",
     "fully_shard_experts",
     "grad_norm",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 
 from dmoe.activation_functions import name_of
 from dmoe.parallel.collectives import outside_graphs
+from dmoe.parallel.meeting import Verdict, meet
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -63,7 +65,7 @@ def check_layers(layer: Any, dtype: torch.dtype) -> None:
     parts = {"router": layer.router, "experts": layer.experts}
     adapters = {part: held.summary() for part, module in parts.items() if (held := getattr(module, "lora", None))}
     seed = {"adapters": adapters, "seed": getattr(layer.experts, "seed", None)}
-    fields = {**options, **weights, **hops, **groups, **seed}
+    fields = {**options, **weights, **hops, **groups, **seed, **_now(layer)}
     check_agreement("MoE", fields, dispatcher.groups, hints)
 
 
@@ -72,6 +74,13 @@ def _beside_plain_weights(holders: Sequence[Any]) -> str | None:
     if any(getattr(holder, "lora", None) is not None for holder in holders):
         return "adapters"
     return "weights that are codes" if any(next(holder.buffers(), None) is not None for holder in holders) else None
+
+
+def _now(layer: Any) -> dict[str, Any]:
+    """What a forward depends on beside the layer, where a rank that differs would leave the others waiting."""
+    kind = next(layer.parameters()).device.type
+    cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return {"autograd": torch.is_grad_enabled(), "autocast": cast, "training": layer.training}
 
 
 @outside_graphs
@@ -86,21 +95,36 @@ def check_agreement(
     Args:
         operation: whose fields these are, for the message.
         fields: what has to be equal: short values with a telling ``repr``.
-        group: the ranks; or several groups, asked one after the other: what one finds is told to the next.
+        group: the ranks; or several groups, asked one after the other: what one finds is told to the next. Every rank
+            has the first. One may lack another: all are told as well (see ``meeting.py``) where any rank of its first
+            group has one that is complete; else those that wait for it give up at the time limit.
         hints: by field, what to do when the ranks differ in it.
 
     Raises:
         ValueError: on every rank, naming each field that differs, its values, and the ranks that hold them.
     """
     mine = {name: repr(value) for name, value in fields.items()}
-    problem = None
-    for each in group if isinstance(group, Sequence) else (group,):
-        everyone: list[Any] = [None] * dist.get_world_size(each)
-        dist.all_gather_object(everyone, (mine, problem), group=each)
+    first, *others = group if isinstance(group, Sequence) else (group,)
+    everyone = _gathered((mine, uuid.uuid4().hex), first)
+    problem = difference(operation, [record for record, _ in everyone], hints)
+    verdict = Verdict(first, everyone[0][1])
+    for each in others:
+        if told := meet(each, verdict):
+            raise ValueError(told)
+        everyone = _gathered((mine, problem), each)
         found = difference(operation, [record for record, _ in everyone], hints)
         problem = problem or next((told for _, told in everyone if told), found)
     if problem:
+        if others:  # and only now, when all of those groups know: who reads it tells nobody
+            verdict.leave(problem)
         raise ValueError(problem)
+
+
+def _gathered(value: Any, group: ProcessGroup) -> list[Any]:
+    """Every rank's value."""
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, value, group=group)
+    return everyone
 
 
 def raise_unless_equal(operation: str, by_rank: Sequence[Mapping[str, str]], hints: Mapping[str, str]) -> None:

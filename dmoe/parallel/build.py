@@ -64,6 +64,7 @@ def build_dispatcher(
         config.num_experts,
         tp_group,
         max_rows_received=config.max_rows_received,
+        on_overflow=config.on_overflow,
         wire_dtype=config.wire_dtype,
         wire_backward=config.wire_backward,
         two_level=ep_levels,

@@ -69,6 +69,7 @@ class NodeDispatcher(AllToAllDispatcher):
         self, x: Tensor, expert_indices: Tensor | None, gate_weights: Tensor, plan: RoutingPlan | None = None
     ) -> Prepared:
         """See :meth:`AllToAllDispatcher.prepare_dispatch`: the counts of the hop between nodes are on their way."""
+        self._between.mode = self._inside.mode = self.mode
         return self._between._prepared(*self._renumbered(x, expert_indices, gate_weights, plan))
 
     @outside_graphs

@@ -41,12 +41,14 @@ from dmoe.ops.histogram import histogram
 from dmoe.ops.permute import permute, unpermute
 from dmoe.parallel.agreement import raise_unless_equal
 from dmoe.parallel.collectives import Exchange, RowExchange, outside_graphs, tied
+from dmoe.parallel.compaction import Compaction
 from dmoe.parallel.copies import Copies
 from dmoe.parallel.counting import Counting
 from dmoe.parallel.destinations import choices_of_plan, choices_of_rows, destinations_of, kept_per_expert, shortened
 from dmoe.parallel.interface import Dispatched, Prepared, Returning, UnderWay, WayBack
 from dmoe.parallel.joined import Apart, Arriving, Joined
 from dmoe.parallel.levelling import Levelling, LevelPlan, plan_levels
+from dmoe.parallel.overflow import Overflow
 from dmoe.parallel.placement import ffn_shard, local_experts
 from dmoe.parallel.statistics import LoadOfRanks
 from dmoe.parallel.tensor_parallel import TensorParallel
@@ -62,6 +64,7 @@ _Moved: TypeAlias = tuple[int, int, int]
 _Counts: TypeAlias = tuple[Sequence[int], Sequence[int], Sequence[int]]  # of rows sent, received, and passed on
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 JOIN_FROM = 63  # other ranks from which on messages cost more than a copy of the rows
+_MODES = ("any", "evaluation", "training")
 _WIRES = (None, *((kind, narrow_gradients) for kind in WIRE_DTYPES for narrow_gradients in (False, True)))
 
 
@@ -79,6 +82,9 @@ class AllToAllDispatcher:
             padding. Every pair of ranks exchanges ``ceil(max_rows_received / W)`` rows; a token beyond that on its way
             to a rank is not sent there, and adds nothing from there (its gate weights are not renormalised). ``W``
             times the most tokens of any rank is enough for every routing. None: as many rows as there are.
+        on_overflow: what becomes of tokens beyond ``max_rows_received``: ``"drop"``, as said there; ``"rerun"``: the
+            static mode is left to :func:`dmoe.parallel.exact_step`, which does a step again where they were lost, and
+            everywhere else as many rows travel as there are.
         wire_dtype: ``"fp8"`` or ``"int8"``: tokens travel to the experts as one byte per number and a float32 scale per
             row (see :mod:`dmoe.parallel.wire`), those that stay on this rank rounded like the others. Their gate
             weights, and the results, keep their dtype, as does the step between tensor-parallel ranks. None: so do the
@@ -98,6 +104,8 @@ class AllToAllDispatcher:
             ``max_rows_received`` bounds what comes to each of these.
 
     Attributes:
+        mode: ``"training"`` or ``"evaluation"`` where that has to be the same on all ranks, which a layer sees to;
+            ``"any"``: it does not matter. Exchanged with the counts, and so not in the static mode.
         local_experts: the experts that live here, whole or in part.
         ffn_shard: which slice of them, and of how many: ``(index, count)`` is columns ``[index * F / count,
             (index + 1) * F / count)`` of each one's F. What ``combine`` gets is then their part of the sum over F.
@@ -114,6 +122,7 @@ class AllToAllDispatcher:
         tp_group: ProcessGroup | None = None,
         *,
         max_rows_received: int | None = None,
+        on_overflow: str = "drop",
         wire_dtype: str | None = None,
         wire_backward: bool = False,
         two_level: TwoLevel | None = None,
@@ -124,9 +133,11 @@ class AllToAllDispatcher:
         self.group, self.num_experts, self.max_rows_received = group, num_experts, max_rows_received
         self.wire_dtype, self.wire_backward, self.two_level = wire_dtype, wire_backward, two_level
         self.tp_group, self._tensor, self.levelling, self.join_choices = tp_group, None, levelling, join_choices
+        self.overflow = Overflow(on_overflow)
         if two_level is not None:
             two_level.check_against(group)
         self.world_size, self.rank = dist.get_world_size(group), dist.get_rank(group)
+        self.mode = "any"
         self.local_experts = local_experts(num_experts, self.world_size, self.rank)
         self.ffn_shard = ffn_shard(num_experts, self.world_size, self.rank)
         self._shards = self.ffn_shard[1]
@@ -145,12 +156,14 @@ class AllToAllDispatcher:
             )
 
     def __deepcopy__(self, memo: Any) -> AllToAllDispatcher:
-        """The same group: a copy of a layer talks to the same ranks."""
-        return self.for_experts(self.num_experts)
+        """The same group: a copy of a layer talks to the same ranks, and counts for itself what it has no room for."""
+        copied = self.for_experts(self.num_experts)
+        copied.overflow = Overflow(self.overflow.on_overflow)
+        return copied
 
     def for_experts(self, num_experts: int) -> AllToAllDispatcher:
         """One with the same groups and options, for so many experts."""
-        return type(self)(
+        made = type(self)(
             self.group,
             num_experts,
             self.tp_group,
@@ -161,6 +174,8 @@ class AllToAllDispatcher:
             join_choices=self.join_choices,
             levelling=self.levelling,
         )
+        made.overflow, made.mode = self.overflow, self.mode
+        return made
 
     def __reduce__(self) -> Any:
         raise TypeError(
@@ -198,7 +213,7 @@ class AllToAllDispatcher:
         """Places for copies on this rank."""
         if self.levelling is None:
             return 0
-        if self.max_rows_received is None:
+        if self._bound is None:
             return self.levelling.max_copies
         return min(self.levelling.max_copies, self.num_local_experts) * self.num_owners
 
@@ -217,7 +232,7 @@ class AllToAllDispatcher:
 
         Raises:
             ValueError: shapes that do not fit; or, on every rank, rows that differ between ranks in width, dtype,
-                number of choices, or in whether they need a gradient (not looked at in the static mode).
+                number of choices, or in whether they need a gradient, or ``mode`` (not looked at in the static mode).
             RuntimeError: an exchange failed.
         """
         return self.finish_dispatch(self.start_dispatch(x, expert_indices, gate_weights, plan))
@@ -264,7 +279,7 @@ class AllToAllDispatcher:
     def _levelled(self, choices: Tensor, x: Tensor) -> LevelPlan:
         """Ask all ranks how many rows they have for each expert, and plan who computes which."""
         assert self.levelling is not None
-        experts, static = self.num_experts, self.max_rows_received is not None
+        experts, static = self.num_experts, self._bound is not None
         here = histogram(choices.flatten(), experts + 1)[:experts]
         everyone = LoadOfRanks(*self.groups)
         loads, source = everyone.gather(here)
@@ -293,7 +308,8 @@ class AllToAllDispatcher:
     @property
     def _bound(self) -> int | None:
         """Rows between two ranks in the static mode."""
-        return None if self.max_rows_received is None else -(-self.max_rows_received // self.world_size)
+        bounded = self.max_rows_received is not None and self.overflow.static
+        return -(-self.max_rows_received // self.world_size) if bounded else None  # type: ignore[operator]
 
     @outside_graphs
     def launch_dispatch(self, prepared: Prepared) -> UnderWay:
@@ -312,11 +328,12 @@ class AllToAllDispatcher:
             kept = kept_per_expert(choices, prepared.destinations, way, each, self._shards)
             if levels is not None:
                 kept = levels.of_experts(kept, self.num_experts)
+            dropped: Tensor | None = self.overflow.count(way.tokens_per_expert, bound)
             used, assignments = bound * ranks, sum(gathered) * top_k
             of_copies = assignments
         else:
             send_counts, recv_counts, gathered, assignments, traffic = self._counted(prepared.counting, x, chosen)
-            used, kept = sum(send_counts), None
+            used, kept, dropped = sum(send_counts), None, None
             held = prepared.counting.held
             held_counts = () if held is None else tuple(count[0] for count in held)
             of_copies = self._rows_of_copies(prepared)
@@ -345,6 +362,7 @@ class AllToAllDispatcher:
                 count_bytes=traffic.count_bytes + (0 if levels is None else levels.bytes_sent),
             ),
             kept_per_expert=kept,
+            rows_dropped=dropped,
             copies=self._copies(prepared),
             levels=levels,
         )
@@ -370,19 +388,25 @@ class AllToAllDispatcher:
     def _dispatched(self, arriving: Arriving, under_way: UnderWay) -> Dispatched:
         """The plans are made when the choices are there, then the rows are waited for."""
         arrived = arriving.choices()
-        top_k, each = arrived.shape[1] // 2, self.num_local_experts
+        top_k, each, compaction = arrived.shape[1] // 2, self.num_local_experts, None
+        if under_way.rows_dropped is not None and self.overflow.compacts:
+            compaction = Compaction((arrived[:, top_k:] < self._places).any(1))
+            arrived = compaction.apply(arrived)
         ids, (own, of_copies) = arrived[:, top_k:].to(torch.int32), under_way.assignments
         plan, copies_plan = _plan_here(ids.clamp(max=each) if under_way.levels is not None else ids, each, own), None
         if under_way.copies is not None and (hosted := under_way.copies.num_hosted):
             ids = ids - each
             copies_plan = _plan_here(ids.masked_fill((ids < 0) | (ids > hosted), hosted), hosted, of_copies)
+        x = arriving.rows()
         return Dispatched(
-            x=arriving.rows(),
+            x=x if compaction is None else compaction.apply(x),
             plan=plan,
             gate_weights=arrived[:, :top_k],
             way_back=under_way.way_back,
             traffic=under_way.traffic,
             kept_per_expert=under_way.kept_per_expert,
+            rows_dropped=under_way.rows_dropped,
+            compaction=compaction,
             copies=under_way.copies,
             copies_plan=copies_plan,
             levels=under_way.levels,
@@ -408,6 +432,7 @@ class AllToAllDispatcher:
             expected = "what dispatch returned" if way is None else f"{sum(way.gathered)} rows"
             raise ValueError(f"combine: expected {expected}, got y of shape {tuple(y.shape)}")
         y = tied(y, dispatched.x, dispatched.gate_weights)
+        y = y if dispatched.compaction is None else dispatched.compaction.undo(y)
         if self._tensor is not None:
             y = self._tensor.summed(y, way.gathered)
         back = self._exchange(way.recv_counts, way.send_counts, way.held_counts, "results", back=True)
@@ -499,7 +524,8 @@ class AllToAllDispatcher:
         assignments = assignments.repeat_interleave(self._shards, output_size=self.world_size)
         wire = _WIRES.index(None if self.wire_dtype is None else (self.wire_dtype, self.wire_backward))
         dtype = _DTYPES.index(x.dtype) + len(_DTYPES) * wire
-        kind = [x.shape[1], choices.shape[1], dtype, _needs_gradient(x, gates)]
+        needs = _needs_gradient(x, gates) + 4 * _MODES.index(self.mode)
+        kind = [x.shape[1], choices.shape[1], dtype, needs]
         kinds = torch.tensor(kind, device="cpu").expand(self.world_size, -1)
         if x.is_cuda:
             kinds = kinds.contiguous().pin_memory().to(x.device, non_blocking=True)
@@ -591,7 +617,8 @@ def _check_kinds(received: list[list[list[int]]]) -> None:
             "K": str(top_k),
             "dtype": str(_DTYPES[dtype % len(_DTYPES)]),
             "wire_dtype, wire_backward": str(_WIRES[dtype // len(_DTYPES)]),
-            "requires_grad": needs[gradient],
+            "requires_grad": needs[gradient % 4],
+            "mode": _MODES[gradient // 4],
         }
         for counts in received
         for _, _, hidden, top_k, dtype, gradient in counts

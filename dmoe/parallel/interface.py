@@ -11,6 +11,7 @@ from dmoe.plan import RoutingPlan, device_tile_rows, plan_token_choice
 
 if TYPE_CHECKING:
     from dmoe.parallel.collectives import RowExchange
+    from dmoe.parallel.compaction import Compaction
     from dmoe.parallel.copies import Copies
     from dmoe.parallel.joined import Arriving
     from dmoe.parallel.levelling import LevelPlan
@@ -54,6 +55,8 @@ class Dispatched:
         traffic: what was sent; None when nothing moved.
         kept_per_expert: assignments of this rank's own tokens that were sent, for all experts, ``(E,)`` integer; None
             when none was dropped here.
+        rows_dropped: rows of this rank's own tokens that the static mode had no room for, scalar int64; None outside.
+        compaction: how the gaps between rows were closed; None where they were not, or there are none.
         copies: the experts that this rank lends to others and hosts for them; None where nobody does.
         copies_plan: which row goes to which hosted copy, beside ``plan``; None where none is hosted here.
         levels: who was to compute how much; None without :class:`dmoe.parallel.Levelling`.
@@ -66,6 +69,8 @@ class Dispatched:
     way_back: WayBack | None = None
     traffic: Traffic | None = None
     kept_per_expert: Tensor | None = None
+    rows_dropped: Tensor | None = None
+    compaction: Compaction | None = None
     copies: Copies | None = None
     copies_plan: RoutingPlan | None = None
     levels: LevelPlan | None = None
@@ -100,7 +105,7 @@ class UnderWay:
     Attributes:
         arriving: the tokens and their choices.
         assignments: how many assignments the rows here will have, at most: of this rank's experts, and of copies.
-        way_back, traffic, kept_per_expert, copies, levels: as in :class:`Dispatched`.
+        way_back, traffic, kept_per_expert, rows_dropped, copies, levels: as in :class:`Dispatched`.
     """
 
     arriving: Arriving
@@ -108,6 +113,7 @@ class UnderWay:
     way_back: WayBack
     traffic: Traffic
     kept_per_expert: Tensor | None
+    rows_dropped: Tensor | None = None
     copies: Copies | None = None
     levels: LevelPlan | None = None
 

@@ -34,6 +34,7 @@ class QuantizedProjection(nn.Module):
     zeros: Tensor | None
     format: Tensor
     requires_grad = False
+    constant_buffers = True  # which nothing changes in a step: who restores a model copies none of them
 
     def __init__(
         self, weight: QuantizedWeight, dtype: torch.dtype | None = None, owned: ExpertSlice | None = None

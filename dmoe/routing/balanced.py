@@ -19,6 +19,11 @@ from dmoe.routing.base import LinearRouter, Routing
 from dmoe.routing.planning import plan_of_choices
 from dmoe.routing.rules import check_logits
 
+_NO_MASK = (
+    "MoE: token_mask: expected None in training with router='base', which gives each expert as many tokens; take the "
+    "padding out of x"
+)
+
 
 @register("base")
 @dataclass(frozen=True)
@@ -108,9 +113,12 @@ class BaseRouter(LinearRouter):
             router_logits=router_logits,
         )
 
-    def _scores_of_all(self, scores: Tensor) -> tuple[Tensor, int]:
+    def _scores_of_all(self, scores: Tensor, masked: bool) -> tuple[Tensor, int]:
         """All ranks' scores, ``(W, T, E)``, and which are this rank's; of different T they could not be gathered."""
-        counts, _ = self.ranks.gather(torch.full((1,), len(scores), device=scores.device))
+        told, _ = self.ranks.gather(torch.tensor([len(scores), masked], device=scores.device))
+        counts, masks = told.view(-1, 2).unbind(1)
+        if masks.any():  # on every rank alike: one that said so alone would leave the others waiting
+            raise ValueError(_NO_MASK)
         if (counts != len(scores)).any():  # the host waits for the assignment anyway
             raise ValueError(
                 "MoE: x: expected equally many tokens on all ranks with Base(over='group'), which assigns them "
@@ -119,14 +127,12 @@ class BaseRouter(LinearRouter):
         return self.ranks.gather(scores)
 
     def _assign(self, scores: Tensor, token_mask: Tensor | None) -> Tensor:
-        if token_mask is not None:
-            raise ValueError(
-                "MoE: token_mask: expected None in training with router='base', which gives each expert as many "
-                "tokens; take the padding out of x"
-            )
         num_tokens, num_experts = scores.shape
-        if self.options.over == "group" and self.ranks is not None:
-            everyone, here = self._scores_of_all(scores)
+        together = self.options.over == "group" and self.ranks is not None
+        if token_mask is not None and not together:
+            raise ValueError(_NO_MASK)
+        if together:
+            everyone, here = self._scores_of_all(scores, token_mask is not None)
             chosen = balanced_assignment(everyone.flatten(0, 1)).view(-1, num_tokens)[here]
         else:
             if num_tokens % num_experts:

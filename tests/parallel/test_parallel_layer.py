@@ -211,6 +211,9 @@ def test_static_mode_in_a_layer(ranks):
         assert other["bytes_sent"] == other["wire"] == 3 * 6 * (H + 4 + H) * 8
         assert little["bytes_sent"] == 3 * 1 * (H + 4 + H) * 8
         assert (little["kept_per_expert"] <= one["kept_per_expert"]).all()
+        assert one["rows_dropped"] is None
+        assert other["rows_dropped"] == 0
+        assert (little["rows_dropped"] > 0) == (little["kept_per_expert"].sum() < one["kept_per_expert"].sum())
     assert sum(r["kept_per_expert"].sum() for r in tight) < sum(r["kept_per_expert"].sum() for r in dynamic)
 
 

@@ -231,11 +231,11 @@ def test_steps_with_zero_equal_one_process(ranks):
             close(name, values[name], share(model, name, value, rank, 4))
 
 
-@pytest.mark.parametrize("capacity", [None, 1])
-def test_metrics_over_ranks(ranks, capacity):
+@pytest.mark.parametrize(("capacity", "bound"), [(None, None), (1, None), (None, 4)])
+def test_metrics_over_ranks(ranks, capacity, bound):
     torch.manual_seed(0)
     shares = [torch.randn(n, H, dtype=torch.float64) for n in (6, 3, 0, 8)]
-    fields = {**BASE, "capacity": capacity}
+    fields = {**BASE, "capacity": capacity, "max_rows_received": bound}
     results = ranks.run(jobs.metrics, fields, shares)
     for _, reduced, calls in results:
         assert calls == 1
@@ -245,5 +245,9 @@ def test_metrics_over_ranks(ranks, capacity):
         entropy = sum(own.entropy * n for (own, _, _), n in zip(results, (6, 3, 0, 8), strict=True)) / 17
         close("entropy", reduced.entropy, entropy)
         assert reduced.bytes_sent == sum(own.bytes_sent for own, _, _ in results)
-        assert reduced.naive_bytes_sent == sum(own.naive_bytes_sent for own, _, _ in results)
-        assert (reduced.dropped_share > 0) == (capacity is not None)
+        if bound is None:
+            assert reduced.naive_bytes_sent == sum(own.naive_bytes_sent for own, _, _ in results)
+            assert reduced.rows_dropped is None
+        else:
+            assert reduced.rows_dropped == sum(own.rows_dropped for own, _, _ in results) > 0
+        assert (reduced.dropped_share > 0) == (capacity is not None or bound is not None)

@@ -156,6 +156,7 @@ def layer(group, fields, seed, dtype, shares, autocast=None, arrangement="flat")
         "tokens_per_expert": metrics.tokens_per_expert,
         "kept_per_expert": metrics.kept_per_expert,
         "rank_rows": (metrics.rank_rows_unbalanced, metrics.rank_rows),
+        "rows_dropped": metrics.rows_dropped,
     }
 
 
