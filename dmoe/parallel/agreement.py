@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import uuid
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -107,9 +108,9 @@ def check_agreement(
     first, *others = group if isinstance(group, Sequence) else (group,)
     everyone = _gathered((mine, uuid.uuid4().hex), first)
     problem = difference(operation, [record for record, _ in everyone], hints)
-    verdict = Verdict(first, everyone[0][1])
+    verdict, number = Verdict(first, everyone[0][1]), _number(first)
     for each in others:
-        if told := meet(each, verdict):
+        if told := meet(each, verdict, number):
             raise ValueError(told)
         everyone = _gathered((mine, problem), each)
         found = difference(operation, [record for record, _ in everyone], hints)
@@ -118,6 +119,16 @@ def check_agreement(
         if others:  # and only now, when all of those groups know: who reads it tells nobody
             verdict.leave(problem)
         raise ValueError(problem)
+
+
+_asked: Counter[tuple[int, ...]] = Counter()
+
+
+def _number(group: ProcessGroup) -> int:
+    """How many questions were asked over a group: as many on all ranks of a grid, whose layers are the same."""
+    ranks = tuple(dist.get_process_group_ranks(group))
+    _asked[ranks] += 1
+    return _asked[ranks]
 
 
 def _gathered(value: Any, group: ProcessGroup) -> list[Any]:

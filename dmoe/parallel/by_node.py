@@ -82,7 +82,7 @@ class NodeDispatcher(AllToAllDispatcher):
         return replace(under_way, assignments=(0, of_copies), copies=copies, levels=levels, traffic=traffic)
 
     @outside_graphs
-    def finish_dispatch(self, under_way: UnderWay) -> Dispatched:
+    def advance_dispatch(self, under_way: UnderWay) -> UnderWay:
         """Wait for the rows between nodes, and send them on inside; the host waits for the counts of that hop.
 
         Raises:
@@ -93,16 +93,28 @@ class NodeDispatcher(AllToAllDispatcher):
         x = under_way.arriving.rows()
         second = self._inside.launch_dispatch(self._inside._prepared(x, ids.to(torch.int32), weights, None))
         (own, _), (_, of_copies) = second.assignments, under_way.assignments
-        merged = replace(
+        return replace(
             second,
             assignments=(own - of_copies, of_copies),
             copies=under_way.copies,
             levels=under_way.levels,
             traffic=_both(under_way.traffic, second.traffic),
+            before=(x, weights, under_way.way_back),
         )
-        dispatched = self._dispatched(self._inside._all_slices(second), merged)
-        before = replace(dispatched, x=x, gate_weights=weights, way_back=under_way.way_back)
-        return replace(dispatched, before=before)
+
+    @outside_graphs
+    def finish_dispatch(self, under_way: UnderWay) -> Dispatched:
+        """Wait for the rows of the last hop.
+
+        Raises:
+            RuntimeError: an exchange failed.
+        """
+        if under_way.before is None:
+            under_way = self.advance_dispatch(under_way)
+        dispatched = self._dispatched(self._inside._all_slices(under_way), under_way)
+        assert under_way.before is not None
+        x, weights, way_back = under_way.before
+        return replace(dispatched, before=replace(dispatched, x=x, gate_weights=weights, way_back=way_back))
 
     @outside_graphs
     def start_combine(self, y: Tensor, dispatched: Dispatched) -> Returning:

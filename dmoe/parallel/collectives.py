@@ -59,6 +59,10 @@ class RowExchange(Protocol):
         """Begin to send the rows of x, ``(R, C)``; only :meth:`finish` may read what this returns."""
         ...
 
+    def advance(self, under_way: Tensor) -> Tensor:
+        """Wait for the first of several hops, and begin the next; then :meth:`finish` takes what this returns."""
+        ...
+
     def finish(self, under_way: Tensor) -> Tensor:
         """Wait for the rows: those of rank 0 first."""
         ...
@@ -97,6 +101,10 @@ class Halves(ABC):
             RuntimeError: the exchange failed.
         """
         return _Start.apply(x, self)
+
+    def advance(self, under_way: Tensor) -> Tensor:
+        """``under_way``: of one hop, which is on its way."""
+        return under_way
 
     def finish(self, under_way: Tensor) -> Tensor:
         """Wait for the rows, ``(sum(recv_counts), C)``; on a GPU it is the stream that waits, not the host.

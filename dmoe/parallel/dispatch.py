@@ -368,6 +368,19 @@ class AllToAllDispatcher:
         )
 
     @outside_graphs
+    def advance_dispatch(self, under_way: UnderWay) -> UnderWay:
+        """Of two hops, wait for the first and begin the second, so that the caller may compute while that one travels.
+
+        Not needed before :meth:`finish_dispatch`, which takes what this returns. With one hop nothing happens.
+
+        Raises:
+            RuntimeError: an exchange failed.
+        """
+        if self.two_level is not None:
+            under_way.arriving.advance()
+        return under_way
+
+    @outside_graphs
     def finish_dispatch(self, under_way: UnderWay) -> Dispatched:
         """Wait for the rows; on a GPU it is the stream that waits, not the host.
 

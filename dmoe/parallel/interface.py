@@ -106,6 +106,8 @@ class UnderWay:
         arriving: the tokens and their choices.
         assignments: how many assignments the rows here will have, at most: of this rank's experts, and of copies.
         way_back, traffic, kept_per_expert, rows_dropped, copies, levels: as in :class:`Dispatched`.
+        before: of a :class:`dmoe.parallel.NodeDispatcher` on its second hop, tokens, gate weights and the way back of
+            the first.
     """
 
     arriving: Arriving
@@ -116,6 +118,7 @@ class UnderWay:
     rows_dropped: Tensor | None = None
     copies: Copies | None = None
     levels: LevelPlan | None = None
+    before: tuple[Tensor, Tensor, WayBack] | None = None
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,10 @@ from dmoe.parallel.wire import SCALE_BYTES, pack_rows, unpack_rows
 class Arriving(Protocol):
     """Tokens under way. The choices are asked for first."""
 
+    def advance(self) -> None:
+        """Wait for the first of several hops, and begin the next."""
+        ...
+
     def choices(self) -> Tensor:
         """Wait for the choices and their weights, ``(R', 2 K)``."""
         ...
@@ -32,6 +36,12 @@ class Apart:
 
     def __init__(self, choices: tuple[RowExchange, Tensor], rows: tuple[RowExchange, Tensor]) -> None:
         self._choices, self._rows = choices, rows
+
+    def advance(self) -> None:
+        """See :class:`Arriving`."""
+        self._choices, self._rows = (
+            (exchange, exchange.advance(under_way)) for exchange, under_way in (self._choices, self._rows)
+        )
 
     def choices(self) -> Tensor:
         """See :class:`Arriving`."""
@@ -62,6 +72,10 @@ class Joined:
         self._under_way = _Start.apply(x, chosen, self._exchange)
         self._x: Tensor | None = None
 
+    def advance(self) -> None:
+        """See :class:`Arriving`."""
+        self._exchange.advance()
+
     def choices(self) -> Tensor:
         """See :class:`Arriving`."""
         self._x, chosen = _Finish.apply(*self._under_way, self._exchange)
@@ -90,6 +104,12 @@ class _JoinedExchange:
         rows = self.carrier.num_rows
         placeholders = (None if t is None else t.new_zeros(()).expand(rows, t.shape[1]) for t in (x, chosen))
         return next(placeholders), next(placeholders)
+
+    def advance(self) -> None:
+        """Wait for the first of several hops, and begin the next."""
+        assert self._bytes is not None
+        with torch.no_grad():
+            self._bytes = self.carrier.advance(self._bytes)
 
     def land(self, x: Tensor | None, chosen: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Wait; x and chosen are the placeholders."""

@@ -3,6 +3,9 @@
 A rank that was not given a group cannot say so to that group: the others would wait in a collective call until its time
 limit, and leave the group out of step. So they meet in its store first, where one may stop waiting; and a verdict of
 elsewhere, in the store of a group that all of them have, is a reason to.
+
+A rank that was not asked one question may be here for the next before the others have heard that. So questions are
+numbered, and only ranks with the same one meet.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import torch.distributed as dist
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_KEY, _ALL = "dmoe/met", "all"
+_KEY, _ALL = "dmoe/met", "all of"
 _SHORTEST, _LONGEST = 1e-3, 0.05  # seconds between two looks
 
 
@@ -40,10 +43,15 @@ class Verdict:
         return self._store.get(self._key).decode() if self._store.check([self._key]) else None
 
 
-def meet(group: ProcessGroup, verdict: Verdict) -> str | None:
+def meet(group: ProcessGroup, verdict: Verdict, number: int) -> str | None:
     """Wait until all ranks of a group have come here, or a verdict says that there is no use in it.
 
     The caller has to go on to a collective call over the group, unless this returned something.
+
+    Args:
+        group: the ranks.
+        verdict: of the same question, elsewhere.
+        number: of the question, the same on all ranks, and larger for each that follows.
 
     Returns:
         None when all are here; else the verdict, and this rank has withdrawn as if it had never come.
@@ -51,20 +59,22 @@ def meet(group: ProcessGroup, verdict: Verdict) -> str | None:
     Raises:
         RuntimeError: neither happened within the time limit of the group's store.
     """
-    here = _Here(group)
+    here = _Here(group, number)
     here.change(here.among)
     pause, end = _SHORTEST, time.monotonic() + here.store.timeout.total_seconds()
-    while here.read() != _ALL:
+    while here.read() != here.everyone:
         problem = verdict.read()
         if problem is None and time.monotonic() < end:
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST)
-        elif (left := here.change(here.without)) != _ALL:  # else the last one has come meanwhile, and counts on this
+        elif (
+            left := here.change(here.without)
+        ) != here.everyone:  # else the last one has come meanwhile, and counts on this
             if problem is not None:
                 return problem
             raise RuntimeError(
                 f"dmoe: not all {here.size} ranks of the group came within its time limit, but beside this one only "
-                f"{sorted(_ranks(left))}: others died, or were not given the group"
+                f"{sorted(_numbers(left))}: others died, or were not given the group"
             )
     return None
 
@@ -72,13 +82,14 @@ def meet(group: ProcessGroup, verdict: Verdict) -> str | None:
 class _Here:
     """The ranks of a group that have come: one key of its store, changed at once or not at all.
 
-    When the last one comes it holds ``_ALL``; whoever finds that afterwards comes from the collective call behind it,
-    in which all were, and begins anew.
+    When the last one comes with a question's number it says that all have; whoever finds that afterwards comes from the
+    collective call behind it, in which all were, and begins anew.
     """
 
-    def __init__(self, group: ProcessGroup) -> None:
+    def __init__(self, group: ProcessGroup, number: int) -> None:
         self.store: Any = group.get_group_store()  # whose stub lacks the time limit
         self.me, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.number, self.everyone = number, f"{_ALL} {number}"
 
     def read(self) -> str:
         return self.store.get(_KEY).decode() if self.store.check([_KEY]) else ""
@@ -93,17 +104,25 @@ class _Here:
 
     def among(self, before: str) -> str:
         """With this rank."""
-        ranks = (set() if before == _ALL else _ranks(before)) | {self.me}
-        return _ALL if len(ranks) == self.size else _text(ranks)
+        numbers = _numbers(before) | {self.me: self.number}
+        all_here = len(numbers) == self.size and set(numbers.values()) == {self.number}
+        return self.everyone if all_here else _text(numbers)
 
     def without(self, before: str) -> str:
         """Without it, unless all are here."""
-        return _ALL if before == _ALL else _text(_ranks(before) - {self.me})
+        if before == self.everyone:
+            return before
+        return _text({rank: number for rank, number in _numbers(before).items() if rank != self.me})
 
 
-def _ranks(text: str) -> set[int]:
-    return {int(rank) for rank in text.split() if rank != "of"}
+def _numbers(text: str) -> dict[int, int]:
+    """By rank the number of its question; nobody where all have met."""
+    if text.startswith(_ALL):
+        return {}
+    pairs = (pair.split(":") for pair in text.split() if ":" in pair)
+    return {int(rank): int(number) for rank, number in pairs}
 
 
-def _text(ranks: set[int]) -> str:
-    return " ".join(map(str, ["of", *sorted(ranks)]))  # never empty, which stands for a key that is not there
+def _text(numbers: dict[int, int]) -> str:
+    # Never empty, which stands for a key that is not there.
+    return " ".join(["of", *(f"{rank}:{number}" for rank, number in sorted(numbers.items()))])

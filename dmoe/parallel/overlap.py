@@ -119,6 +119,8 @@ def run_overlapped(
         if on_the_way is not None:
             on_the_way(chunk)
         arrived.append(one.finish_dispatch(under_way))
+        if following is not None:  # of two hops the second one, too, travels while this chunk computes
+            following = one.advance_dispatch(following)
         returning.append(one.start_combine(experts(chunk, arrived[chunk]), arrived[chunk]))
         if following is not None:
             under_way = following

@@ -202,7 +202,7 @@ class TwoLevelExchange:
                 )
         self.send_counts, self.recv_counts = tuple(send_counts), tuple(recv_counts)
         self.held_counts = tuple(held_counts)
-        self.levels, self.what, self._back, self._room = levels, what, back, room
+        self.levels, self.what, self._back, self._room, self._advanced = levels, what, back, room, False
         sent, received = _grid(send_counts, nodes, each), _grid(recv_counts, nodes, each)
         held = _grid(held_counts, each, nodes)
         inside, between = (levels.inner, f"{what} inside the node"), (levels.outer, f"{what} between nodes")
@@ -243,14 +243,22 @@ class TwoLevelExchange:
         check_rows(x, self)
         return self.hops[0].start(x if self._before is None else self._before.regroup(x))
 
+    def advance(self, under_way: Tensor) -> Tensor:
+        """Wait for the first hop, and begin the second; then :meth:`finish` takes what this returns.
+
+        Raises:
+            RuntimeError: the exchange failed, because a rank died or did not come.
+        """
+        self._advanced = True
+        return self.hops[1].start(self._between.regroup(self.hops[0].finish(under_way)))
+
     def finish(self, under_way: Tensor) -> Tensor:
         """The rest of the way, to ``(num_rows, C)``.
 
         Raises:
             RuntimeError: the exchange failed, because a rank died or did not come.
         """
-        rows = self._between.regroup(self.hops[0].finish(under_way))
-        rows = self.hops[1].finish(self.hops[1].start(rows))
+        rows = self.hops[1].finish(under_way if self._advanced else self.advance(under_way))
         return rows if self._after is None else self._after.regroup(rows, self._room)
 
 

@@ -136,6 +136,13 @@ class NarrowExchange(Halves):
         self._bytes = self.carrier.start(pack_rows(x, self.kind))
         return x.new_zeros(()).expand(self.num_rows, x.shape[1])
 
+    def advance(self, under_way: Tensor) -> Tensor:
+        """See :class:`dmoe.parallel.collectives.RowExchange`."""
+        assert self._bytes is not None
+        with torch.no_grad():
+            self._bytes = self.carrier.advance(self._bytes)
+        return under_way
+
     def land(self, under_way: Tensor) -> Tensor:
         """The rows, rounded; see :class:`dmoe.parallel.collectives.Halves`."""
         assert self._bytes is not None

@@ -70,6 +70,28 @@ def test_the_static_mode_is_told_in_its_first_forward(ranks):
         assert "training: True on ranks 0, 2, 3, False on rank 1" in said
 
 
+def test_a_rank_that_was_not_asked_does_not_meet_those_that_wait_for_it(monkeypatch):
+    """It is here for the next question before the other has heard of the last: they meet in the next."""
+    store = dist.HashStore()
+    held = [(_Rank(store), _Rank(dist.HashStore())) for _ in range(2)]
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda group: next(n for n, pair in enumerate(held) if group in pair))
+    verdicts = [Verdict(other, "this") for _, other in held]
+    with ThreadPoolExecutor(2) as threads:
+        waits = threads.submit(meet, held[0][0], verdicts[0], 7)
+        while not store.check(["dmoe/met"]):
+            pass
+        ahead = threads.submit(meet, held[1][0], Verdict(held[1][1], "next"), 8)
+        while store.get("dmoe/met") != b"of 0:7 1:8":
+            pass
+        assert not waits.done()
+        assert not ahead.done()
+        verdicts[0].leave("the other was not asked")
+        assert waits.result() == "the other was not asked"
+        assert meet(held[0][0], Verdict(held[0][1], "next"), 8) is None
+        assert ahead.result() is None
+
+
 class _Rank:
     """A rank of a group that is nothing but its store."""
 
@@ -106,7 +128,7 @@ def test_who_meets_and_who_withdraws_agree(monkeypatch, tmp_path, kind, told):
         for round_ in range(30 if kind == "file" else 100):
             verdicts = [Verdict(other, f"{round_}") for _, other in held]
             come = range(size - 1) if told and round_ % 3 == 0 else range(size)  # one never does
-            met = [threads.submit(meet, held[n][0], verdicts[n]) for n in come]
+            met = [threads.submit(meet, held[n][0], verdicts[n], round_) for n in come]
             if told:
                 threads.submit(verdicts[0].leave, "no")
             results = [each.result() for each in met]

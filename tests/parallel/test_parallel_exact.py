@@ -95,6 +95,19 @@ def test_overflow_in_one_layer_of_one_rank(ranks, case):
         assert [None if count is None else int(count) for count in dropped] == [None if reruns[-1] else 0] * 2
 
 
+def test_copies_of_experts_are_exact_but_for_the_order_of_sums(ranks):
+    """The static mode lends other experts than the dynamic one; what the copies' gradients are summed from differs."""
+    level = {"balance_ranks": "replicate", "balance_slack": 0.0, "min_rows_per_copy": 1}
+    layers = two_layers(activation_dropout=0.0, input_jitter=0.0, **level)
+    batches = batches_with((False, True, False))
+    exact, dynamic = (ranks.run(jobs.train, layers, 1, (), batches, exact) for exact in (True, False))
+    for (losses, state, _, reruns, *_), (losses_there, state_there, *_) in zip(exact, dynamic, strict=True):
+        torch.testing.assert_close(losses, losses_there)
+        assert reruns == [False, True, False]
+        for name, value in state.items():
+            torch.testing.assert_close(value, state_there[name], rtol=1e-4, atol=1e-5)
+
+
 @st.composite
 def routings(draw):
     """Bounds of two layers, and by rank and micro-batch the choices of each layer, as many tokens as there are."""

@@ -198,6 +198,21 @@ def test_a_token_crosses_to_each_node_once(pool_of, case, wire, joined):
         assert two["traffic"].naive_bytes_sent is None
 
 
+@pytest.mark.parametrize("wire", [{}, {"wire_dtype": "fp8"}, {"join_choices": False}], ids=str)
+@pytest.mark.parametrize("by_node", [False, True])
+def test_both_hops_of_a_chunk_travel_while_another_is_computed(ranks, by_node, wire):
+    there, back = ("between", "inside") if by_node else ("inside", "between")
+    twice = 2 if wire.get("join_choices") is False else 1  # choices, and rows
+    launched, arrived = [there] * 2 * twice, [back] * twice
+    home, home_again = ("inside", "between") if by_node else ("between", "inside")
+    results = [home, home_again] if by_node else [home]  # the sums of a node are made before they go on
+    hops = [*launched, *arrived, *arrived, "experts 0", *results, "experts 1", *results]
+    hops += [] if by_node else [home_again] * 2
+    for order, difference in ranks.run(rank_jobs_wire.chunks_in_two_hops, by_node, wire):
+        assert order == hops
+        assert difference < (1e-12 if "wire_dtype" not in wire else 1e-5)
+
+
 def test_what_a_node_dispatcher_cannot_have(ranks):
     told = ranks.run(rank_jobs_wire.no_node_dispatcher)
     for shared, bounded in told:

@@ -19,6 +19,7 @@ from dmoe.parallel import (
     TwoLevel,
     TwoLevelExchange,
     mesh_group,
+    run_overlapped,
 )
 
 
@@ -85,6 +86,30 @@ def two_level_order(group, shape, rows, counts, held):
         y = exchange.finish(under_way)
         (y.sum() + work.sum()).backward()
     return order
+
+
+def chunks_in_two_hops(group, by_node, wire):
+    """In which order hops of rows begin, and chunks are computed; and how far y is from that of one hop, in chunks."""
+    levels, order, real = levels_of((2, 2)), [], dist.all_to_all_single
+    kind = NodeDispatcher if by_node else AllToAllDispatcher
+    options = {"join_choices": True, **wire}
+    torch.manual_seed(dist.get_rank(group))
+    x, ids, gates = torch.randn(9, 4).double(), torch.rand(9, 8).topk(3).indices, torch.rand(9, 3).double()
+
+    def noting(received, sent, *args, group, **kwargs):
+        if sent.dtype == torch.uint8:  # rows; counts are integers
+            order.append("inside" if group is levels.inner else "between")
+        return real(received, sent, *args, group=group, **kwargs)
+
+    def experts(chunk, arrived):
+        order.append(f"experts {chunk}")
+        return arrived.x * arrived.gate_weights.sum(1, keepdim=True)
+
+    with patch.object(dist, "all_to_all_single", noting):
+        y = run_overlapped(kind(group, 8, two_level=levels, **options), experts, x, ids, gates, degree=2).y
+        hops = list(order)
+        flat = run_overlapped(AllToAllDispatcher(group, 8, **options), experts, x, ids, gates, degree=2).y
+    return hops, (y - flat).abs().max().item()
 
 
 def two_level_refused(group, kind):
