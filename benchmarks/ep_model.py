@@ -58,7 +58,7 @@ from parts.ep_bytes import (
 from parts.ep_copies import compare, limits_of
 from parts.ep_copies import plot as plot_copies
 from parts.ep_copies import table as table_of_copies
-from parts.ep_links import DEFAULT_LINKS, Machine, Phase, flat, load_machine, overlapped, seconds, two_level
+from parts.ep_links import DEFAULT_LINKS, Machine, Phase, by_node, flat, load_machine, overlapped, seconds, two_level
 from parts.harness import COLOURS, RESULTS, label_lines, markdown_table, new_figure, save_figure
 from torch import Tensor
 from tqdm import tqdm
@@ -122,6 +122,19 @@ class Routing:
             shares = torch.full((ranks,), copies / ranks, dtype=torch.float64)
         return (setting.tokens * shares).expand(ranks, ranks)
 
+    def rows_to_nodes(self, setting: Setting, node: int) -> Tensor:
+        """The ``(W, N)`` matrix of rows with each token once to each node of its experts."""
+        ranks, nodes = setting.gpus, setting.gpus // min(node, setting.gpus)
+        if self.counted(setting):
+            return torch.stack([rows_to_ranks(choices, setting.experts, nodes) for choices in self.choices])
+        if self.choices:
+            pooled = torch.cat(self.choices)
+            shares = rows_to_ranks(pooled, setting.experts, nodes) / max(len(pooled), 1)
+        else:
+            copies = copies_closed_form(nodes, setting.experts, setting.top_k)
+            shares = torch.full((nodes,), copies / nodes, dtype=torch.float64)
+        return (setting.tokens * shares).expand(ranks, nodes)
+
 
 def make_routing(name: str, setting: Setting, seed: int = 0) -> Routing:
     """``uniform``, or ``zipf:s`` sampled for the setting's E and K.
@@ -179,6 +192,10 @@ def evaluate(setting: Setting, routing: Routing, machine: Machine) -> dict[str, 
             found["seconds"][key] = sum(parts_seconds(rows, wire, way, machine))
             if not naive:
                 found["overlap"][key] = best_overlap(setting, routing, wire, way, machine, compute, beside)
+        if not naive:
+            phases = by_node(rows, routing.rows_to_nodes(setting, machine.node), machine.node)
+            found["link_bytes"][f"{form}, by node"] = link_bytes(phases, wire)
+            found["seconds"][f"{form}, by node"] = by_node_seconds(phases, wire, machine)
         if form == "dedup bf16":
             limits = limits_of(setting, machine, *COPIES)
             found["level"] = compare(setting, routing.choices, machine, wire, rows.double(), limits)
@@ -213,6 +230,20 @@ def parts_seconds(rows: Tensor, wire: Wire, way: str, machine: Machine) -> tuple
     else:
         there = seconds(phases, wire.row, machine) + (seconds(phases, wire.choices, machine) if wire.choices else 0.0)
     return seconds(everyone, wire.counts, machine), there, seconds(back, wire.result, machine)
+
+
+def by_node_seconds(phases: list[Phase], wire: Wire, machine: Machine) -> float:
+    """Seconds of two dispatches one after the other, each with counts of its own, and of the way back."""
+    total = seconds([phase.back() for phase in reversed(phases)], wire.result, machine)
+    for phase in phases:
+        messages = phase.inside_messages + phase.between_messages
+        link = machine.inside if phase.inside_messages else machine.between
+        total += messages * (link.latency + wire.counts / link.bandwidth)
+        if joins([phase]):
+            total += seconds([phase], wire.row + wire.choices, machine)
+        else:
+            total += seconds([phase], wire.row, machine) + seconds([phase], wire.choices, machine)
+    return total
 
 
 def joins(phases: list[Phase]) -> bool:
@@ -415,6 +446,10 @@ def reading(results: Sequence[dict[str, Any]]) -> str:
         ]
         wins = [f"{ratio:.2f} times on {gpus}" for gpus, ratio in faster if ratio > 1]
         lines.append(f"- Two levels against the flat exchange, {form}: " + (", ".join(wins) or "never faster") + ".")
+        took = [(f["setting"]["gpus"], f["seconds"]) for f in results]
+        saved = [(gpus, each[f"{form}, two-level"] / each[f"{form}, by node"]) for gpus, each in took]
+        wins = [f"{ratio:.2f} times on {gpus}" for gpus, ratio in saved if ratio > 1]
+        lines.append(f"- Once per node against two levels, {form}: " + (", ".join(wins) or "never faster") + ".")
     return "\n".join(lines)
 
 
@@ -427,6 +462,7 @@ HEADER = (
     "dedup",
     "dedup fp8",
     "between nodes, dedup",
+    "once per node",
     "messages, flat",
     "two-level",
     "ms flat, naive",
@@ -434,6 +470,7 @@ HEADER = (
     "dedup fp8",
     "ms two-level, dedup",
     "dedup fp8",
+    "ms once per node, dedup",
     "ms of experts",
     "ms visible (chunks)",
     "hidden",
@@ -452,10 +489,11 @@ def _table(results: list[dict[str, Any]]) -> str:
             str(found["setting"]["experts"]),
             *(f"{found['copies'][form]:.2f}" for form in ("naive bf16", "dedup bf16")),
             *(significant(sent[form]["busiest"] / 1e6) for form in ("naive bf16", "dedup bf16", "dedup fp8")),
-            significant(link["dedup bf16, flat"]["between"] / 1e6),
+            *(significant(link[f"dedup bf16, {way}"]["between"] / 1e6) for way in ("flat", "by node")),
             *(str(found["messages"][way]) for way in WAYS),
             *(significant(1e3 * took[f"{form}, flat"]) for form in ("naive bf16", "dedup bf16", "dedup fp8")),
             *(significant(1e3 * took[f"{form}, two-level"]) for form in ("dedup bf16", "dedup fp8")),
+            significant(1e3 * took["dedup bf16, by node"]),
             significant(1e3 * (found["compute_seconds"] + found["shared_seconds"])),
             f"{significant(1e3 * overlap['visible_seconds'])} ({overlap['chunks']:.0f})",
             f"{overlap['hidden_share']:.0%}",

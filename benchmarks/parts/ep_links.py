@@ -13,6 +13,9 @@ the latency is paid for each: pessimistic where a network card takes many at onc
   l'-th rank; then between nodes, each rank talks to the ranks in its own place. L - 1 messages, then N - 1; rows cross
   the nodes' boundary as often as in the flat one, and (L - 1) / L of all rows cross a link inside.
 
+- By node (DeepEP): first between nodes, each token once to each node of its experts, then inside the nodes, once to
+  each rank. N - 1 messages, then L - 1, after an exchange of counts in each.
+
 Results go back the way that tokens came. What no formula here knows: contention between switches, the time to gather
 rows, kernels' launches, and the barrier that a slow rank is to others before the exchange begins.
 """
@@ -169,6 +172,32 @@ def two_level(rows: Tensor, node: int) -> list[Phase]:
             0,
             nodes - 1,
         ),
+    ]
+
+
+def by_node(rows: Tensor, to_nodes: Tensor, node: int) -> list[Phase]:
+    """Between the nodes once per (token, node), to the rank in the sender's own place there, then inside to its ranks.
+
+    Args:
+        rows: ``(W, W)``, once per (token, rank).
+        to_nodes: ``(W, N)``, once per (token, node), that from a rank's own node among them.
+        node: L, as :func:`flat`.
+
+    Raises:
+        ValueError: as there.
+    """
+    grid, size = _grid(rows, node)
+    nodes = len(rows) // size
+    crossing = to_nodes.view(nodes, size, nodes)
+    stays = torch.diagonal(crossing, dim1=0, dim2=2).T  # (N, L)
+    carried = grid.sum(0).transpose(0, 1)  # (N', L, L'): what the rank in place l of node n' hands on to place l'
+    kept = torch.diagonal(carried, dim1=1, dim2=2)
+    nothing = torch.zeros_like(stays.flatten())
+    sent, received = crossing.sum(2) - stays, crossing.sum(0).T - stays
+    handed, taken = carried.sum(2) - kept, carried.sum(1) - kept
+    return [
+        Phase(nothing, nothing, sent.flatten(), received.flatten(), 0, nodes - 1),
+        Phase(handed.flatten(), taken.flatten(), nothing, nothing, size - 1, 0),
     ]
 
 

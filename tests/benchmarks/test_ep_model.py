@@ -308,6 +308,33 @@ def test_seconds_by_hand():
     assert links.seconds(links.flat(rows, 2), 5, two_nodes) == pytest.approx(2 * 2.0 + 80 * 5 / 10)
 
 
+@pytest.mark.parametrize("kind", ["uniform", "one rank", "idle"])
+def test_predicted_bytes_once_per_node(ranks, kind):
+    choices = routing(kind, 4, 8)
+    to_nodes = torch.stack([rows_and_bytes.rows_to_ranks(ids, 8, 2) for ids in choices])
+    phases = links.by_node(rows_and_bytes.counted_rows(choices, 8), to_nodes, 2)
+    wire = rows_and_bytes.Wire.deduplicated(H, K, "fp32")
+    found = ranks.run(jobs.moved_in_two_levels, choices, 8, H, 2, True)
+    for rank, (sent, traffic) in enumerate(found):
+        for name, phase, hop in zip(("between", "inside"), phases, traffic.hops, strict=True):
+            there, back = (int(getattr(phase, f"{name}_{way}")[rank]) for way in ("sent", "received"))
+            assert (hop.rows_there, hop.rows_back) == (there, back)
+            assert sent[name] == there * (wire.row + wire.choices) + back * wire.result
+            assert hop.others == phase.inside_messages + phase.between_messages
+        assert traffic.bytes_sent - traffic.count_bytes == sent["inside"] + sent["between"]
+
+
+def test_seconds_once_per_node_by_hand():
+    """Two nodes of two: 10 rows to each node, 8 of them to each of its ranks; 3 bytes a row, 2 of choices, 4 back."""
+    inside, between = links.Link("a", 100.0, 0.5, ""), links.Link("b", 10.0, 2.0, "")
+    machine, wire = links.Machine("m", 2, inside, between, 1.0, ""), rows_and_bytes.Wire(3, 2, 4, 1)
+    phases = links.by_node(torch.full((4, 4), 8.0), torch.full((4, 2), 10.0), 2)
+    across = (2.0 + 1 / 10) + (2.0 + 10 * 3 / 10) + (2.0 + 10 * 2 / 10)
+    handed = (0.5 + 1 / 100) + (0.5 + 16 * 3 / 100) + (0.5 + 16 * 2 / 100)
+    back = (0.5 + 16 * 4 / 100) + (2.0 + 10 * 4 / 10)
+    assert ep_model.by_node_seconds(phases, wire, machine) == pytest.approx(across + handed + back)
+
+
 def test_choices_travel_with_rows_where_messages_are_many():
     """64 ranks each a node of their own: 63 messages in each of three exchanges; with one rank fewer in four."""
     link = links.Link("a", 100.0, 0.5, "")

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 from parts.ep_movement import naive_all_to_all
 
-from dmoe.parallel import AllToAllDispatcher
+from dmoe.parallel import AllToAllDispatcher, NodeDispatcher
 
 
 def moved(group, choices_by_rank, num_experts, hidden, dtype, options):
@@ -40,7 +40,7 @@ def moved(group, choices_by_rank, num_experts, hidden, dtype, options):
     return found
 
 
-def moved_in_two_levels(group, choices_by_rank, num_experts, hidden, size):
+def moved_in_two_levels(group, choices_by_rank, num_experts, hidden, size, by_node=False):
     """Bytes by hop over nodes of ``size`` ranks, counts apart: on the wire by group, and in the metrics."""
     from dmoe.parallel import TwoLevel
 
@@ -59,7 +59,7 @@ def moved_in_two_levels(group, choices_by_rank, num_experts, hidden, size):
         return real(output, input, output_splits, input_splits, group=group, async_op=async_op)
 
     ids = choices_by_rank[me]
-    dispatcher = AllToAllDispatcher(group, num_experts, two_level=two_level)
+    dispatcher = (NodeDispatcher if by_node else AllToAllDispatcher)(group, num_experts, two_level=two_level)
     with patch.object(dist, "all_to_all_single", counting):
         arrived = dispatcher.dispatch(torch.randn(len(ids), hidden), ids, torch.rand(ids.shape))
         dispatcher.combine(arrived.x, arrived)
