@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from dmoe.parallel.agreement import check_agreement
+from dmoe.parallel.by_deep_ep import DeepEPDispatcher
 from dmoe.parallel.by_node import NodeDispatcher
 from dmoe.parallel.clipping import clip_grad_norm, grad_norm
 from dmoe.parallel.collectives import Exchange, all_to_all_rows
@@ -28,6 +29,7 @@ from dmoe.parallel.wire import NarrowExchange, pack_rows, unpack_rows
 
 __all__ = [
     "AllToAllDispatcher",
+    "DeepEPDispatcher",
     "Dispatched",
     "Dispatcher",
     "Exchange",

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from dmoe.config import MoEConfig
 from dmoe.expert_slice import ExpertSlice
+from dmoe.parallel.by_deep_ep import DeepEPDispatcher
 from dmoe.parallel.by_node import NodeDispatcher
 from dmoe.parallel.dispatch import AllToAllDispatcher
 from dmoe.parallel.gradients import SharedOverflow
@@ -22,6 +23,11 @@ from dmoe.parallel.two_level import TwoLevel, mesh_group
 
 _GRAD_SCALES = {"mean": lambda ranks: 1 / ranks, "sum": lambda ranks: 1.0, "sqrt_world_size": lambda ranks: ranks**-0.5}
 
+_BY_TRANSPORT: dict[str, type[AllToAllDispatcher]] = {
+    "all_to_all": AllToAllDispatcher,
+    "deep_ep": DeepEPDispatcher,
+}
+
 
 def build_dispatcher(
     config: MoEConfig, ep_group: Any, expert_tp_group: Any = None, ep_levels: Any = None
@@ -30,6 +36,7 @@ def build_dispatcher(
 
     Raises:
         ValueError, TypeError: groups that are none, or options that need all experts in one place.
+        ImportError: a transport whose package is not installed.
     """
     if ep_levels is not None and not isinstance(ep_levels, TwoLevel):
         if not hasattr(ep_levels, "ndim"):
@@ -59,7 +66,8 @@ def build_dispatcher(
     shards = max(1, dist.get_world_size(group) // config.num_experts)
     shards *= 1 if tp_group is None else dist.get_world_size(tp_group)
     by_node = ep_levels is not None and config.rows_between_nodes == "once_per_node"
-    dispatcher = (NodeDispatcher if by_node else AllToAllDispatcher)(
+    kind = _BY_TRANSPORT[config.transport]
+    dispatcher = (NodeDispatcher if by_node and kind is AllToAllDispatcher else kind)(
         group,
         config.num_experts,
         tp_group,

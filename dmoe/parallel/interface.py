@@ -50,7 +50,7 @@ class Dispatched:
             that came to the group's rank 0 first, and then by the rank that they are from.
         plan: which row goes to which local expert.
         gate_weights: one per assignment of ``plan``, ``(R', K)``. Carries the gradient.
-        way_back: for :meth:`Dispatcher.combine`; None when nothing moved.
+        way_back: for :meth:`Dispatcher.combine`; None when nothing moved, and where ``handle`` has it.
         traffic: what was sent; None when nothing moved.
         kept_per_expert: assignments of this rank's own tokens that were sent, for all experts, ``(E,)`` integer; None
             when none was dropped here.
@@ -58,6 +58,7 @@ class Dispatched:
         copies_plan: which row goes to which hosted copy, beside ``plan``; None where none is hosted here.
         levels: who was to compute how much; None without :class:`dmoe.parallel.Levelling`.
         before: of a :class:`dmoe.parallel.NodeDispatcher`, what came to this rank in the hop before.
+        handle: of a :class:`dmoe.parallel.DeepEPDispatcher`, what DeepEP knows of the way back.
     """
 
     x: Tensor
@@ -70,6 +71,7 @@ class Dispatched:
     copies_plan: RoutingPlan | None = None
     levels: LevelPlan | None = None
     before: Dispatched | None = None
+    handle: Any = None
 
 
 @dataclass(frozen=True)

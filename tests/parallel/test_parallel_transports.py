@@ -1,0 +1,237 @@
+"""Rows by other transports against rows by the all-to-all: the same results and gradients, bit for bit.
+
+The packages are stand-ins over gloo with the real ones' signatures and checks: see ``tests/support/fake_deep_ep.py``.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import fake_deep_ep
+import pytest
+import rank_jobs_transports as jobs
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dmoe import MoEConfig
+
+H, F = 16, 4
+BASE = {"hidden_size": H, "ffn_hidden_size": F, "num_experts": 8, "top_k": 2, "load_balancing_coefficient": 0.0}
+
+
+def equal(results, expected):
+    """Every value of two transports' results, and that there is any."""
+    assert results.keys() == expected.keys()
+    for name, value in results.items():
+        other = expected[name]
+        assert (value is None) == (other is None), name
+        assert value is None or torch.equal(value, other), name
+
+
+# ----------------------------------------------------------------------------------------------------------- signatures
+
+# What DeepEP's sources say: deep_ep/buffer.py at the tag v1.2.1 (commit 9af0e0d), deep_ep/buffers/legacy.py and
+# deep_ep/utils/event.py of 2.1.0 (commit dd758ca), and Config in csrc, which pybind binds with positional arguments.
+_LAYOUT = "self, topk_idx, num_experts, previous_event=None, async_finish=False, allocate_on_comm_stream=False"
+_DISPATCH = (
+    "self, x, handle=None, num_tokens_per_rank=None, num_tokens_per_rdma_rank=None, is_token_in_rank=None, "
+    "num_tokens_per_expert=None, topk_idx=None, topk_weights=None, expert_alignment=1, num_worst_tokens=0, config=None, "
+    "previous_event=None, async_finish=False, allocate_on_comm_stream=False"
+)
+_COMBINE = (
+    "self, x, handle, topk_weights=None, bias=None, config=None, previous_event=None, async_finish=False, "
+    "allocate_on_comm_stream=False"
+)
+_INIT = (
+    "self, group, num_nvl_bytes=0, num_rdma_bytes=0, low_latency_mode=False, num_qps_per_rank=24, "
+    "allow_nvlink_for_low_latency_mode=True, allow_mnnvl=False, explicitly_destroy=False, {}comm=None"
+)
+_COMMON = {
+    "Buffer.get_dispatch_layout": _LAYOUT,
+    "Buffer.dispatch": _DISPATCH,
+    "Buffer.combine": _COMBINE,
+    "Buffer.get_dispatch_config": "num_ranks",
+    "Buffer.get_combine_config": "num_ranks",
+    "Config.get_nvl_buffer_size_hint": "self, hidden_bytes, num_ranks",
+    "Config.get_rdma_buffer_size_hint": "self, hidden_bytes, num_ranks",
+}
+SIGNATURES = {
+    "1.2.1": {
+        **_COMMON,
+        "Buffer.__init__": _INIT.format(""),
+        "EventOverlap.current_stream_wait": "self",
+    },
+    "2.1.0": {
+        **_COMMON,
+        "Buffer.__init__": _INIT.format("enable_shrink=False, "),
+        "EventOverlap.current_stream_wait": "self, release_handle=False",
+    },
+}
+
+
+def signature_of(arguments):
+    found = {}
+    exec(f"def recorded({arguments}): pass", found)
+    return inspect.signature(found["recorded"])
+
+
+def test_the_stand_in_has_deep_ep_s_signatures():
+    for name, arguments in SIGNATURES["1.2.1"].items():
+        owner, method = name.split(".")
+        assert inspect.signature(getattr(getattr(fake_deep_ep, owner), method)) == signature_of(arguments), name
+
+
+@pytest.mark.parametrize("version", SIGNATURES)
+def test_every_call_fits_deep_ep_s_signatures(ranks, version):
+    for calls in ranks.run(jobs.order_and_arguments, BASE):
+        seen = {name for name, _, _ in calls}
+        assert seen >= SIGNATURES[version].keys()
+        for name, positional, named in calls:
+            if name in SIGNATURES[version]:
+                signature_of(SIGNATURES[version][name]).bind(*range(positional), **dict.fromkeys(named))
+
+
+def test_work_lies_between_the_halves_both_ways(ranks):
+    told = {"Buffer.dispatch": "dispatch", "Buffer.combine": "combine", "EventOverlap.current_stream_wait": "wait"}
+    told |= {"work": "work", "work's gradient": "work's gradient"}
+    there, back = ["dispatch", "work", "wait"], ["combine", "wait"]
+    gradients = ["dispatch", "wait", "combine", "work's gradient", "wait"]
+    for calls in ranks.run(jobs.order_and_arguments, BASE):
+        order = [told[name] for name, _, _ in calls if name in told]
+        assert order[:5] == there + back
+        assert sorted(order[5:]) == sorted(gradients)
+        assert order.index("work's gradient") < len(order) - 1, "the last wait is behind the work"
+
+
+# -------------------------------------------------------------------------------------------------------------- results
+
+
+@st.composite
+def routings(draw):
+    """Ranks, experts, and each rank's tokens, choices of which some are of no expert, weights and gradients."""
+    world = draw(st.sampled_from([2, 4]))
+    experts, top_k = world * draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    hot, none = draw(st.booleans()), draw(st.sampled_from([0.0, 0.4]))
+    shares = []
+    for _ in range(world):
+        tokens = draw(st.sampled_from([0, 1, 5, 12]))
+        order = torch.rand(tokens, max(experts, top_k), generator=generator).argsort(1)[:, :top_k]
+        ids = order % (experts // world if hot else experts)
+        ids = ids.masked_fill(torch.rand(tokens, top_k, generator=generator) < none, experts)
+        x, grad_y = (torch.randn(tokens, H, generator=generator).bfloat16() for _ in range(2))
+        shares.append((x, ids, torch.rand(tokens, top_k, generator=generator), grad_y))
+    weights = [torch.randn(experts, H, F, generator=generator).bfloat16(), torch.randn(experts, F, H, generator=generator)]
+    return shares, [weights[0], weights[1].bfloat16()]
+
+
+@settings(max_examples=30)
+@given(
+    case=routings(), needs=st.sampled_from(["both", "both", "x", "gates"]), levels=st.sampled_from([None, None, 1, 2])
+)
+def test_deep_ep_equals_the_all_to_all_bit_for_bit(ranks, case, needs, levels):
+    shares, weights = case
+    for (expected, moved, rows), (result, moved_too, rows_too) in ranks.run(
+        jobs.experts, shares, weights, levels, needs, ranks=len(shares)
+    ):
+        equal(result, expected)
+        assert (moved, rows) == (moved_too, rows_too)
+        assert (result["x"] is None) == (needs == "gates")
+        assert (result["gates"] is None) == (needs == "x")
+
+
+LAYERS = {
+    "plain": {},
+    "shared expert": {"shared_ffn_hidden_size": 3},
+    "one expert a rank": {"num_experts": 4, "gated": False, "bias": "expert"},
+    "capacity": {"capacity": 2},
+    "replicate": {"balance_ranks": "replicate", "balance_slack": 0.0, "min_rows_per_copy": 1},
+    "recomputed pre-activation": {"recompute_pre_activation": True},
+    "chunks": {"overlap_degree": 2, "shared_ffn_hidden_size": 3},
+    "experts choose": {"router": "expert_choice", "causal": False},
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("how", ["plain", "checkpoint"])
+def test_layers_by_deep_ep_equal_those_by_the_all_to_all(ranks, name, how):
+    generator = torch.Generator().manual_seed(3)
+    for tokens in ([9, 4, 0, 12], [7, 10]):
+        shares = [
+            (torch.randn(n, H, generator=generator), torch.randn(n, H, generator=generator).bfloat16(), None)
+            for n in tokens
+        ]
+        if name != "experts choose":
+            shares = [(x, grad_y, torch.rand(len(x), generator=generator) < 0.8) for x, grad_y, _ in shares]
+        results = ranks.run(jobs.layers, {**BASE, **LAYERS[name]}, shares, how, ranks=len(tokens))
+        for (expected, counted, hosted), (result, counted_too, hosted_too) in results:
+            equal(result, expected)
+            assert all(torch.equal(a, b) for a, b in zip(counted, counted_too, strict=True))
+            assert hosted == hosted_too
+        if name == "replicate":
+            assert any(hosted for (_, _, hosted), _ in results)
+
+
+def test_autocast_sends_bfloat16_by_deep_ep(ranks):
+    torch.manual_seed(5)
+    shares = [(torch.randn(n, H), torch.randn(n, H), None) for n in (3, 8, 1, 6)]
+    for (expected, *_), (result, *_) in ranks.run(jobs.layers, BASE, shares, "autocast"):
+        equal(result, expected)
+
+
+# -------------------------------------------------------------------------------------------------- buffers and refusals
+
+
+def test_layers_share_buffers_that_grow_with_the_widest_row_and_go_with_the_last_layer(ranks):
+    assert ranks.run(jobs.buffers, BASE) == [[1, 1, 2, 2, 3]] * 4
+
+
+def test_rows_are_freed_with_the_last_name_of_them(ranks):
+    assert ranks.run(jobs.freed) == [[[True, True], [True, True]]] * 4
+
+
+REFUSED = {
+    "absent": (4, "ImportError: MoE: transport: expected 'all_to_all' without the package deep_ep"),
+    "one rank": (1, "ValueError: MoE: transport: expected 'all_to_all' with 1 ranks in ep_group, got 'deep_ep'"),
+    "few experts": (4, "num_experts: expected a multiple of the 4 ranks with transport='deep_ep', got 2"),
+    "tp": (4, "MoE: expert_tp_group: expected None with transport='deep_ep', got ProcessGroup"),
+    "levels": (4, "MoE: ep_levels: expected None with transport='deep_ep', got TwoLevel"),
+    "static": (4, "MoE: max_rows_received: expected None with transport='deep_ep', got 3"),
+    "wire": (4, "MoE: wire_dtype: expected None with transport='deep_ep', got fp8"),
+    "joined": (4, "MoE: join_choices: expected None with transport='deep_ep', got False"),
+    "dtype": (4, "TypeError: dispatch: x: expected torch.bfloat16 with transport='deep_ep'"),
+    "width": (4, "ValueError: dispatch: x: expected a multiple of 16 columns with transport='deep_ep', got 8"),
+    "choices": (4, "dispatch: expert_indices: expected at most 32 choices of each token"),
+    "kinds": (4, "disagree: needs a gradient: True on rank 0, False on ranks 1, 2, 3"),
+    "foreign": (4, "ValueError: combine: expected what a DeepEPDispatcher dispatched, got what another one did"),
+    "results": (4, "ValueError: combine: expected y of shape (8, 16) and torch.bfloat16"),
+    "differ": (4, "disagree: transport: 'all_to_all' on rank 0, 'deep_ep' on ranks 1, 2, 3"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_cannot_go_by_deep_ep_is_said_in_a_sentence(ranks, kind):
+    world, said = REFUSED[kind]
+    told = ranks.run(jobs.refused, kind, ranks=world)
+    if kind == "results":
+        told = told[:1]  # the rank that all rows came to
+    for each in told:
+        assert said in each
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("max_rows_received", 8), ("wire_dtype", "int8"), ("join_choices", True), ("hidden_size", 24)]
+)
+def test_a_config_refuses_what_cannot_go_by_deep_ep(field, value):
+    expected = "a multiple of 16" if field == "hidden_size" else "None"
+    with pytest.raises(ValueError, match=f"MoEConfig: {field}: expected {expected} with transport='deep_ep', got"):
+        MoEConfig(**{**BASE, field: value}, transport="deep_ep")
+    MoEConfig(**{**BASE, field: value})
+
+
+def test_without_ranks_the_transport_is_not_looked_for():
+    config = MoEConfig(**BASE, transport="deep_ep")
+    from dmoe import MoE
+
+    assert MoE(config, dtype=torch.bfloat16)(torch.zeros(2, H, dtype=torch.bfloat16)).shape == (2, H)
