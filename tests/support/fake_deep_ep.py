@@ -187,9 +187,7 @@ class Buffer:
         prefix = torch.stack(everyone).cumsum(0).int()  # [i][j]: from ranks up to i to rank j
         each = num_experts // ranks
         local = topk_idx - self.rank * each
-        moved = [
-            self._rows_out(t, is_token_in_rank, received.tolist()) for t in (x, topk_idx, topk_weights)
-        ]
+        moved = [self._rows_out(t, is_token_in_rank, received.tolist()) for t in (x, topk_idx, topk_weights)]
         local = moved[1] - self.rank * each
         here = (local >= 0) & (local < each) & (moved[1] >= 0)
         moved[1], moved[2] = local.masked_fill(~here, -1), moved[2].masked_fill(~here, 0)
@@ -275,4 +273,3 @@ class Buffer:
                     there.detach().copy_(result)
 
         return nonsense, EventOverlap(arrive)
-
