@@ -23,6 +23,7 @@ from dmoe.parallel.levelling import Levelling, rows_that_pay
 from dmoe.parallel.overlap import Overlapped, chunk_of, run_overlapped
 from dmoe.parallel.placement import as_group, ffn_shard, local_experts
 from dmoe.parallel.statistics import LoadOfRanks
+from dmoe.parallel.symmetric import SymmetricDispatcher, SymmetricExchange
 from dmoe.parallel.traffic import Hop, Traffic
 from dmoe.parallel.two_level import TwoLevel, TwoLevelExchange, mesh_group
 from dmoe.parallel.wire import NarrowExchange, pack_rows, unpack_rows
@@ -42,6 +43,8 @@ __all__ = [
     "NodeDispatcher",
     "Overlapped",
     "Returning",
+    "SymmetricDispatcher",
+    "SymmetricExchange",
     "Traffic",
     "TwoLevel",
     "TwoLevelExchange",

@@ -19,6 +19,7 @@ from dmoe.parallel.mesh import expert_mesh
 from dmoe.parallel.overlap import chunk_of
 from dmoe.parallel.placement import as_group
 from dmoe.parallel.statistics import LoadOfRanks
+from dmoe.parallel.symmetric import SymmetricDispatcher
 from dmoe.parallel.two_level import TwoLevel, mesh_group
 
 _GRAD_SCALES = {"mean": lambda ranks: 1 / ranks, "sum": lambda ranks: 1.0, "sqrt_world_size": lambda ranks: ranks**-0.5}
@@ -26,6 +27,7 @@ _GRAD_SCALES = {"mean": lambda ranks: 1 / ranks, "sum": lambda ranks: 1.0, "sqrt
 _BY_TRANSPORT: dict[str, type[AllToAllDispatcher]] = {
     "all_to_all": AllToAllDispatcher,
     "deep_ep": DeepEPDispatcher,
+    "symmetric_memory": SymmetricDispatcher,
 }
 
 
@@ -36,7 +38,7 @@ def build_dispatcher(
 
     Raises:
         ValueError, TypeError: groups that are none, or options that need all experts in one place.
-        ImportError: a transport whose package is not installed.
+        ImportError, RuntimeError: a transport that is not installed.
     """
     if ep_levels is not None and not isinstance(ep_levels, TwoLevel):
         if not hasattr(ep_levels, "ndim"):

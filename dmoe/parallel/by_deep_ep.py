@@ -283,8 +283,8 @@ class _FinishCombine(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        # Reading it makes activation checkpointing compute the forward again now, on every rank before anything travels,
-        # not where this rank happens to need a value.
+        # Reading them makes activation checkpointing compute the forward again now, on every rank before anything
+        # travels, not where this rank happens to need a value.
         _ = ctx.saved_tensors
         ctx.home.gradient = ctx.home.deep_ep.dispatch_again(grad, ctx.home.handle)
         return grad, None  # which _StartCombine does not read

@@ -106,8 +106,8 @@ class DeepEP:
             num_experts: E of all ranks, a multiple of these.
 
         Returns:
-            The rows that will come to this rank, ``(R', H)``, their weights, ``(R', K)`` float32, and what else is known
-            of them. All are to be read after the event.
+            The rows that will come to this rank, ``(R', H)``, their weights, ``(R', K)`` float32, and what else is
+            known of them. All are to be read after the event.
 
         Raises:
             RuntimeError: what DeepEP says, of ranks that did not come above all.

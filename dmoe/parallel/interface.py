@@ -27,7 +27,8 @@ class WayBack:
         token_rows: a token's rows in the order of the ranks, -1 where none was sent.
         send_counts, recv_counts: rows to and from each rank.
         held_counts: rows that passed this rank between two hops, see
-            :class:`dmoe.parallel.two_level.TwoLevelExchange`; not looked at otherwise.
+            :class:`dmoe.parallel.two_level.TwoLevelExchange`; the room of symmetric memory, see
+            :class:`dmoe.parallel.SymmetricDispatcher`; not looked at otherwise.
         gathered: rows that came to each rank of the tensor-parallel group, all of which are here; one number without.
     """
 

@@ -37,8 +37,8 @@ def equal(results, expected):
 _LAYOUT = "self, topk_idx, num_experts, previous_event=None, async_finish=False, allocate_on_comm_stream=False"
 _DISPATCH = (
     "self, x, handle=None, num_tokens_per_rank=None, num_tokens_per_rdma_rank=None, is_token_in_rank=None, "
-    "num_tokens_per_expert=None, topk_idx=None, topk_weights=None, expert_alignment=1, num_worst_tokens=0, config=None, "
-    "previous_event=None, async_finish=False, allocate_on_comm_stream=False"
+    "num_tokens_per_expert=None, topk_idx=None, topk_weights=None, expert_alignment=1, num_worst_tokens=0, "
+    "config=None, previous_event=None, async_finish=False, allocate_on_comm_stream=False"
 )
 _COMBINE = (
     "self, x, handle, topk_weights=None, bias=None, config=None, previous_event=None, async_finish=False, "
@@ -108,28 +108,32 @@ def test_work_lies_between_the_halves_both_ways(ranks):
 # -------------------------------------------------------------------------------------------------------------- results
 
 
-def shares_of(routing):
+def shares_of(routing, dtype):
     """Tokens of the ranks, their choices, weights and results' gradients; all experts' weights."""
     _, experts, ids, generator = routing
-    rows = [[torch.randn(len(each), H, generator=generator).bfloat16() for _ in range(2)] for each in ids]
+    rows = [[torch.randn(len(each), H, generator=generator).to(dtype) for _ in range(2)] for each in ids]
     shares = [
         (x, each, torch.rand(each.shape, generator=generator), grad_y)
         for each, (x, grad_y) in zip(ids, rows, strict=True)
     ]
-    return shares, [torch.randn(experts, *shape, generator=generator).bfloat16() for shape in ((F, H), (H, F))]
+    return shares, [torch.randn(experts, *shape, generator=generator).to(dtype) for shape in ((F, H), (H, F))]
 
 
-@settings(max_examples=30)
+OTHERS = ("deep_ep", "symmetric_memory")
+
+
+@pytest.mark.parametrize("other", OTHERS)
+@settings(max_examples=25)
 @given(
     routing=routings().filter(lambda drawn: drawn[0] > 1),
     needs=st.sampled_from(["both", "both", "x", "gates"]),
     levels=st.sampled_from([None, None, 1, 2]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
 )
-def test_deep_ep_equals_the_all_to_all_bit_for_bit(ranks, routing, needs, levels):
-    shares, weights = shares_of(routing)
-    for (expected, moved, rows), (result, moved_too, rows_too) in ranks.run(
-        jobs.experts, shares, weights, levels, needs, ranks=len(shares)
-    ):
+def test_rows_and_gradients_equal_those_of_the_all_to_all_bit_for_bit(ranks, other, routing, needs, levels, dtype):
+    shares, weights = shares_of(routing, torch.bfloat16 if other == "deep_ep" else dtype)
+    results = ranks.run(jobs.experts, shares, weights, levels, needs, other, ranks=len(shares))
+    for (expected, moved, rows), (result, moved_too, rows_too) in results:
         equal(result, expected)
         assert (moved, rows) == (moved_too, rows_too)
         assert (result["x"] is None) == (needs == "gates")
@@ -146,20 +150,32 @@ LAYERS = {
     "chunks": {"overlap_degree": 2, "shared_ffn_hidden_size": 3},
     "experts choose": {"router": "expert_choice", "causal": False},
 }
+OF_THE_EXCHANGE = {
+    "half an expert a rank": {"num_experts": 2},
+    "static": {"max_rows_received": 64},
+    "narrow": {"wire_dtype": "fp8", "wire_backward": True},
+    "joined": {"join_choices": True},
+}
 
 
-@pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("how", ["plain", "checkpoint"])
-def test_layers_by_deep_ep_equal_those_by_the_all_to_all(ranks, name, how):
+def shares_of_layer(tokens, masked=True):
     generator = torch.Generator().manual_seed(3)
+    shares = [
+        (torch.randn(n, H, generator=generator), torch.randn(n, H, generator=generator).bfloat16()) for n in tokens
+    ]
+    return [(*share, torch.rand(len(share[0]), generator=generator) < 0.8 if masked else None) for share in shares]
+
+
+@pytest.mark.parametrize(
+    ("other", "name"),
+    [*((other, name) for other in OTHERS for name in LAYERS), *((OTHERS[1], name) for name in OF_THE_EXCHANGE)],
+)
+@pytest.mark.parametrize("how", ["plain", "checkpoint"])
+def test_layers_equal_those_by_the_all_to_all(ranks, other, name, how):
+    fields = {**BASE, **(LAYERS | OF_THE_EXCHANGE)[name]}
     for tokens in ([9, 4, 0, 12], [7, 10]):
-        shares = [
-            (torch.randn(n, H, generator=generator), torch.randn(n, H, generator=generator).bfloat16(), None)
-            for n in tokens
-        ]
-        if name != "experts choose":
-            shares = [(x, grad_y, torch.rand(len(x), generator=generator) < 0.8) for x, grad_y, _ in shares]
-        results = ranks.run(jobs.layers, {**BASE, **LAYERS[name]}, shares, how, ranks=len(tokens))
+        shares = shares_of_layer(tokens, masked=name != "experts choose")
+        results = ranks.run(jobs.layers, fields, shares, other, how, ranks=len(tokens))
         for (expected, counted, hosted), (result, counted_too, hosted_too) in results:
             equal(result, expected)
             assert all(torch.equal(a, b) for a, b in zip(counted, counted_too, strict=True))
@@ -168,14 +184,20 @@ def test_layers_by_deep_ep_equal_those_by_the_all_to_all(ranks, name, how):
             assert any(hosted for (_, _, hosted), _ in results)
 
 
-def test_autocast_sends_bfloat16_by_deep_ep(ranks):
-    torch.manual_seed(5)
-    shares = [(torch.randn(n, H), torch.randn(n, H), None) for n in (3, 8, 1, 6)]
-    for (expected, *_), (result, *_) in ranks.run(jobs.layers, BASE, shares, "autocast"):
+def test_symmetric_memory_beside_tensor_parallelism(ranks):
+    shares = shares_of_layer([9, 4, 0, 12])
+    for (expected, *_), (result, *_) in ranks.run(jobs.layers, BASE, shares, OTHERS[1], "plain", ("tp", 2)):
         equal(result, expected)
 
 
-# -------------------------------------------------------------------------------------------------- buffers and refusals
+def test_autocast_sends_bfloat16_by_deep_ep(ranks):
+    torch.manual_seed(5)
+    shares = [(torch.randn(n, H), torch.randn(n, H), None) for n in (3, 8, 1, 6)]
+    for (expected, *_), (result, *_) in ranks.run(jobs.layers, BASE, shares, "deep_ep", "autocast"):
+        equal(result, expected)
+
+
+# ------------------------------------------------------------------------------------------------- buffers and refusals
 
 
 def test_layers_share_buffers_that_grow_with_the_widest_row_and_go_with_the_last_layer(ranks):
@@ -230,3 +252,29 @@ def test_without_ranks_the_transport_is_not_looked_for():
     from dmoe import MoE
 
     assert MoE(config, dtype=torch.bfloat16)(torch.zeros(2, H, dtype=torch.bfloat16)).shape == (2, H)
+
+
+NO_SYMMETRIC_MEMORY = {
+    "absent": "RuntimeError: MoE: transport: expected 'all_to_all' without NVSHMEM, which 'symmetric_memory' needs",
+    "levels": "ValueError: MoE: ep_levels: expected None with transport='symmetric_memory', got TwoLevel",
+}
+
+
+@pytest.mark.parametrize("kind", NO_SYMMETRIC_MEMORY)
+def test_where_symmetric_memory_cannot_be_used_it_is_said(ranks, kind):
+    for told in ranks.run(jobs.no_symmetric_memory, kind):
+        assert NO_SYMMETRIC_MEMORY[kind] in told
+
+
+def test_symmetric_buffers_have_room_for_the_rank_with_most_rows_and_a_quarter(ranks):
+    """Choices are 8 bytes a row, tokens 12; three buffers, the same on ranks that send nothing."""
+    made = [[100, 100, 100, 150, 150, 150], [], [], [225, 225, 225]]
+    assert ranks.run(jobs.symmetric_sizes, [10, 4, 12, 15]) == [made] * 4
+
+
+def test_the_operation_has_the_schema_that_is_called():
+    told = str(torch.ops.symm_mem.all_to_all_vdev_2d.default._schema)
+    assert told == (
+        "symm_mem::all_to_all_vdev_2d(Tensor input, Tensor(a!) out, Tensor in_splits, Tensor(a!) out_splits_offsets, "
+        "str group_name, int? major_align=None) -> ()"
+    )

@@ -1,8 +1,8 @@
 """A stand-in for the package deep_ep on gloo ranks of one node: its signatures, its checks, and what its calls mean.
 
-Signatures and checks are those of DeepEP 1.2.1 (commit 9af0e0d0e74f3577af1979c9b9e1ac2cad0104ee, ``deep_ep/buffer.py``),
-stricter in one point: what ``async_finish`` leaves under way is NaN or nonsense until the event is waited for. ``calls``
-has what was called, with which arguments.
+Signatures and checks are those of DeepEP 1.2.1 (``deep_ep/buffer.py`` at commit 9af0e0d), stricter in one point:
+what ``async_finish`` leaves under way is NaN or nonsense until the event is waited for.
+``calls`` has what was called, with which arguments.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class Buffer:
         assert num_experts > 0
         assert num_experts % self.group_size == 0
         assert ((topk_idx >= -1) & (topk_idx < num_experts)).all()
-        assert not async_finish and previous_event is None and not allocate_on_comm_stream, "not emulated"
+        _emulated(async_finish=async_finish, previous_event=previous_event, allocate=allocate_on_comm_stream)
         in_rank = self._in_rank(topk_idx, num_experts)
         chosen = topk_idx[topk_idx >= 0]
         per_expert = torch.bincount(chosen, minlength=num_experts).int()
@@ -150,7 +150,7 @@ class Buffer:
         allocate_on_comm_stream=False,
     ):
         self._check(x, config or self.get_dispatch_config(self.group_size))
-        assert previous_event is None and not allocate_on_comm_stream and num_worst_tokens == 0, "not emulated"
+        _emulated(worst=num_worst_tokens, previous_event=previous_event, allocate=allocate_on_comm_stream)
         ranks = self.group_size
         if handle is not None:
             assert topk_idx is None
@@ -186,7 +186,6 @@ class Buffer:
         dist.all_gather(everyone, sent, group=self.group)
         prefix = torch.stack(everyone).cumsum(0).int()  # [i][j]: from ranks up to i to rank j
         each = num_experts // ranks
-        local = topk_idx - self.rank * each
         moved = [self._rows_out(t, is_token_in_rank, received.tolist()) for t in (x, topk_idx, topk_weights)]
         local = moved[1] - self.rank * each
         here = (local >= 0) & (local < each) & (moved[1] >= 0)
@@ -214,7 +213,7 @@ class Buffer:
     ):
         self._check(x, config or self.get_combine_config(self.group_size))
         assert x.dtype == torch.bfloat16
-        assert previous_event is None and not allocate_on_comm_stream and bias is None, "not emulated"
+        _emulated(bias=bias, previous_event=previous_event, allocate=allocate_on_comm_stream)
         prefix, _, _, source, in_rank, send_head = handle
         assert x.shape[0] == source.shape[0]
         assert send_head.shape == in_rank.shape
@@ -273,3 +272,7 @@ class Buffer:
                     there.detach().copy_(result)
 
         return nonsense, EventOverlap(arrive)
+
+
+def _emulated(**given):
+    assert not any(given.values()), f"not emulated: {given}"

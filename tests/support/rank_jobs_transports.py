@@ -8,13 +8,14 @@ import gc
 import weakref
 
 import fake_deep_ep
+import fake_symmetric_memory
 import torch
 import torch.distributed as dist
 from rank_jobs import groups_of, plain
 from torch.utils.checkpoint import checkpoint
 
 from dmoe import ExpertWeights, MoE, run_experts
-from dmoe.parallel import AllToAllDispatcher, DeepEPDispatcher, Levelling
+from dmoe.parallel import AllToAllDispatcher, DeepEPDispatcher, Levelling, SymmetricDispatcher
 
 
 @contextlib.contextmanager
@@ -27,20 +28,25 @@ def deep_ep():
         fake_deep_ep.uninstall()
 
 
-KINDS = {"all_to_all": AllToAllDispatcher, "deep_ep": DeepEPDispatcher}
+KINDS = {
+    "all_to_all": AllToAllDispatcher,
+    "deep_ep": DeepEPDispatcher,
+    "symmetric_memory": SymmetricDispatcher,
+}
 
 
 @deep_ep()
-def experts(group, share, weights, levels, needs, transports=tuple(KINDS)):
-    """Dispatch, experts and combine by each transport, forward and backward: results, gradients, what came.
+@fake_symmetric_memory.installed()
+def experts(group, shares, weights, levels, needs, other, **options):
+    """Dispatch, experts and combine by the all-to-all and another transport: results, gradients, what came.
 
     ``needs``: which of x and the gates has a gradient; weights are those of all experts.
     """
     results = []
-    for name in transports:
-        x, ids, gates, grad_y = share[dist.get_rank(group)]
+    for name in ("all_to_all", other):
+        x, ids, gates, grad_y = shares[dist.get_rank(group)]
         levelling = None if levels is None else Levelling(0.0, levels, 1)
-        dispatcher = copy.deepcopy(KINDS[name](group, weights[1].shape[0], levelling=levelling))
+        dispatcher = copy.deepcopy(KINDS[name](group, weights[1].shape[0], levelling=levelling, **options))
         mine = slice(dispatcher.local_experts.start, dispatcher.local_experts.stop)
         own = [w[mine].clone().requires_grad_() for w in weights]
         x, gates = x.clone().requires_grad_(needs != "gates"), gates.clone().requires_grad_(needs != "x")
@@ -64,13 +70,17 @@ def experts(group, share, weights, levels, needs, transports=tuple(KINDS)):
 
 
 @deep_ep()
-def layers(group, fields, shares, how="plain", transports=tuple(KINDS)):
-    """A layer's forward and backward by each transport on this rank's share (x, dy, mask): results and gradients."""
+@fake_symmetric_memory.installed()
+def layers(group, fields, shares, other, how="plain", arrangement="flat"):
+    """A layer's forward and backward by the all-to-all and another transport: results and gradients.
+
+    A share is (x, dy, mask).
+    """
     results = []
-    for transport in transports:
+    for transport in ("all_to_all", other):
         torch.manual_seed(7)
-        module = MoE(**fields, transport=transport, **groups_of(group, "flat"), dtype=dtype_of(how))
-        x, grad_y, mask = shares[dist.get_rank(group)]
+        module = MoE(**fields, transport=transport, **groups_of(group, arrangement), dtype=dtype_of(how))
+        x, grad_y, mask = shares[dist.get_rank()]
         x = x.to(dtype_of(how)).requires_grad_()
         cast = torch.autocast("cpu", torch.bfloat16) if how == "autocast" else contextlib.nullcontext()
         with cast:
@@ -149,8 +159,6 @@ def freed(group):
 
 def refused(group, kind):
     """What is said to what cannot go with DeepEP."""
-    from dmoe.parallel import TwoLevel
-
     fields = {"hidden_size": 16, "ffn_hidden_size": 4, "num_experts": 4, "transport": "deep_ep"}
     alone = group if dist.get_world_size(group) == 1 else None
     x, ids, gates = torch.zeros(2, 16, dtype=torch.bfloat16), torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, 1)
@@ -173,13 +181,37 @@ def refused(group, kind):
         "results": lambda: combined(group, x, ids, gates, lambda y: y.float()),
         "differ": lambda: differ(group, fields, x),
     }
-    assert TwoLevel is not None
     with contextlib.nullcontext() if kind == "absent" else deep_ep():
         try:
             kinds.get(kind, lambda: MoE(**fields, ep_group=group))()
         except (ValueError, TypeError, ImportError) as error:
             return f"{type(error).__name__}: {error}"
     return "built"
+
+
+def no_symmetric_memory(group, kind):
+    """What is said where symmetric memory cannot be used."""
+    fields = {"hidden_size": 6, "ffn_hidden_size": 4, "num_experts": 4, "transport": "symmetric_memory"}
+    with contextlib.nullcontext() if kind == "absent" else fake_symmetric_memory.installed():
+        try:
+            MoE(**fields, **groups_of(group, ("levels", 2) if kind == "levels" else "flat"))
+        except (ValueError, RuntimeError) as error:
+            return f"{type(error).__name__}: {error}"
+    return "built"
+
+
+@fake_symmetric_memory.installed()
+def symmetric_sizes(group, rows):
+    """Bytes of the buffers made by dispatches of so many rows on the first rank and none elsewhere, one by one."""
+    dispatcher, sizes = SymmetricDispatcher(group, 4), []
+    for n in rows:
+        n = 0 if dist.get_rank(group) else n
+        x, ids = torch.ones(n, 3), torch.full((n, 1), 2)
+        arrived = dispatcher.dispatch(x, ids, torch.ones(n, 1))
+        assert torch.equal(dispatcher.combine(arrived.x, arrived), x)
+        sizes.append(list(fake_symmetric_memory.sizes))
+        fake_symmetric_memory.sizes.clear()
+    return sizes
 
 
 def combined(group, x, ids, gates, change):
