@@ -123,7 +123,7 @@ OTHERS = ("deep_ep", "symmetric_memory")
 
 
 @pytest.mark.parametrize("other", OTHERS)
-@settings(max_examples=25)
+@settings(max_examples=20)
 @given(
     routing=routings().filter(lambda drawn: drawn[0] > 1),
     needs=st.sampled_from(["both", "both", "x", "gates"]),
