@@ -163,6 +163,9 @@ class MoEConfig:
         expert_grad_scale: what backward multiplies the experts' gradients by, which each rank sums over the tokens of
             all W ranks: ``mean``: 1 / W, as if one process averaged the ranks' losses, and as DDP averages the other
             parameters' gradients; ``sum``: 1; ``sqrt_world_size``: 1 / sqrt(W) (fairseq).
+        transport: how rows travel: ``all_to_all`` of torch.distributed; ``deep_ep``, the package of that name, which
+            plans and counts on the GPU (bfloat16, see :class:`dmoe.parallel.DeepEPDispatcher`); ``symmetric_memory``,
+            torch's, over NVSHMEM (see :class:`dmoe.parallel.SymmetricDispatcher`). The results are the same.
         max_rows_received: the static mode, without any wait of the host: the most token rows that a rank receives,
             ``ceil(max_rows_received / W)`` from each rank. What is beyond is dropped and counted, see
             :class:`dmoe.parallel.AllToAllDispatcher`. None: as many as there are.
@@ -256,6 +259,7 @@ class MoEConfig:
     batch_invariant: bool = False
 
     expert_grad_scale: Literal["mean", "sum", "sqrt_world_size"] = "mean"
+    transport: Literal["all_to_all", "deep_ep", "symmetric_memory"] = "all_to_all"
     max_rows_received: int | None = None
     on_overflow: Literal["drop", "rerun"] = "drop"
     wire_dtype: Literal["fp8", "int8"] | None = None

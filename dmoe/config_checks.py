@@ -153,6 +153,7 @@ def _check_capacity(c: MoEConfig) -> None:
     _require(c, bound is None or bound >= 0, "max_rows_received", "at least 0, or None")
     _require(c, bound is not None or c.on_overflow == "drop", "on_overflow", "'drop' without max_rows_received")
     _require(c, not c.wire_backward or c.wire_dtype is not None, "wire_backward", "False without wire_dtype")
+    _check_transport(c)
     _check_levelling(c)
     _require(c, 0 <= c.selection_bias_update_rate < math.inf, "selection_bias_update_rate", "at least 0")
     _require(c, 0 <= c.selection_bias_decay < 1, "selection_bias_decay", "0 <= share < 1")
@@ -161,6 +162,13 @@ def _check_capacity(c: MoEConfig) -> None:
         _require(c, not grouped, "top_k_groups", "None with selection_bias_rule='quantile'")
         few = c.top_k < c.num_experts
         _require(c, few, "top_k", f"less than num_experts = {c.num_experts} with selection_bias_rule='quantile'")
+
+
+def _check_transport(c: MoEConfig) -> None:
+    if c.transport == "deep_ep":
+        for name in ("max_rows_received", "wire_dtype", "join_choices"):
+            _require(c, getattr(c, name) is None, name, "None with transport='deep_ep'")
+        _require(c, c.hidden_size % 16 == 0, "hidden_size", "a multiple of 16 with transport='deep_ep'")
 
 
 def _check_levelling(c: MoEConfig) -> None:

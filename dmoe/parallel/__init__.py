@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from dmoe.parallel.agreement import check_agreement
+from dmoe.parallel.by_deep_ep import DeepEPDispatcher
 from dmoe.parallel.by_node import NodeDispatcher
 from dmoe.parallel.clipping import clip_grad_norm, grad_norm
 from dmoe.parallel.collectives import Exchange, all_to_all_rows
@@ -23,12 +24,14 @@ from dmoe.parallel.levelling import Levelling, rows_that_pay
 from dmoe.parallel.overlap import Overlapped, chunk_of, run_overlapped
 from dmoe.parallel.placement import as_group, ffn_shard, local_experts
 from dmoe.parallel.statistics import LoadOfRanks
+from dmoe.parallel.symmetric import SymmetricDispatcher, SymmetricExchange
 from dmoe.parallel.traffic import Hop, Traffic
 from dmoe.parallel.two_level import TwoLevel, TwoLevelExchange, mesh_group
 from dmoe.parallel.wire import NarrowExchange, pack_rows, unpack_rows
 
 __all__ = [
     "AllToAllDispatcher",
+    "DeepEPDispatcher",
     "Dispatched",
     "Dispatcher",
     "ExactStep",
@@ -42,6 +45,8 @@ __all__ = [
     "NodeDispatcher",
     "Overlapped",
     "Returning",
+    "SymmetricDispatcher",
+    "SymmetricExchange",
     "Traffic",
     "TwoLevel",
     "TwoLevelExchange",

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from dmoe.config import MoEConfig
 from dmoe.expert_slice import ExpertSlice
+from dmoe.parallel.by_deep_ep import DeepEPDispatcher
 from dmoe.parallel.by_node import NodeDispatcher
 from dmoe.parallel.dispatch import AllToAllDispatcher
 from dmoe.parallel.gradients import SharedOverflow
@@ -18,9 +19,16 @@ from dmoe.parallel.mesh import expert_mesh
 from dmoe.parallel.overlap import chunk_of
 from dmoe.parallel.placement import as_group
 from dmoe.parallel.statistics import LoadOfRanks
+from dmoe.parallel.symmetric import SymmetricDispatcher
 from dmoe.parallel.two_level import TwoLevel, mesh_group
 
 _GRAD_SCALES = {"mean": lambda ranks: 1 / ranks, "sum": lambda ranks: 1.0, "sqrt_world_size": lambda ranks: ranks**-0.5}
+
+_BY_TRANSPORT: dict[str, type[AllToAllDispatcher]] = {
+    "all_to_all": AllToAllDispatcher,
+    "deep_ep": DeepEPDispatcher,
+    "symmetric_memory": SymmetricDispatcher,
+}
 
 
 def build_dispatcher(
@@ -30,6 +38,7 @@ def build_dispatcher(
 
     Raises:
         ValueError, TypeError: groups that are none, or options that need all experts in one place.
+        ImportError, RuntimeError: a transport that is not installed.
     """
     if ep_levels is not None and not isinstance(ep_levels, TwoLevel):
         if not hasattr(ep_levels, "ndim"):
@@ -59,7 +68,8 @@ def build_dispatcher(
     shards = max(1, dist.get_world_size(group) // config.num_experts)
     shards *= 1 if tp_group is None else dist.get_world_size(tp_group)
     by_node = ep_levels is not None and config.rows_between_nodes == "once_per_node"
-    dispatcher = (NodeDispatcher if by_node else AllToAllDispatcher)(
+    kind = _BY_TRANSPORT[config.transport]
+    dispatcher = (NodeDispatcher if by_node and kind is AllToAllDispatcher else kind)(
         group,
         config.num_experts,
         tp_group,

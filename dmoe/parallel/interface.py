@@ -28,7 +28,8 @@ class WayBack:
         token_rows: a token's rows in the order of the ranks, -1 where none was sent.
         send_counts, recv_counts: rows to and from each rank.
         held_counts: rows that passed this rank between two hops, see
-            :class:`dmoe.parallel.two_level.TwoLevelExchange`; not looked at otherwise.
+            :class:`dmoe.parallel.two_level.TwoLevelExchange`; the room of symmetric memory, see
+            :class:`dmoe.parallel.SymmetricDispatcher`; not looked at otherwise.
         gathered: rows that came to each rank of the tensor-parallel group, all of which are here; one number without.
     """
 
@@ -51,7 +52,7 @@ class Dispatched:
             that came to the group's rank 0 first, and then by the rank that they are from.
         plan: which row goes to which local expert.
         gate_weights: one per assignment of ``plan``, ``(R', K)``. Carries the gradient.
-        way_back: for :meth:`Dispatcher.combine`; None when nothing moved.
+        way_back: for :meth:`Dispatcher.combine`; None when nothing moved, and where ``handle`` has it.
         traffic: what was sent; None when nothing moved.
         kept_per_expert: assignments of this rank's own tokens that were sent, for all experts, ``(E,)`` integer; None
             when none was dropped here.
@@ -61,6 +62,7 @@ class Dispatched:
         copies_plan: which row goes to which hosted copy, beside ``plan``; None where none is hosted here.
         levels: who was to compute how much; None without :class:`dmoe.parallel.Levelling`.
         before: of a :class:`dmoe.parallel.NodeDispatcher`, what came to this rank in the hop before.
+        handle: of a :class:`dmoe.parallel.DeepEPDispatcher`, what DeepEP knows of the way back.
     """
 
     x: Tensor
@@ -75,6 +77,7 @@ class Dispatched:
     copies_plan: RoutingPlan | None = None
     levels: LevelPlan | None = None
     before: Dispatched | None = None
+    handle: Any = None
 
 
 @dataclass(frozen=True)
