@@ -36,10 +36,10 @@ _CHOICE_BYTES = 8 + 4  # an expert's number and its weight, as DeepEP sends them
 class DeepEPDispatcher(AllToAllDispatcher):
     """:class:`AllToAllDispatcher` whose rows travel by the package deep_ep.
 
-    Tokens are bfloat16 (autocast's are), H a multiple of 16 (below 8192 for its Hopper kernels), K at most 32. Ranks are
-    compared, once for each kind of rows, in width, K, and whether they need a gradient. :class:`Traffic` counts a row
-    for each rank that a token goes to; between nodes DeepEP sends one for each node. DeepEP 2.1.0 does not run under
-    ``torch.use_deterministic_algorithms`` unless ``torch.utils.deterministic.fill_uninitialized_memory`` is off.
+    Tokens are bfloat16 (autocast's are), H a multiple of 16 (below 8192 for its Hopper kernels), K at most 32. Ranks
+    are compared, once for each kind of rows, in width, K, and whether they need a gradient. :class:`Traffic` counts a
+    row for each rank that a token goes to; between nodes DeepEP sends one for each node. DeepEP 2.1.0 does not run
+    under ``torch.use_deterministic_algorithms`` unless ``torch.utils.deterministic.fill_uninitialized_memory`` is off.
 
     Args:
         group: the ranks: as many as DeepEP has kernels for (2, 4, 8, 16, ...).
