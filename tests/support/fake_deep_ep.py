@@ -1,8 +1,8 @@
 """A stand-in for the package deep_ep on gloo ranks of one node: its signatures, its checks, and what its calls mean.
 
 Signatures and checks are those of DeepEP 1.2.1 (``deep_ep/buffer.py`` at commit 9af0e0d), stricter in two
-points: what ``async_finish`` leaves under way is NaN or nonsense until the event is waited for, and dispatch and combine
-need buffers of different sizes.
+points: what ``async_finish`` leaves under way is NaN or nonsense until the event is waited for, and dispatch and
+combine need buffers of different sizes.
 ``calls`` has what was called, with which arguments.
 """
 
