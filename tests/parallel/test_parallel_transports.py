@@ -152,6 +152,13 @@ def test_rows_need_not_lie_in_one_piece(ranks, other):
         equal(result, expected)
 
 
+def test_ranks_without_rows_take_part_in_backward(ranks):
+    for rank, (rows, grad) in enumerate(ranks.run(jobs.results_of_nothing)):
+        assert rows == (0 if rank else 12)
+        assert grad is not None
+        assert torch.equal(grad, torch.full((3, 16), 2.0, dtype=torch.bfloat16))
+
+
 LAYERS = {
     "plain": {},
     "shared expert": {"shared_ffn_hidden_size": 3},

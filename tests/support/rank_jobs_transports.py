@@ -137,6 +137,21 @@ def strided(group, shares, other):
 
 
 @deep_ep()
+def results_of_nothing(group):
+    """The tokens' gradients where ranks to which no row came make their results without them."""
+    dispatcher = DeepEPDispatcher(group, 4)
+    x = torch.ones(3, 16, dtype=torch.bfloat16, requires_grad=True)
+    arrived = dispatcher.dispatch(x, torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1))
+    y = arrived.x * 2 if len(arrived.x) else torch.zeros(0, 16, dtype=torch.bfloat16)
+    y = dispatcher.combine(y, arrived)
+    everywhere = [False] * dist.get_world_size(group)
+    dist.all_gather_object(everywhere, y.requires_grad, group)
+    if all(everywhere):  # or the others would wait for this rank
+        y.sum().backward()
+    return len(arrived.x), x.grad
+
+
+@deep_ep()
 def buffers(group, fields):
     """How many buffers were made for two layers of one width, a wider one, and a narrow one after these are gone."""
     made = []
