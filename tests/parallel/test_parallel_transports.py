@@ -140,6 +140,25 @@ def test_rows_and_gradients_equal_those_of_the_all_to_all_bit_for_bit(ranks, oth
         assert (result["gates"] is None) == (needs == "x")
 
 
+@pytest.mark.parametrize("other", OTHERS)
+def test_rows_need_not_lie_in_one_piece(ranks, other):
+    generator = torch.Generator().manual_seed(1)
+    shares = []
+    for tokens in (5, 3, 0, 7):
+        x, grad_y = (torch.randn(tokens, H, generator=generator).bfloat16() for _ in range(2))
+        ids = torch.randint(0, 4, (tokens, 1), generator=generator)  # one choice: each row's weights are its own
+        shares.append((x, ids, torch.rand(tokens, 1, generator=generator), grad_y))
+    for expected, result in ranks.run(jobs.strided, shares, other):
+        equal(result, expected)
+
+
+def test_ranks_without_rows_take_part_in_backward(ranks):
+    for rank, (rows, grad) in enumerate(ranks.run(jobs.results_of_nothing)):
+        assert rows == (0 if rank else 12)
+        assert grad is not None
+        assert torch.equal(grad, torch.full((3, 16), 2.0, dtype=torch.bfloat16))
+
+
 LAYERS = {
     "plain": {},
     "shared expert": {"shared_ffn_hidden_size": 3},

@@ -1,7 +1,8 @@
 """A stand-in for the package deep_ep on gloo ranks of one node: its signatures, its checks, and what its calls mean.
 
-Signatures and checks are those of DeepEP 1.2.1 (``deep_ep/buffer.py`` at commit 9af0e0d), stricter in one point:
-what ``async_finish`` leaves under way is NaN or nonsense until the event is waited for.
+Signatures and checks are those of DeepEP 1.2.1 (``deep_ep/buffer.py`` at commit 9af0e0d), stricter in two
+points: what ``async_finish`` leaves under way is NaN or nonsense until the event is waited for, and dispatch and
+combine need buffers of different sizes.
 ``calls`` has what was called, with which arguments.
 """
 
@@ -48,13 +49,13 @@ class Config:
         num_max_rdma_chunked_send_tokens=6,
         num_max_rdma_chunked_recv_tokens=256,
     ):
-        self.num_sms, self.recv_tokens = num_sms, num_max_nvl_chunked_recv_tokens
+        self.num_sms, self.room = num_sms, num_max_nvl_chunked_recv_tokens + num_max_nvl_chunked_send_tokens
         assert num_max_nvl_chunked_send_tokens < num_max_nvl_chunked_recv_tokens
         assert num_max_rdma_chunked_send_tokens <= num_max_rdma_chunked_recv_tokens // 2
 
     @_noted
     def get_nvl_buffer_size_hint(self, hidden_bytes, num_ranks):
-        return -(-self.num_sms // 2 * num_ranks * self.recv_tokens * (hidden_bytes + 2048) // 128) * 128
+        return -(-self.num_sms // 2 * num_ranks * self.room * (hidden_bytes + 2048) // 128) * 128
 
     @_noted
     def get_rdma_buffer_size_hint(self, hidden_bytes, num_ranks):

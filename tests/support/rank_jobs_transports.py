@@ -105,6 +105,7 @@ def dtype_of(how):
 @deep_ep()
 def order_and_arguments(group, fields):
     """Calls of DeepEP, and work between the halves, in their order: forward, then backward."""
+    gc.collect()  # buffers of earlier jobs' layers
     calls = fake_deep_ep.calls
 
     def shared(x):
@@ -117,6 +118,37 @@ def order_and_arguments(group, fields):
     x = torch.randn(5, fields["hidden_size"], dtype=torch.bfloat16, requires_grad=True)
     module(x).sum().backward()
     return list(calls)
+
+
+@deep_ep()
+@fake_symmetric_memory.installed()
+def strided(group, shares, other):
+    """Rows, weights, results and gradients that do not lie in one piece: results and gradients of both transports."""
+    results = []
+    for name in ("all_to_all", other):
+        x, ids, gates, grad_y = shares[dist.get_rank(group)]
+        x, gates = (t.repeat(1, 2)[:, ::2].mT.contiguous().mT.detach().requires_grad_() for t in (x, gates))
+        arrived = KINDS[name](group, 4).dispatch(x, ids.mT.contiguous().mT, gates)
+        y = (arrived.x * arrived.gate_weights.sum(1, keepdim=True).bfloat16()).mT.contiguous().mT
+        y = KINDS[name](group, 4).combine(y, arrived)
+        y.backward(grad_y.mT.contiguous().mT)
+        results.append({"y": y.detach(), "x": x.grad, "gates": gates.grad})
+    return results
+
+
+@deep_ep()
+def results_of_nothing(group):
+    """The tokens' gradients where ranks to which no row came make their results without them."""
+    dispatcher = DeepEPDispatcher(group, 4)
+    x = torch.ones(3, 16, dtype=torch.bfloat16, requires_grad=True)
+    arrived = dispatcher.dispatch(x, torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1))
+    y = arrived.x * 2 if len(arrived.x) else torch.zeros(0, 16, dtype=torch.bfloat16)
+    y = dispatcher.combine(y, arrived)
+    everywhere = [False] * dist.get_world_size(group)
+    dist.all_gather_object(everywhere, y.requires_grad, group)
+    if all(everywhere):  # or the others would wait for this rank
+        y.sum().backward()
+    return len(arrived.x), x.grad
 
 
 @deep_ep()
