@@ -183,6 +183,7 @@ class _UnderWay:
     handle: Any
     way_back: None = None
     kept_per_expert: None = None
+    rows_dropped: None = None
 
 
 class _Arriving:
