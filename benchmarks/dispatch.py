@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from parts.ep_bytes import Wire, copies_closed_form, counted_rows
 from parts.ep_movement import CONTESTANTS, Case, Rank
-from parts.ep_ranks import RankFailedError, Ranks
+from parts.ep_ranks import KEEP_MEMORY, RankFailedError, Ranks
 from parts.harness import (
     COLOURS,
     CheckError,
@@ -46,9 +46,6 @@ TOKENS = {2: 2048, 4: 1024}  # on each rank: as many in all
 SHAPES = [(h, 0, k, zipf) for h in (1024, 2048) for k in (2, 8) for zipf in (0.0, 1.0)]
 SHAPES += [(1024, 256, k, zipf) for k in (2, 8) for zipf in (0.0, 1.0)]
 CHECK_TOKENS = 192
-# glibc gives large tensors back to the system when they are freed, and every step pays for their pages anew: the more
-# the larger they are, which is not what is to be compared here. With these it keeps them, as PyTorch does on a GPU.
-KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**28)}
 AIM = 1.3  # times the naive all-to-all's speed, at K = 8
 NARROW_TOLERANCE = 0.1  # relative norm: e4m3 has three bits behind the point, a rounding of up to 2**-4
 

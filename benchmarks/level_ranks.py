@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from parts.ep_levels import CONTESTANTS, Case, Rank
-from parts.ep_ranks import Ranks
+from parts.ep_ranks import KEEP_MEMORY, Ranks
 from parts.harness import (
     COLOURS,
     CheckError,
@@ -58,7 +58,7 @@ def main() -> None:
     results = []
     with tqdm(total=len(cases), unit="case", mininterval=1) as bar:
         for world in dict.fromkeys(case.ranks for case in cases):
-            with Ranks(Rank, world, threads=args.threads, limit=300.0) as ranks:
+            with Ranks(Rank, world, threads=args.threads, limit=300.0, environment=KEEP_MEMORY) as ranks:
                 for case in (case for case in cases if case.ranks == world):
                     bar.set_postfix_str(case.label)
                     results.append(run_case(case, ranks, args, timed=world <= cores))

@@ -13,6 +13,10 @@ from unittest.mock import patch
 
 from parts.workers import _serve
 
+# glibc gives large tensors back to the system when they are freed, and every step pays for their pages anew: the more
+# the larger they are, which is not what is to be compared here. With these it keeps them, as PyTorch does on a GPU.
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**28)}
+
 
 class RankFailedError(Exception):
     """A rank raised, ended or did not answer; the message has each such rank and its traceback."""
