@@ -39,7 +39,6 @@ from dmoe.ops._checks import autocast_is_on
 from dmoe.ops.activation import accumulate_dtype
 from dmoe.ops.histogram import histogram
 from dmoe.ops.permute import permute, unpermute
-from dmoe.parallel.agreement import raise_unless_equal
 from dmoe.parallel.collectives import Exchange, RowExchange, outside_graphs, tied
 from dmoe.parallel.compaction import Compaction
 from dmoe.parallel.copies import Copies
@@ -50,11 +49,12 @@ from dmoe.parallel.joined import Apart, Arriving, Joined
 from dmoe.parallel.levelling import Levelling, LevelPlan, plan_levels
 from dmoe.parallel.overflow import Overflow
 from dmoe.parallel.placement import ffn_shard, local_experts
+from dmoe.parallel.row_kinds import DTYPES, check_kinds, kind_of
 from dmoe.parallel.statistics import LoadOfRanks
 from dmoe.parallel.tensor_parallel import TensorParallel
 from dmoe.parallel.traffic import Hop, Traffic
 from dmoe.parallel.two_level import TwoLevel, TwoLevelExchange
-from dmoe.parallel.wire import SCALE_BYTES, WIRE_DTYPES, NarrowExchange, check_wire_dtype
+from dmoe.parallel.wire import SCALE_BYTES, NarrowExchange, check_wire_dtype
 from dmoe.plan import RoutingPlan, device_tile_rows, plan_token_choice
 
 if TYPE_CHECKING:
@@ -62,10 +62,7 @@ if TYPE_CHECKING:
 
 _Moved: TypeAlias = tuple[int, int, int]
 _Counts: TypeAlias = tuple[Sequence[int], Sequence[int], Sequence[int]]  # of rows sent, received, and passed on
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 JOIN_FROM = 63  # other ranks from which on messages cost more than a copy of the rows
-_MODES = ("any", "evaluation", "training")
-_WIRES = (None, *((kind, narrow_gradients) for kind in WIRE_DTYPES for narrow_gradients in (False, True)))
 
 
 class AllToAllDispatcher:
@@ -324,7 +321,7 @@ class AllToAllDispatcher:
         if bound is not None:
             send_counts = recv_counts = held_counts = (bound,) * ranks
             gathered = (bound * ranks,) * (1 if self._tensor is None else self._tensor.size)
-            traffic = self._static_traffic(x, chosen, send_counts, gathered)
+            traffic = self._traffic(x, chosen, self._moved(send_counts, recv_counts), gathered)
             kept = kept_per_expert(choices, prepared.destinations, way, each, self._shards)
             if levels is not None:
                 kept = levels.of_experts(kept, self.num_experts)
@@ -521,8 +518,8 @@ class AllToAllDispatcher:
         kind = x.device.type
         if autocast_is_on(kind) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(kind))
-        if x.dtype not in _DTYPES:
-            raise TypeError(f"dispatch: x: expected one of {_DTYPES}, got {x.dtype}")
+        if x.dtype not in DTYPES:
+            raise TypeError(f"dispatch: x: expected one of {DTYPES}, got {x.dtype}")
         choices = expert_indices.to(torch.int32)
         if plan is not None and plan.capacity is not None:
             choices = choices.masked_fill(plan.token_to_rows < 0, self.num_experts)
@@ -535,10 +532,7 @@ class AllToAllDispatcher:
         owners = self.world_size // self._shards
         assignments = histogram((choices // self._places).flatten(), owners + 1)[:owners]
         assignments = assignments.repeat_interleave(self._shards, output_size=self.world_size)
-        wire = _WIRES.index(None if self.wire_dtype is None else (self.wire_dtype, self.wire_backward))
-        dtype = _DTYPES.index(x.dtype) + len(_DTYPES) * wire
-        needs = _needs_gradient(x, gates) + 4 * _MODES.index(self.mode)
-        kind = [x.shape[1], choices.shape[1], dtype, needs]
+        kind = kind_of(x, choices, gates, self.wire_dtype, self.wire_backward, self.mode)
         kinds = torch.tensor(kind, device="cpu").expand(self.world_size, -1)
         if x.is_cuda:
             kinds = kinds.contiguous().pin_memory().to(x.device, non_blocking=True)
@@ -551,23 +545,18 @@ class AllToAllDispatcher:
     ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int, Traffic]:
         """Rows to and from each rank and in the end here, how many assignments these have, and all that in bytes."""
         sent, received = counting.read()
-        _check_kinds(received)
+        check_kinds(received)
         here = received[0 if self._tensor is None else self._tensor.rank]
         (send_rows, send_choices), (recv_rows, recv_choices) = (
             tuple(tuple(count[n] for count in counts) for n in (0, 1)) for counts in (sent, here)
         )
         rows, choices = (tuple(sum(count[n] for count in counts) for counts in received) for n in (0, 1))
-        (sent_on, came_on), (naive_sent_on, naive_came_on) = self._gathered(rows), self._gathered(choices)
+        naive_sent_on, naive_came_on = self._gathered(choices)
         naive_sent, naive_kept, naive_came = self._moved(send_choices, recv_choices)
         naive = naive_sent + naive_sent_on, naive_kept, naive_came + naive_came_on
         moved = self._moved(send_rows, recv_rows)
-        traffic = self._traffic(x, chosen, moved, (sent_on, came_on), naive, counting.bytes_sent)
+        traffic = self._traffic(x, chosen, moved, rows, naive, counting.bytes_sent)
         return send_rows, recv_rows, rows, sum(choices), traffic
-
-    def _static_traffic(self, x: Tensor, chosen: Tensor, counts: tuple[int, ...], gathered: tuple[int, ...]) -> Traffic:
-        """What the static mode sends, whatever the routing."""
-        moved = self._moved(counts, counts)
-        return self._traffic(x, chosen, moved, self._gathered(gathered), (None, None, None), 0)
 
     def _moved(self, sent: tuple[int, ...], received: tuple[int, ...]) -> _Moved:
         """Rows sent to others, kept and received from others."""
@@ -586,9 +575,9 @@ class AllToAllDispatcher:
         x: Tensor,
         chosen: Tensor,
         moved: _Moved,
-        gathered: tuple[int, int],
-        naive: _Moved | tuple[None, None, None],
-        count_bytes: int,
+        gathered: tuple[int, ...],
+        naive: _Moved | tuple[None, None, None] = (None, None, None),
+        count_bytes: int = 0,
     ) -> Traffic:
         (sent, kept, received), (naive_sent, naive_kept, naive_received) = moved, naive
         return Traffic(
@@ -601,8 +590,8 @@ class AllToAllDispatcher:
             row_bytes=x.shape[1] * x.element_size(),
             choice_bytes=chosen.shape[1] * chosen.element_size(),
             count_bytes=count_bytes,
-            tp_rows_sent=gathered[0],
-            tp_rows_received=gathered[1],
+            tp_rows_sent=self._gathered(gathered)[0],
+            tp_rows_received=self._gathered(gathered)[1],
         )
 
 
@@ -614,28 +603,3 @@ def _plan_here(ids: Tensor, num_experts: int, assignments: int) -> RoutingPlan:
 
 def _hops(exchange: RowExchange) -> tuple[Hop, ...]:
     return tuple(Hop(len(hop.send_counts) - 1, hop.rows_sent, hop.rows_received) for hop in exchange.hops)
-
-
-def _needs_gradient(x: Tensor, gates: Tensor) -> int:
-    """Bit 0: x's backward will exchange gradients; bit 1: the gate weights' will."""
-    return (x.requires_grad + 2 * gates.requires_grad) if torch.is_grad_enabled() else 0
-
-
-def _check_kinds(received: list[list[list[int]]]) -> None:
-    """Ranks whose rows differ would wait for each other in the exchange to come, or in backward's."""
-    needs = ("none", "x", "gate_weights", "x and gate_weights")
-    kinds = [
-        {
-            "H": str(hidden),
-            "K": str(top_k),
-            "dtype": str(_DTYPES[dtype % len(_DTYPES)]),
-            "wire_dtype, wire_backward": str(_WIRES[dtype // len(_DTYPES)]),
-            "requires_grad": needs[gradient % 4],
-            "mode": _MODES[gradient // 4],
-        }
-        for counts in received
-        for _, _, hidden, top_k, dtype, gradient in counts
-    ]
-    ranks = len(received[0])
-    numbered = f" (rank = rank in group + {ranks} * rank in tp_group)" if len(received) > 1 else ""
-    raise_unless_equal("dispatch" + numbered, kinds, {})
