@@ -121,14 +121,17 @@ def check_agreement(
         raise ValueError(problem)
 
 
-_asked: Counter[tuple[int, ...]] = Counter()
+_asked: Counter[str] = Counter()
 
 
 def _number(group: ProcessGroup) -> int:
-    """How many questions were asked over a group: as many on all ranks of a grid, whose layers are the same."""
-    ranks = tuple(dist.get_process_group_ranks(group))
-    _asked[ranks] += 1
-    return _asked[ranks]
+    """How many questions were asked over a group: as many on all ranks of a grid, whose layers are the same.
+
+    By the group, not its ranks: some of these may have asked over another group of the same ones, outside the grid.
+    """
+    name = group.group_name
+    _asked[name] += 1
+    return _asked[name]
 
 
 def _gathered(value: Any, group: ProcessGroup) -> list[Any]:

@@ -22,6 +22,13 @@ def test_a_rank_that_alone_lacks_the_tensor_parallel_group(ranks, odd):
         assert "1 on rank" in said
 
 
+def test_questions_outside_a_grid_do_not_count_in_it(ranks):
+    """Rank 0 asks over itself alone, and then meets rank 1 in a grid whose expert-parallel groups are one rank each."""
+    fields = {**BASE, "load_balancing_coefficient": 0.0}
+    ranks.run(jobs.told, fields, 1, "nothing", [], ranks=1)
+    assert ranks.run(jobs.in_a_grid, fields) == [True] * 4
+
+
 def test_a_column_that_is_of_another_seed(ranks):
     """Rows find it by themselves, and no rank leaves before it has told its column."""
     for said in ranks.run(jobs.told, BASE, 2, "seed", [2, 3], True):

@@ -52,6 +52,14 @@ def told(group, fields, tp, what, odd, first=False):
     return said
 
 
+def in_a_grid(group, fields):
+    """A step on a grid of two replicas of two slices."""
+    mesh = grid(2, 1, 2)
+    torch.manual_seed(0)
+    forward(group, MoE(**fields, ep_group=mesh["ep"], expert_tp_group=mesh["expert_tp"]))
+    return True
+
+
 def static_modes(group, fields):
     """Ranks in different modes in a layer that is static in a later forward: all that they are told is in the first."""
     torch.manual_seed(0)
