@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import uuid
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -106,9 +106,10 @@ def check_agreement(
     """
     mine = {name: repr(value) for name, value in fields.items()}
     first, *others = group if isinstance(group, Sequence) else (group,)
-    everyone = _gathered((mine, uuid.uuid4().hex), first)
-    problem = difference(operation, [record for record, _ in everyone], hints)
-    verdict, number = Verdict(first, everyone[0][1]), _number(first)
+    everyone = _gathered((mine, uuid.uuid4().hex, bool(others)), first)
+    problem = difference(operation, [record for record, *_ in everyone], hints)
+    verdict = Verdict(first, everyone[0][1])
+    number = _number(first) if any(goes_on for *_, goes_on in everyone) else 0
     for each in others:
         if told := meet(each, verdict, number):
             raise ValueError(told)
@@ -121,17 +122,16 @@ def check_agreement(
         raise ValueError(problem)
 
 
-_asked: Counter[str] = Counter()
+_asked: WeakKeyDictionary[ProcessGroup, int] = WeakKeyDictionary()  # a group's name may be another's in its time
 
 
 def _number(group: ProcessGroup) -> int:
-    """How many questions were asked over a group: as many on all ranks of a grid, whose layers are the same.
+    """How many questions went on from a group to others: as many on all ranks of a grid, whose layers are the same.
 
-    By the group, not its ranks: some of these may have asked over another group of the same ones, outside the grid.
+    Those that ended in the group are not counted: some of the grid's ranks may have layers of their own beside it.
     """
-    name = group.group_name
-    _asked[name] += 1
-    return _asked[name]
+    _asked[group] = _asked.get(group, 0) + 1
+    return _asked[group]
 
 
 def _gathered(value: Any, group: ProcessGroup) -> list[Any]:

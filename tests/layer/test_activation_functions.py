@@ -377,7 +377,7 @@ def test_ranks_tell_each_other_a_functions_name(monkeypatch):
     told = {}
     monkeypatch.setattr(agreement, "check_agreement", lambda operation, fields, *_: told.update(fields))
     layer = MoE(small_config(activation=log_of_size))
-    alone = types.SimpleNamespace(two_level=None, num_ranks=1, world_size=1, groups=())
+    alone = types.SimpleNamespace(two_level=None, num_ranks=1, world_size=1, groups=(), levelling=None)
     monkeypatch.setitem(layer.__dict__, "dispatcher", alone)
     agreement.check_layers(layer, torch.float32)
     assert told["activation"] == f"{__name__}.log_of_size"

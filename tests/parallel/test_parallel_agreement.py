@@ -9,6 +9,7 @@ import rank_jobs_agreement as jobs
 import torch.distributed as dist
 from parallel_layer_cases import BASE
 
+from dmoe.parallel import agreement
 from dmoe.parallel.meeting import Verdict, meet
 
 GLOBAL = {**BASE, "load_balancing_coefficient": 0.1, "load_balancing_over": "global"}
@@ -26,7 +27,23 @@ def test_questions_outside_a_grid_do_not_count_in_it(ranks):
     """Rank 0 asks over itself alone, and then meets rank 1 in a grid whose expert-parallel groups are one rank each."""
     fields = {**BASE, "load_balancing_coefficient": 0.0}
     ranks.run(jobs.told, fields, 1, "nothing", [], ranks=1)
-    assert ranks.run(jobs.in_a_grid, fields) == [True] * 4
+    assert ranks.run(jobs.in_a_grid, fields, [0]) == [True] * 4
+
+
+def test_questions_of_groups_that_are_gone_do_not_count():
+    """PyTorch gives the names of a world that was left to the groups of the next one."""
+    names, numbers = [], []
+    for store in (dist.HashStore(), dist.HashStore()):
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        try:
+            group = dist.new_group([0])
+            names.append(group.group_name)
+            numbers.append([agreement._number(group), agreement._number(group)])
+        finally:
+            del group
+            dist.destroy_process_group()
+    assert names[0] == names[1]
+    assert numbers == [[1, 2]] * 2
 
 
 def test_a_column_that_is_of_another_seed(ranks):
