@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from parts.ep_levels import CONTESTANTS, Case, Rank
-from parts.ep_ranks import KEEP_MEMORY, Ranks
+from parts.ep_ranks import KEEP_MEMORY, RankFailedError, Ranks
 from parts.harness import (
     COLOURS,
     CheckError,
@@ -158,13 +158,7 @@ def plot(results: list[dict[str, Any]], path: Any) -> None:
     for n, name in enumerate(CONTESTANTS):
         found = [1e3 * entry["timings"][name].median for entry in entries]
         places = [place + 0.36 * (n - 0.5) for place in range(len(entries))]
-        bars = axis.bar(
-            places,
-            found,
-            width=0.34,
-            color=list(COLOURS.values())[n] if isinstance(COLOURS, dict) else COLOURS[n],
-            label=name,
-        )
+        bars = axis.bar(places, found, width=0.34, color=COLOURS[n], label=name)
         axis.bar_label(bars, [f"{ms:.0f}" for ms in found], fontsize=8)
     axis.set_xticks(range(len(entries)), [entry["case"]["label"].replace(" K", "\nK") for entry in entries], fontsize=8)
     axis.set_ylabel("ms, forward + backward")
@@ -173,4 +167,7 @@ def plot(results: list[dict[str, Any]], path: Any) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (CheckError, RankFailedError) as error:
+        raise SystemExit(f"nothing is reported: {error}") from error

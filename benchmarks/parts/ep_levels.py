@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +10,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dmoe import MoE
+from parts import ep_movement
 from parts.ep_bytes import draw_choices
-from parts.ep_movement import WireBytes
 from parts.harness import relative_error, stopwatch
 
 CONTESTANTS: dict[str, dict[str, Any]] = {"as they stand": {}, "level": {"balance_ranks": "replicate"}}
 
 
-@dataclass(frozen=True)
-class Case:
-    """One size: T tokens on each of W ranks, E experts of width F in all; ``zipf`` 0 sends all tokens to one expert."""
-
-    ranks: int
-    tokens: int
-    hidden: int
-    ffn: int
-    experts: int
-    top_k: int
-    zipf: float
+class Case(ep_movement.Case):
+    """One size; ``zipf`` 0 sends all tokens to one expert."""
 
     @property
     def routing(self) -> str:
@@ -110,7 +100,7 @@ class Rank:
 
     def traffic(self, name: str) -> dict[str, Any]:
         """Rows of all ranks, copies that this one hosts, and bytes to others: on the wire, and as metrics say."""
-        with WireBytes(self.group) as wire:
+        with ep_movement.WireBytes(self.group) as wire:
             y = self.forward(name)
             forward = wire.sent
             y.backward(self.grad)
