@@ -55,6 +55,7 @@ def _serve(rank, world, store, pipe):
             job = pipe.recv_bytes()
             if job:
                 function, size, arguments = unpack(job)
+                torch.manual_seed(0)  # what ranks draw does not depend on the jobs before, nor does it differ
                 try:
                     answer = (True, function(groups[size], *arguments) if rank < size else None)
                 except Exception as error:
@@ -67,7 +68,7 @@ def _serve(rank, world, store, pipe):
 class RankPool:
     """``world`` processes, started by the first job, and again by the next one after a job that broke the group.
 
-    A job is a function of an importable module: ``function(group, *arguments)``.
+    A job is a function of an importable module, ``function(group, *arguments)``; all ranks begin it with one seed.
 
     Args:
         world: ranks.
