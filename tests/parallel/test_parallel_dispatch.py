@@ -10,7 +10,7 @@ import rank_jobs
 import torch
 import torch.distributed as dist
 from dispatch_cases import F, H, assert_equal_to, case_of, exactly, in_one_process, routings
-from helpers import assert_as_accurate, nudged
+from helpers import assert_as_accurate, exchanges_without_values, nudged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rank_pool import RankError
@@ -190,6 +190,7 @@ def imaginary_group():
     dist.destroy_process_group()
 
 
+@exchanges_without_values
 @pytest.mark.parametrize("room", [16, None])
 def test_static_mode_reads_no_tensor_and_the_dynamic_one_a_single_time(imaginary_group, room):
     """Tensors without values: whoever asks for one is refused."""

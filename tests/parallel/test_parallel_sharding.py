@@ -8,6 +8,7 @@ import pytest
 import rank_jobs_sharding as jobs
 import torch
 import torch.distributed as dist
+from helpers import exchanges_without_values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rank_pool import RankError
@@ -163,6 +164,7 @@ def test_groups_that_are_no_grid_are_refused(ranks):
         assert "tp_group: expected to share this rank, and no other, with group, got ranks [0, 1, 2, 3] with" in said
 
 
+@exchanges_without_values
 @pytest.mark.parametrize("room", [8, None])
 def test_static_tensor_parallelism_reads_no_tensor_and_the_dynamic_one_a_single_time(room):
     """Tensors without values: whoever asks for one is refused. Rank 1 of an imaginary 2 x 2 grid."""

@@ -9,6 +9,7 @@ import rank_jobs_wire
 import torch
 import torch.distributed as dist
 from dispatch_cases import DTYPES, F, H, case_of, pieces
+from helpers import exchanges_without_values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rank_pool import RankPool
@@ -253,6 +254,7 @@ def imaginary_levels():
     dist.destroy_process_group()
 
 
+@exchanges_without_values
 @pytest.mark.parametrize("wire", [{}, {"wire_dtype": "fp8", "wire_backward": True}, {"wire_dtype": "int8"}])
 @pytest.mark.parametrize("room", [18, None])
 def test_static_mode_reads_no_tensor_and_the_dynamic_one_a_single_time(imaginary_levels, room, wire):

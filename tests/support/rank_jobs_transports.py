@@ -6,6 +6,7 @@ import contextlib
 import copy
 import gc
 import weakref
+from unittest.mock import patch
 
 import fake_deep_ep
 import fake_symmetric_memory
@@ -224,7 +225,8 @@ def refused(group, kind):
 def no_symmetric_memory(group, kind):
     """What is said where symmetric memory cannot be used."""
     fields = {"hidden_size": 6, "ffn_hidden_size": 4, "num_experts": 4, "transport": "symmetric_memory"}
-    with contextlib.nullcontext() if kind == "absent" else fake_symmetric_memory.installed():
+    absent = patch("torch.distributed._symmetric_memory.is_nvshmem_available", lambda: False)
+    with absent if kind == "absent" else fake_symmetric_memory.installed():
         try:
             MoE(**fields, **groups_of(group, ("levels", 2) if kind == "levels" else "flat"))
         except (ValueError, RuntimeError) as error:
