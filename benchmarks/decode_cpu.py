@@ -28,7 +28,6 @@ import torch
 from parts.decode import DTYPES, Case, Step, build, check, run
 from parts.harness import (
     COLOURS,
-    CheckError,
     arguments,
     checked,
     describe,
@@ -37,6 +36,7 @@ from parts.harness import (
     milliseconds,
     new_figure,
     publish,
+    run_benchmark,
     save_figure,
     stem,
     stopwatch,
@@ -265,7 +265,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except CheckError as error:
-        raise SystemExit(f"nothing is reported: {error}") from error
+    run_benchmark(main)

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from parts.harness import (
     COLOURS,
-    CheckError,
     Timing,
     arguments,
     available_memory,
@@ -31,6 +30,7 @@ from parts.harness import (
     milliseconds,
     new_figure,
     publish,
+    run_benchmark,
     save_figure,
     time_cells,
 )
@@ -314,7 +314,4 @@ def plot(results: list[dict[str, Any]], env: dict[str, Any], path: Path, regime:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except CheckError as error:
-        raise SystemExit(f"nothing is reported: {error}") from error
+    run_benchmark(main)

@@ -30,6 +30,7 @@ from parts.harness import (
     milliseconds,
     new_figure,
     require_close,
+    run_benchmark,
     save_figure,
     stem,
     write_json,
@@ -167,7 +168,4 @@ def plot(results: list[dict[str, Any]], path: Any) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (CheckError, RankFailedError) as error:
-        raise SystemExit(f"nothing is reported: {error}") from error
+    run_benchmark(main, RankFailedError)

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from parts.harness import (
     COLOURS,
-    CheckError,
     arguments,
     checked,
     describe,
@@ -24,6 +23,7 @@ from parts.harness import (
     markdown_table,
     new_figure,
     publish,
+    run_benchmark,
     save_figure,
     time_cells,
 )
@@ -141,7 +141,4 @@ def _plot(results: list[dict[str, Any]], env: dict[str, Any], path: Path) -> Non
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except CheckError as error:
-        raise SystemExit(f"nothing is reported: {error}") from error
+    run_benchmark(main)

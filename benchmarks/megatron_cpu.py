@@ -22,7 +22,6 @@ import torch
 import torch.distributed as dist
 from parts.harness import (
     COLOURS,
-    CheckError,
     arguments,
     checked,
     describe,
@@ -33,6 +32,7 @@ from parts.harness import (
     new_figure,
     publish,
     relative_error,
+    run_benchmark,
     save_figure,
     stopwatch,
     time_cells,
@@ -339,7 +339,4 @@ def plot(results: list[dict[str, Any]], env: dict[str, Any], path: Path) -> None
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except CheckError as error:
-        raise SystemExit(f"nothing is reported: {error}") from error
+    run_benchmark(main)

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from parts.harness import (
     COLOURS,
-    CheckError,
     Timing,
     arguments,
     checked,
@@ -28,6 +27,7 @@ from parts.harness import (
     publish,
     relative_error,
     require_close,
+    run_benchmark,
     save_figure,
     stopwatch,
 )
@@ -186,7 +186,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except CheckError as error:
-        raise SystemExit(f"nothing is reported: {error}") from error
+    run_benchmark(main)

@@ -28,6 +28,7 @@ from parts.harness import (
     publish,
     relative_error,
     require_close,
+    run_benchmark,
     save_figure,
 )
 
@@ -192,7 +193,4 @@ def _plot(results: list[dict[str, Any]], env: dict[str, Any], path: Path) -> Non
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except CheckError as error:
-        raise SystemExit(f"nothing is reported: {error}") from error
+    run_benchmark(main)

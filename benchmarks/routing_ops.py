@@ -29,6 +29,7 @@ from parts.harness import (
     milliseconds,
     new_figure,
     publish,
+    run_benchmark,
     save_figure,
     stopwatch,
 )
@@ -227,7 +228,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except CheckError as error:
-        raise SystemExit(f"nothing is reported: {error}") from error
+    run_benchmark(main)

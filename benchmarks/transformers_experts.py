@@ -14,7 +14,6 @@ from typing import Any
 
 from parts.harness import (
     COLOURS,
-    CheckError,
     arguments,
     available_memory,
     checked,
@@ -23,6 +22,7 @@ from parts.harness import (
     markdown_table,
     new_figure,
     publish,
+    run_benchmark,
     save_figure,
     time_cells,
 )
@@ -188,7 +188,4 @@ def plot(results: list[dict[str, Any]], env: dict[str, Any], path: Path) -> None
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except CheckError as error:
-        raise SystemExit(f"nothing is reported: {error}") from error
+    run_benchmark(main)

@@ -33,6 +33,15 @@ class CheckError(Exception):
     """Two contestants do not compute the same thing, so there is nothing to report."""
 
 
+def run_benchmark(main: Callable[[], None], *others: type[Exception]) -> None:
+    """Run one; a :class:`CheckError`, or one of ``others``, ends it with a sentence."""
+    errors: tuple[type[Exception], ...] = (CheckError, *others)
+    try:
+        main()
+    except errors as error:
+        raise SystemExit(f"nothing is reported: {error}") from error
+
+
 # ------------------------------------------------------------------------------------------------------------ timing
 
 
