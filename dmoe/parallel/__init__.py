@@ -22,6 +22,7 @@ from dmoe.parallel.gradients import average_gradients, average_in_backward, data
 from dmoe.parallel.interface import Dispatched, Dispatcher, LocalDispatcher, Returning, UnderWay
 from dmoe.parallel.levelling import Levelling, rows_that_pay
 from dmoe.parallel.overlap import Overlapped, chunk_of, run_overlapped
+from dmoe.parallel.parallelize import parallelize
 from dmoe.parallel.placement import as_group, ffn_shard, local_experts
 from dmoe.parallel.statistics import LoadOfRanks
 from dmoe.parallel.symmetric import SymmetricDispatcher, SymmetricExchange
@@ -66,6 +67,7 @@ __all__ = [
     "local_experts",
     "mesh_group",
     "pack_rows",
+    "parallelize",
     "rows_that_pay",
     "run_overlapped",
     "split_parameters",
