@@ -112,6 +112,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "shared_expert",
         "parallel",
     },
+    "optim": {"expert_slice"},
     "model_tools": {"layer", "config", "parallel", "metrics"},
     "record_file": set(),
     "routing_record": {"record_file"},

@@ -29,7 +29,9 @@ def by_hand(batches, **options):
     model = jobs.Model()
     together = [[torch.cat(parts) for parts in zip(*step, strict=True)] for step in batches]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, **options)
-    losses, norms = jobs.take_steps(model, optimizer, together, lambda m, n: torch.nn.utils.clip_grad_norm_(m.parameters(), n))
+    losses, norms = jobs.take_steps(
+        model, optimizer, together, lambda m, n: torch.nn.utils.clip_grad_norm_(m.parameters(), n)
+    )
     return losses, norms, model.state_dict()
 
 

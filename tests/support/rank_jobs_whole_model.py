@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 
 import dmoe
+from dmoe.optim import PerMatrix
 from dmoe.parallel import clip_grad_norm, parallelize, split_parameters
 
 MAX_NORM = 0.2
@@ -105,5 +108,109 @@ def train(group, sizes, data, batches, options):
     mine = [step[dist.get_rank(group)] for step in batches]
     losses, norms = take_steps(model, adamw(model, **options), mine, clip_grad_norm)
     dist.all_reduce(losses)
-    marks = {name: (p.expert, getattr(p, "allreduce", True)) for name, p in model.named_parameters() if ".experts." in name}
+    marks = {
+        name: (p.expert, getattr(p, "allreduce", True)) for name, p in model.named_parameters() if ".experts." in name
+    }
     return losses / dist.get_world_size(group), norms, values_of(model), marks
+
+
+class Several:
+    """Optimizers as one."""
+
+    def __init__(self, *optimizers):
+        self.optimizers = optimizers
+
+    def zero_grad(self):
+        for each in self.optimizers:
+            each.zero_grad()
+
+    def step(self):
+        for each in self.optimizers:
+            each.step()
+
+
+def matrix_optimizers(model, name):
+    """Hidden matrices by one optimizer, everything else by AdamW."""
+    inner = model.module if hasattr(model, "module") else model
+    matrices, rest = [], []
+    for parameter_name, parameter in inner.named_parameters():
+        hidden = parameter_name.startswith("blocks") and not parameter_name.endswith("bias")
+        (matrices if hidden else rest).append(parameter)
+    # PyTorch's Muon computes in bfloat16, where a last bit of a gradient becomes 0.4%.
+    kind = KellersMuon if name == "Muon" else torch.optim.Adafactor
+    groups = [[p for p in rest if dmoe.is_expert_param(p)], [p for p in rest if not dmoe.is_expert_param(p)]]
+    adamw = torch.optim.AdamW([{"params": group} for group in groups], lr=1e-2, foreach=False)
+    return Several(PerMatrix(matrices, kind, lr=1e-2), adamw)
+
+
+class KellersMuon(torch.optim.Optimizer):
+    """Written from its published description: momentum by lerp, five Newton-Schulz steps, 4-D taken for a convolution.
+
+    (https://kellerjordan.github.io/posts/muon; the package is installed from its repository only.)
+    """
+
+    def __init__(self, params, lr=0.02, momentum=0.95):
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                state.setdefault("momentum_buffer", torch.zeros_like(p))
+                state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(state["momentum_buffer"], group["momentum"])
+                shape = update.shape
+                update = update.view(len(update), -1) if update.ndim == 4 else update
+                tall = update.size(-2) > update.size(-1)
+                x = update.mT if tall else update
+                x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+                for _ in range(5):
+                    a = x @ x.mT
+                    x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+                x = (x.mT if tall else x) * max(1, update.size(-2) / update.size(-1)) ** 0.5
+                p.add_(x.reshape(shape), alpha=-group["lr"])
+
+
+def train_matrices(group, sizes, data, name, batches, folder):
+    """Three steps, a checkpoint; then a model of its own on another layout loads it, and goes on."""
+    losses = []
+    for layout, way, part in ((sizes, data, batches[:3]), ({"ep": 2, "replicas": 2}, "ddp", batches[3:])):
+        model = parallelize(Model(), mesh_of(**layout), data=way)
+        inner = model.module if hasattr(model, "module") else model
+        optimizers = matrix_optimizers(model, name)
+        if losses:
+            state = state_of(inner, optimizers)
+            dcp.load(state, checkpoint_id=folder)
+            set_state_dict(
+                inner, optimizers.optimizers, model_state_dict=state["model"], optim_state_dict=state["optim"]
+            )
+        mine = [step[dist.get_rank(group)] for step in part]
+        some, _ = take_steps(model, optimizers, mine, lambda m, n: torch.zeros(()))
+        losses.append(some)
+        if len(losses) == 1:
+            dcp.save(state_of(inner, optimizers), checkpoint_id=folder)
+    losses = torch.cat(losses)
+    dist.all_reduce(losses)
+    return losses / dist.get_world_size(group), values_of(model)
+
+
+def state_of(model, optimizers):
+    """As torch.distributed.checkpoint takes it."""
+    model_state, optim_state = get_state_dict(model, optimizers.optimizers)
+    return {"model": model_state, "optim": optim_state}
+
+
+def cut_matrices(group):
+    """What is said of parameters of which a rank has a part of each matrix."""
+    told = []
+    for sizes, data in (({"ep": 2, "expert_tp": 2}, None), ({"replicas": 4, "ep": 1}, "fsdp2")):
+        fields = {**FIELDS, "num_experts": 2}
+        model = parallelize(Model(fields), mesh_of(**sizes), data=data)
+        try:
+            PerMatrix(model.parameters(), torch.optim.SGD, lr=0.1)
+        except ValueError as error:
+            told.append(str(error))
+    return told
