@@ -81,6 +81,7 @@ class MoE(Float32Buffers):
     """
 
     aux_loss_scale: Tensor
+    router: Any
 
     def __init__(
         self,

@@ -24,8 +24,8 @@ class PerMatrix(torch.optim.Optimizer):
         optimizers = [dmoe.optim.PerMatrix(matrices, torch.optim.Muon, lr=0.02), torch.optim.AdamW(rest)]
 
     Muon orthogonalises a matrix, Adafactor measures rows, columns and the size of a step. Both take a parameter for one
-    matrix: on ``gate_up_proj (E, 2, F, H)`` the first would refuse, and others flatten it or mix experts, so that a step
-    would depend on which experts share a rank. Here the gate and the up projection of each expert are matrices of their
+    matrix: ``gate_up_proj (E, 2, F, H)`` is refused by some, others flatten it, or mix experts, so that a step depends
+    on which of them share a rank. Here the gate and the up projection of each expert are matrices of their
     own, and so is each expert's ``down_proj``; biases are one vector for each expert and half. A step gives the same
     bits however many ranks the experts are spread over.
 
@@ -196,7 +196,7 @@ def _lead_of(parameter: Tensor) -> torch.Size:
     return local_part(parameter.detach()).shape[: parameter.dim() - _unit_dims(parameter)]
 
 
-def _like_stack(parameter: Tensor, values: Tensor) -> Tensor:
+def _like_stack(parameter: Any, values: Tensor) -> Tensor:
     """The state of all units as one tensor, which is cut over ranks as the parameter is."""
     stacked = values.view(*_lead_of(parameter), *values.shape[1:])
     if not hasattr(parameter, "to_local"):

@@ -28,8 +28,8 @@ def check_layers(layer: Any, dtype: torch.dtype) -> None:
         dtype: of its input.
 
     Raises:
-        ValueError: on every rank, when they do not; experts in a flat parameter of FSDP1; or parameters beside the experts' own, such as an adapter's, that
-            DDP would average over ranks that hold other experts.
+        ValueError: on every rank, when they do not; or experts in a flat parameter of FSDP1; or parameters beside the
+            experts' own, such as an adapter's, that DDP would average over ranks that hold other experts.
         RuntimeError: a CUDA graph is being captured, in which nobody can be asked.
     """
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():

@@ -13,7 +13,6 @@ from torch import nn
 import dmoe
 from dmoe.optim import PerMatrix
 
-
 OPTIMIZERS = {
     "Muon": (torch.optim.Muon, {"lr": 0.02, "weight_decay": 0.1}),
     "KellersMuon": (jobs.KellersMuon, {"lr": 0.02}),
@@ -103,7 +102,7 @@ def test_ranks_change_nothing(ranks, tmp_path, name, sizes, data):
 def test_what_cannot_be_cut_is_named(fields):
     layer = dmoe.MoE(hidden_size=16, num_experts=4, top_k=2, **fields)
     with pytest.raises(
-        ValueError, match="PerMatrix: params: expected whole matrices of experts, got .* of different widths"
+        ValueError, match=r"PerMatrix: params: expected whole matrices of experts, got .* of different widths"
     ):
         PerMatrix(layer.parameters(), torch.optim.SGD, lr=0.1)
 
