@@ -26,6 +26,8 @@ from dmoe.functional import run_experts
 from dmoe.info import info
 from dmoe.layer import MoE
 from dmoe.model_tools import (
+    attach_aux_losses,
+    attached_aux_loss,
     aux_loss,
     is_expert_param,
     moe_layers,
@@ -58,6 +60,8 @@ __all__ = [
     "RoutingPlan",
     "RoutingRecord",
     "SoftcappedSwiGLU",
+    "attach_aux_losses",
+    "attached_aux_loss",
     "aux_loss",
     "checkpoint",
     "config_from_json",

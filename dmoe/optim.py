@@ -63,7 +63,7 @@ class PerMatrix(torch.optim.Optimizer):
             self.inner.add_param_group(self._of_inner(group))
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the inner optimizer; a parameter without a gradient is left alone."""
         loss = None
         if closure is not None:
