@@ -23,7 +23,11 @@ class Model(nn.Module):
         super().__init__()
         torch.manual_seed(5)
         where, H = {"dtype": torch.float64}, fields["hidden_size"]
-        everything = [nn.Embedding(12, H, **where), *(Block(fields, where) for _ in range(BLOCKS)), nn.Linear(H, 12, **where)]
+        everything = [
+            nn.Embedding(12, H, **where),
+            *(Block(fields, where) for _ in range(BLOCKS)),
+            nn.Linear(H, 12, **where),
+        ]
         self.embedding = everything[0] if 0 in blocks else None
         self.blocks = nn.ModuleDict({str(index): everything[1 + index] for index in blocks})
         self.head = everything[-1] if BLOCKS - 1 in blocks else None

@@ -8,6 +8,8 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 import dmoe
 from dmoe.optim import PerMatrix
@@ -214,3 +216,90 @@ def cut_matrices(group):
         except ValueError as error:
             told.append(str(error))
     return told
+
+
+def spread(group, fields, sizes, dtensor):
+    """A layer built for one process that lets go of other ranks' experts, beside the one that was built on ranks."""
+    mesh = mesh_of(**sizes)
+    groups = {"ep_group": mesh["ep"], "expert_tp_group": mesh["expert_tp"] if "expert_tp" in sizes else None}
+    torch.manual_seed(1)
+    built = dmoe.MoE(**fields, **groups, dtensor=dtensor)
+    torch.manual_seed(1)
+    layer = dmoe.MoE(**fields)
+    layer.spread_experts(**groups, dtensor=dtensor)
+    x = torch.randn(5, fields["hidden_size"], generator=torch.Generator().manual_seed(dist.get_rank()))
+    results = []
+    for each in (built, layer):
+        y = each(x)
+        (y.square().sum() + dmoe.aux_loss(each)).backward()
+        grads = [local_of(p.grad) for p in each.parameters()]
+        names = [name for name, _ in each.named_parameters()]
+        kinds = [(type(p).__name__, p.requires_grad, p.expert, p.allreduce) for p in each.experts.parameters()]
+        shared = [p.untyped_storage().nbytes() for p in map(local_of, each.experts.parameters())]
+        results.append(
+            (y.detach(), grads, names, kinds, shared, {k: local_of(v) for k, v in each.state_dict().items()})
+        )
+    return results
+
+
+def local_of(value):
+    return value.to_local() if hasattr(value, "to_local") else value
+
+
+def from_meta(group, sizes, state, ids):
+    """A model that was never whole on any rank, filled with a whole state: loss and norm."""
+    model = parallelize(Model(device="meta"), mesh_of(**sizes), data=None)
+    model.to_empty(device="cpu")
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    model.load_state_dict(state)
+    loss = loss_of(model, ids[dist.get_rank(group)])
+    loss.backward()
+    return loss.detach(), sum(local_of(p).numel() for p in model.blocks[0].moe.experts.parameters())
+
+
+def refused(group):
+    """What is said about what cannot be."""
+    mesh, told = mesh_of(replicas=2, ep=2), []
+
+    def say(call):
+        try:
+            call()
+        except Exception as error:
+            told.append(f"{type(error).__name__}: {error}")
+        else:
+            told.append("nothing")
+
+    say(lambda: parallelize(Model(), "cuda"))
+    say(lambda: parallelize(Model(), mesh_of(replicas=2, ep=2, tp=1)))
+    say(lambda: parallelize(Model(), mesh, data="zero"))
+    say(lambda: parallelize(Model(), mesh, data="ddp", blocks=[]))
+    say(lambda: parallelize(parallelize(Model(), mesh, data="ddp"), mesh))
+    say(lambda: parallelize(parallelize(Model(), mesh), mesh))
+    say(lambda: dmoe.moe_layers(parallelize(Model(), mesh, data=None))["blocks.0.moe"].spread_experts(mesh["ep"]))
+    say(lambda: Model().blocks[0].moe.spread_experts(None))
+    lent = Model()
+    dmoe.lora.add(lent, rank=2)
+    say(lambda: parallelize(lent, mesh))
+    say(lambda: parallelize(Model({**FIELDS, "num_experts": 3}), mesh))
+    flat = Model(dtype=torch.float32)
+    for layer in dmoe.moe_layers(flat).values():
+        layer.spread_experts(mesh["ep"], dtensor=False)
+    wrapped = FullyShardedDataParallel(flat, use_orig_params=True, device_id=torch.device("cpu"))
+    say(lambda: wrapped(torch.zeros(1, 3, dtype=torch.int64)))
+    return told
+
+
+def by_fsdp1(group, batches):
+    """FSDP1 around a model whose experts are all on every rank: losses and parameters."""
+    model = Model(dtype=torch.float32)
+    parallelize(model, mesh_of(replicas=4), data=None)
+    wrapped = FullyShardedDataParallel(model, auto_wrap_policy=ModuleWrapPolicy({Block}), device_id=torch.device("cpu"))
+    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-2)
+    mine = [step[dist.get_rank(group)] for step in batches]
+    losses, norms = take_steps(wrapped, optimizer, mine, lambda m, n: m.clip_grad_norm_(n))
+    dist.all_reduce(losses)
+    with FullyShardedDataParallel.summon_full_params(wrapped):
+        values = {name: value.clone() for name, value in model.state_dict().items()}
+    return losses / dist.get_world_size(group), norms, values
