@@ -6,11 +6,10 @@ import torch
 import torch.distributed as dist
 from rank_jobs_whole_model import FIELDS, Block, mesh_of, values_of
 from torch import nn
-from torch.distributed import pipelining
 from torch.distributed.pipelining import schedules
 
 import dmoe
-from dmoe.parallel import clip_grad_norm, parallelize
+from dmoe.parallel import parallelize
 from dmoe.parallel.pipeline import PipelineStage
 
 BLOCKS, MICRO, MAX_NORM = 4, 4, 0.3
