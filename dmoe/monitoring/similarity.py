@@ -24,9 +24,11 @@ def expert_similarity(experts: Any) -> Tensor | None:
     Returns:
         Scalar float64; None for fewer than two experts, of different widths, as codes, or of another kind of module.
     """
-    weights = experts.weights() if hasattr(experts, "weights") else None
-    stacks = None if weights is None else [weights.up_proj, weights.down_proj]
-    if stacks is None or weights.ffn_sizes or not all(isinstance(each, Tensor) for each in stacks):
+    if not hasattr(experts, "weights"):
+        return None
+    weights = experts.weights()
+    stacks = [weights.up_proj, weights.down_proj]
+    if weights.ffn_sizes or not all(isinstance(each, Tensor) for each in stacks):
         return None
     count = len(stacks[0])
     if count < 2 or any(each.numel() == 0 for each in stacks):
