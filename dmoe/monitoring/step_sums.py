@@ -72,7 +72,8 @@ def _metrics_of(watch: LayerWatch) -> RoutingMetrics:
         return add_forwards(watch.metrics)
     weight = next(watch.layer.parameters())
     none = torch.zeros(watch.layer.config.num_experts, dtype=torch.int64, device=weight.device)
-    return RoutingMetrics(none, none, torch.zeros((), device=weight.device), 0, 0)
+    wide = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
+    return RoutingMetrics(none, none, torch.zeros((), dtype=wide, device=weight.device), 0, 0)
 
 
 def _host_numbers(watch: LayerWatch, seconds: Mapping[str, float]) -> list[float]:

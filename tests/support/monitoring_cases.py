@@ -10,8 +10,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dmoe import MoE, ResidualMoE
+from dmoe.monitoring import Limits
 
 H, VOCABULARY = 8, 11
+QUIET = Limits(dead_steps=10**9, collapse=2, certain=-1, undecided=2, dropped_share=2, logits_growth=1e9)
 FIELDS = {"hidden_size": H, "ffn_hidden_size": 8, "top_k": 2}
 
 
@@ -46,7 +48,8 @@ class TwoMixtures(nn.Module):
 
 def by_hand(layer, inputs):
     """What a layer without losses of tokens did with them, one token after the other, in plain Python."""
-    weight, experts, top_k = layer.router.weight.detach().tolist(), layer.config.num_experts, layer.config.top_k
+    weight, experts, top_k = layer.router.weight.detach(), layer.config.num_experts, layer.config.top_k
+    weight = (weight.full_tensor() if hasattr(weight, "full_tensor") else weight).tolist()
     tokens = [0] * experts
     pairs, entropy, squares, largest, count = [], 0.0, 0.0, 0.0, 0
     kept = [0] * experts
