@@ -23,7 +23,7 @@ def batch(tokens=15, seed=0):
 @pytest.mark.parametrize("micro", [1, 3])
 def test_numbers_are_those_of_a_loop_over_tokens(checkpointed, micro):
     """Accumulation adds up; what a checkpoint runs again, of either kind, does not."""
-    model = TwoMixtures(checkpointed=checkpointed, aux_loss="attached")
+    model = TwoMixtures(checkpointed=checkpointed)
     seen = []
     with dmoe.monitor(model, seen.append, limits=QUIET) as monitor:
         for step in range(3):

@@ -20,12 +20,12 @@ FIELDS = {"hidden_size": H, "ffn_hidden_size": 8, "top_k": 2}
 class TwoMixtures(nn.Module):
     """Token ids to hidden states; the second mixture has a capacity, and a dense block beside it."""
 
-    def __init__(self, dtype=torch.float64, checkpointed=None, **options):
+    def __init__(self, dtype=torch.float64, checkpointed=None, aux_loss="attached", **options):
         super().__init__()
         torch.manual_seed(5)
         self.embedding = nn.Embedding(VOCABULARY, H, dtype=dtype)
-        self.first = MoE(**FIELDS, num_experts=4, **options, dtype=dtype)
-        inner = MoE(**FIELDS, num_experts=6, capacity_factor=0.75, **options, dtype=dtype)
+        self.first = MoE(**FIELDS, num_experts=4, aux_loss=aux_loss, **options, dtype=dtype)
+        inner = MoE(**FIELDS, num_experts=6, capacity_factor=0.75, aux_loss=aux_loss, **options, dtype=dtype)
         self.second = ResidualMoE(inner, nn.Linear(H, H, dtype=dtype))
         with torch.no_grad():  # routers that prefer some experts
             for layer in (self.first, inner):

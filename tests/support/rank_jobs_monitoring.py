@@ -20,7 +20,7 @@ def steps(group, batches, expert_parallel, every=1, checkpointed=None, wrap=None
     """
     me = dist.get_rank(group)
     options = {"ep_group": group} if expert_parallel else {}
-    model = TwoMixtures(checkpointed=checkpointed, aux_loss="attached", **options)
+    model = TwoMixtures(checkpointed=checkpointed, **options)
     called = model if wrap is None else wrap(model, group)
     kept = []
     with dmoe.monitor(called, every=every, group=group, limits=QUIET) as monitor:
@@ -56,7 +56,7 @@ def fsdp(model, group):
 def unrecorded(group, ids):
     """How many collectives a step that is not recorded adds, and one that raises on one rank alone."""
     me = dist.get_rank(group)
-    model = TwoMixtures(aux_loss="attached")
+    model = TwoMixtures()
     with dmoe.monitor(model, every=1000, group=group, limits=QUIET) as monitor:
         names = ("all_reduce", "all_gather_into_tensor", "all_gather", "broadcast", "all_gather_object", "barrier")
         patches = [patch.object(dist, name, wraps=getattr(dist, name)) for name in names]
@@ -81,7 +81,7 @@ def folders(group, batches, folder, named):
     import warnings
 
     me = dist.get_rank(group)
-    model = TwoMixtures(aux_loss="attached")
+    model = TwoMixtures()
     with warnings.catch_warnings(record=True) as told, dmoe.monitor(model, folder, group=group) as monitor:
         warnings.simplefilter("always")
         for step in batches:
