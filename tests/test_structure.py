@@ -113,7 +113,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         "parallel",
     },
     "optim": {"expert_slice"},
-    "model_tools": {"layer", "config", "parallel", "metrics"},
+    "metric_sums": {"metrics"},
+    "model_tools": {"layer", "config", "parallel", "metrics", "metric_sums"},
+    "monitoring": {"experts", "layer", "metric_sums", "metrics", "model_tools", "ops", "parallel", "routing"},
+    "report": {"monitoring"},
     "record_file": set(),
     "routing_record": {"record_file"},
     "replay": {"layer", "model_tools", "routing_record"},
@@ -201,6 +204,8 @@ OUTSIDE: dict[str, set[str]] = {room: {"torch"} for room in MAY_IMPORT} | {
     "certify": {"torch", "tqdm"},
     "tune": {"torch", "tqdm"},
     "generate": {"torch", "tokenizers", "tqdm"},
+    "monitoring": {"torch", "wandb"},
+    "report": {"torch", "matplotlib", "tokenizers"},
     "routing.picture": {"torch", "matplotlib"},
 }
 # Folder of tests -> what they test. What several files share lies in tests/support, the only folder on the path.
@@ -216,6 +221,7 @@ TESTED = {
     "models": "dmoe/models",
     "compat": "dmoe/compat",
     "quant": "dmoe/quant",
+    "monitoring": "dmoe/monitoring",
     "gpu": "dmoe",
     "megatron": "integrations/megatron",
     "fairseq": "integrations/fairseq_moe",

@@ -15,7 +15,7 @@ from dmoe.optim import PerMatrix
 
 
 class Codes(torch.optim.Optimizer):
-    """State as 8-bit optimizers have it: bytes in the parameter's shape, a table beside them; exchanged, not written."""
+    """State as 8-bit optimizers have it: bytes, and a table beside them; not written in place."""
 
     def __init__(self, params, lr):
         super().__init__(params, {"lr": lr})
