@@ -219,6 +219,7 @@ TESTED = {
     "megatron": "integrations/megatron",
     "fairseq": "integrations/fairseq_moe",
     "transformers": "integrations/transformers",
+    "torchtitan": "integrations/torchtitan",
     "examples": "examples",
     "benchmarks": "benchmarks",
 }

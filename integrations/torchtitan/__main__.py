@@ -1,4 +1,4 @@
-"""``python -m torchtitan.train`` where PyTorch is not the nightly that torchtitan is written for, or has no accelerator.
+"""``python -m torchtitan.train`` on a released PyTorch, where torchtitan wants a nightly one, and on the CPU.
 
 ::
 

@@ -74,4 +74,4 @@ def run_on_cpu() -> None:
         divide(module, factor)
         module.set_force_sum_reduction_for_comms(True)
 
-    FSDPModule.set_gradient_divide_factor = by_plain_sums  # type: ignore[method-assign]
+    FSDPModule.set_gradient_divide_factor = by_plain_sums  # type: ignore[method-assign,assignment]

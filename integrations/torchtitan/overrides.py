@@ -9,13 +9,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from torchtitan.config import derive, override
 from torchtitan.distributed.activation_checkpoint import SelectiveAC
 from torchtitan.models.common.moe import RoutedExperts
 
-from dmoe.integrations.torchtitan.expert_weights import check_experts
 from dmoe.integrations.torchtitan.routed_experts import DmoeRoutedExperts
 from dmoe.integrations.torchtitan.selective_ac import DmoeSelectiveAC
 
@@ -31,7 +31,11 @@ def experts(config: Any, **options: Any) -> Any:
     Raises:
         ValueError: an option that there is not, or experts that compute in a way of their own.
     """
-    check_experts(config.inner_experts)
+    known = {field.name for field in fields(DmoeRoutedExperts.Config)} - {field.name for field in fields(config)}
+    if not options.keys() <= known:
+        raise ValueError(
+            f"experts: expected options of {', '.join(sorted(known))}, got {', '.join(sorted(options.keys() - known))}"
+        )
     return derive(config, DmoeRoutedExperts.Config, **options)
 
 

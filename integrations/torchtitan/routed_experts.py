@@ -4,8 +4,8 @@
 
     x, choices, scores --> [ranks of "ep"] --> experts, weighted and summed per token --> [back] --> y
 
-torchtitan's ``RoutedExperts`` sorts one row for each choice, sends it, computes in bfloat16 whatever the dtype, sends it
-back, weighs it and adds it up. Here a token travels once to each rank that holds any of its experts, rows are never
+torchtitan's ``RoutedExperts`` sorts one row for each choice, sends it, computes in bfloat16 whatever the dtype, sends
+it back, weighs it and adds it up. Here a token travels once to each rank that holds any of its experts, rows are never
 sorted in memory of their own, and experts compute in the dtype of their weights.
 """
 
@@ -25,6 +25,7 @@ from dmoe import plan_token_choice, run_experts
 from dmoe.functional import moe_mlp
 from dmoe.integrations.torchtitan.expert_weights import Held, check_experts, held_experts
 from dmoe.parallel import AllToAllDispatcher
+from dmoe.parallel.wire import check_wire_dtype
 
 _OWN = (LocalTokenDispatcher, AllToAllTokenDispatcher)  # what dmoe's exchange stands for
 
@@ -47,8 +48,8 @@ class DmoeRoutedExperts(RoutedExperts):
         exchange: dmoe's dispatcher over the ranks of "ep"; None on one of them, or where torchtitan moves tokens.
 
     Raises:
-        ValueError: an option that is none, experts that compute in a way of their own, or a ``wire_dtype`` where
-            torchtitan moves the tokens.
+        ValueError: from the config: an option that is none, experts that compute in a way of their own, or a
+            ``wire_dtype`` where torchtitan moves the tokens.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -60,21 +61,31 @@ class DmoeRoutedExperts(RoutedExperts):
         wire_backward: bool = False
         recompute_pre_activation: bool = False
 
+        def __post_init__(self) -> None:
+            check_experts(self.inner_experts)
+            check_wire_dtype(self.wire_dtype, self.wire_backward)
+            if self.exchange not in ("dmoe", "torchtitan"):
+                raise ValueError(f"DmoeRoutedExperts: exchange: expected dmoe or torchtitan, got {self.exchange!r}")
+            if not isinstance(self.recompute_pre_activation, bool):
+                raise TypeError(
+                    "DmoeRoutedExperts: recompute_pre_activation: expected True or False, got "
+                    f"{self.recompute_pre_activation!r}"
+                )
+            if self.wire_dtype is not None and not self.moves_tokens:
+                raise ValueError(
+                    "DmoeRoutedExperts: wire_dtype: expected None where torchtitan's "
+                    f"{self.token_dispatcher._owner.__name__} moves the tokens, got {self.wire_dtype!r}"
+                )
+
+        @property
+        def moves_tokens(self) -> bool:
+            """Whether dmoe moves tokens between ranks, outside of ``torch.compile``."""
+            return self.exchange == "dmoe" and self.token_dispatcher._owner in _OWN
+
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        check_experts(config.inner_experts)
-        if config.exchange not in ("dmoe", "torchtitan"):
-            raise ValueError(
-                f"DmoeRoutedExperts: exchange: expected 'dmoe' or 'torchtitan', got {config.exchange!r}"
-            )
-        own = type(self.token_dispatcher) in _OWN and config.exchange == "dmoe"
-        if config.wire_dtype is not None and not own:
-            raise ValueError(
-                "DmoeRoutedExperts: wire_dtype: expected None where torchtitan's "
-                f"{type(self.token_dispatcher).__name__} moves the tokens, got {config.wire_dtype!r}"
-            )
         self.exchange: AllToAllDispatcher | None = None
-        self._moves_tokens, self._recompute = own, config.recompute_pre_activation
+        self._moves_tokens, self._recompute = config.moves_tokens, config.recompute_pre_activation
         self._wire: dict[str, Any] = {"wire_dtype": config.wire_dtype, "wire_backward": config.wire_backward}
         self._ep, self._bias_shares = 1, 1
 

@@ -15,7 +15,7 @@ class DmoeSelectiveAC(SelectiveAC):
     """``SelectiveAC`` whose recomputation of a block leaves out dmoe's experts.
 
     What they save stays until backward: input, pre-activation (not with ``recompute_pre_activation``), output. Tokens
-    that dmoe moves between ranks travel once more in the recomputation; torchtitan's own exchange keeps what it brought.
+    that dmoe moves between ranks travel once more in the recomputation; what torchtitan's own exchange brought is kept.
     """
 
     @dataclass(kw_only=True, slots=True)
