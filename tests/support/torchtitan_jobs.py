@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 
 import torch
 import torch.distributed as dist
+from doc_blocks import run_page
 from torch.distributed.tensor import DTensor
+from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 from torchtitan.models.common.moe import RoutedExperts
 from torchtitan_layers import bad_input, layers, published, selective, states  # noqa: F401 - jobs as well
@@ -15,6 +18,7 @@ from torchtitan_model import trainer_config
 from torchtitan_plain import train_plainly
 
 from dmoe.integrations.torchtitan import DmoeRoutedExperts, use
+from dmoe.integrations.torchtitan.__main__ import main as launch
 
 _RUNS = itertools.count()  # a folder for each run, the same on all ranks
 
@@ -160,24 +164,32 @@ def exchanged(folder):
     return found
 
 
+def page(folder):
+    """docs/torchtitan.md: its code runs."""
+    return sorted(run_page("torchtitan.md")["ours"])
+
+
+def example(folder):
+    """The launcher on the example's config; it ends by leaving the group."""
+    logged = []
+    MetricsProcessor.log = lambda self, step, loss, highest, norm, **others: logged.append((step, loss))
+    sizes = {"training.steps": 2, "training.seq_len": 16, "training.local_batch_size": 1}
+    options = sizes | {
+        "parallelism.expert_parallel_degree": 2,
+        "dump_folder": folder / "example",
+        "metrics.log_freq": 1,
+    }
+    given = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    sys.argv = ["train", "--module", "examples.torchtitan.qwen3_moe", "--config", "small", *given]
+    launch()
+    return logged
+
+
+# Ranks, and what they do one after the other.
 STAGES = (
-    (1, ("seeds", "plain", "one_rank", "layers", "states", "selective", "bad_input", "published")),
-    (
-        2,
-        (
-            "fsdp",
-            "ep",
-            "tp",
-            "tp_ep",
-            "full_dtensor",
-            "full_ac",
-            "selective_ac",
-            "their_exchange",
-            "wire",
-            "pp",
-            "compiled",
-        ),
-    ),
+    (1, ("seeds", "plain", "one_rank", "layers", "states", "selective", "bad_input", "published", "page")),
+    (2, ("fsdp", "ep", "tp", "tp_ep", "full_dtensor")),
+    (2, ("full_ac", "selective_ac", "their_exchange", "wire", "compiled", "example")),
     (4, ("ep_fsdp", "hsdp", "resumed_on_four")),
     (1, ("resumed_on_one", "exchanged")),
 )

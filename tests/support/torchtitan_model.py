@@ -22,7 +22,7 @@ from torchtitan.models.qwen3 import model_registry as qwen3
 from torchtitan.trainer import Trainer
 
 SEQUENCES, LENGTH, VOCABULARY, WIDTH = 8, 16, 64, 32  # sequences are those of a step, over all ranks
-STEPS, LEARNING_RATE, MAX_NORM, BIAS_STEP = 6, 5e-3, 0.5, 0.05
+STEPS, LEARNING_RATE, MAX_NORM, BIAS_STEP = 6, 5e-3, 0.5, 0.004
 ADAM = {"betas": (0.9, 0.95), "eps": 1e-4, "weight_decay": 0.1}  # a large eps: no rounding error becomes a step
 _WHERE = {"attn_backend": "flex", "moe_comm_backend": "standard", "non_blocking_capacity_factor": None}
 

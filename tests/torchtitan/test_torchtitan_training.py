@@ -75,3 +75,13 @@ def test_checkpoints_are_interchangeable_with_torchtitans_own_layer_and_hugging_
         if "expert_bias" in name:  # which Qwen3's files have no name for
             continue
         assert torch.equal(read["from_hugging_face"][name], value), name
+
+
+def test_the_example_runs_by_the_launcher(titan):
+    steps, losses = zip(*titan["example"], strict=True)
+    assert steps == (1, 2)
+    assert all(6 < loss < 9 for loss in losses)  # log 2048 is 7.6
+
+
+def test_the_page_runs(titan):
+    assert "layers.0.moe.experts.gate_up_proj" in titan["page"]
