@@ -104,7 +104,7 @@ def _shares():
     total, grads = 0, []
     for rank in range(2):
         part = overrides.experts(routed).build().double()
-        part._bias_shares = 2
+        part.parallelize(SimpleNamespace(get_optional_mesh=lambda name: None, tp=2))
         half, mine = inner.mlp1_weight_EGD.shape[1] // 2, slice(rank * 12, rank * 12 + 12)
         pieces = {
             "mlp1_weight_EGD": inner.mlp1_weight_EGD[:, rank * half : rank * half + half],
