@@ -2,7 +2,7 @@
 
 ::
 
-    torchrun --nproc-per-node 2 -m dmoe.integrations.torchtitan --module qwen3 --config qwen3_debugmodel_moe ...
+    torchrun --nproc-per-node 2 -m dmoe.integrations.torchtitan --module qwen3 --config qwen3_moe_debug ...
 
 Its options are those of torchtitan.
 """
