@@ -226,6 +226,7 @@ TESTED = {
     "megatron": "integrations/megatron",
     "fairseq": "integrations/fairseq_moe",
     "transformers": "integrations/transformers",
+    "torchtitan": "integrations/torchtitan",
     "examples": "examples",
     "benchmarks": "benchmarks",
 }
