@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import io
+import sys
+from unittest.mock import patch
+
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from doc_blocks import ROOT
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -303,3 +310,20 @@ def by_fsdp1(group, batches):
     with FullyShardedDataParallel.summon_full_params(wrapped):
         values = {name: value.clone() for name, value in model.state_dict().items()}
     return losses / dist.get_world_size(group), norms, values
+
+
+def example(group, name, arguments):
+    """What examples/pytorch/NAME.py prints on this rank."""
+    path = ROOT / "examples" / "pytorch" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"pytorch_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    printed = io.StringIO()
+    with (
+        patch.object(dist, "init_process_group"),
+        patch.object(dist, "destroy_process_group"),
+        patch.object(sys, "argv", [str(path), *arguments]),
+        contextlib.redirect_stdout(printed),
+    ):
+        module.main()
+    return printed.getvalue()
