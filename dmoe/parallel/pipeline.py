@@ -42,7 +42,7 @@ class PipelineStage(pipelining.PipelineStage):
     def _shape_inference(self, *args: Any, **kwargs: Any) -> Any:
         """Before PyTorch 2.13: a forward alone."""
         self._before = StepState(self.submod)
-        found = super()._shape_inference(*args, **kwargs)
+        found = super()._shape_inference(*args, **kwargs)  # type: ignore[misc]
         self._put_back()
         return found
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -51,7 +52,7 @@ def main() -> None:
     torch.manual_seed(0)  # alike on every rank: each builds the whole model and keeps its stage
     blocks = (Block(HIDDEN, 4, 2 * HIDDEN, dropout=0, batch_first=True, norm_first=True) for _ in range(BLOCKS))
     whole = nn.Sequential(nn.Embedding(256, HIDDEN), *blocks, nn.Linear(HIDDEN, 256))
-    balance = {"load_balancing_coefficient": 0.01, "load_balancing_over": "global", "num_moe_layers": BLOCKS}
+    balance: dict[str, Any] = {"load_balancing_coefficient": 0.01, "load_balancing_over": "global", "num_moe_layers": BLOCKS}
     dmoe.replace_ffn(whole, "[1-4]", num_experts=8, top_k=2, aux_loss="attached", **balance)
     ends = [0, *(1 + (index + 1) * BLOCKS // stages for index in range(stages - 1)), len(whole)]
     model = dmoe.parallel.parallelize(whole[ends[stage] : ends[stage + 1]].to(device), mesh["ep"], data="ddp")
@@ -64,14 +65,13 @@ def main() -> None:
     corpus, last = help_topics(), stage == stages - 1
     for step in range(given.steps):
         ids, targets = training_batch(corpus, seed=rank, step=step, batch=16, seq_len=64)
-        losses: list[Tensor] = []
-        of_last = {"target": targets.to(device), "losses": losses} if last else {}
+        of_last: dict[str, Any] = {"target": targets.to(device), "losses": []} if last else {}
         schedule.step(*([ids.to(device)] if stage == 0 else []), **of_last)
         optimizer.step()
         optimizer.zero_grad()
         attached = dmoe.attached_aux_loss(model, pp_group)
         if last and rank == 0 and step % 10 == 9:
-            print(f"step {step + 1}: loss {torch.stack(losses).mean():.3f}, of all stages' balance {attached:.4f}")
+            print(f"step {step + 1}: loss {torch.stack(of_last['losses']).mean():.3f}, of all stages' balance {attached:.4f}")
     dist.destroy_process_group()
 
 

@@ -28,7 +28,7 @@ import dmoe
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from lm.data import help_topics, training_batch
 
-BALANCE = {"load_balancing_coefficient": 0.01, "load_balancing_over": "global", "num_moe_layers": 2}
+BALANCE: dict[str, Any] = {"load_balancing_coefficient": 0.01, "load_balancing_over": "global", "num_moe_layers": 2}
 MOE = dmoe.MoEConfig(hidden_size=64, ffn_hidden_size=64, num_experts=8, top_k=2, **BALANCE)
 GPT = dmoe.models.MoEGPTConfig(256, 64, 2, 4, 256, max_positions=64, moe={0: MOE, 1: MOE})
 

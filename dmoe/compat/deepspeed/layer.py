@@ -47,7 +47,7 @@ class MOELayer(RoutedLayer):
         self.experts = DeepSpeedExperts(config, expert, ffn, owned=owned, group_name=f"ep_size_{ep_size}")
 
     @property
-    def router(self) -> nn.Module:  # type: ignore[override]
+    def router(self) -> nn.Module:
         """The gate."""
         return self.gate
 

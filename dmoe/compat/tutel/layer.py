@@ -147,7 +147,7 @@ class MOELayer(RoutedLayer):
         self._overlap(a2a_ffn_overlap_degree)
 
     @property
-    def router(self) -> nn.Module:  # type: ignore[override]
+    def router(self) -> nn.Module:
         """The first gate."""
         return self.gates[0]
 
