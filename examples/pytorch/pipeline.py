@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
 """Trains a small GPT with experts in a pipeline of ``torch.distributed.pipelining``, whose stages may share experts.
 
-    torchrun --nproc-per-node 2 examples/pytorch/pipeline.py
-    torchrun --nproc-per-node 4 examples/pytorch/pipeline.py --ep 2      # 2 stages, 2 ranks each
+    torchrun --nproc-per-node 4 examples/pytorch/pipeline.py --ep 2      # 2 stages, 2 ranks each; 4 stages without --ep
 
 On GPUs or CPUs, on bytes of Python's help topics. Every stage's layers attach their balance loss in backward.
 """
@@ -27,7 +26,7 @@ from dmoe.parallel.pipeline import PipelineStage
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from lm.data import help_topics, training_batch
 
-HIDDEN, BLOCKS, MICRO_BATCHES = 64, 4, 4
+HIDDEN, BLOCKS = 64, 4
 
 
 class Block(nn.TransformerEncoderLayer):
@@ -52,13 +51,13 @@ def main() -> None:
     torch.manual_seed(0)  # alike on every rank: each builds the whole model and keeps its stage
     blocks = (Block(HIDDEN, 4, 2 * HIDDEN, dropout=0, batch_first=True, norm_first=True) for _ in range(BLOCKS))
     whole = nn.Sequential(nn.Embedding(256, HIDDEN), *blocks, nn.Linear(HIDDEN, 256))
-    balance: dict[str, Any] = {"load_balancing_coefficient": 0.01, "load_balancing_over": "global", "num_moe_layers": BLOCKS}
-    dmoe.replace_ffn(whole, "[1-4]", num_experts=8, top_k=2, aux_loss="attached", **balance)
+    balance: dict[str, Any] = {"load_balancing_coefficient": 0.01, "load_balancing_over": "global"}
+    dmoe.replace_ffn(whole, "[1-4]", num_experts=8, top_k=2, aux_loss="attached", num_moe_layers=BLOCKS, **balance)
     ends = [0, *(1 + (index + 1) * BLOCKS // stages for index in range(stages - 1)), len(whole)]
     model = dmoe.parallel.parallelize(whole[ends[stage] : ends[stage + 1]].to(device), mesh["ep"], data="ddp")
     schedule = Schedule1F1B(
         PipelineStage(model, stage, stages, device, group=pp_group),
-        MICRO_BATCHES,
+        n_microbatches=4,
         loss_fn=lambda logits, targets: cross_entropy(logits.flatten(0, 1), targets.flatten()),
     )
     optimizer = torch.optim.AdamW([{"params": group} for group in dmoe.parallel.split_parameters(model) if group], 3e-3)
@@ -71,7 +70,8 @@ def main() -> None:
         optimizer.zero_grad()
         attached = dmoe.attached_aux_loss(model, pp_group)
         if last and rank == 0 and step % 10 == 9:
-            print(f"step {step + 1}: loss {torch.stack(of_last['losses']).mean():.3f}, of all stages' balance {attached:.4f}")
+            loss = torch.stack(of_last["losses"]).mean()
+            print(f"step {step + 1}: loss {loss:.3f}, of all stages' balance {attached:.4f}")
     dist.destroy_process_group()
 
 

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.functional import cross_entropy
 
@@ -35,8 +36,7 @@ GPT = dmoe.models.MoEGPTConfig(256, 64, 2, 4, 256, max_positions=64, moe={0: MOE
 
 def state_of(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> dict[str, Any]:
     """What a checkpoint holds."""
-    model_state, optim_state = get_state_dict(model, optimizer)
-    return {"model": model_state, "optim": optim_state, "steps": steps}
+    return {**dict(zip(("model", "optim"), get_state_dict(model, optimizer), strict=True)), "steps": steps}
 
 
 def main() -> None:
@@ -57,7 +57,7 @@ def main() -> None:
     optimizer, checkpoint = torch.optim.AdamW(groups, lr=3e-3), given.out / "checkpoint"
     state = state_of(model, optimizer, 0)
     if checkpoint.exists():
-        dcp.load(state, checkpoint_id=checkpoint)
+        load(state, checkpoint_id=checkpoint)
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"])
     corpus = help_topics()
     with dmoe.monitor(model, given.out, every=10) as monitor:
@@ -71,7 +71,7 @@ def main() -> None:
                 optimizer.zero_grad()
             if rank == 0 and step % 10 == 9:
                 print(f"step {step + 1}: loss {loss.item():.3f}, norm {norm.item():.3f}")
-    dcp.save(state_of(model, optimizer, given.steps), checkpoint_id=checkpoint)
+    save(state_of(model, optimizer, given.steps), checkpoint_id=checkpoint)
     dist.destroy_process_group()
 
 
