@@ -12,7 +12,7 @@ demo: $(VENV)/ready
 
 # loadgroup: tests that share one set of processes stay together, and all others go wherever there is room. logical:
 # `auto` counts two hardware threads of a core as one.
-test: check fairseq $(VENV)/deepspeed
+test: check fairseq $(VENV)/deepspeed $(VENV)/browser
 	$(BIN)/python tests/support/machine.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist loadgroup $(PYTEST_FLAGS)
 
@@ -75,4 +75,9 @@ $(VENV)/fairseq: $(VENV)/ready
 $(VENV)/deepspeed: $(VENV)/ready
 	DS_BUILD_OPS=0 $(PIP) --no-deps --no-build-isolation --target $@ deepspeed hjson msgpack py-cpuinfo einops ninja \
 		pydantic pydantic-core annotated-types typing-inspection typing-extensions
+	touch $@
+
+# A browser, to look at the report in. Where there is none to be had the folder stays empty, and that test is skipped.
+$(VENV)/browser: tests/support/browser.sh | $(VENV)/ready
+	tests/support/browser.sh $@
 	touch $@
