@@ -76,11 +76,22 @@ class ExpertSlice:
         if shard_dim is not None:
             whole[shard_dim] *= self.num_shards
         if list(value.shape) == whole:
-            value = value[self.experts.start : self.experts.stop]
-            if shard_dim is not None:
-                columns = self.columns(whole[shard_dim])
-                value = value.narrow(shard_dim, columns.start, columns.stop - columns.start)
+            value = self.cut(value, shard_dim)
         return self.distributed(value.contiguous(), shard_dim) if value.shape == here.shape else value
+
+    def cut(self, value: Tensor, shard_dim: int | None) -> Tensor:
+        """This rank's part of a whole parameter ``(E, ...)`` of equally wide experts, as a view."""
+        value = value[self.experts.start : self.experts.stop]
+        if shard_dim is None:
+            return value
+        columns = self.columns(value.shape[shard_dim])
+        return value.narrow(shard_dim, columns.start, columns.stop - columns.start)
+
+    def cut_columns(self, value: Tensor, widths: Sequence[int], dim: int) -> Tensor:
+        """This rank's part of experts of different widths, which lie side by side in a dimension; a copy."""
+        parts = value.split(list(widths), dim)[self.experts.start : self.experts.stop]
+        columns = [(part, self.columns(part.shape[dim])) for part in parts]
+        return torch.cat([part.narrow(dim, mine.start, mine.stop - mine.start) for part, mine in columns], dim)
 
 
 def local_part(tensor: Tensor) -> Tensor:

@@ -53,8 +53,7 @@ class Experts(nn.Module):
         super().__init__()
         self.config, self.routed, self.distributed = config, routed, owned is not None
         self.owned = owned = ExpertSlice(range(config.num_experts), config.num_experts) if owned is None else owned
-        widths = config.ffn_sizes[owned.experts.start : owned.experts.stop]
-        self.ffn_sizes = tuple(width // owned.num_shards for width in widths)
+        self.ffn_sizes = self._widths_here()
         self.seed: int | None = None
         uniform = isinstance(config.ffn_hidden_size, int)
         hidden, experts = config.hidden_size, len(owned.experts)
@@ -86,6 +85,49 @@ class Experts(nn.Module):
         if name == "down_bias":
             return None
         return 2 if name == "down_proj" or self.config.gated else 1
+
+    def _widths_here(self) -> tuple[int, ...]:
+        """Columns of each expert that lives here."""
+        widths = self.config.ffn_sizes[self.owned.experts.start : self.owned.experts.stop]
+        return tuple(width // self.owned.num_shards for width in widths)
+
+    @torch.no_grad()
+    def keep(self, owned: ExpertSlice) -> None:
+        """Let go of all experts but those of one rank, in place: the parameters become new ones, of what lives there.
+
+        Args:
+            owned: what stays.
+
+        Raises:
+            ValueError: some are elsewhere already; or weights that are codes, adapters beside them, ``main_grad``
+                buffers, or weights that FSDP has cut.
+        """
+        beside = {
+            "experts that are spread already": self.distributed,
+            "weights that are codes": bool(self._coded()),
+            "adapters": self.lora is not None,
+            "weights that are cut": any(hasattr(each, "to_local") for each in self.parameters()),
+            "main_grad buffers": any(getattr(each, "main_grad", None) is not None for each in self.parameters()),
+        }
+        if found := [what for what, there in beside.items() if there]:
+            raise ValueError(
+                f"Experts.keep: expected plain weights of all {self.config.num_experts} experts, got {found[0]}: "
+                "spread the experts first"
+            )
+        whole = dict(self._parameters)
+        self.owned, self.distributed = owned, True
+        self.ffn_sizes = self._widths_here()
+        for name, parameter in whole.items():
+            if parameter is None:
+                continue
+            dim = self._shard_dim(name)
+            if isinstance(self.config.ffn_hidden_size, int) or name == "down_bias":
+                part = owned.cut(parameter, dim)
+            else:
+                part = owned.cut_columns(parameter, self.config.ffn_sizes, -2 if name == self.up_name else -1)
+            part = owned.distributed(part.clone(memory_format=torch.contiguous_format), dim)
+            self.register_parameter(name, nn.Parameter(part, requires_grad=parameter.requires_grad))
+        self.mark_parameters()
 
     def _coded(self) -> list[str]:
         """Projections that are codes: what dmoe.quant puts in a parameter's place."""

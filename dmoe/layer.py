@@ -24,9 +24,9 @@ from dmoe.config import MoEConfig
 from dmoe.experts import Experts
 from dmoe.inputs import check_copied, check_inputs, check_parts, config_of, flatten_inputs, jittered
 from dmoe.metrics import RoutingMetrics, metrics_of
-from dmoe.parallel import AllToAllDispatcher, Dispatched, as_group
+from dmoe.parallel import AllToAllDispatcher, Dispatched
 from dmoe.parallel.agreement import check_layers
-from dmoe.parallel.build import build_dispatcher, owned_experts, ranks_of
+from dmoe.parallel.build import owned_experts, ranks_of_layer
 from dmoe.parallel.overlap import run_in_chunks
 from dmoe.parallel.slots import run_by_slots
 from dmoe.parallel.statistics import LoadOfRanks, move_selection_bias
@@ -102,22 +102,18 @@ class MoE(Float32Buffers):
         self.config = config = config_of(config, fields)
         check_parts(config, router_module, shared_expert)
         where: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.dispatcher = build_dispatcher(config, ep_group, expert_tp_group, ep_levels)
-        if ep_group is None and isinstance(self.dispatcher, AllToAllDispatcher):  # all ranks of a mesh of levels
-            ep_group = self.dispatcher.group
-        self.bias_ranks = None if loss_group is None else LoadOfRanks(as_group(loss_group, "loss_group"))
-        loss_group = ep_group if loss_group is None else loss_group
-        of_loss = None if loss_group is None else LoadOfRanks(as_group(loss_group, "loss_group"))
-        self.auxiliary = AuxiliaryLosses(config, of_loss, attach_losses)
-        self.router = build_router(config, router_module, ranks=ranks_of(self.dispatcher), **where)
-        owned = owned_experts(config, self.dispatcher, ep_group, device=device, dtensor=dtensor)
+        ranks = ranks_of_layer(config, ep_group, expert_tp_group, ep_levels, loss_group)
+        self.dispatcher, self.bias_ranks = ranks.dispatcher, ranks.of_bias
+        self.auxiliary = AuxiliaryLosses(config, ranks.of_loss, attach_losses)
+        self.router = build_router(config, router_module, ranks=ranks.of_tokens, **where)
+        owned = owned_experts(config, ranks, device=device, dtensor=dtensor)
         self.experts = Experts(config, owned=owned, **where)
         own = SharedExpert(config, **where) if config.shared_ffn_hidden_size else None
         self.shared_expert: Callable[[Tensor], Tensor] | None = shared_expert if own is None else own
         self.output_bias = nn.Parameter(torch.zeros(config.hidden_size, **where)) if config.bias == "output" else None
         self.register_float32("aux_loss_scale", 1.0, device=device, persistent=False)
         self.last_metrics: RoutingMetrics | None = None
-        self._ranks_agree = ep_group is None
+        self._ranks_agree = ranks.ep_group is None
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -246,6 +242,42 @@ class MoE(Float32Buffers):
         told = self.bias_ranks if group is None else LoadOfRanks(group)
         ep_groups = self.dispatcher.groups if isinstance(self.dispatcher, AllToAllDispatcher) else ()
         move_selection_bias(self.router, told, ep_groups)
+
+    def spread_experts(
+        self,
+        ep_group: Any,
+        *,
+        expert_tp_group: Any = None,
+        ep_levels: Any = None,
+        loss_group: Any = None,
+        dtensor: bool = True,
+    ) -> None:
+        """Keep this rank's part of the experts, of a layer that was built, or loaded, with all of them.
+
+        From then on it is the layer that these groups would have built, with the values that it has now. Parameters of
+        experts become new ones, so make optimizers and wrappers afterwards. :func:`dmoe.parallel.parallelize` does this
+        to all layers of a model.
+
+        Args:
+            ep_group, expert_tp_group, ep_levels, loss_group, dtensor: as :class:`dmoe.MoE` takes them. The same values
+                have to lie on every rank; a layer on the meta device serves, and is filled afterwards.
+
+        Raises:
+            ValueError: experts that are spread already, held as codes, or with adapters; and what the constructor says.
+        """
+        if not isinstance(self.experts, Experts):  # of a layer in dmoe.compat, or what an adapter put there
+            raise ValueError(f"MoE.spread_experts: expected experts of dmoe.MoE, got {type(self.experts).__name__}")
+        ranks = ranks_of_layer(self.config, ep_group, expert_tp_group, ep_levels, loss_group)
+        device = next(self.experts.parameters()).device
+        owned = owned_experts(self.config, ranks, device=device, dtensor=dtensor)
+        if owned is None:
+            raise ValueError("MoE.spread_experts: ep_group: expected the ranks that are to share the experts, got None")
+        self.experts.keep(owned)
+        self.dispatcher, self.bias_ranks = ranks.dispatcher, ranks.of_bias or self.bias_ranks
+        self.auxiliary.ranks = ranks.of_loss
+        if hasattr(self.router, "ranks"):  # whose choices do not depend on others' tokens knows of none
+            self.router.ranks = ranks.of_tokens
+        self.ask_ranks_again()
 
     def ask_ranks_again(self) -> None:
         """Let the next forward compare the layer with those of other ranks once more, as parts of it have changed."""

@@ -13,7 +13,7 @@ from dmoe.losses import gshard_loss
 from dmoe.metrics import metrics_of
 from dmoe.ops.histogram import histogram
 from dmoe.parallel.agreement import check_layers
-from dmoe.parallel.build import build_dispatcher, owned_experts
+from dmoe.parallel.build import owned_experts, ranks_of_layer
 from dmoe.routing import Routing, TopKRouter
 
 
@@ -45,10 +45,10 @@ class RoutedLayer(MoE):
             group: a ``torch.distributed`` process group, or a mesh of one dimension.
             levels: as ``ep_levels`` of :class:`dmoe.MoE`.
         """
-        self.dispatcher = build_dispatcher(self.config, group, None, levels)
-        owned = owned_experts(self.config, self.dispatcher, group, device=None, dtensor=False)
+        ranks = ranks_of_layer(self.config, group, None, levels, None)
+        owned = owned_experts(self.config, ranks, device=None, dtensor=False)
         assert owned is not None
-        self.experts.owned = owned
+        self.dispatcher, self.experts.owned = ranks.dispatcher, owned
         self._ranks_agree = False
 
     def route_and_run(

@@ -28,6 +28,7 @@ from dmoe.parallel.gradients import (
 from dmoe.parallel.interface import Dispatched, Dispatcher, LocalDispatcher, Returning, UnderWay
 from dmoe.parallel.levelling import Levelling, rows_that_pay
 from dmoe.parallel.overlap import Overlapped, chunk_of, run_overlapped
+from dmoe.parallel.parallelize import parallelize
 from dmoe.parallel.placement import as_group, ffn_shard, local_experts
 from dmoe.parallel.statistics import LoadOfRanks
 from dmoe.parallel.symmetric import SymmetricDispatcher, SymmetricExchange
@@ -74,6 +75,7 @@ __all__ = [
     "local_experts",
     "mesh_group",
     "pack_rows",
+    "parallelize",
     "rows_that_pay",
     "run_overlapped",
     "split_parameters",

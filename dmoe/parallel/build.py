@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,6 +30,38 @@ _BY_TRANSPORT: dict[str, type[AllToAllDispatcher]] = {
     "deep_ep": DeepEPDispatcher,
     "symmetric_memory": SymmetricDispatcher,
 }
+
+
+@dataclass(frozen=True)
+class LayerRanks:
+    """What a layer knows of other ranks.
+
+    Attributes:
+        dispatcher: how tokens reach the experts.
+        ep_group: the ranks that share the experts, a group or a mesh; None where they all live here.
+        of_tokens: whose tokens share the experts; None is this rank alone.
+        of_loss: whose tokens are one batch for ``load_balancing_over="global"``; None likewise.
+        of_bias: whose load moves the selection bias; None where nobody said so.
+    """
+
+    dispatcher: Dispatcher
+    ep_group: Any
+    of_tokens: LoadOfRanks | None
+    of_loss: LoadOfRanks | None
+    of_bias: LoadOfRanks | None
+
+
+def ranks_of_layer(
+    config: MoEConfig, ep_group: Any, expert_tp_group: Any, ep_levels: Any, loss_group: Any
+) -> LayerRanks:
+    """From a layer's groups, as :class:`dmoe.MoE` takes them; raises what :func:`build_dispatcher` does."""
+    dispatcher = build_dispatcher(config, ep_group, expert_tp_group, ep_levels)
+    if ep_group is None and isinstance(dispatcher, AllToAllDispatcher):  # all ranks of a mesh of levels
+        ep_group = dispatcher.group
+    told = None if loss_group is None else LoadOfRanks(as_group(loss_group, "loss_group"))
+    sharing = None if ep_group is None else LoadOfRanks(as_group(ep_group))
+    of_tokens = LoadOfRanks(*dispatcher.groups) if isinstance(dispatcher, AllToAllDispatcher) else None
+    return LayerRanks(dispatcher, ep_group, of_tokens, of_loss=sharing if told is None else told, of_bias=told)
 
 
 def build_dispatcher(
@@ -104,13 +137,14 @@ def _levelling(config: MoEConfig, shards: int, across_nodes: bool) -> Levelling 
 
 
 def owned_experts(
-    config: MoEConfig, dispatcher: Dispatcher, ep_group: Any, *, device: torch.device | str | None, dtensor: bool
+    config: MoEConfig, ranks: LayerRanks, *, device: torch.device | str | None, dtensor: bool
 ) -> ExpertSlice | None:
     """What lives on this rank; None when all experts do.
 
     Raises:
         ValueError: a width that the shards of an expert do not divide, or options that need whole experts.
     """
+    dispatcher = ranks.dispatcher
     if not isinstance(dispatcher, AllToAllDispatcher):
         return None
     shard, num_shards = dispatcher.ffn_shard
@@ -125,13 +159,9 @@ def owned_experts(
         )
     mesh = None
     if dtensor and isinstance(config.ffn_hidden_size, int):
-        mesh = expert_mesh(ep_group, dispatcher.group, num_shards, device, dispatcher.tp_group)
+        mesh = expert_mesh(ranks.ep_group, dispatcher.group, num_shards, device, dispatcher.tp_group)
     scale = _GRAD_SCALES[config.expert_grad_scale](dispatcher.num_ranks)
     # Of DTensor, PyTorch's scaler knows that they are parts of a whole.
     share = SharedOverflow(*dispatcher.groups) if mesh is None and dispatcher.num_ranks > 1 else None
     return ExpertSlice(dispatcher.local_experts, config.num_experts, shard, num_shards, mesh, scale, share)
 
-
-def ranks_of(dispatcher: Dispatcher) -> LoadOfRanks | None:
-    """The ranks whose tokens share the experts; None is this one alone."""
-    return LoadOfRanks(*dispatcher.groups) if isinstance(dispatcher, AllToAllDispatcher) else None
