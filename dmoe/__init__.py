@@ -10,6 +10,7 @@ from dmoe import (
     losses,
     metrics,
     models,
+    monitoring,
     ops,
     parallel,
     presets,
@@ -32,6 +33,7 @@ from dmoe.model_tools import (
     set_aux_loss_scale,
     update_selection_bias,
 )
+from dmoe.monitoring import monitor
 from dmoe.other_experts import OtherExperts, register_experts
 from dmoe.plan import RoutingPlan, device_tile_rows, plan_expert_choice, plan_token_choice
 from dmoe.quantized_weight import QuantizedWeight
@@ -71,6 +73,8 @@ __all__ = [
     "metrics",
     "models",
     "moe_layers",
+    "monitor",
+    "monitoring",
     "ops",
     "parallel",
     "plan_expert_choice",

@@ -106,6 +106,11 @@ class AuxiliaryLosses:
         """Whether training forwards leave a loss here that the caller has to read."""
         return self.config.aux_loss == "explicit" and self.attach is None and bool(self.config.coefficients)
 
+    @property
+    def is_unread(self) -> bool:
+        """Whether a training forward's loss waits here: nobody has read it since."""
+        return self._kept is not None and self._kept.requires_grad
+
     def take(self, trained: bool) -> Tensor | None:
         """The loss that was kept, once. ``trained``: whether it has to have a graph.
 
@@ -175,8 +180,7 @@ class AuxiliaryLosses:
         return load_balancing_loss(probs, counts, mask)
 
     def _warn_of_unread(self) -> None:
-        lost = self._kept is not None and self._kept.requires_grad
-        if lost and not self._warned_unread:
+        if self.is_unread and not self._warned_unread:
             self._warned_unread = True
             warnings.warn(_UNREAD, stacklevel=6)
 

@@ -210,10 +210,10 @@ class Experts(nn.Module):
         With ``copies`` those that other ranks host are on their way to them.
 
         None where they may not be here yet: FSDP gathers them for that forward, and takes their gradients after it;
-        offloading replaces the forward, or hooks it, to bring them.
+        offloading replaces the forward, or hooks it, to bring them. (A hook that says ``only_looks`` brings nothing.)
         """
-        hooked = hasattr(self, "unshard") or "forward" in self.__dict__ or bool(self._forward_pre_hooks)
-        if hooked or self.lora is not None:
+        bring = [hook for hook in self._forward_pre_hooks.values() if not getattr(hook, "only_looks", False)]
+        if hasattr(self, "unshard") or "forward" in self.__dict__ or bring or self.lora is not None:
             return None
         return (self._weights_at_work() if copies is None else self._lend(copies)).deferred()
 

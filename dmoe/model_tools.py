@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from dmoe.layer import MoE
+from dmoe.metric_sums import add_ranks, num_ranks
 from dmoe.metrics import RoutingMetrics
 
 if TYPE_CHECKING:
@@ -95,35 +95,7 @@ def reduce_metrics(model: nn.Module, group: ProcessGroup | None = None) -> dict[
     """
     found = {name: layer.last_metrics for name, layer in moe_layers(model).items()}
     ran = {name: metrics for name, metrics in found.items() if metrics is not None}
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
-        return ran
-    pieces: list[Tensor] = []
-    for metrics in ran.values():
-        counts = torch.stack([metrics.tokens_per_expert, metrics.kept_per_expert]).double()  # exact up to 2**53
-        weight = counts[0].sum()
-        traffic = [metrics.bytes_sent, metrics.naive_bytes_sent]
-        none = [float("nan") if number is None else float(number) for number in traffic]
-        own = torch.tensor(none, dtype=torch.float64, device="cpu").to(counts.device, non_blocking=True)
-        lost = weight.new_zeros(1) if metrics.rows_dropped is None else metrics.rows_dropped.double().view(1)
-        pieces += [counts.flatten(), (metrics.entropy.double() * weight).view(1), lost, own]
-    if not pieces:
-        return ran
-    everything = torch.cat([piece.to(pieces[0].device) for piece in pieces])
-    dist.all_reduce(everything, group=group)
-    reduced, position = {}, 0
-    for name, metrics in ran.items():
-        experts = metrics.tokens_per_expert.shape[0]
-        part = everything[position : position + 2 * experts + 4]
-        position += 2 * experts + 4
-        tokens, kept = (counts.long() for counts in part[: 2 * experts].view(2, experts))
-        entropy = (part[-4] / part[:experts].sum().clamp(min=1)).to(metrics.entropy.dtype)
-        sent, naive = (
-            None if here is None else total.long()
-            for here, total in zip((metrics.bytes_sent, metrics.naive_bytes_sent), part[-2:], strict=True)
-        )
-        dropped = None if metrics.rows_dropped is None else part[-3].long()
-        reduced[name] = RoutingMetrics(tokens, kept, entropy, sent, naive, dropped)
-    return reduced
+    return ran if num_ranks(group) == 1 else add_ranks(ran, group)[0]
 
 
 def is_expert_param(parameter: Tensor) -> bool:
