@@ -223,6 +223,8 @@ TESTED = {
     "megatron": "integrations/megatron",
     "fairseq": "integrations/fairseq_moe",
     "transformers": "integrations/transformers",
+    "lightning": "integrations/lightning",
+    "accelerate": "integrations/accelerate",
     "examples": "examples",
     "benchmarks": "benchmarks",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from types import ModuleType
+from typing import Any
 
 NAMES = ("lightning.pytorch", "pytorch_lightning")
 
@@ -24,4 +25,4 @@ def lightning() -> ModuleType:
     raise ImportError("dmoe.integrations.lightning: expected Lightning, which is not installed: pip install lightning")
 
 
-pl = lightning()
+pl: Any = lightning()
