@@ -203,6 +203,8 @@ OUTSIDE: dict[str, set[str]] = {room: {"torch"} for room in MAY_IMPORT} | {
     "certify": {"torch", "tqdm"},
     "tune": {"torch", "tqdm"},
     "generate": {"torch", "tokenizers", "tqdm"},
+    "monitoring": {"torch", "wandb"},
+    "report": {"torch", "matplotlib", "tokenizers"},
     "routing.picture": {"torch", "matplotlib"},
 }
 # Folder of tests -> what they test. What several files share lies in tests/support, the only folder on the path.

@@ -49,9 +49,10 @@ class LayerWatch:
     """One layer's hooks, and what they saw since :meth:`begin`.
 
     Args:
+        name: of the layer.
         layer: the layer.
         clocks: for its parts' times.
-        routed: called with this, and the choices ``(T, K)`` of each forward that counts (None where experts choose).
+        routed: called with this, the choices ``(T, K)`` of each forward that counts (None where experts choose), and T.
 
     Attributes:
         metrics: of each forward that counts.
@@ -59,8 +60,11 @@ class LayerWatch:
         tokens: how many there were.
     """
 
-    def __init__(self, layer: MoE, clocks: Clocks, routed: Callable[[LayerWatch, Tensor | None], None]) -> None:
-        self.layer, self._clocks, self._routed = layer, clocks, routed
+    def __init__(
+        self, name: str, layer: MoE, clocks: Clocks, routed: Callable[[LayerWatch, Tensor | None, int], None]
+    ) -> None:
+        self.name, self.layer = name, layer
+        self._clocks, self._routed = clocks, routed
         self._active = False
         self._taken: RoutingMetrics | None = None
         self._seen: tuple[Tensor, Tensor | None, int] | None = None  # of a forward that has not ended
@@ -104,7 +108,7 @@ class LayerWatch:
             self._seen = None
             self.sizes.append(size)
             self.tokens += tokens
-            self._routed(self, chosen)
+            self._routed(self, chosen, tokens)
 
     def seconds(self) -> dict[str, float]:
         """Of the forwards that were seen, by part; it waits for the device."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,11 +14,14 @@ from torch import Tensor, nn
 
 from dmoe.metric_sums import num_ranks
 from dmoe.model_tools import moe_layers
+from dmoe.monitoring.alarms import Alarms, Limits
 from dmoe.monitoring.clocks import Clock, Clocks
 from dmoe.monitoring.layer_watch import LayerWatch, inside_backward
 from dmoe.monitoring.records import StepRecord
 from dmoe.monitoring.similarity import expert_similarity
 from dmoe.monitoring.step_sums import layer_records
+from dmoe.monitoring.token_counts import TokenCounts, TokenTable
+from dmoe.monitoring.writers import Writer, writers_of
 from dmoe.parallel import as_group
 
 
@@ -26,28 +30,46 @@ class Monitor:
 
     Attributes:
         last: the last :class:`StepRecord`, or None.
+        tokens: the last :class:`TokenTable`, which steps with ``token_ids`` make, or None.
         warnings: every warning so far, as sentences.
     """
 
     def __init__(
-        self, model: nn.Module, to: Any = None, *, every: int = 1, group: Any = None, similarity_every: int = 100
+        self,
+        model: nn.Module,
+        to: Any = None,
+        *,
+        every: int = 1,
+        group: Any = None,
+        similarity_every: int = 100,
+        most_tokens: int = 64,
+        limits: Limits | None = None,
     ) -> None:
-        for name, value in (("every", every), ("similarity_every", similarity_every)):
+        self._layers = _layers_of(model)
+        for name, value in (("every", every), ("similarity_every", similarity_every), ("most_tokens", most_tokens)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"monitor: {name}: expected an integer of at least 1, got {value!r}")
-        self._layers = _layers_of(model)
         self._model, self._every, self._similarity_every = model, every, similarity_every
         self._group = None if group is None else as_group(group, "monitor: group")
-        self.last: StepRecord | None = None
-        self.warnings: list[str] = []
+        self._makers, self._writers = writers_of(to), list[Writer]()
         self._clocks = Clocks()
-        self._watches = {name: LayerWatch(layer, self._clocks, self._routed) for name, layer in self._layers.items()}
+        self._watches = {
+            name: LayerWatch(name, layer, self._clocks, self._routed) for name, layer in self._layers.items()
+        }
+        self._token_counts = TokenCounts(
+            {n: layer.config.num_experts for n, layer in self._layers.items()}, most_tokens
+        )
+        self._alarms = Alarms(limits or Limits(), {name: layer.config.top_k for name, layer in self._layers.items()})
+        self.last: StepRecord | None = None
+        self.tokens: TokenTable | None = None
+        self.warnings: list[str] = []
         self._handles: list[Any] = []
         self._step: int | None = None  # the number of the step that is open
         self._next = 0
         self._recording = False
-        self._measured: int | None = None  # when similarity was
-        self._marks: tuple[Clock, Any] | None = None
+        self._measured: int | None = None  # the step of the last similarity
+        self._clock: Clock | None = None  # of the step
+        self._begun: Any = None
         self._parts: list[tuple[str, Any, Any]] = []
 
     # ------------------------------------------------------------------------------------------------------ lifetime
@@ -66,6 +88,17 @@ class Monitor:
         ]
         for watch in self._watches.values():
             self._handles += watch.start()
+        if self._rank == 0:
+            about = {
+                "started": time.time(),
+                "ranks": num_ranks(self._group),
+                "every": self._every,
+                "layers": {
+                    name: {"num_experts": layer.config.num_experts, "top_k": layer.config.top_k}
+                    for name, layer in self._layers.items()
+                },
+            }
+            self._writers = [make(about) for make in self._makers]
         return self
 
     def close(self) -> None:
@@ -74,6 +107,13 @@ class Monitor:
             handle.remove()
         self._handles = []
         self._drop()
+        writers, self._writers = self._writers, []
+        for writer in writers:
+            writer.close()
+
+    @property
+    def _rank(self) -> int:
+        return dist.get_rank(self._group) if num_ranks(self._group) > 1 else 0
 
     def __enter__(self) -> Monitor:
         return self if self._handles else self.start()
@@ -121,9 +161,9 @@ class Monitor:
         for watch in self._watches.values():
             watch.begin(self._recording)
         if self._recording:
-            self._parts = []
-            clock = self._clocks.of(next(self._model.parameters()).device)
-            self._marks = clock, clock.now()
+            self._token_counts.begin(token_ids)
+            self._clock = self._clocks.of(next(self._model.parameters()).device)
+            self._begun = self._clock.now()
 
     def end_step(self) -> StepRecord | None:
         """The step is over, on every rank; call it after backward and the optimizer.
@@ -136,38 +176,50 @@ class Monitor:
         """
         if self._step is None:
             raise RuntimeError("Monitor.end_step: expected begin_step() first, got no step that is open")
-        number = self._step
-        if not self._recording or self._marks is None:
+        number, clock = self._step, self._clock
+        if clock is None:
             self._drop()
             return None
-        clock, begun = self._marks
         ended = clock.now()
         for watch in self._watches.values():
-            if not watch.metrics:  # compiled, below a model whose hooks are compiled, too
+            if not watch.metrics:  # compiled, in a model whose own hooks are compiled with it
                 watch.take()
-        similarities = self._similarities(number)
-        layers, tokens, _ = layer_records(self._watches, similarities, self._group)
+        to_sum = self._token_counts.to_sum(self._rank)
+        layers, tokens, sums = layer_records(self._watches, self._similarities(number), self._group, to_sum)
         parts: dict[str, float] = {}
         for name, first, second in self._parts:
             parts[name] = parts.get(name, 0.0) + clock.between(first, second)
-        self.last = record = StepRecord(number, clock.between(begun, ended), parts, tokens, layers)
+        unread = [name for name, watch in self._watches.items() if watch.metrics and watch.layer.auxiliary.is_unread]
+        said = self._alarms.of(number, layers, unread)
+        self.last = record = StepRecord(number, clock.between(self._begun, ended), parts, tokens, layers, tuple(said))
         self._drop()
+        self._tell(record, self._token_counts.summed(number, sums))
         return record
+
+    def _tell(self, record: StepRecord, table: TokenTable | None) -> None:
+        self.warnings += record.warnings
+        self.tokens = table or self.tokens
+        for writer in self._writers:
+            writer.write(record)
+            if table is not None:
+                writer.write_tokens(table)
+        for sentence in record.warnings if self._rank == 0 else ():
+            warnings.warn(f"dmoe: {sentence}", stacklevel=5)
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """A part of a step by any name, such as "forward", "backward", "optimizer": its seconds are in the record."""
-        if not self._recording or self._marks is None:
+        clock = self._clock
+        if clock is None:
             yield
             return
-        clock = self._marks[0]
         first = clock.now()
         yield
         self._parts.append((name, first, clock.now()))
 
     def _drop(self) -> None:
         """No step is open any more."""
-        self._step, self._recording, self._marks, self._parts = None, False, None, []
+        self._step, self._recording, self._clock, self._begun, self._parts = None, False, None, None, []
         for watch in self._watches.values():
             watch.begin(False)
         self._clocks.forget()
@@ -193,8 +245,8 @@ class Monitor:
             for watch in self._watches.values():
                 watch.take()
 
-    def _routed(self, watch: LayerWatch, chosen: Tensor | None) -> None:
-        pass
+    def _routed(self, watch: LayerWatch, chosen: Tensor | None, tokens: int) -> None:
+        self._token_counts.count(watch.name, chosen, tokens)
 
 
 def _layers_of(model: nn.Module) -> dict[str, Any]:
