@@ -17,6 +17,7 @@ import importlib
 from typing import Any
 
 _HOME = {
+    "MoECallback": "callback",
     "from_dmoe": "blocks",
     "load_optimizer": "parallel_optimizer",
     "load_packed": "packed",

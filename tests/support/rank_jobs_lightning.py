@@ -12,14 +12,17 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.utilities import rank_zero_only
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.data import DataLoader
 from training_cases import Net, data_of, environment, optimizer_of, whole
 
 import dmoe
-from dmoe.integrations.lightning import MoEDDPStrategy, MoEModelParallelStrategy
+from dmoe.integrations.lightning import MoECallback, MoEDDPStrategy, MoEModelParallelStrategy
 
 
 class Module(pl.LightningModule):
@@ -106,16 +109,18 @@ def mean_over_ranks(values):
     return values / dist.get_world_size()
 
 
-def fit(group, case, how, ep, folder=None, resume=None, options=None):
-    """Train, from one or the start, with a checkpoint after each half; what all ranks end with, and their losses' mean.
+def fit(group, case, how, ep, folder=None, resume=None, options=None, watched=False):
+    """Train, from a checkpoint or the start; what all ranks end with, and their losses' mean.
+
+    A folder gets one after each half. ``watched``: with the callback.
     """
 
     def run():
         module = Module(case, how)
-        more = dict(options or {})
+        more = {"callbacks": [MoECallback()] if watched else [], **(options or {})}
         if folder is not None:
             checkpoint = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=case.steps // 2, save_top_k=-1)
-            more |= {"callbacks": [checkpoint], "enable_checkpointing": True}
+            more |= {"callbacks": [*more["callbacks"], checkpoint], "enable_checkpointing": True}
         trainer_of(case, how, ep, **more).fit(module, ckpt_path=resume)
         return whole(module.net), mean_over_ranks(module.losses)
 
@@ -126,12 +131,12 @@ def fit_float16(group, case):
     """Under a grad scaler that begins too high; the values, and how many steps were skipped."""
 
     def run():
-        plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**22))
+        plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**17))
         case32 = replace(case, dtype=torch.float32, accumulate=1)
         module = Module(case32, "plain")
         trainer_of(case32, "plain", 2, plugins=[plugin]).fit(module)
         assert isinstance(plugin.scaler, dmoe.parallel.GradScaler)
-        return whole(module.net), round(22 - math.log2(plugin.scaler.get_scale()))
+        return whole(module.net), round(17 - math.log2(plugin.scaler.get_scale()))
 
     return quiet(run)()
 
@@ -173,5 +178,80 @@ def refusals(group, case, folder):
             "no folder": told(trainer.strategy.load_checkpoint, folder),
             "storage options": told(trainer.strategy.save_checkpoint, {}, folder, {}),
         }
+
+    return quiet(run)()
+
+
+class Watched(MoECallback):
+    """The callback, beside what ``reduce_metrics`` says, and with its all-reduces counted."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.seen, self.reduced = [], []
+
+    def on_train_batch_end(self, trainer, pl_module, *rest):
+        before, expected = self.last, dmoe.reduce_metrics(pl_module)
+        with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
+            super().on_train_batch_end(trainer, pl_module, *rest)
+        self.reduced.append(all_reduce.call_count)
+        if self.last is not before:
+            self.seen.append((self.last, expected))
+
+
+class Shown(Logger):
+    """Stands for Weights & Biases' logger."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers, self.images = [], []
+
+    name = version = "stand-in"
+
+    @rank_zero_only
+    def log_metrics(self, metrics, step=None):
+        self.numbers.append(dict(metrics))
+
+    @rank_zero_only
+    def log_image(self, key, images, step=None):
+        self.images.append((key, step, images[0].shape))
+
+    def log_hyperparams(self, *_):
+        pass
+
+
+def watch(group, case, how, folder, every):
+    """Train with the callback, and every logger; what was seen, reduced, logged, and shown."""
+
+    def run():
+        module, callback, shown = Module(case, how), Watched(), Shown()
+        board = TensorBoardLogger(folder, name="", version="")
+        options = {"logger": [board, shown], "log_every_n_steps": every, "callbacks": [callback]}
+        trainer = trainer_of(case, how, dist.get_world_size(), **options)
+        trainer.fit(module)
+        board.experiment.flush()
+        logged = {name: float(value) for name, value in trainer.logged_metrics.items()}
+        return callback.seen, callback.reduced, logged, shown.numbers, shown.images
+
+    return quiet(run)()
+
+
+class Unread(Module):
+    """Nobody adds the auxiliary loss, and no token goes to the last experts."""
+
+    def training_step(self, _, position):
+        with torch.no_grad():
+            self.net.moe.router.weight.zero_()
+        return self.loss_of(position)
+
+
+def warned(group, case):
+    """The sentences that the callback warns with."""
+
+    def run():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            callback = MoECallback(1, limits=dmoe.monitoring.Limits(dead_steps=3))
+            trainer_of(case, "plain", dist.get_world_size(), callbacks=[callback]).fit(Unread(case, "plain"))
+        return sorted({str(each.message) for each in caught if str(each.message).startswith("dmoe:")})
 
     return quiet(run)()
