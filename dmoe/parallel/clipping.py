@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def grad_norm(
-    model: nn.Module, norm_type: float = 2.0, *, parameters: Iterable[nn.Parameter] | None = None
-) -> Tensor:
+def grad_norm(model: nn.Module, norm_type: float = 2.0, *, parameters: Iterable[nn.Parameter] | None = None) -> Tensor:
     """The p-norm of all gradients of a model as one vector, each parameter counted once; equal on every rank.
 
     What every rank has (router, attention) counts once, an expert counts wherever it lives, and ``DTensor`` gradients

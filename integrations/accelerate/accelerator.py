@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dmoe.integrations.accelerate.states import load_parts, save_parts, whole_state
+from dmoe.checkpoint.sharded import load_sharded, save_sharded, whole_state
 from dmoe.parallel import GradScaler, clip_grad_norm, clip_grad_value, data_parallel, split_parameters
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ except ImportError as error:
     ) from error
 
 _A = TypeVar("_A", bound=Accelerator)
+FOLDER = "sharded_state"  # of models and optimizers, in Accelerate's own folder
 
 
 class ExpertParallel:
@@ -74,7 +75,7 @@ class ExpertParallel:
         clip_grad_value(parameters, clip_value)
 
     def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> dict[str, Any]:
-        """A model's state with all experts, whole on every rank; every rank calls this.
+        """A model's state with all experts on the first rank, nothing on the others; every rank calls this.
 
         Args:
             model: that was prepared.
@@ -100,7 +101,7 @@ class ExpertParallel:
             folder = super().save_state(output_dir, safe_serialization, **options)  # type: ignore[misc]
         finally:
             me._models, me._optimizers = models, optimizers
-        save_parts(Path(folder), models, optimizers, me.step)
+        save_sharded(Path(folder) / FOLDER, *_named(models, optimizers), step=me.step)
         return folder
 
     def load_state(self, input_dir: str | None = None, load_kwargs: Any = None, **options: Any) -> None:
@@ -124,7 +125,28 @@ class ExpertParallel:
         finally:
             hook.remove()
             me._models, me._optimizers = models, optimizers
-        me.step = load_parts(Path(found[0]), models, optimizers)
+        parts = Path(found[0]) / FOLDER
+        if not (parts / ".metadata").is_file():
+            raise ValueError(
+                f"load_state: expected a folder that an Accelerator taught by dmoe wrote, with {FOLDER} in it, got "
+                f"{found[0]}"
+            )
+        me.step = load_sharded(parts, *_named(models, optimizers), step=0)["step"]
+
+
+def _named(models: Sequence[nn.Module], optimizers: Sequence[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Models, and optimizers with the models at the same places, by the names that they have in the files."""
+    if len(optimizers) not in (0, len(models)):
+        raise ValueError(
+            f"save_state, load_state: expected an optimizer for each of the {len(models)} models, or none, got "
+            f"{len(optimizers)}"
+        )
+    inner = [getattr(each, "optimizer", each) for each in optimizers]  # Accelerate's have them inside
+    pairs = zip(models, inner, strict=bool(inner))
+    return (
+        {f"model_{place}": model for place, model in enumerate(models)},
+        {f"optimizer_{place}": pair for place, pair in enumerate(pairs)},
+    )
 
 
 def is_spread_already(model: nn.Module) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch.distributed as dist
 from torch import nn
@@ -70,7 +70,7 @@ def parallelize(accelerator: Any, model: nn.Module, *, ep: int = 1) -> nn.Module
     dmoe.parallel.parallelize(model, mesh, data=None)
     if plugin is not None:
         fully_shard_experts(model, mesh["replicas"], **_options_of(plugin))
-    return cast("nn.Module", model)
+    return model
 
 
 def _options_of(plugin: Any) -> dict[str, Any]:

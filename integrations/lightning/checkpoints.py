@@ -15,15 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict_saver import save
 
-from dmoe.parallel import split_parameters
+from dmoe.checkpoint.sharded import load_sharded, refuse_plain_experts
 
 META = "meta.pt"
 
@@ -55,7 +50,7 @@ class ShardedCheckpoints:
         me: Any = self
         if storage_options is not None:
             raise TypeError(f"{type(self).__name__}.save_checkpoint: storage_options: expected None for a folder")
-        check_experts(type(self).__name__, me.lightning_module)
+        refuse_plain_experts(f"{type(self).__name__}.save_checkpoint", me.lightning_module)
         path = Path(me.broadcast(filepath))
         parts = {"state_dict": checkpoint.pop("state_dict")}
         for index, state in enumerate(checkpoint.pop("optimizer_states", [])):
@@ -65,7 +60,7 @@ class ShardedCheckpoints:
                 path.unlink()
             path.mkdir(parents=True, exist_ok=True)
         me.barrier()
-        dcp.save(parts, checkpoint_id=path)
+        save(parts, checkpoint_id=path)
         if me.is_global_zero:
             torch.save(checkpoint, path / META)
 
@@ -83,13 +78,8 @@ class ShardedCheckpoints:
                 f"wrote, with {META} in it, got {path}"
             )
         module = me.lightning_module
-        state = {"state_dict": get_model_state_dict(module)}
-        dcp.load(state, checkpoint_id=path)
-        module.load_state_dict(state["state_dict"], strict=module.strict_loading)
-        for index, optimizer in enumerate(me.optimizers):
-            part = {f"optimizer_{index}": get_optimizer_state_dict(module, optimizer)}
-            dcp.load(part, checkpoint_id=path)
-            set_optimizer_state_dict(module, optimizer, part[f"optimizer_{index}"])
+        optimizers = {f"optimizer_{index}": (module, each) for index, each in enumerate(me.optimizers)}
+        load_sharded(path, {"state_dict": module}, optimizers, strict=module.strict_loading)
         rest: dict[str, Any] = torch.load(path / META, weights_only=weights_only)
         return rest
 
@@ -98,18 +88,3 @@ class ShardedCheckpoints:
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Nothing: :meth:`load_checkpoint` has done it."""
-
-
-def check_experts(operation: str, model: Any) -> None:
-    """That a distributed checkpoint can tell the experts of this rank from those of others.
-
-    Raises:
-        ValueError: they are plain tensors.
-    """
-    plain = [p for p in split_parameters(model)[1] if not hasattr(p, "to_local")]
-    if plain:
-        raise ValueError(
-            f"{operation}: expected experts whose parameters are DTensor, got {len(plain)} plain tensors, of which a "
-            "distributed checkpoint would keep the first rank's alone: build the layer with dtensor=True and with "
-            "experts of one width"
-        )

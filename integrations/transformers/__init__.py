@@ -18,6 +18,7 @@ from typing import Any
 
 _HOME = {
     "MoECallback": "callback",
+    "ParallelTrainer": "parallel_trainer",
     "from_dmoe": "blocks",
     "load_optimizer": "parallel_optimizer",
     "load_packed": "packed",

@@ -63,11 +63,11 @@ class MoECallback(TrainerCallback):
         self._loop: LoopMonitor | None = None
         self.last: StepRecord | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **about: Any) -> None:
         """Put the monitor's hooks in."""
         self._close()  # where a run before broke off
         every = self._every if self._every is not None else int(state.logging_steps) or 1
-        self._loop = LoopMonitor(model, every=every, **self._options)
+        self._loop = LoopMonitor(about["model"], every=every, **self._options)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """A step begins; attached losses are scaled as its loss will be."""

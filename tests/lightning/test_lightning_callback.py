@@ -105,5 +105,5 @@ def test_a_module_without_layers_is_refused():
 
     module = LightningModule()
     module.linear = torch.nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="with dmoe.MoE layers, got LightningModule without any"):
+    with pytest.raises(ValueError, match=r"with dmoe\.MoE layers, got LightningModule without any"):
         MoECallback().on_train_start(Trainer(logger=False, enable_checkpointing=False, barebones=False), module)

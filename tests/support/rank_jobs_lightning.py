@@ -96,7 +96,12 @@ def quiet(job):
         world = dist.get_world_size()
         told = environment(dist.get_rank(), world)
         with patch.dict(os.environ, told), warnings.catch_warnings():
-            for text in (".*does not have many workers.*", ".*srun.*", ".*log_every_n_steps.*", ".*lr_scheduler.step.*"):
+            for text in (
+                ".*does not have many workers.*",
+                ".*srun.*",
+                ".*isinstance.treespec.*",
+                ".*validation_step.*",
+            ):
                 warnings.filterwarnings("ignore", text)
             return job(*arguments)
 
