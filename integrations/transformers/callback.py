@@ -82,7 +82,9 @@ class MoECallback(TrainerCallback):
         if record is None:
             return
         self.last = record
+        due = control.should_log
         self._trainer.log(numbers(record))
+        control.should_log = due  # the Trainer takes its own numbers to be logged, too
         if state.is_world_process_zero and record.layers:
             self._draw(record)
 
