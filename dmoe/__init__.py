@@ -12,6 +12,7 @@ from dmoe import (
     models,
     monitoring,
     ops,
+    optim,
     parallel,
     presets,
     quant,
@@ -26,6 +27,8 @@ from dmoe.functional import run_experts
 from dmoe.info import info
 from dmoe.layer import MoE
 from dmoe.model_tools import (
+    attach_aux_losses,
+    attached_aux_loss,
     aux_loss,
     is_expert_param,
     moe_layers,
@@ -59,6 +62,8 @@ __all__ = [
     "RoutingPlan",
     "RoutingRecord",
     "SoftcappedSwiGLU",
+    "attach_aux_losses",
+    "attached_aux_loss",
     "aux_loss",
     "checkpoint",
     "config_from_json",
@@ -76,6 +81,7 @@ __all__ = [
     "monitor",
     "monitoring",
     "ops",
+    "optim",
     "parallel",
     "plan_expert_choice",
     "plan_token_choice",

@@ -59,6 +59,7 @@ class AuxiliaryLosses:
         shape: Sequence[int],
         routing: Routing,
         scale: Tensor,
+        record: Tensor,
         *,
         training: bool,
         num_sequences: int,
@@ -70,6 +71,7 @@ class AuxiliaryLosses:
             shape: of the layer's output.
             routing: of this forward.
             scale: what an attached loss is multiplied by.
+            record: where attached losses are noted: ``(2,)``, their sum and how many.
             training: whether the layer is in training mode; without it there are no losses.
             num_sequences: see :meth:`total`.
 
@@ -87,7 +89,7 @@ class AuxiliaryLosses:
         # Backward takes the youngest node first. That has to be the output: FSDP2 gathers the parameters there, and a
         # checkpoint, whose second forward begins at whatever comes first, needs them.
         y = as_output(y, shape)
-        return y if loss is None or explicit or not loss.requires_grad else attach_loss(y, loss, scale)
+        return y if loss is None or explicit or not loss.requires_grad else attach_loss(y, loss, scale, record)
 
     def _keep(self, loss: Tensor) -> None:
         """For the caller, who takes it."""

@@ -134,11 +134,18 @@ class Experts(nn.Module):
         return [name for name in (self.up_name, "down_proj") if self._modules.get(name) is not None]
 
     def mark_parameters(self) -> None:
-        """Set ``expert`` and ``allreduce`` on each parameter, and freeze what is, as after something replaced them."""
-        for param in self.parameters():
+        """Say on each parameter what it is, and freeze what is, as after something replaced them.
+
+        ``expert`` and ``allreduce``; and ``unit_dims``, how many of the last dimensions are one matrix of an expert (2)
+        or one bias (1), 0 where its matrices do not lie in it one behind the other, or are not whole.
+        """
+        for name, param in self.named_parameters():
             param.expert = self.routed  # type: ignore[attr-defined]
             if self.distributed:
                 param.allreduce = False  # type: ignore[attr-defined]
+            if "." not in name:
+                stacked = isinstance(self.config.ffn_hidden_size, int) and self.owned.num_shards == 1
+                param.unit_dims = (1 if name.endswith("bias") else 2) if stacked else 0  # type: ignore[attr-defined]
         if self.config.frozen_down_bias and self.down_bias is not None:
             self.down_bias.requires_grad_(False)
 

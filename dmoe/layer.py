@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -81,6 +82,8 @@ class MoE(Float32Buffers):
     """
 
     aux_loss_scale: Tensor
+    attached_losses: Tensor
+    router: Any
 
     def __init__(
         self,
@@ -112,6 +115,7 @@ class MoE(Float32Buffers):
         self.shared_expert: Callable[[Tensor], Tensor] | None = shared_expert if own is None else own
         self.output_bias = nn.Parameter(torch.zeros(config.hidden_size, **where)) if config.bias == "output" else None
         self.register_float32("aux_loss_scale", 1.0, device=device, persistent=False)
+        self.register_float32("attached_losses", 0.0, 2, device=device, persistent=False)
         self.last_metrics: RoutingMetrics | None = None
         self._ranks_agree = ranks.ep_group is None
 
@@ -119,6 +123,7 @@ class MoE(Float32Buffers):
     def reset_parameters(self) -> None:
         """Fresh values of what this module itself owns (its children reset their own), as after ``to_empty``."""
         self.aux_loss_scale.fill_(1.0)
+        self.attached_losses.zero_()
         if self.output_bias is not None:
             self.output_bias.zero_()
 
@@ -168,6 +173,7 @@ class MoE(Float32Buffers):
             (*x.shape[:-1], y.shape[-1]),
             routing,
             self.float32("aux_loss_scale", x.device),
+            self.float32("attached_losses", x.device),
             training=self.training,
             num_sequences=math.prod(x.shape[:-2]),
         )
@@ -227,6 +233,21 @@ class MoE(Float32Buffers):
             RuntimeError: the loss has no graph, as under reentrant activation checkpointing.
         """
         return self.auxiliary.take(trained=any(parameter.requires_grad for parameter in self.router.parameters()))
+
+    @torch.no_grad()
+    def take_attached_loss(self) -> Tensor | None:
+        """Mean of the losses that backwards have attached since the last call; None without ``aux_loss="attached"``."""
+        if self.config.aux_loss != "attached":
+            return None
+        total, count = self.attached_losses.unbind()
+        mean = total / count.clamp(min=1)
+        self.attached_losses.zero_()
+        return mean
+
+    def attach_aux_loss(self) -> None:
+        """Go on as if built with ``aux_loss="attached"``: see :func:`dmoe.attach_aux_losses`."""
+        self.config = replace(self.config, aux_loss="attached")
+        self.auxiliary.config = self.config
 
     def update_selection_bias(self, group: dist.ProcessGroup | None = None) -> None:
         """Move the router's selection bias, if it has one; call it after the optimizer step, on every rank.

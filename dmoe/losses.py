@@ -286,26 +286,31 @@ def distillation_loss(
 
 
 class _AttachLoss(torch.autograd.Function):
-    """Identity on ``output`` whose backward also sends ``scale`` into ``loss``."""
+    """Identity on ``output`` whose backward also sends ``scale`` into ``loss``, and notes the loss."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
+    def forward(ctx: Any, output: Tensor, loss: Tensor, scale: Tensor, record: Tensor) -> Tensor:
         # Not save_for_backward: a training loop may set the scale between forward and backward, and means the new
         # value.
-        ctx.scale, ctx.loss_dtype = scale, loss.dtype
+        ctx.scale, ctx.record, ctx.loss_dtype = scale, record, loss.dtype
+        ctx.save_for_backward(loss.detach())
         return output.detach()  # shares memory, and is no view, which nobody could change in place
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
-        return grad_output, ctx.scale.to(ctx.loss_dtype), None
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (loss,) = ctx.saved_tensors
+        ctx.record[0] += loss
+        ctx.record[1] += 1
+        return grad_output, ctx.scale.to(ctx.loss_dtype), None, None
 
 
-def attach_loss(output: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
+def attach_loss(output: Tensor, loss: Tensor, scale: Tensor, record: Tensor) -> Tensor:
     """Return ``output`` unchanged, such that its backward also adds the gradient of ``scale * loss``.
 
     Args:
         output: any tensor that takes part in the task's loss.
         loss: scalar with a graph.
         scale: scalar tensor: what the task's loss is multiplied by before backward (1, or a grad scaler's factor).
+        record: ``(2,)`` floating point, to which each backward adds the loss, without the scale, and 1.
     """
-    return _AttachLoss.apply(output, loss, scale)
+    return _AttachLoss.apply(output, loss, scale, record)

@@ -66,36 +66,54 @@ def add_ranks(
         By layer name: counts and bytes summed (scalar int64 tensors; None where the layer counts none), the entropy's
         mean over ranks weighted by their assignments; and ``beside``'s sum, ``(N,)``.
     """
-    several = num_ranks(group) > 1
-    pieces: list[Tensor] = []
-    for each in metrics.values():
-        counts = torch.stack([each.tokens_per_expert, each.kept_per_expert]).double()  # exact up to 2**53
-        traffic = [each.bytes_sent, each.naive_bytes_sent]
-        none = [float("nan") if number is None else float(number) for number in traffic]
-        own = torch.tensor(none, dtype=torch.float64, device="cpu").to(counts.device, non_blocking=True)
-        lost = counts.new_zeros(1) if each.rows_dropped is None else each.rows_dropped.double().view(1)
-        entropy = each.entropy.double()
-        entropy = entropy * counts[0].sum() if several else entropy  # alone it is handed back to the last bit
-        pieces += [counts.flatten(), entropy.view(1), lost, own]
-    if beside is not None:
-        pieces.append(beside)
+    several, layers = num_ranks(group) > 1, list(metrics.values())
+    pieces = [] if not layers else _packed(layers, weighed=several)
+    home = pieces[0].device if pieces else None
+    pieces += [] if beside is None else [beside if home is None else beside.to(home)]
     if not pieces:
         return {}, torch.empty(0, dtype=torch.float64, device="cpu")
-    everything = torch.cat([piece.to(pieces[0].device) for piece in pieces])
+    everything = torch.cat(pieces)
     if several:
         dist.all_reduce(everything, group=group)
     everything = everything.cpu() if to_host else everything
-    added, position = {}, 0
-    for name, each in metrics.items():
-        experts = each.tokens_per_expert.shape[0]
-        part = everything[position : position + 2 * experts + 4]
-        position += 2 * experts + 4
-        tokens, kept = (counts.long() for counts in part[: 2 * experts].view(2, experts))
-        entropy = part[-4] / part[:experts].sum().clamp(min=1) if several else part[-4]
-        sent, naive = (
-            None if here is None or (to_host and total.isnan()) else total.long()
-            for here, total in zip((each.bytes_sent, each.naive_bytes_sent), part[-2:], strict=True)
+    parts = everything.split([len(piece) for piece in pieces])
+    rest = everything[:0] if beside is None else parts[-1]
+    if not layers:
+        return {}, rest
+    experts = [len(each.tokens_per_expert) for each in layers]
+    tokens, kept = (part.split(experts) for part in parts[0].long().split(sum(experts)))
+    entropy, lost, sent, naive = parts[1].view(4, -1)
+    if several:
+        entropy = entropy / torch.stack([each.sum() for each in tokens]).clamp(min=1)
+    known = (~parts[1].view(4, -1).isnan()).tolist() if to_host else [[True] * len(layers)] * 4
+    added = {}
+    for place, (name, each) in enumerate(metrics.items()):
+        added[name] = RoutingMetrics(
+            tokens[place],
+            kept[place],
+            entropy[place].to(each.entropy.dtype),
+            sent[place].long() if each.bytes_sent is not None and known[2][place] else None,
+            naive[place].long() if each.naive_bytes_sent is not None and known[3][place] else None,
+            None if each.rows_dropped is None else lost[place].long(),
         )
-        dropped = None if each.rows_dropped is None else part[-3].long()
-        added[name] = RoutingMetrics(tokens, kept, entropy.to(each.entropy.dtype), sent, naive, dropped)
-    return added, everything[position:]
+    return added, rest
+
+
+def _packed(layers: Sequence[RoutingMetrics], *, weighed: bool) -> list[Tensor]:
+    """All counts, ``(2 * sum of E,)``, and four numbers of each layer, ``(4 * L,)``: float64, exact up to 2**53.
+
+    Args:
+        layers: L layers' metrics.
+        weighed: times the layer's assignments, an entropy can be summed; without it is kept to the last bit.
+    """
+    home = layers[0].tokens_per_expert.device
+    tokens = [each.tokens_per_expert.to(home) for each in layers]
+    counts = torch.cat([*tokens, *(each.kept_per_expert.to(home) for each in layers)]).double()
+    entropy = torch.stack([each.entropy.to(home, torch.float64) for each in layers])
+    if weighed:
+        entropy = entropy * torch.stack([each.sum() for each in tokens])
+    lost = [entropy.new_zeros(()) if n is None else n.to(home, torch.float64) for n in (e.rows_dropped for e in layers)]
+    traffic = [*(each.bytes_sent for each in layers), *(each.naive_bytes_sent for each in layers)]
+    numbers = [float("nan") if number is None else float(number) for number in traffic]
+    own = torch.tensor(numbers, dtype=torch.float64, device="cpu").to(home, non_blocking=True)
+    return [counts, torch.cat([entropy, torch.stack(lost), own])]

@@ -64,6 +64,44 @@ def set_aux_loss_scale(model: nn.Module, scale: float | Tensor) -> None:
             layer.aux_loss_scale.fill_(scale)
 
 
+def attach_aux_losses(model: nn.Module) -> None:
+    """Let every layer add the gradient of its auxiliary losses by itself, in backward, from now on.
+
+    For loops that compute the loss where the layers are not: the stages of a pipeline
+    (``torch.distributed.pipelining``), or a trainer that cannot be edited. What ``aux_loss="attached"`` does from the
+    beginning; :func:`aux_loss` is 0 then, and :func:`attached_aux_loss` says what was added.
+
+    Args:
+        model: any module, or one stage of it.
+    """
+    for layer in moe_layers(model).values():
+        layer.attach_aux_loss()
+
+
+@torch.no_grad()
+def attached_aux_loss(model: nn.Module, group: ProcessGroup | None = None) -> Tensor:
+    """The auxiliary losses that backwards have attached since the last call, a number to log; reading clears it.
+
+    Each layer's is the mean over its backwards (micro-batches), without the scale; the layers' are added up.
+
+    Args:
+        model: any module, or one stage of it.
+        group: the stages of a pipeline, over which the sum goes on; every rank of it calls this. None: this rank alone.
+
+    Returns:
+        Scalar float32; 0 where nothing was attached.
+    """
+    losses = [mean for layer in moe_layers(model).values() if (mean := layer.take_attached_loss()) is not None]
+    parameter = next(model.parameters(), None)
+    home = losses[0].device if losses else torch.device("cpu") if parameter is None else parameter.device
+    total = torch.zeros((), device=home)
+    for loss in losses:
+        total += loss.to(home)
+    if group is not None:
+        dist.all_reduce(total, group=group)
+    return total
+
+
 def update_selection_bias(model: nn.Module, group: ProcessGroup | None = None) -> None:
     """Move the selection bias of every layer that has one (DeepSeek-V3); call it after the optimizer step.
 

@@ -112,6 +112,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "shared_expert",
         "parallel",
     },
+    "optim": {"expert_slice"},
     "metric_sums": {"metrics"},
     "model_tools": {"layer", "config", "parallel", "metrics", "metric_sums"},
     "monitoring": {"experts", "layer", "metric_sums", "metrics", "model_tools", "ops", "parallel", "routing"},

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -53,7 +54,12 @@ def save_sharded(folder: Path, models: Mapping[str, nn.Module], optimizers: Opti
         parts[name] = get_model_state_dict(model)
     for name, (model, optimizer) in optimizers.items():
         parts[name] = get_optimizer_state_dict(model, optimizer)
-    save(parts, checkpoint_id=folder)
+    write_parts(folder, parts)
+
+
+def write_parts(folder: Path, parts: Mapping[str, Any]) -> None:
+    """Write states that were collected already, in the place of what is there; every rank calls this."""
+    save(dict(parts), storage_writer=FileSystemWriter(folder, overwrite=True))
 
 
 def load_sharded(

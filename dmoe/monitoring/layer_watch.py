@@ -18,6 +18,8 @@ from dmoe.metrics import RoutingMetrics
 from dmoe.monitoring.clocks import Clock, Clocks
 from dmoe.routing import Routing
 
+Size = tuple[Tensor, Tensor, int | Tensor]  # norm, largest magnitude, number
+
 
 def inside_backward() -> bool:
     """Whether this runs inside a backward: a forward there is an activation checkpoint's, run again."""
@@ -31,18 +33,18 @@ def only_looks(hook: Callable[..., None]) -> Callable[..., None]:
 
 
 @torch.no_grad()
-def logits_size(routing: Routing) -> Tensor:
-    """Sum of squares, number and largest magnitude of the logits of tokens that count, ``(3,)`` float64."""
+def logits_size(routing: Routing) -> Size | None:
+    """Norm, largest magnitude and number of the logits of tokens that count, scalars; None where there are none."""
     logits, mask = routing.router_logits, routing.token_mask
-    if logits is None:
-        return routing.gate_weights.new_zeros(3, dtype=torch.float64)
-    logits, count = logits.detach(), logits.new_full((), logits.numel(), dtype=torch.float64)
+    if logits is None or not logits.numel():
+        return None
+    logits = logits.detach()
+    count: int | Tensor = logits.numel()
     if mask is not None:
-        logits, count = logits.masked_fill(~mask.unsqueeze(1), 0), mask.sum().double() * logits.shape[1]
-    if not logits.numel():
-        return torch.stack([count, count, count])
-    size = torch.linalg.vector_norm(logits, dtype=torch.promote_types(logits.dtype, torch.float32))
-    return torch.stack([size.double().square(), count, logits.abs().amax().double()])
+        logits, count = logits.masked_fill(~mask.unsqueeze(1), 0), mask.sum() * logits.shape[1]
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    low, high = logits.aminmax()  # which the infinity norm takes ten times as long to find, on a CPU
+    return torch.linalg.vector_norm(logits, dtype=wide), torch.maximum(-low, high), count
 
 
 class LayerWatch:
@@ -67,12 +69,12 @@ class LayerWatch:
         self._clocks, self._routed = clocks, routed
         self._active = False
         self._taken: RoutingMetrics | None = None
-        self._seen: tuple[Tensor, Tensor | None, int] | None = None  # of a forward that has not ended
+        self._seen: tuple[Size | None, Tensor | None, int] | None = None  # of a forward that has not ended
         self._last: tuple[str, Any] | None = None
         self._spans: list[tuple[Clock, str, Any, Any]] = []
         self._clock: Clock | None = None
         self.metrics: list[RoutingMetrics] = []
-        self.sizes: list[Tensor] = []
+        self.sizes: list[Size] = []
         self.tokens = 0
 
     def start(self) -> list[Any]:
@@ -106,7 +108,8 @@ class LayerWatch:
         if self._seen is not None:
             size, chosen, tokens = self._seen
             self._seen = None
-            self.sizes.append(size)
+            if size is not None:
+                self.sizes.append(size)
             self.tokens += tokens
             self._routed(self, chosen, tokens)
 

@@ -12,14 +12,13 @@ from torch import Tensor
 
 from dmoe.metric_sums import add_forwards, add_ranks, num_ranks
 from dmoe.metrics import RoutingMetrics
-from dmoe.monitoring.layer_watch import LayerWatch
+from dmoe.monitoring.layer_watch import LayerWatch, Size
 from dmoe.monitoring.records import LAYER_PARTS, LayerRecord
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _HOST = ("forwards", "tokens", "timed", *LAYER_PARTS)  # numbers of a layer that the host has
-_DEVICE = ("squares", "logits", "similarity", "similar")  # and that its device has
 
 
 def layer_records(
@@ -36,33 +35,31 @@ def layer_records(
         group: the ranks.
         beside: more to be summed, ``(N,)`` float64 each, of the same lengths on all ranks.
     """
-    ranks = num_ranks(group)
+    ranks, layers = num_ranks(group), len(watches)
     here = dist.get_rank(group) if ranks > 1 else 0
-    seconds = {name: watch.seconds() for name, watch in watches.items()}  # which waits for the step's work
     metrics = {name: _metrics_of(watch) for name, watch in watches.items()}
     home = next(iter(metrics.values())).tokens_per_expert.device
-    host = [_host_numbers(watch, seconds[name]) for name, watch in watches.items()]
-    device = [_device_numbers(watch, similarities.get(name), home) for name, watch in watches.items()]
-    largest = torch.zeros(len(watches), ranks, dtype=torch.float64, device=home)  # a sum over ranks brings each its own
-    largest[:, here] = torch.stack([each[-1] for each in device])
     parts = [
-        torch.tensor(host, dtype=torch.float64, device="cpu").flatten().to(home, non_blocking=True),
-        torch.stack([each[:-1] for each in device]).flatten(),
-        largest.flatten(),
-        *(each.to(home) for each in beside),
+        torch.tensor([_host_numbers(watch) for watch in watches.values()], dtype=torch.float64, device="cpu"),
+        torch.zeros(layers, 2, dtype=torch.float64, device=home),
+        *_logits(list(watches.values()), home, here, ranks),
+        *beside,
     ]
-    added, rest = add_ranks(metrics, group, torch.cat(parts), to_host=True)
-    host_sum, device_sum, largest, *others = rest.split([len(part) for part in parts])
-    on_host = host_sum.view(len(watches), -1).tolist()
-    on_device = device_sum.view(len(watches), -1).tolist()
-    peaks = largest.view(len(watches), -1).amax(1).tolist()
+    for place, name in enumerate(watches):
+        if name in similarities:
+            parts[1][place, 0], parts[1][place, 1] = similarities[name], 1
+    pieces = [part.flatten().to(home, non_blocking=True) for part in parts]
+    added, rest = add_ranks(metrics, group, torch.cat(pieces), to_host=True)
+    host, similar, logits, peaks, *others = rest.split([len(piece) for piece in pieces])
+    on_host, alike, sizes = (each.view(layers, -1).tolist() for each in (host, similar, logits))
+    largest = peaks.view(layers, -1).amax(1).tolist()
     records, tokens = {}, 0
     for place, (name, layer) in enumerate(added.items()):
-        numbers = dict(zip(_HOST + _DEVICE, on_host[place] + on_device[place], strict=True))
+        numbers = dict(zip(_HOST, on_host[place], strict=True))
         if numbers["forwards"]:
-            records[name] = _record(layer, numbers, peaks[place])
-            top_k = watches[name].layer.config.top_k
-            tokens = max(tokens, int(numbers["tokens"]) or sum(records[name].tokens_per_expert) // top_k)
+            records[name] = record = _record(layer, numbers, (*sizes[place], largest[place]), alike[place])
+            by_count = sum(record.tokens_per_expert) // watches[name].layer.config.top_k
+            tokens = max(tokens, int(numbers["tokens"]) or by_count)
     return records, tokens, others
 
 
@@ -72,42 +69,58 @@ def _metrics_of(watch: LayerWatch) -> RoutingMetrics:
         return add_forwards(watch.metrics)
     weight = next(watch.layer.parameters())
     none = torch.zeros(watch.layer.config.num_experts, dtype=torch.int64, device=weight.device)
-    return RoutingMetrics(none, none, torch.zeros((), device=weight.device), 0, 0)
+    wide = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
+    return RoutingMetrics(none, none, torch.zeros((), dtype=wide, device=weight.device), 0, 0)
 
 
-def _host_numbers(watch: LayerWatch, seconds: Mapping[str, float]) -> list[float]:
+def _host_numbers(watch: LayerWatch) -> list[float]:
+    """``_HOST``; it waits for the layer's part of the step."""
+    seconds = watch.seconds()
     return [len(watch.metrics), watch.tokens, bool(seconds), *(seconds.get(part, 0.0) for part in LAYER_PARTS)]
 
 
-def _device_numbers(watch: LayerWatch, similarity: Tensor | None, home: torch.device) -> Tensor:
-    """``_DEVICE`` and the largest logit, ``(5,)`` float64."""
-    sizes = [size.to(home) for size in watch.sizes]
-    if len(sizes) == 1:
-        total = sizes[0]
-    elif sizes:
-        several = torch.stack(sizes)
-        total = torch.cat([several[:, :2].sum(0), several[:, 2:].amax(0)])
+def _logits(watches: Sequence[LayerWatch], home: torch.device, here: int, ranks: int) -> tuple[Tensor, Tensor]:
+    """Sum of squares and number ``(L, 2)``; and each rank's largest magnitudes at its own place ``(L, W)``.
+
+    A sum over ranks then brings everyone's largest.
+    """
+    sizes = [_of_forwards(watch.sizes) for watch in watches]
+    none = torch.zeros((), dtype=torch.float64, device=home)
+    norms, peaks, counts = zip(*[(none, none, 0) if size is None else size for size in sizes], strict=True)
+    squares = torch.stack([each.to(home, torch.float64) for each in norms]).square()
+    if any(isinstance(each, Tensor) for each in counts):
+        several = torch.stack([torch.as_tensor(each, dtype=torch.float64, device=home) for each in counts])
     else:
-        total = torch.zeros(3, dtype=torch.float64, device=home)
-    alike = total.new_zeros(2)
-    if similarity is not None:
-        alike = torch.stack([similarity.to(home), alike.new_ones(())])
-    return torch.cat([total[:2], alike, total[2:]])
+        several = torch.tensor(counts, dtype=torch.float64, device="cpu").to(home, non_blocking=True)
+    largest = none.new_zeros(len(watches), ranks)
+    largest[:, here] = torch.stack([each.to(home, torch.float64) for each in peaks])
+    return torch.stack([squares, several], 1), largest
 
 
-def _record(metrics: RoutingMetrics, numbers: Mapping[str, float], peak: float) -> LayerRecord:
+def _of_forwards(sizes: Sequence[Size]) -> Size | None:
+    """Logits of several forwards as those of one."""
+    if len(sizes) < 2:
+        return sizes[0] if sizes else None
+    norms, peaks, counts = zip(*sizes, strict=True)
+    return torch.linalg.vector_norm(torch.stack(norms)), torch.stack(peaks).amax(), sum(counts)
+
+
+def _record(
+    metrics: RoutingMetrics, numbers: Mapping[str, float], logits: Sequence[float], alike: Sequence[float]
+) -> LayerRecord:
     """A layer's record, of sums over ranks on the host."""
-    logits, timed, similar = numbers["logits"], numbers["timed"], numbers["similar"]
+    (squares, count, peak), (similarity, similar), timed = logits, alike, numbers["timed"]
+    tokens, kept = tuple(metrics.tokens_per_expert.tolist()), tuple(metrics.kept_per_expert.tolist())
     return LayerRecord(
-        tokens_per_expert=tuple(metrics.tokens_per_expert.tolist()),
-        kept_per_expert=tuple(metrics.kept_per_expert.tolist()),
+        tokens_per_expert=tokens,
+        kept_per_expert=kept,
         load=tuple(metrics.load.tolist()),
         entropy=float(metrics.entropy),
-        dropped_share=float(metrics.dropped_share),
-        dead_experts=int(metrics.dead_experts),
-        router_logits_rms=math.sqrt(numbers["squares"] / logits) if logits else None,
-        router_logits_max=peak if logits else None,
-        expert_similarity=numbers["similarity"] / similar if similar else None,
+        dropped_share=float(metrics.dropped_share) if tokens != kept else 0.0,
+        dead_experts=tokens.count(0),
+        router_logits_rms=math.sqrt(squares / count) if count else None,
+        router_logits_max=peak if count else None,
+        expert_similarity=similarity / similar if similar else None,
         bytes_sent=None if metrics.bytes_sent is None else int(metrics.bytes_sent),
         seconds={part: numbers[part] / timed for part in LAYER_PARTS} if timed else {},
         forwards=int(numbers["forwards"]),

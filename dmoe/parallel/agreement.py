@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from dmoe.activation_functions import name_of
 from dmoe.parallel.collectives import outside_graphs
+from dmoe.parallel.fsdp1 import check_fsdp1
 from dmoe.parallel.meeting import Verdict, meet
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ def check_layers(layer: Any, dtype: torch.dtype) -> None:
         dtype: of its input.
 
     Raises:
-        ValueError: on every rank, when they do not; or parameters beside the experts' own, such as an adapter's, that
-            DDP would average over ranks that hold other experts.
+        ValueError: on every rank, when they do not; or experts in a flat parameter of FSDP1; or parameters beside the
+            experts' own, such as an adapter's, that DDP would average over ranks that hold other experts.
         RuntimeError: a CUDA graph is being captured, in which nobody can be asked.
     """
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
@@ -38,6 +39,8 @@ def check_layers(layer: Any, dtype: torch.dtype) -> None:
         )
     config, dispatcher = layer.config, layer.dispatcher
     holders = [module for module in layer.experts.modules() if hasattr(module, "owned")]  # Experts, maybe in an adapter
+    for holder in holders:
+        check_fsdp1(layer, holder)
     own = {id(each) for holder in holders for each in holder.parameters(recurse=False)}
     added = {name: each for name, each in layer.experts.named_parameters() if id(each) not in own}
     if unmarked := [name for name, each in added.items() if not hasattr(each, "allreduce")]:

@@ -164,4 +164,3 @@ def owned_experts(
     # Of DTensor, PyTorch's scaler knows that they are parts of a whole.
     share = SharedOverflow(*dispatcher.groups) if mesh is None and dispatcher.num_ranks > 1 else None
     return ExpertSlice(dispatcher.local_experts, config.num_experts, shard, num_shards, mesh, scale, share)
-

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
 from torch import nn
 
 from dmoe.parallel.dispatch import AllToAllDispatcher
@@ -49,8 +48,8 @@ def parallelize(
     Args:
         model: with the same values on all ranks, or on the meta device, to be filled after. It is changed in place.
         mesh: all ranks that train the model: one dimension beside ``ep`` and ``expert_tp`` at most.
-        data: ``fsdp2`` for ``fully_shard`` over all ranks of the mesh, ``ddp`` for :func:`data_parallel`, None to spread
-            the experts alone, for a wrapper of your own.
+        data: ``fsdp2`` for ``fully_shard`` over all ranks of the mesh, ``ddp`` for :func:`data_parallel`, None to
+            spread the experts alone, for a wrapper of your own.
         blocks: what ``fully_shard`` gathers at a time, from the first on; None are the members of every outermost
                     ``nn.ModuleList``.
         expert_options: of ``fully_shard`` for the experts where they differ from ``options``.
@@ -108,9 +107,9 @@ def _fully_shard(
     for block in _outermost_blocks(model) if blocks is None else blocks:
         fully_shard(block, mesh=everyone, ignored_params=alone, **options)
     fully_shard(model, mesh=everyone, ignored_params=alone, **options)
-    for module in model.modules():
-        if hasattr(module, "mark_parameters"):
-            module.mark_parameters()  # FSDP made parameters of its own
+    marked: list[Any] = [module for module in model.modules() if hasattr(module, "mark_parameters")]
+    for module in marked:
+        module.mark_parameters()  # FSDP made parameters of its own
 
 
 def _outermost_blocks(model: nn.Module) -> list[nn.Module]:

@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
-from torch.distributed.checkpoint.state_dict_saver import save
 
-from dmoe.checkpoint.sharded import load_sharded, refuse_plain_experts
+from dmoe.checkpoint.sharded import load_sharded, refuse_plain_experts, write_parts
 
 META = "meta.pt"
 
@@ -60,7 +59,7 @@ class ShardedCheckpoints:
                 path.unlink()
             path.mkdir(parents=True, exist_ok=True)
         me.barrier()
-        save(parts, checkpoint_id=path)
+        write_parts(path, parts)
         if me.is_global_zero:
             torch.save(checkpoint, path / META)
 

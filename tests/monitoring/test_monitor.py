@@ -8,13 +8,11 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from monitoring_cases import FIELDS, VOCABULARY, H, TwoMixtures, by_hand, compare
+from monitoring_cases import FIELDS, QUIET, VOCABULARY, H, TwoMixtures, by_hand, compare
 from torch import nn
 
 import dmoe
-from dmoe.monitoring import Limits, Monitor, expert_similarity
-
-QUIET = Limits(dead_steps=10**9, collapse=2, certain=-1, undecided=2, dropped_share=2, logits_growth=1e9)
+from dmoe.monitoring import Monitor, expert_similarity
 
 
 def batch(tokens=15, seed=0):
@@ -25,7 +23,7 @@ def batch(tokens=15, seed=0):
 @pytest.mark.parametrize("micro", [1, 3])
 def test_numbers_are_those_of_a_loop_over_tokens(checkpointed, micro):
     """Accumulation adds up; what a checkpoint runs again, of either kind, does not."""
-    model = TwoMixtures(checkpointed=checkpointed, aux_loss="attached")
+    model = TwoMixtures(checkpointed=checkpointed)
     seen = []
     with dmoe.monitor(model, seen.append, limits=QUIET) as monitor:
         for step in range(3):
@@ -147,8 +145,7 @@ def test_hooks_that_look_leave_the_experts_weights_ahead_of_their_forward():
 @pytest.mark.parametrize("blocks", ["the whole", "each block", "inside"])
 def test_compiled_models(blocks):
     """Counts, entropy, logits and tokens; of a wrapper that the monitor was not given, the last forward of a step."""
-    model = TwoMixtures()
-    model.inputs = {}
+    model = TwoMixtures(load_balancing_coefficient=0.0)
     torch._dynamo.reset()
 
     class Chain(nn.Module):

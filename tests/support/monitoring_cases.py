@@ -10,20 +10,22 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dmoe import MoE, ResidualMoE
+from dmoe.monitoring import Limits
 
 H, VOCABULARY = 8, 11
+QUIET = Limits(dead_steps=10**9, collapse=2, certain=-1, undecided=2, dropped_share=2, logits_growth=1e9)
 FIELDS = {"hidden_size": H, "ffn_hidden_size": 8, "top_k": 2}
 
 
 class TwoMixtures(nn.Module):
     """Token ids to hidden states; the second mixture has a capacity, and a dense block beside it."""
 
-    def __init__(self, dtype=torch.float64, checkpointed=None, **options):
+    def __init__(self, dtype=torch.float64, checkpointed=None, aux_loss="attached", **options):
         super().__init__()
         torch.manual_seed(5)
         self.embedding = nn.Embedding(VOCABULARY, H, dtype=dtype)
-        self.first = MoE(**FIELDS, num_experts=4, **options, dtype=dtype)
-        inner = MoE(**FIELDS, num_experts=6, capacity_factor=0.75, **options, dtype=dtype)
+        self.first = MoE(**FIELDS, num_experts=4, aux_loss=aux_loss, **options, dtype=dtype)
+        inner = MoE(**FIELDS, num_experts=6, capacity_factor=0.75, aux_loss=aux_loss, **options, dtype=dtype)
         self.second = ResidualMoE(inner, nn.Linear(H, H, dtype=dtype))
         with torch.no_grad():  # routers that prefer some experts
             for layer in (self.first, inner):
@@ -46,7 +48,8 @@ class TwoMixtures(nn.Module):
 
 def by_hand(layer, inputs):
     """What a layer without losses of tokens did with them, one token after the other, in plain Python."""
-    weight, experts, top_k = layer.router.weight.detach().tolist(), layer.config.num_experts, layer.config.top_k
+    weight, experts, top_k = layer.router.weight.detach(), layer.config.num_experts, layer.config.top_k
+    weight = (weight.full_tensor() if hasattr(weight, "full_tensor") else weight).tolist()
     tokens = [0] * experts
     pairs, entropy, squares, largest, count = [], 0.0, 0.0, 0.0, 0
     kept = [0] * experts

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 import dmoe
+from dmoe.optim import PerMatrix
 from dmoe.parallel import clip_grad_norm, parallelize, split_parameters
 
 MAX_NORM = 0.2
@@ -105,5 +110,196 @@ def train(group, sizes, data, batches, options):
     mine = [step[dist.get_rank(group)] for step in batches]
     losses, norms = take_steps(model, adamw(model, **options), mine, clip_grad_norm)
     dist.all_reduce(losses)
-    marks = {name: (p.expert, getattr(p, "allreduce", True)) for name, p in model.named_parameters() if ".experts." in name}
+    marks = {
+        name: (p.expert, getattr(p, "allreduce", True)) for name, p in model.named_parameters() if ".experts." in name
+    }
     return losses / dist.get_world_size(group), norms, values_of(model), marks
+
+
+class Several:
+    """Optimizers as one."""
+
+    def __init__(self, *optimizers):
+        self.optimizers = optimizers
+
+    def zero_grad(self):
+        for each in self.optimizers:
+            each.zero_grad()
+
+    def step(self):
+        for each in self.optimizers:
+            each.step()
+
+
+def matrix_optimizers(model, name):
+    """Hidden matrices by one optimizer, everything else by AdamW."""
+    inner = model.module if hasattr(model, "module") else model
+    matrices, rest = [], []
+    for parameter_name, parameter in inner.named_parameters():
+        hidden = parameter_name.startswith("blocks") and not parameter_name.endswith("bias")
+        (matrices if hidden else rest).append(parameter)
+    # PyTorch's Muon computes in bfloat16, where a last bit of a gradient becomes 0.4%.
+    kind = KellersMuon if name == "Muon" else torch.optim.Adafactor
+    groups = [[p for p in rest if dmoe.is_expert_param(p)], [p for p in rest if not dmoe.is_expert_param(p)]]
+    adamw = torch.optim.AdamW([{"params": group} for group in groups], lr=1e-2, foreach=False)
+    return Several(PerMatrix(matrices, kind, lr=1e-2), adamw)
+
+
+class KellersMuon(torch.optim.Optimizer):
+    """Written from its published description: momentum by lerp, five Newton-Schulz steps, 4-D taken for a convolution.
+
+    (https://kellerjordan.github.io/posts/muon; the package is installed from its repository only.)
+    """
+
+    def __init__(self, params, lr=0.02, momentum=0.95):
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                state.setdefault("momentum_buffer", torch.zeros_like(p))
+                state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(state["momentum_buffer"], group["momentum"])
+                shape = update.shape
+                update = update.view(len(update), -1) if update.ndim == 4 else update
+                tall = update.size(-2) > update.size(-1)
+                x = update.mT if tall else update
+                x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+                for _ in range(5):
+                    a = x @ x.mT
+                    x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+                x = (x.mT if tall else x) * max(1, update.size(-2) / update.size(-1)) ** 0.5
+                p.add_(x.reshape(shape), alpha=-group["lr"])
+
+
+def train_matrices(group, sizes, data, name, batches, folder):
+    """Three steps, a checkpoint; then a model of its own on another layout loads it, and goes on."""
+    losses = []
+    for layout, way, part in ((sizes, data, batches[:3]), ({"ep": 2, "replicas": 2}, "ddp", batches[3:])):
+        model = parallelize(Model(), mesh_of(**layout), data=way)
+        inner = model.module if hasattr(model, "module") else model
+        optimizers = matrix_optimizers(model, name)
+        if losses:
+            state = state_of(inner, optimizers)
+            dcp.load(state, checkpoint_id=folder)
+            set_state_dict(
+                inner, optimizers.optimizers, model_state_dict=state["model"], optim_state_dict=state["optim"]
+            )
+        mine = [step[dist.get_rank(group)] for step in part]
+        some, _ = take_steps(model, optimizers, mine, lambda m, n: torch.zeros(()))
+        losses.append(some)
+        if len(losses) == 1:
+            dcp.save(state_of(inner, optimizers), checkpoint_id=folder)
+    losses = torch.cat(losses)
+    dist.all_reduce(losses)
+    return losses / dist.get_world_size(group), values_of(model)
+
+
+def state_of(model, optimizers):
+    """As torch.distributed.checkpoint takes it."""
+    model_state, optim_state = get_state_dict(model, optimizers.optimizers)
+    return {"model": model_state, "optim": optim_state}
+
+
+def cut_matrices(group):
+    """What is said of parameters of which a rank has a part of each matrix."""
+    told = []
+    for sizes, data in (({"ep": 2, "expert_tp": 2}, None), ({"replicas": 4, "ep": 1}, "fsdp2")):
+        fields = {**FIELDS, "num_experts": 2}
+        model = parallelize(Model(fields), mesh_of(**sizes), data=data)
+        try:
+            PerMatrix(model.parameters(), torch.optim.SGD, lr=0.1)
+        except ValueError as error:
+            told.append(str(error))
+    return told
+
+
+def spread(group, fields, sizes, dtensor):
+    """A layer built for one process that lets go of other ranks' experts, beside the one that was built on ranks."""
+    mesh = mesh_of(**sizes)
+    groups = {"ep_group": mesh["ep"], "expert_tp_group": mesh["expert_tp"] if "expert_tp" in sizes else None}
+    torch.manual_seed(1)
+    built = dmoe.MoE(**fields, **groups, dtensor=dtensor)
+    torch.manual_seed(1)
+    layer = dmoe.MoE(**fields)
+    layer.spread_experts(**groups, dtensor=dtensor)
+    x = torch.randn(5, fields["hidden_size"], generator=torch.Generator().manual_seed(dist.get_rank()))
+    results = []
+    for each in (built, layer):
+        y = each(x)
+        (y.square().sum() + dmoe.aux_loss(each)).backward()
+        grads = [local_of(p.grad) for p in each.parameters()]
+        names = [name for name, _ in each.named_parameters()]
+        kinds = [(type(p).__name__, p.requires_grad, p.expert, p.allreduce) for p in each.experts.parameters()]
+        shared = [p.untyped_storage().nbytes() for p in map(local_of, each.experts.parameters())]
+        results.append(
+            (y.detach(), grads, names, kinds, shared, {k: local_of(v) for k, v in each.state_dict().items()})
+        )
+    return results
+
+
+def local_of(value):
+    return value.to_local() if hasattr(value, "to_local") else value
+
+
+def from_meta(group, sizes, state, ids):
+    """A model that was never whole on any rank, filled with a whole state: loss and norm."""
+    model = parallelize(Model(device="meta"), mesh_of(**sizes), data=None)
+    model.to_empty(device="cpu")
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    model.load_state_dict(state)
+    loss = loss_of(model, ids[dist.get_rank(group)])
+    loss.backward()
+    return loss.detach(), sum(local_of(p).numel() for p in model.blocks[0].moe.experts.parameters())
+
+
+def refused(group):
+    """What is said about what cannot be."""
+    mesh, told = mesh_of(replicas=2, ep=2), []
+
+    def say(call):
+        try:
+            call()
+        except Exception as error:
+            told.append(f"{type(error).__name__}: {error}")
+        else:
+            told.append("nothing")
+
+    say(lambda: parallelize(Model(), "cuda"))
+    say(lambda: parallelize(Model(), mesh_of(replicas=2, ep=2, tp=1)))
+    say(lambda: parallelize(Model(), mesh, data="zero"))
+    say(lambda: parallelize(Model(), mesh, data="ddp", blocks=[]))
+    say(lambda: parallelize(parallelize(Model(), mesh, data="ddp"), mesh))
+    say(lambda: parallelize(parallelize(Model(), mesh), mesh))
+    say(lambda: dmoe.moe_layers(parallelize(Model(), mesh, data=None))["blocks.0.moe"].spread_experts(mesh["ep"]))
+    say(lambda: Model().blocks[0].moe.spread_experts(None))
+    lent = Model()
+    dmoe.lora.add(lent, rank=2)
+    say(lambda: parallelize(lent, mesh))
+    say(lambda: parallelize(Model({**FIELDS, "num_experts": 3}), mesh))
+    flat = Model(dtype=torch.float32)
+    for layer in dmoe.moe_layers(flat).values():
+        layer.spread_experts(mesh["ep"], dtensor=False)
+    wrapped = FullyShardedDataParallel(flat, use_orig_params=True, device_id=torch.device("cpu"))
+    say(lambda: wrapped(torch.zeros(1, 3, dtype=torch.int64)))
+    return told
+
+
+def by_fsdp1(group, batches):
+    """FSDP1 around a model whose experts are all on every rank: losses and parameters."""
+    model = Model(dtype=torch.float32)
+    parallelize(model, mesh_of(replicas=4), data=None)
+    wrapped = FullyShardedDataParallel(model, auto_wrap_policy=ModuleWrapPolicy({Block}), device_id=torch.device("cpu"))
+    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-2)
+    mine = [step[dist.get_rank(group)] for step in batches]
+    losses, norms = take_steps(wrapped, optimizer, mine, lambda m, n: m.clip_grad_norm_(n))
+    dist.all_reduce(losses)
+    with FullyShardedDataParallel.summon_full_params(wrapped):
+        values = {name: value.clone() for name, value in model.state_dict().items()}
+    return losses / dist.get_world_size(group), norms, values

@@ -65,7 +65,7 @@ def test_steps_equal_one_process(job, tmp_path, model_folder, expected, grid, ra
     files, step = state_of(tmp_path / "checkpoint-3")
     assert step == 3
     assert {"config.json", "optimizer", "scheduler.pt", "training_args.bin"} < set(files)
-    again, ranks_then = (((1, 1), 1) if ranks == 2 else ((2, 1), 2))
+    again, ranks_then = ((1, 1), 1) if ranks == 2 else ((2, 1), 2)
     further = tmp_path / "further"
     checkpoint = str(tmp_path / "checkpoint-3")
     whole_steps = half | {"save_steps": 6}
@@ -77,9 +77,10 @@ def test_steps_equal_one_process(job, tmp_path, model_folder, expected, grid, ra
 
 def test_attached_losses_follow_accumulation(job, tmp_path, model_folder):
     """The loop cannot add dmoe's losses; attached, and scaled by the callback, they are those of one process."""
+    from rank_jobs_trainer import by_hand
+
     import dmoe
     import dmoe.integrations.transformers as on_transformers
-    from rank_jobs_trainer import by_hand
 
     options = {"load_balancing_coefficient": 0.1}
     model = on_transformers.parallelize(model_folder, dtype=torch.float64, progress=False, **options).train()
@@ -112,7 +113,9 @@ def test_callback_logs_what_reduce_metrics_says(job, tmp_path, model_folder):
     assert (silent, nothing) == ([], [])
     events = EventAccumulator(str(tmp_path)).Reload()
     written = events.Scalars(f"train/moe/{layers[0]}/entropy")
-    assert [event.value for event in written] == pytest.approx([seen[n][0].layers[layers[0]].entropy for n in (1, 3, 5)])
+    assert [event.value for event in written] == pytest.approx(
+        [seen[n][0].layers[layers[0]].entropy for n in (1, 3, 5)]
+    )
     assert [event.step for event in events.Images("moe/load")] == [2, 4, 6]
 
 
