@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 """A small model with a mixture of experts in Accelerate's loop, its experts over ranks.
 
-    accelerate launch --num_processes 2 examples/accelerate/train.py --ep 2        # --cpu without GPUs
-    accelerate launch --num_processes 1 examples/accelerate/train.py --resume runs/accelerate/state
+    accelerate launch --multi_gpu --num_processes 2 examples/accelerate/train.py --ep 2
+    ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 examples/accelerate/train.py --ep 2
+    python examples/accelerate/train.py --resume runs/accelerate/state
     accelerate launch --num_processes 4 --use_fsdp --fsdp_version 2 --fsdp_cpu_ram_efficient_loading false \\
         examples/accelerate/train.py --ep 2
 """

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""A small model with a mixture of experts in Lightning's Trainer: experts over ranks, checkpoints, what the router does.
+"""A small model with a mixture of experts in Lightning's Trainer: experts over ranks, checkpoints, monitoring.
 
 python examples/lightning/train.py --devices 2 --ep 2                 # one node, CPUs or GPUs
 python examples/lightning/train.py --devices 4 --ep 2 --fsdp          # the rest by FSDP2

@@ -128,4 +128,5 @@ def alone():
         try:
             yield
         finally:
-            dist.destroy_process_group()
+            if dist.is_initialized():  # Accelerate's ``end_training`` ends it, too
+                dist.destroy_process_group()
