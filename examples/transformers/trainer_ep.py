@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Transformers' Trainer on a mixture of experts whose experts are spread over ranks, with their load in its logs.
 
-    torchrun --nproc-per-node 2 examples/transformers/trainer_ep.py --ep 2
-    python examples/transformers/trainer_ep.py --resume runs/trainer_ep/checkpoint-20      # on another number of ranks
+torchrun --nproc-per-node 2 examples/transformers/trainer_ep.py --ep 2
+python examples/transformers/trainer_ep.py --resume runs/trainer_ep/checkpoint-20      # on another number of ranks
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainingArguments,
 from dmoe.integrations.transformers import MoECallback, ParallelTrainer, parallelize
 
 TEXT = "a mixture of experts sends every token to a few of many experts, and adds up what they say. "
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 2,
     "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "num_experts": 8, "num_experts_per_tok": 2,
     "router_aux_loss_coef": 0.01,

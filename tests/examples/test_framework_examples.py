@@ -32,7 +32,7 @@ def example(pair):
 
 def test_lightning(example, tmp_path):
     first, further = str(tmp_path / "first"), str(tmp_path / "further")
-    name = "lightning/train.py"
+    name = "train_lightning.py"
     assert example(2, name, "--ep", "2", "--steps", "10", "--out", first) == [10, 10]
     assert example(2, name, "--fsdp", "--steps", "4", "--out", str(tmp_path / "fsdp")) == [4, 4]
     resume = ("--resume", f"{first}/last.ckpt")
@@ -52,7 +52,7 @@ def test_transformers(example, tmp_path):
 @pytest.mark.slow
 def test_accelerate_launch(example, tmp_path):
     """The real launcher with two processes; then this one goes on from their state."""
-    first, name = str(tmp_path / "first"), "accelerate/train.py"
+    first, name = str(tmp_path / "first"), "train_accelerate.py"
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     command = [*launcher, str(ROOT / "examples" / name), "--ep", "2", "--steps", "60", "--out", first]

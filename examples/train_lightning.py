@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """A small model with a mixture of experts in Lightning's Trainer: experts over ranks, checkpoints, monitoring.
 
-python examples/lightning/train.py --devices 2 --ep 2                 # one node, CPUs or GPUs
-python examples/lightning/train.py --devices 4 --ep 2 --fsdp          # the rest by FSDP2
-python examples/lightning/train.py --devices 1 --resume runs/lightning/last.ckpt
+python examples/train_lightning.py --devices 2 --ep 2                 # one node, CPUs or GPUs
+python examples/train_lightning.py --devices 4 --ep 2 --fsdp          # the rest by FSDP2
+python examples/train_lightning.py --devices 1 --resume runs/lightning/last.ckpt
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Regression(pl.LightningModule):
 
     def configure_model(self) -> None:
         """FSDP2 is asked for here; the DDP strategy spreads the experts by itself."""
-        if self.fsdp and not hasattr(self.net, "unshard"):
+        if self.fsdp and self.device_mesh is not None and not hasattr(self.net, "unshard"):
             dmoe.parallel.parallelize(self.net, self.device_mesh)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
 """A small model with a mixture of experts in Accelerate's loop, its experts over ranks.
 
-    accelerate launch --multi_gpu --num_processes 2 examples/accelerate/train.py --ep 2
-    ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 examples/accelerate/train.py --ep 2
-    python examples/accelerate/train.py --resume runs/accelerate/state
+    accelerate launch --multi_gpu --num_processes 2 examples/train_accelerate.py --ep 2
+    ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 examples/train_accelerate.py --ep 2
+    python examples/train_accelerate.py --resume runs/accelerate/state
     accelerate launch --num_processes 4 --use_fsdp --fsdp_version 2 --fsdp_cpu_ram_efficient_loading false \\
-        examples/accelerate/train.py --ep 2
+        examples/train_accelerate.py --ep 2
 """
 
 from __future__ import annotations
