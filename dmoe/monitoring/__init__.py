@@ -7,12 +7,25 @@ from typing import Any
 from torch import nn
 
 from dmoe.monitoring.alarms import Limits
+from dmoe.monitoring.heat_map import STOPS
 from dmoe.monitoring.monitor import Monitor
 from dmoe.monitoring.records import LayerRecord, StepRecord
 from dmoe.monitoring.similarity import expert_similarity
 from dmoe.monitoring.token_counts import TokenTable
+from dmoe.monitoring.writers import METRICS, TOKENS
 
-__all__ = ["LayerRecord", "Limits", "Monitor", "StepRecord", "TokenTable", "expert_similarity", "monitor"]
+__all__ = [
+    "METRICS",
+    "STOPS",
+    "TOKENS",
+    "LayerRecord",
+    "Limits",
+    "Monitor",
+    "StepRecord",
+    "TokenTable",
+    "expert_similarity",
+    "monitor",
+]
 
 
 def monitor(
