@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 SOURCES := $(wildcard csrc/*) setup.py
 
-.PHONY: demo test test-megatron-0.19 test-transformers test-checkpoints test-kernels test-oldest check bench fairseq clean
+.PHONY: demo test test-frameworks test-megatron-0.19 test-transformers test-checkpoints test-kernels test-oldest check bench fairseq clean
 
 demo: $(VENV)/ready
 	$(BIN)/python examples/train_lm.py --compare-dense --minutes 7.5 --overwrite --generate --out runs/demo
@@ -15,6 +15,10 @@ demo: $(VENV)/ready
 test: check fairseq $(VENV)/deepspeed
 	$(BIN)/python tests/support/machine.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist loadgroup $(PYTEST_FLAGS)
+
+# Frameworks that `make test` does not install: a test without its framework is skipped there.
+test-frameworks: $(VENV)/torchtitan
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/torchtitan $(PYTEST_FLAGS)
 
 # The newest megatron-core, which needs Python 3.12 to be installed, from its unzipped wheel.
 test-megatron-0.19: $(VENV)/ready
@@ -75,4 +79,9 @@ $(VENV)/fairseq: $(VENV)/ready
 $(VENV)/deepspeed: $(VENV)/ready
 	DS_BUILD_OPS=0 $(PIP) --no-deps --no-build-isolation --target $@ deepspeed hjson msgpack py-cpuinfo einops ninja \
 		pydantic pydantic-core annotated-types typing-inspection typing-extensions
+	touch $@
+
+# What it says it needs besides (wandb, torch_checkpointing, einops, Pillow) is imported by parts that are not used here.
+$(VENV)/torchtitan: $(VENV)/ready
+	$(PIP) --no-deps --target $@ torchtitan spmd-types torchdata tyro docstring-parser typeguard tensorboard absl-py protobuf
 	touch $@

@@ -51,7 +51,7 @@ class PerMatrix(torch.optim.Optimizer):
         self.inner = optimizer([self._of_inner(group) for group in self.param_groups], **options)
         self.defaults = dict(self.inner.defaults)
         for outer, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
-            outer.update({key: value for key, value in inner.items() if key not in outer})
+            outer.update(_options_of(inner))  # with defaults, and as it keeps them: a tensor for lr, say
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As ever: parameters with options of their own."""
@@ -92,6 +92,7 @@ class PerMatrix(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """What ``state_dict()`` gave, also of another number of ranks by ``torch.distributed.checkpoint``."""
         super().load_state_dict(state_dict)
+        self._keep_dtypes(state_dict)
         assert self.inner is not None
         self.inner.state.clear()
         for parameter, units in self._units.items():
@@ -106,6 +107,15 @@ class PerMatrix(torch.optim.Optimizer):
                 for state, part in zip(states, each, strict=True):
                     state[key] = part
             self.inner.state.update(zip(units, states, strict=True))
+
+    def _keep_dtypes(self, state_dict: dict[str, Any]) -> None:
+        """PyTorch casts loaded state to the parameter's dtype: bytes of an 8-bit optimizer would be numbers then."""
+        saved = [key for group in state_dict["param_groups"] for key in group["params"]]
+        ours = [parameter for group in self.param_groups for parameter in group["params"]]
+        for key, parameter in zip(saved, ours, strict=True):
+            for name, value in state_dict["state"].get(key, {}).items():
+                if isinstance(value, Tensor) and self.state[parameter][name].dtype != value.dtype:
+                    self.state[parameter][name] = value.detach().clone().to(parameter.device)
 
     def _of_inner(self, group: dict[str, Any]) -> dict[str, Any]:
         units = [unit for parameter in group["params"] for unit in self._units[parameter]]

@@ -228,6 +228,7 @@ TESTED = {
     "transformers": "integrations/transformers",
     "lightning": "integrations/lightning",
     "accelerate": "integrations/accelerate",
+    "torchtitan": "integrations/torchtitan",
     "examples": "examples",
     "benchmarks": "benchmarks",
 }

@@ -13,7 +13,27 @@ from torch import nn
 import dmoe
 from dmoe.optim import PerMatrix
 
+
+class Codes(torch.optim.Optimizer):
+    """State as 8-bit optimizers have it: bytes, and a table beside them; not written in place."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                before = state.get("codes", torch.zeros_like(p, dtype=torch.uint8))
+                state["codes"] = (before + (p.grad * 100).to(torch.int32).to(torch.uint8)) // 2
+                state["table"] = torch.arange(4, dtype=torch.float64)
+                state["steps"] = state.get("steps", 0) + 1
+                p.sub_(group["lr"] * (state["codes"].to(p.dtype) - 128) / 128)
+
+
 OPTIMIZERS = {
+    "Codes": (Codes, {"lr": 0.02}),
     "Muon": (torch.optim.Muon, {"lr": 0.02, "weight_decay": 0.1}),
     "KellersMuon": (jobs.KellersMuon, {"lr": 0.02}),
     "Adafactor": (torch.optim.Adafactor, {"lr": 0.02}),
@@ -69,6 +89,7 @@ def test_a_step_is_that_of_each_matrix_alone(name, gated):
             theirs = [reference.state[m][key] for m in apart[n]]
             if torch.is_tensor(value) and value.dim():
                 assert torch.equal(value.reshape(-1), torch.cat([each.reshape(-1) for each in theirs])), (n, key)
+                assert value.dtype == theirs[0].dtype
             else:
                 assert all(value == each for each in theirs)
 
