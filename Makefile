@@ -12,7 +12,7 @@ demo: $(VENV)/ready
 
 # loadgroup: tests that share one set of processes stay together, and all others go wherever there is room. logical:
 # `auto` counts two hardware threads of a core as one.
-test: check fairseq $(VENV)/deepspeed
+test: check fairseq $(VENV)/deepspeed $(VENV)/browser
 	$(BIN)/python tests/support/machine.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist loadgroup $(PYTEST_FLAGS)
 
@@ -84,4 +84,9 @@ $(VENV)/deepspeed: $(VENV)/ready
 # What it says it needs besides (wandb, torch_checkpointing, einops, Pillow) is imported by parts that are not used here.
 $(VENV)/torchtitan: $(VENV)/ready
 	$(PIP) --no-deps --target $@ torchtitan spmd-types torchdata tyro docstring-parser typeguard tensorboard absl-py protobuf
+	touch $@
+
+# A browser, to look at the report in. Where there is none to be had the folder stays empty, and that test is skipped.
+$(VENV)/browser: tests/support/browser.sh | $(VENV)/ready
+	tests/support/browser.sh $@
 	touch $@

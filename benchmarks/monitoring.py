@@ -136,7 +136,7 @@ def _check(case: Case) -> None:
     model, step, batch = _training(case)
     step(batch(0))
     expected = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    with dmoe.monitor(model, limits=_quiet()) as monitor, monitor.step():
+    with dmoe.monitor(model, limits=_quiet()) as monitor, monitor.step(0):
         step(batch(0))
     got = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     if case.layers == 1 and not all(torch.equal(a, b) for a, b in zip(expected, got, strict=True)):
@@ -160,7 +160,9 @@ def _run_case(case: Case, args: Any, bar: Any) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as folder:
         monitors = {
-            "recorded": dmoe.monitor(model, Path(folder) / "recorded", similarity_every=10**9, limits=_quiet()),
+            "recorded": dmoe.monitor(
+                model, Path(folder) / "recorded", every=1, similarity_every=10**9, limits=_quiet()
+            ),
             "between": dmoe.monitor(model, Path(folder) / "between", every=10**9, limits=_quiet()),
         }
 

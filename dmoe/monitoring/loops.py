@@ -13,7 +13,7 @@ from dmoe.metric_sums import num_ranks
 from dmoe.model_tools import moe_layers, set_aux_loss_scale, update_selection_bias
 from dmoe.monitoring.alarms import Limits
 from dmoe.monitoring.heat_map import heat_map
-from dmoe.monitoring.monitor import Monitor
+from dmoe.monitoring.recorder import Monitor
 from dmoe.monitoring.records import StepRecord
 from dmoe.monitoring.writers import add_load_image, scalars
 

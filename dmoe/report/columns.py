@@ -109,7 +109,7 @@ def _add_layer(layer: LayerColumns, records: list[dict[str, Any]], place: int) -
 
 def _extend(curves: dict[str, Curve], values: list[Mapping[str, Any]], place: int) -> None:
     """One more column of every curve, of those that begin here, too."""
-    for name in {name for each in values for name in each}:
+    for name in dict.fromkeys(name for each in values for name in each):
         curves.setdefault(name, [None] * place)
     for name, curve in curves.items():
         curve.append(_mean(each.get(name) for each in values))

@@ -5,7 +5,15 @@ const layers = data.layers, steps = data.steps, columns = steps.length;
 const $ = (id) => document.getElementById(id);
 const PARTS = [["router", "#56b4e9"], ["dispatch", "#e69f00"], ["experts", "#009e73"], ["combine", "#cc79a7"]];
 const OTHER = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a8f98"];
-let chosen = 0;
+const last = (curve) => { for (let i = curve.length; i--;) if (curve[i] !== null) return curve[i]; return null; };
+// The most uneven layer at the end is what one wants to see first.
+let chosen = layers.reduce((best, layer, i) => (last(layer.peak) ?? 0) > (last(layers[best].peak) ?? 0) ? i : best, 0);
+// Long names differ behind what they all begin with.
+const start = layers.length < 2 ? "" : layers.reduce((common, { name }) => {
+  while (!name.startsWith(common)) common = common.slice(0, -1);
+  return common;
+}, layers[0].name).replace(/[^.]*$/, "");
+const brief = (name) => name.length > 16 && start ? `…${name.slice(start.length)}` : name;
 
 function make(kind, text, parent, attributes = {}) {
   const element = document.createElement(kind);
@@ -26,9 +34,10 @@ const stepName = (column) => {
 };
 const digits = (value) => value === 0 ? "0" : Math.abs(value) >= 1000 ? Math.round(value).toLocaleString("en")
   : String(Number(value.toPrecision(3)));
-const percent = (value) => `${Number((100 * value).toPrecision(3))} %`;
-const duration = (value) => value >= 1 ? `${digits(value)} s` : value >= 1e-3 ? `${digits(value * 1e3)} ms` : `${digits(value * 1e6)} µs`;
+const percent = (value) => `${Number((100 * value).toPrecision(3))}%`;
+const duration = (value) => value === 0 ? "0" : value >= 1 ? `${digits(value)} s` : value >= 1e-3 ? `${digits(value * 1e3)} ms` : `${digits(value * 1e6)} µs`;
 const size = (value) => {
+  if (value === 0) return "0";
   const units = ["B", "KiB", "MiB", "GiB", "TiB"];
   let unit = 0;
   while (value >= 1024 && unit < units.length - 1) { value /= 1024; unit++; }
@@ -77,9 +86,9 @@ function loadWords(layer, expert, column) {
   if (value === 0) return "no token";
   const times = 2 ** ((value - 1) / 252 * 6 - 3);
   const beyond = value === 1 ? "at most " : value === 253 ? "at least " : "";
-  return `${beyond}${digits(times)} × an even load (${percent(times / experts)} of the assignments)`;
+  const two = (number) => Number(number.toPrecision(2)); // a byte knows no more
+  return `${beyond}${two(times)} times an even load (${two(100 * times / experts)}% of the assignments)`;
 }
-const last = (curve) => { for (let i = curve.length; i--;) if (curve[i] !== null) return curve[i]; return null; };
 
 function maps() {
   const legend = $("legend");
@@ -92,11 +101,11 @@ function maps() {
   if (layers.length < 2) return;
   layers.forEach((layer, i) => {
     const peak = last(layer.peak);
-    const words = peak === null ? "" : `${digits(peak)}× busiest`;
-    const button = make("button", null, $("maps"), { "aria-label": `layer ${layer.name}, ${words}`, "aria-pressed": "false" });
+    const words = peak === null ? "" : `${peak.toFixed(1)}×`;
+    const button = make("button", null, $("maps"), { "aria-label": `layer ${layer.name}, busiest expert ${words}`, "aria-pressed": "false" });
     make("canvas", null, button, { "data-layer": i });
     const line = make("span", null, button);
-    make("b", layer.name, line, { title: layer.name });
+    make("b", brief(layer.name), line, { title: layer.name });
     make("em", words, line);
     button.addEventListener("click", () => { choose(i); $("detail").scrollIntoView({ block: "nearest", behavior: "smooth" }); });
   });
@@ -110,13 +119,13 @@ function big() {
   const axis = make("div", null, box, { class: "y" });
   const every = Math.max(1, Math.ceil(layer.experts * 15 / height));
   for (let e = 0; e < layer.experts; e += every)
-    make("span", e, axis, { style: `top: ${(e + 0.5) / layer.experts * 100}%` });
+    make("span", e ? e : "expert 0", axis, { style: `top: ${(e + 0.5) / layer.experts * 100}%` });
   const canvas = make("canvas", null, box, {
     tabindex: 0, role: "img", style: `height: ${height}px`,
     "aria-label": `Load of the ${layer.experts} experts of ${layer.name} over ${columns} columns of steps; arrow keys read it`,
   });
   const below = make("div", null, box, { class: "x" });
-  make("span", `expert ↑   step ${steps[0][0]}`, below);
+  make("span", `step ${steps[0][0]}`, below);
   if (columns > 2) make("span", steps[columns >> 1][0], below);
   make("span", steps[columns - 1][1], below);
   paint(canvas, chosen, colours());
@@ -150,15 +159,16 @@ function depth(i) {
   const low = Math.min(Math.floor(place), stops.length - 2);
   return `rgb(${stops[low].map((value, c) => Math.round(value + (stops[low + 1][c] - value) * (place - low))).join(" ")})`;
 }
-function ticks(low, high) {
-  const raw = (high - low) / 3, power = 10 ** Math.floor(Math.log10(raw));
+function ticks(low, high, unit, whole) {
+  if (unit > 1) return ticks(low / unit, high / unit, 1).map((tick) => tick * unit);
+  const raw = Math.max((high - low) / 5, whole ? 1 : 0), power = 10 ** Math.floor(Math.log10(raw));
   const step = [1, 2, 5, 10].map((each) => each * power).find((each) => each >= raw);
   const found = [];
   for (let value = Math.ceil(low / step - 1e-9) * step; value <= high + step * 1e-9; value += step) found.push(Math.abs(value) < step / 1e6 ? 0 : value);
   return found;
 }
 // One chart: series are {name, colour, values, strong}; stacked ones are areas, one upon the other.
-function chart(parent, { title, unit, series, show, floor = 0, ceiling = null, stacked = false, words = "", wide = false }) {
+function chart(parent, { title, unit, series, show, floor = 0, ceiling = null, power = 0, whole = false, stacked = false, words = "", wide = false }) {
   series = series.filter((each) => each.values.some((value) => value !== null));
   if (!series.length) return;
   const figure = make("figure", null, parent, { class: wide ? "chart wide" : "chart" });
@@ -171,7 +181,7 @@ function chart(parent, { title, unit, series, show, floor = 0, ceiling = null, s
   if (high - low < 1e-12) high = low + (Math.abs(low) || 1);
   const X = (c) => L + (columns < 2 ? 0.5 : c / (columns - 1)) * (W - L - R), Y = (value) => H - B - (value - low) / (high - low) * (H - B - T);
   const svg = draw("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": `${title}, ${unit}. ${words}` }, figure);
-  for (const tick of ticks(low, high)) {
+  for (const tick of ticks(low, high, power ? power ** Math.floor(Math.log(Math.max(high, 1)) / Math.log(power)) : 1, whole)) {
     draw("line", { x1: L, x2: W - R, y1: Y(tick), y2: Y(tick), stroke: "var(--grid)" }, svg);
     draw("text", { x: L - 6, y: Y(tick) + 4, "text-anchor": "end" }, svg).textContent = show(tick);
   }
@@ -230,12 +240,12 @@ function chart(parent, { title, unit, series, show, floor = 0, ceiling = null, s
 const CURVES = [
   ["peak", "Busiest expert", "× an even load", digits, { floor: 0 }],
   ["entropy", "Router entropy", "share of ln E", percent, { floor: 0, ceiling: 1 }],
-  ["dead_experts", "Experts without a token", "of a step", digits, { floor: 0 }],
+  ["dead_experts", "Experts without a token", "of a step", digits, { floor: 0, whole: true }],
   ["dropped_share", "Dropped assignments", "share", percent, { floor: 0 }],
   ["router_logits_rms", "Router logits, RMS", "logits", digits, { floor: 0 }],
   ["router_logits_max", "Router logits, largest", "magnitude", digits, { floor: 0 }],
   ["expert_similarity", "Similarity of experts", "mean cosine", digits, { floor: null }],
-  ["bytes_sent", "Sent between ranks", "a step", size, { floor: 0 }],
+  ["bytes_sent", "Sent between ranks", "a step", size, { floor: 0, power: 1024 }],
 ];
 function curves() {
   const box = $("curves");
@@ -309,7 +319,7 @@ if (layers.length) {
   $("layer")?.addEventListener("change", (event) => choose(Number(event.target.value)));
   $("before")?.addEventListener("click", () => choose(chosen - 1));
   $("after")?.addEventListener("click", () => choose(chosen + 1));
-  choose(0);
+  choose(chosen);
   theme();
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", theme);
 } else {

@@ -46,8 +46,9 @@ def draw(run: Run, columns: Columns, page: Path) -> list[Path]:
 def _loads(plt: Any, run: Run, columns: Columns) -> Any:
     from matplotlib.colors import LinearSegmentedColormap
 
-    colours = LinearSegmentedColormap.from_list("load", [tuple(c / 255 for c in stop) for stop in STOPS])
-    colours.set_bad("#dddddd")
+    colours = LinearSegmentedColormap.from_list("load", [tuple(c / 255 for c in stop) for stop in STOPS]).with_extremes(
+        bad="#dddddd"
+    )
     count = max(len(columns.layers), 1)
     across = min(4, count)
     figure, axes = plt.subplots(

@@ -81,7 +81,7 @@ def _entropy(columns: Columns) -> Finding | None:
     if now is None or before is None:
         return None
     moved = "and it began with" if abs(now - before) >= 0.02 else "as at the beginning, of"
-    text = f"is the routers' entropy as a share of its largest, {moved} {before:.0%}: 100 % is undecided, 0 % certain."
+    text = f"is the routers' entropy as a share of its largest, {moved} {before:.0%}: 100% is undecided, 0% certain."
     return Finding("Entropy", f"{now:.0%}", text, fine=None if now > 0.02 else False)
 
 

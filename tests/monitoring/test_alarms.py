@@ -93,7 +93,7 @@ def test_an_auxiliary_loss_that_nobody_reads():
     layer = model_with()
     assert not layer.auxiliary.is_unread
     read = [True, False, False, *[True] * 12, False]
-    with dmoe.monitor(layer) as monitor, warnings.catch_warnings():
+    with dmoe.monitor(layer, every=1) as monitor, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for each in read:
             with monitor.step():
@@ -111,14 +111,14 @@ def test_losses_that_nobody_has_to_read(how):
         **{"attached": {"aux_loss": "attached"}, "no coefficient": {"load_balancing_coefficient": 0.0}}.get(how, {})
     )
     layer.train(how != "evaluation")
-    with dmoe.monitor(layer) as monitor, monitor.step():
+    with dmoe.monitor(layer, every=1) as monitor, monitor.step():
         layer(torch.randn(6, H)).sum().backward()
     assert not monitor.warnings
 
 
 def test_nan_tokens_are_told_and_warned_of():
     layer = model_with(aux_loss="attached")
-    with dmoe.monitor(layer, limits=QUIET) as monitor:
+    with dmoe.monitor(layer, limits=QUIET, every=1) as monitor:
         monitor.begin_step(7)
         layer(torch.full((6, H), math.nan))
         with pytest.warns(UserWarning, match="dmoe: step 7, layer : the router's logits are not finite"):

@@ -25,7 +25,7 @@ def test_numbers_are_those_of_a_loop_over_tokens(checkpointed, micro):
     """Accumulation adds up; what a checkpoint runs again, of either kind, does not."""
     model = TwoMixtures(checkpointed=checkpointed)
     seen = []
-    with dmoe.monitor(model, seen.append, limits=QUIET) as monitor:
+    with dmoe.monitor(model, seen.append, limits=QUIET, every=1) as monitor:
         for step in range(3):
             for inputs in model.inputs.values():
                 inputs.clear()
@@ -52,7 +52,7 @@ def test_numbers_are_those_of_a_loop_over_tokens(checkpointed, micro):
 
 def test_parts_of_steps_and_layers_take_seconds_that_fit_into_the_whole():
     model = TwoMixtures()
-    with dmoe.monitor(model, limits=QUIET) as monitor, monitor.step():
+    with dmoe.monitor(model, limits=QUIET, every=1) as monitor, monitor.step():
         with monitor.part("forward"):
             y = model(batch()) + model(batch())
         with monitor.part("backward"):
@@ -91,14 +91,14 @@ def test_steps_that_are_not_recorded_and_what_runs_outside_of_steps_leave_nothin
 
 def test_a_layer_that_did_not_run_is_left_out():
     model = TwoMixtures()
-    with dmoe.monitor(model, limits=QUIET) as monitor, monitor.step():
+    with dmoe.monitor(model, limits=QUIET, every=1) as monitor, monitor.step():
         model.first(torch.randn(4, H, dtype=torch.float64))
     assert set(monitor.last.layers) == {"first"}
 
 
 def test_an_evaluation_is_recorded_where_it_has_a_step():
     model = TwoMixtures().eval()
-    with dmoe.monitor(model, limits=QUIET) as monitor, torch.no_grad(), monitor.step():
+    with dmoe.monitor(model, limits=QUIET, every=1) as monitor, torch.no_grad(), monitor.step():
         model(batch())
     compare(monitor.last.layers["first"], [by_hand(model.first, model.inputs["first"])])
 
@@ -106,7 +106,7 @@ def test_an_evaluation_is_recorded_where_it_has_a_step():
 def test_masked_tokens_count_in_nothing():
     layer = dmoe.MoE(**FIELDS, num_experts=4, dtype=torch.float64)
     x, mask = torch.randn(9, H, dtype=torch.float64), torch.arange(9) % 3 > 0
-    with dmoe.monitor(layer, limits=QUIET) as monitor, monitor.step():
+    with dmoe.monitor(layer, limits=QUIET, every=1) as monitor, monitor.step():
         layer(x, token_mask=mask)
         dmoe.aux_loss(layer)
     compare(monitor.last.layers[""], [by_hand(layer, [x[mask]])])
@@ -119,7 +119,7 @@ def hooks_of(model):
 def test_hooks_are_gone_afterwards_also_after_an_exception():
     model = TwoMixtures()
     assert not hooks_of(model)
-    monitor = dmoe.monitor(model, limits=QUIET)
+    monitor = dmoe.monitor(model, limits=QUIET, every=1)
     assert not hooks_of(model)
     with monitor:
         assert hooks_of(model)
@@ -136,7 +136,7 @@ def test_hooks_are_gone_afterwards_also_after_an_exception():
 def test_hooks_that_look_leave_the_experts_weights_ahead_of_their_forward():
     layer = dmoe.MoE(**FIELDS, num_experts=4)
     assert layer.experts.weights_ahead() is not None
-    with dmoe.monitor(layer):
+    with dmoe.monitor(layer, every=1):
         assert layer.experts.weights_ahead() is not None
         layer.experts.register_forward_pre_hook(lambda *_: None)
         assert layer.experts.weights_ahead() is None
@@ -164,7 +164,7 @@ def test_compiled_models(blocks):
         called = torch.compile(chain, backend="aot_eager", fullgraph=True)
         watched = chain if blocks == "inside" else called
     generator = torch.Generator().manual_seed(0)
-    with dmoe.monitor(watched, limits=QUIET) as monitor, torch.no_grad():
+    with dmoe.monitor(watched, limits=QUIET, every=1) as monitor, torch.no_grad():
         for step in range(3):
             inputs = [torch.randn(10, H, dtype=torch.float64, generator=generator) for _ in range(1 + step)]
             with monitor.step():
@@ -214,7 +214,7 @@ def test_similarity_is_measured_once_in_so_many_steps():
 
 
 def _last(model):
-    with dmoe.monitor(model, limits=QUIET) as monitor, monitor.step():
+    with dmoe.monitor(model, limits=QUIET, every=1) as monitor, monitor.step():
         model(batch())
         dmoe.aux_loss(model)
     return monitor.last.layers["first"].expert_similarity
@@ -224,7 +224,7 @@ def test_tokens_by_expert_are_those_of_a_loop():
     """Two micro batches a step, whose ids are one after the other; padding, negative, is nobody's token."""
     model = TwoMixtures()
     counted = {name: {} for name in model.mixtures()}
-    with dmoe.monitor(model, most_tokens=5, limits=QUIET) as monitor:
+    with dmoe.monitor(model, most_tokens=5, limits=QUIET, every=1) as monitor:
         for step in range(5):
             ids = batch(20, seed=step) % (step + 6)
             names = torch.where(ids == 3, -100, ids)
@@ -292,7 +292,7 @@ def test_bad_input_gets_a_sentence(build, error, words):
 
 def test_a_step_inside_a_step_and_too_few_ids_get_a_sentence():
     model = TwoMixtures()
-    with dmoe.monitor(model, limits=QUIET) as monitor:
+    with dmoe.monitor(model, limits=QUIET, every=1) as monitor:
         monitor.begin_step()
         with pytest.raises(RuntimeError, match=r"expected end_step\(\) for step 0 first"):
             monitor.begin_step()

@@ -22,7 +22,7 @@ from dmoe.monitoring.writers import scalars
 def run(to, steps=3, first=0, **options):
     torch.manual_seed(0)
     layer = dmoe.MoE(**FIELDS, num_experts=4, aux_loss="attached", **options)
-    with dmoe.monitor(layer, to, limits=QUIET) as monitor:
+    with dmoe.monitor(layer, to, limits=QUIET, every=1) as monitor:
         for number in range(first, first + steps):
             with monitor.step(number), monitor.part("forward"):
                 layer(torch.randn(6, H))
@@ -67,7 +67,7 @@ import os, signal, sys
 import torch
 import dmoe
 layer = dmoe.MoE(hidden_size=8, ffn_hidden_size=8, num_experts=4, top_k=2, aux_loss="attached")
-monitor = dmoe.monitor(layer, sys.argv[1]).start()
+monitor = dmoe.monitor(layer, sys.argv[1], every=1).start()
 for _ in range(5):
     with monitor.step():
         layer(torch.randn(64, 8))
@@ -82,7 +82,11 @@ def test_a_killed_run_leaves_whole_lines(tmp_path):
 
 def test_numbers_that_json_has_not_are_null(tmp_path):
     layer = dmoe.MoE(**FIELDS, num_experts=4, aux_loss="attached")
-    with pytest.warns(UserWarning, match="not finite"), dmoe.monitor(layer, tmp_path) as monitor, monitor.step():
+    with (
+        pytest.warns(UserWarning, match="not finite"),
+        dmoe.monitor(layer, tmp_path, every=1) as monitor,
+        monitor.step(),
+    ):
         layer(torch.full((3, H), math.nan))
     line = lines_of(tmp_path)[1]
     assert line["layers"][""]["entropy"] is None

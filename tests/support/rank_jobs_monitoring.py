@@ -82,7 +82,7 @@ def folders(group, batches, folder, named):
 
     me = dist.get_rank(group)
     model = TwoMixtures()
-    with warnings.catch_warnings(record=True) as told, dmoe.monitor(model, folder, group=group) as monitor:
+    with warnings.catch_warnings(record=True) as told, dmoe.monitor(model, folder, group=group, every=1) as monitor:
         warnings.simplefilter("always")
         for step in batches:
             with monitor.step(token_ids=step[me][0] if named else None):

@@ -39,7 +39,7 @@ class Monitor:
         model: nn.Module,
         to: Any = None,
         *,
-        every: int = 1,
+        every: int = 10,
         group: Any = None,
         similarity_every: int = 100,
         most_tokens: int = 64,
