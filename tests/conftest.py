@@ -79,6 +79,14 @@ def ranks():
 
 
 @pytest.fixture(scope="session")
+def pair():
+    """Two gloo ranks that are the whole group, for frameworks that take it all; their tests stay in one worker."""
+    pool = RankPool(2)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
 def megatron(tmp_path_factory):
     """Ranks that run Megatron, started once; tests that use them stay in one worker (``xdist_group``)."""
     ranks = MegatronRanks(str(tmp_path_factory.mktemp("megatron")))

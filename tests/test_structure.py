@@ -226,6 +226,8 @@ TESTED = {
     "megatron": "integrations/megatron",
     "fairseq": "integrations/fairseq_moe",
     "transformers": "integrations/transformers",
+    "lightning": "integrations/lightning",
+    "accelerate": "integrations/accelerate",
     "torchtitan": "integrations/torchtitan",
     "examples": "examples",
     "benchmarks": "benchmarks",

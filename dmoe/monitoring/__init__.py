@@ -8,7 +8,7 @@ from torch import nn
 
 from dmoe.monitoring.alarms import Limits
 from dmoe.monitoring.heat_map import STOPS
-from dmoe.monitoring.monitor import Monitor
+from dmoe.monitoring.recorder import Monitor
 from dmoe.monitoring.records import LayerRecord, StepRecord
 from dmoe.monitoring.similarity import expert_similarity
 from dmoe.monitoring.token_counts import TokenTable

@@ -101,6 +101,20 @@ def scalars(record: StepRecord) -> Iterator[tuple[str, float]]:
             yield f"moe/{name}/seconds/{part}", seconds
 
 
+def add_load_image(board: Any, record: StepRecord) -> None:
+    """The load of all layers as an image of a ``SummaryWriter``.
+
+    Raises:
+        ImportError: Pillow is not installed.
+    """
+    try:
+        board.add_image("moe/load", heat_map(record), record.step, dataformats="HWC")
+    except ImportError as error:  # TensorBoard's writer encodes images with it
+        raise ImportError(
+            "monitor: to: expected Pillow for TensorBoard's images, got none: pip install pillow"
+        ) from error
+
+
 class TensorBoardWriter:
     """A ``torch.utils.tensorboard.SummaryWriter``: scalars, and the load of all layers as an image.
 
@@ -117,12 +131,7 @@ class TensorBoardWriter:
         for name, value in scalars(record):
             self._board.add_scalar(name, value, record.step)
         if record.layers and self._count % self._image_every == 0:
-            try:
-                self._board.add_image("moe/load", heat_map(record), record.step, dataformats="HWC")
-            except ImportError as error:  # TensorBoard's writer encodes images with it
-                raise ImportError(
-                    "monitor: to: expected Pillow for TensorBoard's images, got none: pip install pillow"
-                ) from error
+            add_load_image(self._board, record)
         self._count += 1
 
     def write_tokens(self, table: TokenTable) -> None:

@@ -12,13 +12,19 @@ from __future__ import annotations
 from dmoe.parallel.agreement import check_agreement
 from dmoe.parallel.by_deep_ep import DeepEPDispatcher
 from dmoe.parallel.by_node import NodeDispatcher
-from dmoe.parallel.clipping import clip_grad_norm, grad_norm
+from dmoe.parallel.clipping import clip_grad_norm, clip_grad_value, grad_norm
 from dmoe.parallel.collectives import Exchange, all_to_all_rows
 from dmoe.parallel.dispatch import AllToAllDispatcher
 from dmoe.parallel.exact import ExactStep, exact_step
 from dmoe.parallel.fsdp import fully_shard_experts
 from dmoe.parallel.grad_scaler import GradScaler
-from dmoe.parallel.gradients import average_gradients, average_in_backward, data_parallel, split_parameters
+from dmoe.parallel.gradients import (
+    average_gradients,
+    average_in_backward,
+    data_parallel,
+    exclude_experts,
+    split_parameters,
+)
 from dmoe.parallel.interface import Dispatched, Dispatcher, LocalDispatcher, Returning, UnderWay
 from dmoe.parallel.levelling import Levelling, rows_that_pay
 from dmoe.parallel.overlap import Overlapped, chunk_of, run_overlapped
@@ -59,8 +65,10 @@ __all__ = [
     "check_agreement",
     "chunk_of",
     "clip_grad_norm",
+    "clip_grad_value",
     "data_parallel",
     "exact_step",
+    "exclude_experts",
     "ffn_shard",
     "fully_shard_experts",
     "grad_norm",

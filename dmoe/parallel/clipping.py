@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def grad_norm(model: nn.Module, norm_type: float = 2.0) -> Tensor:
+def grad_norm(model: nn.Module, norm_type: float = 2.0, *, parameters: Iterable[nn.Parameter] | None = None) -> Tensor:
     """The p-norm of all gradients of a model as one vector, each parameter counted once; equal on every rank.
 
     What every rank has (router, attention) counts once, an expert counts wherever it lives, and ``DTensor`` gradients
@@ -28,6 +29,7 @@ def grad_norm(model: nn.Module, norm_type: float = 2.0) -> Tensor:
     Args:
         model: every rank's part of it. Gradients of what is replicated are equal on all ranks already.
         norm_type: p > 0, or ``math.inf`` for the largest magnitude.
+        parameters: those of the model's that count, the same ones on all ranks; None is all of them.
 
     Returns:
         Scalar, in float32 (float64 when a gradient is).
@@ -38,19 +40,19 @@ def grad_norm(model: nn.Module, norm_type: float = 2.0) -> Tensor:
     if not norm_type > 0:
         raise ValueError(f"grad_norm: norm_type: expected a number above 0, or inf, got {norm_type}")
     owners = _owners(model)
+    counted = list(model.parameters() if parameters is None else parameters)
     parts: dict[tuple[ProcessGroup, ...], list[Tensor]] = {}
-    for parameter in model.parameters():
+    for parameter in counted:
         groups, share = _groups_of(parameter, owners)
         norms = parts.setdefault(groups, [])  # also without a gradient here: other ranks may have one
         if parameter.grad is None:
             continue
         norm = torch.linalg.vector_norm(local_part(parameter.grad), norm_type, dtype=accumulate_dtype(parameter.dtype))
         norms.append(norm if math.isinf(norm_type) else norm**norm_type * share)
-    first = next(model.parameters(), None)
-    if first is None:
+    if not counted:
         return torch.zeros(())
-    widest = max((each.dtype for each in model.parameters()), key=lambda dtype: dtype.itemsize)
-    home, highest = first.device, accumulate_dtype(widest)
+    widest = max((each.dtype for each in counted), key=lambda dtype: dtype.itemsize)
+    home, highest = counted[0].device, accumulate_dtype(widest)
     totals = []
     for groups, norms in parts.items():
         norms = norms or [torch.zeros((), device=home)]
@@ -64,7 +66,12 @@ def grad_norm(model: nn.Module, norm_type: float = 2.0) -> Tensor:
 
 @torch.no_grad()
 def clip_grad_norm(
-    model: nn.Module, max_norm: float, norm_type: float = 2.0, *, error_if_nonfinite: bool = False
+    model: nn.Module,
+    max_norm: float,
+    norm_type: float = 2.0,
+    *,
+    error_if_nonfinite: bool = False,
+    parameters: Iterable[nn.Parameter] | None = None,
 ) -> Tensor:
     """``torch.nn.utils.clip_grad_norm_`` for a model with experts on other ranks: all ranks scale by the same factor.
 
@@ -73,6 +80,7 @@ def clip_grad_norm(
         max_norm: gradients of a larger norm are multiplied by ``max_norm / (norm + 1e-6)``.
         norm_type: p.
         error_if_nonfinite: raise instead of scaling by NaN; this makes the host wait for the norm.
+        parameters: those of the model's that are clipped by their norm, as of one of several optimizers; None is all.
 
     Returns:
         The norm before clipping, scalar.
@@ -80,18 +88,32 @@ def clip_grad_norm(
     Raises:
         RuntimeError: the norm is not finite, and ``error_if_nonfinite``.
     """
-    norm = grad_norm(model, norm_type)
+    clipped = list(model.parameters() if parameters is None else parameters)
+    norm = grad_norm(model, norm_type, parameters=clipped)
     if error_if_nonfinite and not torch.isfinite(norm):
         raise RuntimeError(
             f"clip_grad_norm: expected a finite norm of order {norm_type} of the gradients, got {norm.item()}; the "
             "gradients are left as they are"
         )
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for parameter in model.parameters():
+    for parameter in clipped:
         if parameter.grad is not None:
             grad = local_part(parameter.grad)
             grad.mul_(factor.to(grad.device, grad.dtype))
     return norm
+
+
+@torch.no_grad()
+def clip_grad_value(parameters: Iterable[nn.Parameter], clip_value: float) -> None:
+    """``torch.nn.utils.clip_grad_value_`` for parameters some of which are ``DTensor``, which it refuses to mix.
+
+    Args:
+        parameters: of this rank; each number of their gradients is put between ``-clip_value`` and ``clip_value``.
+        clip_value: 0 or more.
+    """
+    for parameter in parameters:
+        if parameter.grad is not None:
+            local_part(parameter.grad).clamp_(-clip_value, clip_value)
 
 
 def _owners(model: nn.Module) -> dict[int, Any]:

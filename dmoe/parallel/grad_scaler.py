@@ -34,6 +34,18 @@ class GradScaler(torch.amp.GradScaler):
         super().__init__(device, **options)
         self.process_group = process_group
 
+    @classmethod
+    def like(cls, scaler: torch.amp.GradScaler, *, process_group: ProcessGroup | None = None) -> GradScaler:
+        """One with the settings and the present scale of another, for frameworks that have made theirs already.
+
+        Args:
+            scaler: of any kind; it is left alone.
+            process_group: see the class.
+        """
+        made = cls(scaler._device, process_group=process_group, enabled=scaler.is_enabled())
+        made.load_state_dict(scaler.state_dict())
+        return made
+
     def _unscale_grads_(self, optimizer: Any, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool) -> Any:
         """What PyTorch's does, on the parts that lie here; then what was found anywhere was found everywhere."""
         here = super()._unscale_grads_(_LocalParts(optimizer), inv_scale, found_inf, allow_fp16)  # type: ignore[arg-type]

@@ -265,19 +265,34 @@ def data_parallel(
         ValueError: experts that are left alone, or replicas that do not add up to all ranks.
     """
     everyone: Any = dist.group.WORLD if process_group is None else process_group
-    experts = [(name, parameter) for name, parameter in model.named_parameters() if is_sharded(parameter)]
-    codes = _buffers_of_experts(model)
-    if experts or codes:
+    if exclude_experts(model):
         _check_replicas(model, process_group, expert_replicas)
-        names = [*(name for name, _ in experts), *codes]
-        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
     for module in model.modules():
         if hasattr(module, "bias_ranks") and module.bias_ranks is None:
             module.bias_ranks = LoadOfRanks(everyone)
     wrapped = nn.parallel.DistributedDataParallel(model, process_group=process_group, **ddp_options)
-    if experts:
-        ExpertGradients(wrapped, [parameter for _, parameter in experts], expert_replicas, everyone)
+    if experts := split_parameters(model)[1]:
+        ExpertGradients(wrapped, experts, expert_replicas, everyone)
     return wrapped
+
+
+def exclude_experts(model: nn.Module) -> list[str]:
+    """Let ``DistributedDataParallel`` leave alone what other ranks have others of, and all who go by its mark.
+
+    :func:`data_parallel` does this by itself. Frameworks that copy a model's state from the first rank to all others
+    without wrapping it, as Lightning before a validation, look at the same mark.
+
+    Args:
+        model: that is wrapped, or copied.
+
+    Returns:
+        Names of parameters and buffers that are left alone.
+    """
+    experts = [name for name, parameter in model.named_parameters() if is_sharded(parameter)]
+    names = [*experts, *_buffers_of_experts(model)]
+    if names:
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+    return names
 
 
 def dispatchers(model: nn.Module) -> list[tuple[nn.Module, AllToAllDispatcher]]:

@@ -17,6 +17,8 @@ import importlib
 from typing import Any
 
 _HOME = {
+    "MoECallback": "callback",
+    "ParallelTrainer": "parallel_trainer",
     "from_dmoe": "blocks",
     "load_optimizer": "parallel_optimizer",
     "load_packed": "packed",

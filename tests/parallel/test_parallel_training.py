@@ -9,6 +9,8 @@ import rank_jobs_training as jobs
 import torch
 from parallel_layer_cases import BASE, close, part_of
 
+from dmoe.parallel import GradScaler, clip_grad_norm, clip_grad_value, grad_norm
+
 H = BASE["hidden_size"]
 FIELDS = {**BASE, "bias": "expert", "load_balancing_coefficient": 0.1}
 
@@ -251,3 +253,28 @@ def test_metrics_over_ranks(ranks, capacity, bound):
         else:
             assert reduced.rows_dropped == sum(own.rows_dropped for own, _, _ in results) > 0
         assert (reduced.dropped_share > 0) == (capacity is not None or bound is not None)
+
+
+def test_some_of_a_models_parameters_are_clipped_by_their_own_norm():
+    """As those of one of several optimizers; by norm and by value, without touching the others."""
+    model = jobs.Net(FIELDS)
+    jobs.loss_of(model, model, batches_for((6,), 1, 1)[0][0][0]).backward()
+    before = {name: p.grad.clone() for name, p in model.named_parameters()}
+    some = [p for name, p in model.named_parameters() if "experts" in name]
+    expected = torch.stack([p.grad.norm() for p in some]).norm()
+    close("norm", clip_grad_norm(model, 0.5, parameters=iter(some)), expected)
+    close("clipped", grad_norm(model, parameters=some), torch.tensor(0.5, dtype=torch.float64), 1e-5)
+    clip_grad_value(some, 1e-3)
+    for name, parameter in model.named_parameters():
+        if "experts" in name:
+            close(name, parameter.grad, (before[name] * 0.5 / (expected + 1e-6)).clamp(-1e-3, 1e-3))
+        else:
+            assert torch.equal(parameter.grad, before[name])
+
+
+def test_a_grad_scaler_like_another():
+    other = torch.amp.GradScaler("cpu", init_scale=8.0, growth_factor=3.0, backoff_factor=0.25, growth_interval=7)
+    other.scale(torch.ones(()))
+    made = GradScaler.like(other)
+    assert made.state_dict() == other.state_dict()
+    assert not GradScaler.like(torch.amp.GradScaler("cpu", enabled=False)).is_enabled()
