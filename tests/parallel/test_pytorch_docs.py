@@ -46,7 +46,7 @@ def test_links_and_commands_of_the_page_lead_somewhere():
 def test_the_example_goes_on_on_another_mesh(ranks, tmp_path):
     told = []
     for steps, options in ((20, ("--ep", "2")), (30, ("--data", "ddp"))):
-        told += ranks.run(jobs.example, "train", ["--steps", str(steps), "--out", str(tmp_path), *options])[:1]
+        told += ranks.run(jobs.example, "train_mesh", ["--steps", str(steps), "--out", str(tmp_path), *options])[:1]
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", "".join(told))]
     assert len(losses) == 3
     assert losses[0] > losses[1]
@@ -56,6 +56,6 @@ def test_the_example_goes_on_on_another_mesh(ranks, tmp_path):
 
 
 def test_the_example_of_a_pipeline_learns(ranks):
-    told = "".join(ranks.run(jobs.example, "pipeline", ["--ep", "2", "--steps", "20"]))
+    told = "".join(ranks.run(jobs.example, "train_pipeline", ["--ep", "2", "--steps", "20"]))
     first, last = (float(loss) for loss in re.findall(r"loss ([\d.]+)", told))
     assert last < first

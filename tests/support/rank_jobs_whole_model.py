@@ -313,17 +313,18 @@ def by_fsdp1(group, batches):
 
 
 def example(group, name, arguments):
-    """What examples/pytorch/NAME.py prints on this rank."""
-    path = ROOT / "examples" / "pytorch" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"pytorch_{name}", path)
+    """What examples/NAME.py prints on this rank."""
+    path = ROOT / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     printed = io.StringIO()
     with (
         patch.object(dist, "init_process_group"),
         patch.object(dist, "destroy_process_group"),
         patch.object(sys, "argv", [str(path), *arguments]),
+        patch.object(sys, "path", [*sys.path, str(path.parent)]),
         contextlib.redirect_stdout(printed),
     ):
+        spec.loader.exec_module(module)
         module.main()
     return printed.getvalue()

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Trains a small GPT with experts in a loop of plain PyTorch, spread over a mesh of ranks by one call.
 
-    torchrun --nproc-per-node 2 examples/pytorch/train.py --ep 2
-    torchrun --nproc-per-node 8 examples/pytorch/train.py --ep 4 --data ddp
+    torchrun --nproc-per-node 2 examples/train_mesh.py --ep 2
+    torchrun --nproc-per-node 8 examples/train_mesh.py --ep 4 --data ddp
     python -m dmoe.report runs/pytorch      # a page of what the experts did
 
 On GPUs or CPUs, on bytes of Python's help topics. Any number of ranks goes on from what others saved in ``--out``.
@@ -11,12 +11,12 @@ On GPUs or CPUs, on bytes of Python's help topics. Any number of ranks goes on f
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from lm.data import help_topics, training_batch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -25,9 +25,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.functional import cross_entropy
 
 import dmoe
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-from lm.data import help_topics, training_batch
 
 BALANCE: dict[str, Any] = {"load_balancing_coefficient": 0.01, "load_balancing_over": "global", "num_moe_layers": 2}
 MOE = dmoe.MoEConfig(hidden_size=64, ffn_hidden_size=64, num_experts=8, top_k=2, **BALANCE)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Trains a small GPT with experts in a pipeline of ``torch.distributed.pipelining``, whose stages may share experts.
 
-    torchrun --nproc-per-node 4 examples/pytorch/pipeline.py --ep 2      # 2 stages, 2 ranks each; 4 stages without --ep
+    torchrun --nproc-per-node 4 examples/train_pipeline.py --ep 2      # 2 stages, 2 ranks each; 4 stages without --ep
 
 On GPUs or CPUs, on bytes of Python's help topics. Every stage's layers attach their balance loss in backward.
 """
@@ -9,12 +9,11 @@ On GPUs or CPUs, on bytes of Python's help topics. Every stage's layers attach t
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from lm.data import help_topics, training_batch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.pipelining import Schedule1F1B
@@ -22,9 +21,6 @@ from torch.nn.functional import cross_entropy
 
 import dmoe
 from dmoe.parallel.pipeline import PipelineStage
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-from lm.data import help_topics, training_batch
 
 HIDDEN, BLOCKS = 64, 4
 
