@@ -71,16 +71,19 @@ class ExpertSlice:
         here = local_part(parameter.detach())
         if hasattr(value, "to_local"):
             return value
+        if value.shape == here.shape:  # also where ZeRO 3 has left nothing of either
+            return self.distributed(value.contiguous(), shard_dim)
         whole = list(here.shape)
         whole[0] = self.num_experts
         if shard_dim is not None:
             whole[shard_dim] *= self.num_shards
-        if list(value.shape) == whole:
-            value = value[self.experts.start : self.experts.stop]
-            if shard_dim is not None:
-                columns = self.columns(whole[shard_dim])
-                value = value.narrow(shard_dim, columns.start, columns.stop - columns.start)
-        return self.distributed(value.contiguous(), shard_dim) if value.shape == here.shape else value
+        if list(value.shape) != whole:
+            return value
+        value = value[self.experts.start : self.experts.stop]
+        if shard_dim is not None:
+            columns = self.columns(whole[shard_dim])
+            value = value.narrow(shard_dim, columns.start, columns.stop - columns.start)
+        return self.distributed(value.contiguous(), shard_dim)
 
 
 def local_part(tensor: Tensor) -> Tensor:

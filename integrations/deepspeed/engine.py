@@ -13,7 +13,7 @@ from torch import nn
 import dmoe
 from dmoe.integrations.deepspeed.layers import prepare
 from dmoe.integrations.deepspeed.parameters import param_groups
-from dmoe.parallel import clip_grad_norm
+from dmoe.parallel import clip_grad_norm, grad_norm
 
 
 def initialize(
@@ -78,7 +78,14 @@ def _clip(engine: Any) -> None:
 
 
 def _clip_half(optimizer: Any, model: nn.Module) -> None:
-    raise NotImplementedError
+    theirs = optimizer.unscale_and_clip_grads
+
+    def unscale_and_clip_grads(total_norm: Any, apply_scale: bool = True) -> Any:
+        norm = grad_norm(model)  # of gradients that are still scaled, as the one that was given
+        optimizer._global_grad_norm = norm / optimizer.loss_scale
+        return theirs(norm, apply_scale)
+
+    optimizer.unscale_and_clip_grads = unscale_and_clip_grads
 
 
 def _scale_attached(engine: Any) -> None:

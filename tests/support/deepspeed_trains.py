@@ -60,6 +60,35 @@ for _stage in range(4):
     CASES[f"zero{_stage} plain"] = {"zero": {"stage": _stage}}
 
 
+for _stage in range(4):
+    CASES[f"zero{_stage} ep2"] = {"zero": {"stage": _stage}, "accumulate": 2, "clip": 0.05, "ep": 2}
+    CASES[f"zero{_stage} ep1"] = {"zero": {"stage": _stage}, "accumulate": 2, "clip": 0.05, "ep": 1}
+for _stage in (1, 2):
+    CASES[f"offload{_stage}"] = {
+        "zero": {"stage": _stage, "offload_optimizer": {"device": "cpu"}},
+        "accumulate": 2,
+        "clip": 0.05,
+    }
+CASES["buckets2"] = {
+    "zero": {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 200, "allgather_bucket_size": 200},
+    "accumulate": 2,
+    "clip": 0.05,
+}
+for _stage in (0, 1, 2, 3):
+    CASES[f"attached{_stage}"] = {"zero": {"stage": _stage}, "accumulate": 2, "clip": 0.05, "aux": "attached"}
+    CASES[f"bf16 {_stage}"] = {"zero": {"stage": _stage}, "accumulate": 2, "clip": 0.05, "aux": "attached", "dtype": torch.bfloat16, "config": {"bf16": {"enabled": True}}}
+    CASES[f"fp16 {_stage}"] = {"zero": {"stage": _stage}, "accumulate": 2, "clip": 0.05, "aux": "attached", "dtype": torch.float16, "config": {"fp16": {"enabled": True, "initial_scale_power": 8}}}
+
+
+for _stage in range(4):
+    CASES[f"save{_stage}"] = {"zero": {"stage": _stage}, "save": True}
+    CASES[f"save{_stage} ep1"] = {"zero": {"stage": _stage}, "save": True, "ep": 1}
+    CASES[f"load{_stage}"] = {"zero": {"stage": _stage}, "load": f"ds_s2/save{_stage}/ckpt"}
+    CASES[f"load{_stage} ep2"] = {"zero": {"stage": _stage}, "load": f"ds_s2/save{_stage}/ckpt", "ep": 2}
+    CASES[f"load{_stage} ep1"] = {"zero": {"stage": _stage}, "load": f"ds_s2/save{_stage} ep1/ckpt", "ep": 1}
+
+CASES["bf16 acc"] = {"zero": {"stage": 1}, "accumulate": 2, "clip": 0.05, "dtype": torch.bfloat16, "config": {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}}
+
 def config_of(case: dict[str, Any]) -> dict[str, Any]:
     config = {
         "train_micro_batch_size_per_gpu": 1,
@@ -111,7 +140,21 @@ def run(out: Path, name: str) -> dict[str, Any]:
     group = expert_parallel_group(case.get("ep", world))
     model = build(ep_group=group, loss_group=torch.distributed.group.WORLD, aux_loss=case.get("aux", "explicit"))
     engine, *_ = initialize(model=model, config=config_of(case))
-    losses, norms = train(engine, case, range(STEPS))
+    if case.get("save"):
+        losses, norms = train(engine, case, range(STEPS // 2))
+        engine.save_checkpoint(str(out / name / "ckpt"))
+        torch.manual_seed(rank_seed := 99)
+        model = Model(ep_group=group, loss_group=torch.distributed.group.WORLD)
+        engine, *_ = initialize(model=model, config=config_of(case))
+        path, _ = engine.load_checkpoint(str(out / name / "ckpt"))
+        assert path is not None
+        again = train(engine, case, range(STEPS // 2, STEPS))
+        losses, norms = losses + again[0], norms + again[1]
+    elif case.get("load"):
+        path, _ = engine.load_checkpoint(str(out.parent / case["load"]), **case.get("how", {}))
+        losses, norms = train(engine, case, range(STEPS // 2, STEPS))
+    else:
+        losses, norms = train(engine, case, range(STEPS))
     return {"losses": losses, "norms": norms, "parameters": parameters_of(engine)}
 
 
@@ -130,6 +173,7 @@ def main(out: Path, cases: list[str]) -> None:
         timeout=datetime.timedelta(seconds=PATIENCE),
     )
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
     results = {}
     for case in cases or CASES:
         try:
