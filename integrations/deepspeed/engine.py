@@ -52,7 +52,7 @@ def initialize(
         model_parameters = param_groups(model if model_parameters is None else model_parameters)
     made = deepspeed.initialize(args, model, optimizer, model_parameters, *more, config=config, **options)
     complete(made[0])
-    return made  # type: ignore[no-any-return]
+    return made
 
 
 def complete(engine: Any) -> None:
@@ -81,9 +81,8 @@ def _clip_half(optimizer: Any, model: nn.Module) -> None:
     theirs = optimizer.unscale_and_clip_grads
 
     def unscale_and_clip_grads(total_norm: Any, apply_scale: bool = True) -> Any:
-        norm = grad_norm(model)  # of gradients that are still scaled, as the one that was given
-        optimizer._global_grad_norm = norm / optimizer.loss_scale
-        return theirs(norm, apply_scale)
+        optimizer._global_grad_norm = grad_norm(model)  # this optimizer scales no loss here: fp16 is refused
+        return theirs(optimizer._global_grad_norm, apply_scale)
 
     optimizer.unscale_and_clip_grads = unscale_and_clip_grads
 

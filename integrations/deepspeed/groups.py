@@ -17,9 +17,7 @@ def group_name(ep_size: int) -> str:
     return f"ep_size_{ep_size}"
 
 
-def expert_parallel_group(
-    ep_size: int, *, use_data_before_expert_parallelism: bool = False
-) -> ProcessGroup | None:
+def expert_parallel_group(ep_size: int, *, use_data_before_expert_parallelism: bool = False) -> ProcessGroup | None:
     """The ``ep_size`` ranks that this rank shares its experts with, for ``dmoe.MoE(..., ep_group=...)``.
 
     Made once, by DeepSpeed, with the groups of ranks that hold the same experts; every rank has to ask, for the same.

@@ -14,18 +14,15 @@ from deepspeed.utils import set_z3_leaf_module
 from torch import nn
 
 import dmoe
-from dmoe.compat.deepspeed import MoE as CompatMoE
 from dmoe.integrations.deepspeed.groups import group_name, make_groups, ranks_of, replicas_of
 from dmoe.integrations.deepspeed.states import add_state_hooks
 from dmoe.parallel import AllToAllDispatcher, LoadOfRanks
-
-Layer = dmoe.MoE | CompatMoE
 
 
 def prepare(model: nn.Module, config: Mapping[str, Any] | str | Path) -> dict[str, Any]:
     """Make a model's experts known to DeepSpeed, before ``deepspeed.initialize``; once more does nothing.
 
-    Layers of :class:`dmoe.MoE` and :class:`dmoe.compat.deepspeed.MoE` become DeepSpeed's ``MoE`` too, in place (their
+    Layers of :class:`dmoe.MoE` and of ``dmoe.compat.deepspeed`` become DeepSpeed's ``MoE`` too, in place (their
     class is then one of both), their experts' parameters get ``allreduce = False`` and ``group_name``, and their state
     DeepSpeed's names. Experts' gradients are left as sums over the ranks that share them, as the engine divides them by
     all ranks: what an optimizer sees is the gradient of the mean of all ranks' losses. Selection biases follow the load
@@ -40,46 +37,59 @@ def prepare(model: nn.Module, config: Mapping[str, Any] | str | Path) -> dict[st
         The config for ``deepspeed.initialize``, with the layers' own under ``dmoe``, so that checkpoints have them.
 
     Raises:
-        ValueError: experts that DeepSpeed cannot train or save; the sentence says which and why.
+        ValueError: experts that DeepSpeed cannot train or save, or fp16 without ZeRO; the sentence says which and why.
     """
     settings = dict(config) if isinstance(config, Mapping) else json.loads(Path(config).read_text(encoding="utf-8"))
     apart = bool(settings.get("use_data_before_expert_parallelism", False))
     stage = int(settings.get("zero_optimization", {}).get("stage", 0))
+    if stage == 0 and settings.get("fp16", {}).get("enabled"):
+        raise ValueError(
+            "prepare: config: expected ZeRO 1, 2 or 3 with fp16, got stage 0, where DeepSpeed divides gradients by a "
+            "loss scale that it has not multiplied the loss by"
+        )
     told: dict[str, Any] = {}
     for name, layer in layers_of(model):
-        inner: Any = layer.deepspeed_moe if isinstance(layer, CompatMoE) else layer
-        told[f"{name}." if name else ""] = _told(inner.config)
-        if isinstance(layer, DeepSpeedMoE):
+        mixture = mixture_of(layer)
+        told[f"{name}." if name else ""] = _told(mixture.config)
+        if isinstance(layer, DeepSpeedMoE) or getattr(layer, "_z3_leaf", False):
             continue
-        _check(name, inner)
-        ep_size = _ep_size(layer)
+        _check(name, mixture)
+        ep_size = ep_size_of(layer)
         make_groups(ep_size, apart)
-        if isinstance(layer, CompatMoE):
+        if mixture is not layer:
             layer.set_deepspeed_parallelism(apart)
         if ep_size > 1:
-            _check_ranks(name, inner, ep_size)
-            inner.experts.set_grad_scale(1.0)
-        if inner.bias_ranks is None:
-            inner.bias_ranks = LoadOfRanks(dist.group.WORLD)  # type: ignore[arg-type]
+            _check_ranks(name, mixture, ep_size)
+            mixture.experts.set_grad_scale(1.0)
+        if mixture.bias_ranks is None:
+            mixture.bias_ranks = LoadOfRanks(dist.group.WORLD)  # type: ignore[arg-type]
         if stage < 3:
-            _become_deepspeeds(layer, ep_size)
+            _become_deepspeeds(layer, mixture, ep_size)
         else:
-            _prepare_for_zero3(inner, ep_size)
+            _prepare_for_zero3(layer, mixture, ep_size)
     return {**settings, "dmoe": {"layers": told}}
 
 
-def layers_of(model: nn.Module) -> Iterator[tuple[str, Layer]]:
+def layers_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The layers that the engine is to take for its own, by name; what is inside one of them is not one."""
     inside: set[int] = set()
     for name, module in model.named_modules():
-        if isinstance(module, Layer) and id(module) not in inside:
+        if mixture_of(module) is not None and id(module) not in inside:
             inside |= {id(each) for each in module.modules()}
             yield name, module
 
 
-def _ep_size(layer: Layer) -> int:
-    if isinstance(layer, CompatMoE):
-        return layer.ep_size
+def mixture_of(layer: nn.Module) -> Any:
+    """The :class:`dmoe.MoE` that a layer is, or that one of DeepSpeed's names (``dmoe.compat``) has inside; or None."""
+    inside = getattr(layer, "deepspeed_moe", None)
+    found = inside if isinstance(inside, dmoe.MoE) else layer
+    return found if isinstance(found, dmoe.MoE) else None
+
+
+def ep_size_of(layer: Any) -> int:
+    """Ranks that share a layer's experts."""
+    if mixture_of(layer) is not layer:
+        return int(layer.ep_size)
     return layer.dispatcher.num_ranks if isinstance(layer.dispatcher, AllToAllDispatcher) else 1
 
 
@@ -90,17 +100,13 @@ def _told(config: dmoe.MoEConfig) -> dict[str, Any] | None:
         return None
 
 
-def _become_deepspeeds(layer: Layer, ep_size: int) -> None:
+def _become_deepspeeds(layer: Any, mixture: dmoe.MoE, ep_size: int) -> None:
     """Of DeepSpeed's class as well, as it looks for layers by their class; and its experts by what they carry."""
-    inner: Any = layer
-    if isinstance(layer, CompatMoE):
-        inner = layer.deepspeed_moe
-        layer.__class__ = _class_of_both(type(layer), DeepSpeedMoE)
-    else:
-        layer.__class__ = _class_of_both(type(layer), EngineLayer)
-        add_state_hooks(layer)
-    for parameter in inner.experts.parameters():
-        parameter.allreduce, parameter.group_name = False, group_name(ep_size)
+    layer.__class__ = _class_of_both(type(layer), EngineLayer if mixture is layer else DeepSpeedMoE)
+    if mixture is layer:  # the other one has DeepSpeed's names by itself
+        add_state_hooks(mixture)
+    for parameter in mixture.experts.parameters():
+        parameter.allreduce, parameter.group_name = False, group_name(ep_size)  # type: ignore[attr-defined]
 
 
 class EngineLayer(DeepSpeedMoE):
@@ -116,7 +122,7 @@ class EngineLayer(DeepSpeedMoE):
     @property
     def ep_size(self) -> int:
         """Ranks that share the experts."""
-        return _ep_size(self)  # type: ignore[arg-type]
+        return ep_size_of(self)
 
     @property
     def num_local_experts(self) -> int:
@@ -133,15 +139,15 @@ class EngineLayer(DeepSpeedMoE):
 
 
 @functools.cache
-def _class_of_both(own: type, deepspeeds: type) -> type:
+def _class_of_both(own: Any, deepspeeds: Any) -> Any:
     return type(own.__name__, (own, deepspeeds), {"__module__": own.__module__})
 
 
-def _prepare_for_zero3(layer: dmoe.MoE, ep_size: int) -> None:
+def _prepare_for_zero3(layer: nn.Module, mixture: dmoe.MoE, ep_size: int) -> None:
     """Gathered as a whole, and as DeepSpeed's own expert parallelism (AutoEP) marks experts for ZeRO 3."""
     set_z3_leaf_module(layer, True)  # what its parts give each other is more than tensors, which ZeRO 3 looks for
     name = group_name(ep_size)
-    for parameter in layer.experts.parameters() if ep_size > 1 else ():
+    for parameter in mixture.experts.parameters() if ep_size > 1 else ():
         marks = {
             "group_name": name,
             "ds_zero_placement_family": "autoep_expert",

@@ -4,7 +4,7 @@
 ``router.weight``, other tensors of ``router``  ``deepspeed_moe.gate.wg.weight``, ``deepspeed_moe.gate.*``
 ``experts.*``                                   ``deepspeed_moe.experts.deepspeed_experts.{n}.`` and ``w1`` (gate),
                                                 ``w3`` (up), ``w2`` (down), or ``dense_h_to_4h`` and ``dense_4h_to_h``
-                                                where experts have no gate; ``.weight`` and ``.bias``, as of ``nn.Linear``
+                                                where experts have no gate; ``.weight``, ``.bias``
 ``shared_expert.*``                             ``deepspeed_moe.shared.*``
 ==============================================  ========================================================================
 
@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import dmoe
@@ -64,7 +63,8 @@ def _rename_back(
     back = tuple((theirs, ours) for ours, theirs in _RENAMED)
     if not any(name.startswith(f"{prefix}deepspeed_moe.") for name in state):
         return
-    now = layer.experts.weights()
+    experts: Any = layer.experts
+    now: ExpertWeights = experts.weights()
     stacks = {
         field: tensor.detach().to("cpu", copy=True)
         for field in ("up_proj", "down_proj", "up_bias", "down_bias")
@@ -80,7 +80,6 @@ def _rename_back(
             part.copy_(state.pop(key))
     for name in [name for name in state if name.startswith(prefix) and not name.startswith(prefix + _STACK)]:
         state[prefix + _replaced(name[len(prefix) :], back)] = state.pop(name)
-    experts: Any = layer.experts
     names = {"up_proj": experts.up_name, "up_bias": experts.up_bias_name}
     for field, stack in stacks.items():
         state[f"{prefix}experts.{names.get(field, field)}"] = stack
@@ -92,7 +91,7 @@ def _tensors(weights: ExpertWeights) -> Iterator[tuple[int, str, Tensor]]:
         for field, tensor in weights.of_expert(expert).items():
             projection, kind = field.split("_")
             linears = _LINEARS[weights.gated][projection]
-            parts: Any = tensor if len(linears) > 1 else (tensor,)
+            parts: Any = tensor if len(linears) > 1 else (tensor,)  # gate and up are one stack
             for linear, part in zip(linears, parts, strict=True):
                 yield expert, f"{linear}.{'weight' if kind == 'proj' else 'bias'}", part
 

@@ -1,6 +1,6 @@
 """DeepSpeed's engine trains a small model with dmoe's layers: run by ranks with the usual variables.
 
-    python deepspeed_trains.py OUT CASE ...
+python deepspeed_trains.py OUT CASE ...
 """
 
 from __future__ import annotations
@@ -76,8 +76,22 @@ CASES["buckets2"] = {
 }
 for _stage in (0, 1, 2, 3):
     CASES[f"attached{_stage}"] = {"zero": {"stage": _stage}, "accumulate": 2, "clip": 0.05, "aux": "attached"}
-    CASES[f"bf16 {_stage}"] = {"zero": {"stage": _stage}, "accumulate": 2, "clip": 0.05, "aux": "attached", "dtype": torch.bfloat16, "config": {"bf16": {"enabled": True}}}
-    CASES[f"fp16 {_stage}"] = {"zero": {"stage": _stage}, "accumulate": 2, "clip": 0.05, "aux": "attached", "dtype": torch.float16, "config": {"fp16": {"enabled": True, "initial_scale_power": 8}}}
+    CASES[f"bf16 {_stage}"] = {
+        "zero": {"stage": _stage},
+        "accumulate": 2,
+        "clip": 0.05,
+        "aux": "attached",
+        "dtype": torch.bfloat16,
+        "config": {"bf16": {"enabled": True}},
+    }
+    CASES[f"fp16 {_stage}"] = {
+        "zero": {"stage": _stage},
+        "accumulate": 2,
+        "clip": 0.05,
+        "aux": "attached",
+        "dtype": torch.float16,
+        "config": {"fp16": {"enabled": True, "initial_scale_power": 8}},
+    }
 
 
 for _stage in range(4):
@@ -87,7 +101,14 @@ for _stage in range(4):
     CASES[f"load{_stage} ep2"] = {"zero": {"stage": _stage}, "load": f"ds_s2/save{_stage}/ckpt", "ep": 2}
     CASES[f"load{_stage} ep1"] = {"zero": {"stage": _stage}, "load": f"ds_s2/save{_stage} ep1/ckpt", "ep": 1}
 
-CASES["bf16 acc"] = {"zero": {"stage": 1}, "accumulate": 2, "clip": 0.05, "dtype": torch.bfloat16, "config": {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}}
+CASES["bf16 acc"] = {
+    "zero": {"stage": 1},
+    "accumulate": 2,
+    "clip": 0.05,
+    "dtype": torch.bfloat16,
+    "config": {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
+}
+
 
 def config_of(case: dict[str, Any]) -> dict[str, Any]:
     config = {
@@ -111,7 +132,9 @@ def train(engine, case, steps):
     for step in steps:
         total = 0.0
         for micro in range(accumulate):
-            x, y = (each.chunk(world)[rank] for each in batch(step * accumulate + micro, case.get("dtype", torch.float32)))
+            x, y = (
+                each.chunk(world)[rank] for each in batch(step * accumulate + micro, case.get("dtype", torch.float32))
+            )
             loss = loss_of(engine, x, y, aux=case.get("aux", "explicit") == "explicit")
             engine.backward(loss)
             engine.step()
