@@ -21,6 +21,7 @@ _HOME = {
     "initialize": "engine",
     "param_groups": "parameters",
     "prepare": "layers",
+    "to_universal": "universal",
 }
 
 __all__ = sorted(_HOME)

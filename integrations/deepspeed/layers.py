@@ -47,10 +47,11 @@ def prepare(model: nn.Module, config: Mapping[str, Any] | str | Path) -> dict[st
             "prepare: config: expected ZeRO 1, 2 or 3 with fp16, got stage 0, where DeepSpeed divides gradients by a "
             "loss scale that it has not multiplied the loss by"
         )
-    told: dict[str, Any] = {}
+    told: dict[str, Any] = {"layers": {}, "experts": {}}
     for name, layer in layers_of(model):
         mixture = mixture_of(layer)
-        told[f"{name}." if name else ""] = _told(mixture.config)
+        told["layers"][f"{name}." if name else ""] = _told(mixture.config)
+        told["experts"] |= _experts_of(name, layer, mixture)
         if isinstance(layer, DeepSpeedMoE) or getattr(layer, "_z3_leaf", False):
             continue
         _check(name, mixture)
@@ -67,7 +68,7 @@ def prepare(model: nn.Module, config: Mapping[str, Any] | str | Path) -> dict[st
             _become_deepspeeds(layer, mixture, ep_size)
         else:
             _prepare_for_zero3(layer, mixture, ep_size)
-    return {**settings, "dmoe": {"layers": told}}
+    return {**settings, "dmoe": told}
 
 
 def layers_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -91,6 +92,14 @@ def ep_size_of(layer: Any) -> int:
     if mixture_of(layer) is not layer:
         return int(layer.ep_size)
     return layer.dispatcher.num_ranks if isinstance(layer.dispatcher, AllToAllDispatcher) else 1
+
+
+def _experts_of(name: str, layer: nn.Module, mixture: dmoe.MoE) -> dict[str, int | None]:
+    """Of each parameter of experts, by its name in the model, how many they are; None where widths differ."""
+    own = {id(parameter) for parameter in mixture.experts.parameters()}
+    number = mixture.config.num_experts if isinstance(mixture.config.ffn_hidden_size, int) else None
+    found = layer.named_parameters(prefix=name)
+    return {each: number for each, parameter in found if id(parameter) in own}
 
 
 def _told(config: dmoe.MoEConfig) -> dict[str, Any] | None:

@@ -110,6 +110,13 @@ CASES["bf16 acc"] = {
 }
 
 
+ADAM = {"optimizer": {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}}}
+for _stage in (1, 2):
+    for _ep in (1, 2):
+        CASES[f"universal{_stage} ep{_ep}"] = {"zero": {"stage": _stage}, "save": True, "ep": _ep, "adam": True, "config": ADAM}
+        CASES[f"from universal{_stage} ep{_ep}"] = {"zero": {"stage": _stage}, "load": f"ds_u2/universal{_stage} ep2/universal", "ep": _ep, "adam": True, "config": {**ADAM, "checkpoint": {"load_universal": True}}}
+
+
 def config_of(case: dict[str, Any]) -> dict[str, Any]:
     config = {
         "train_micro_batch_size_per_gpu": 1,
