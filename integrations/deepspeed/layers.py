@@ -10,6 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
+from deepspeed.pipe import PipelineModule
 from deepspeed.utils import set_z3_leaf_module
 from torch import nn
 
@@ -47,6 +48,8 @@ def prepare(model: nn.Module, config: Mapping[str, Any] | str | Path) -> dict[st
             "prepare: config: expected ZeRO 1, 2 or 3 with fp16, got stage 0, where DeepSpeed divides gradients by a "
             "loss scale that it has not multiplied the loss by"
         )
+    if isinstance(model, PipelineModule):
+        raise ValueError("prepare: model: expected a plain module, got DeepSpeed's PipelineModule")
     told: dict[str, Any] = {"layers": {}, "experts": {}}
     for name, layer in layers_of(model):
         mixture = mixture_of(layer)
@@ -111,7 +114,8 @@ def _told(config: dmoe.MoEConfig) -> dict[str, Any] | None:
 
 def _become_deepspeeds(layer: Any, mixture: dmoe.MoE, ep_size: int) -> None:
     """Of DeepSpeed's class as well, as it looks for layers by their class; and its experts by what they carry."""
-    layer.__class__ = _class_of_both(type(layer), EngineLayer if mixture is layer else DeepSpeedMoE)
+    kind: Any = type(layer)
+    layer.__class__ = _class_of_both(kind, EngineLayer if mixture is layer else DeepSpeedMoE)
     if mixture is layer:  # the other one has DeepSpeed's names by itself
         add_state_hooks(mixture)
     for parameter in mixture.experts.parameters():
@@ -175,8 +179,9 @@ def _check(name: str, layer: dmoe.MoE) -> None:
             f"{where}: expected a layer whose name has no 'expert' in it, as DeepSpeed's engine would take all its "
             "tensors for an expert's; got this name"
         )
-    experts = layer.experts
-    if getattr(experts, "lora", None) is not None or not hasattr(experts, "up_name") or experts.weights().is_quantized:
+    experts: Any = layer.experts
+    held = [getattr(experts, each, None) for each in (getattr(experts, "up_name", ""), "down_proj")]
+    if getattr(experts, "lora", None) is not None or not all(isinstance(each, nn.Parameter) for each in held):
         raise ValueError(f"{where}: expected experts of plain weights, got adapters or codes in them")
     if layer.config.accumulate_main_grad:
         raise ValueError(f"{where}: accumulate_main_grad: expected False, as DeepSpeed reads `grad`, got True")
@@ -189,7 +194,13 @@ def _check(name: str, layer: dmoe.MoE) -> None:
 
 
 def _check_ranks(name: str, layer: dmoe.MoE, ep_size: int) -> None:
+    """Raise ValueError for experts that ranks share otherwise than DeepSpeed would."""
     dispatcher: Any = layer.dispatcher
+    if any(hasattr(parameter, "ds_id") for parameter in layer.experts.parameters()):
+        raise ValueError(
+            f"prepare: {name}: expected experts that ranks share to be built outside of deepspeed.zero.Init, which "
+            "cuts them over all ranks as if they were the same on each; got them from inside"
+        )
     if dispatcher.ffn_shard[1] > 1:
         raise ValueError(
             f"prepare: {name}: expected whole experts on each rank, got slices: {dispatcher.num_ranks} ranks share "

@@ -52,7 +52,7 @@ def _rename(layer: dmoe.MoE, state: dict[str, Any], prefix: str, metadata: Any) 
 
 def _rename_back(
     layer: dmoe.MoE,
-    state: dict[str, Any],
+    state: Any,
     prefix: str,
     metadata: Any,
     strict: bool,
@@ -91,7 +91,7 @@ def _tensors(weights: ExpertWeights) -> Iterator[tuple[int, str, Tensor]]:
         for field, tensor in weights.of_expert(expert).items():
             projection, kind = field.split("_")
             linears = _LINEARS[weights.gated][projection]
-            parts: Any = tensor if len(linears) > 1 else (tensor,)  # gate and up are one stack
+            parts = tensor.unbind() if len(linears) > 1 else (tensor,)  # gate and up are one stack
             for linear, part in zip(linears, parts, strict=True):
                 yield expert, f"{linear}.{'weight' if kind == 'proj' else 'bias'}", part
 
