@@ -62,8 +62,8 @@ def complete(engine: Any) -> None:
 
     Gradients are clipped by the norm of all of them, an expert's counted once, where DeepSpeed's own (0.19) is another:
     without ZeRO in float32 it takes the mean of the ranks' norms, and in bfloat16, with any optimizer but its own
-    FusedAdam, it leaves experts out. Auxiliary losses that are attached follow the loss scale and the accumulation. Buffers, such
-    as selection biases, come along with universal checkpoints.
+    FusedAdam, it leaves experts out. Auxiliary losses that are attached follow the loss scale and the accumulation.
+    Buffers, such as selection biases, come along with universal checkpoints.
 
     Args:
         engine: of DeepSpeed.

@@ -27,7 +27,7 @@ _RENAMED = (  # the first that fits
     ("router.", "deepspeed_moe.gate."),
     ("shared_expert.", "deepspeed_moe.shared."),
 )
-_LINEARS = {
+_LINEARS: dict[bool, dict[str, tuple[str, ...]]] = {
     True: {"up": ("w1", "w3"), "down": ("w2",)},
     False: {"up": ("dense_h_to_4h",), "down": ("dense_4h_to_h",)},
 }
@@ -91,7 +91,7 @@ def _tensors(weights: ExpertWeights) -> Iterator[tuple[int, str, Tensor]]:
         for field, tensor in weights.of_expert(expert).items():
             projection, kind = field.split("_")
             linears = _LINEARS[weights.gated][projection]
-            parts = tensor.unbind() if len(linears) > 1 else (tensor,)  # gate and up are one stack
+            parts = tuple(tensor) if len(linears) > 1 else (tensor,)  # gate and up are one stack
             for linear, part in zip(linears, parts, strict=True):
                 yield expert, f"{linear}.{'weight' if kind == 'proj' else 'bias'}", part
 

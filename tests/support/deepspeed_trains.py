@@ -16,18 +16,16 @@ from typing import Any
 import deepspeed_cases as cases
 import torch
 import torch.distributed as dist
+from deepspeed_starts import without_compiling
 from patience import PATIENCE
 
 import dmoe
 
 
 def main(out: Path) -> None:
-    sys.modules["fairseq"] = None  # which DeepSpeed looks for, and which not every Python can import
+    without_compiling()
     import deepspeed
-    from deepspeed.comm.torch import TorchBackend
 
-    # Shared memory between ranks, which it would compile first. By its globals: `deepspeed.comm.torch` is PyTorch.
-    TorchBackend.__init__.__globals__["build_shm_op"] = lambda: None
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group(
         "gloo",
