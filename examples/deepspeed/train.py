@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import dmoe
 from dmoe.integrations.deepspeed import expert_parallel_group, initialize
@@ -27,18 +26,19 @@ class Model(nn.Module):
     def __init__(self, hidden: int, ep_size: int) -> None:
         super().__init__()
         moe = dmoe.MoEConfig(hidden_size=hidden, ffn_hidden_size=2 * hidden, num_experts=8, top_k=2)
-        group = expert_parallel_group(ep_size)
         self.embedding, self.head = nn.Embedding(256, hidden), nn.Linear(hidden, 256)
         self.attention = nn.ModuleList(nn.MultiheadAttention(hidden, 4, batch_first=True) for _ in range(2))
-        self.ffn = nn.ModuleList(dmoe.MoE(moe, ep_group=group, dtensor=False) for _ in range(2))
+        self.ffn = nn.ModuleList(
+            dmoe.MoE(moe, ep_group=expert_parallel_group(ep_size), dtensor=False) for _ in range(2)
+        )
         self.norms = nn.ModuleList(nn.LayerNorm(hidden) for _ in range(4))
 
     def forward(self, ids: Tensor) -> Tensor:
         """``(B, S)`` to logits ``(B, S, 256)``."""
-        x, mask = self.embedding(ids), nn.Transformer.generate_square_subsequent_mask(ids.shape[1], device=ids.device)
+        x, ahead = self.embedding(ids), torch.ones(2 * ids.shape[1:], dtype=torch.bool, device=ids.device).triu(1)
         for layer, (attention, ffn) in enumerate(zip(self.attention, self.ffn, strict=True)):
             normed = self.norms[2 * layer](x)
-            x = x + attention(normed, normed, normed, attn_mask=mask.to(x.dtype), is_causal=True, need_weights=False)[0]
+            x = x + attention(normed, normed, normed, attn_mask=ahead, need_weights=False)[0]
             x = x + ffn(self.norms[2 * layer + 1](x))
         return self.head(x)
 
@@ -46,16 +46,16 @@ class Model(nn.Module):
 def main() -> None:
     """Train, and save at the end."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--ep-size", type=int, default=1, help="ranks that share experts")
-    parser.add_argument("--zero", type=int, default=2, help="stage")
-    parser.add_argument("--steps", type=int, default=100, help="how many more")
+    for name, default in (("--ep-size", 1), ("--zero", 2), ("--steps", 100), ("--local_rank", 0)):
+        parser.add_argument(name, type=int, default=default)
     parser.add_argument("--save", help="folder for checkpoints")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # of DeepSpeed's launcher
     given = parser.parse_args()
     torch.manual_seed(0)  # alike on every rank
     on_gpu = torch.cuda.is_available()
     config = {
-        **{"train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 2, "gradient_clipping": 1.0},
+        "train_micro_batch_size_per_gpu": 8,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 1.0,
         "bf16": {"enabled": on_gpu},
         "zero_optimization": {"stage": given.zero},
         "optimizer": {"type": "AdamW", "params": {"lr": 2e-3, "torch_adam": not on_gpu}},
@@ -63,13 +63,12 @@ def main() -> None:
     engine, *_ = initialize(model=Model(64, given.ep_size), config=config)
     if given.save and Path(given.save, "latest").exists():
         engine.load_checkpoint(given.save)
-    text = b"".join(file.read_bytes() for file in sorted(Path(os.__file__).parent.glob("*.py")))
-    data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    text = bytearray().join(file.read_bytes() for file in sorted(Path(os.__file__).parent.glob("*.py")))
+    data = torch.frombuffer(text, dtype=torch.uint8)
     for micro_step in range(2 * engine.global_steps, 2 * (engine.global_steps + given.steps)):
         own = torch.Generator().manual_seed(micro_step * engine.world_size + engine.global_rank)  # every rank its own
-        starts = torch.randint(len(data) - 65, (8,), generator=own)
-        rows = torch.stack([data[start : start + 65] for start in starts.tolist()]).long().to(engine.device)
-        loss = F.cross_entropy(engine(rows[:, :-1]).float().flatten(0, 1), rows[:, 1:].flatten())
+        rows = data.unfold(0, 65, 1)[torch.randint(len(data) - 65, (8,), generator=own)].long().to(engine.device)
+        loss = nn.functional.cross_entropy(engine(rows[:, :-1]).float().flatten(0, 1), rows[:, 1:].flatten())
         engine.backward(loss + dmoe.aux_loss(engine.module))
         engine.step()
         if micro_step % 10 == 9 and engine.global_rank == 0:

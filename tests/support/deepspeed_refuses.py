@@ -75,10 +75,12 @@ def sentences(out: Path) -> dict[str, str]:
         "a target that is there": lambda: to_universal(saved / "universal/ckpt/global_step3", saved),
         "a checkpoint without ZeRO": lambda: to_universal(saved / "ZeRO 0, saved/ckpt/global_step3", out / "universal"),
     }
-    if world > 2:
+    if world > 2:  # what two ranks cannot show
         mine = across[dist.get_rank() % (world // 2)]
-        attempts["other ranks"] = lambda: prepare(layer(ep_group=mine), zero(2))
-        attempts["another layout"] = lambda: expert_parallel_group(2, use_data_before_expert_parallelism=True)
+        attempts = {
+            "other ranks": lambda: prepare(layer(ep_group=mine), zero(2)),
+            "another layout": lambda: expert_parallel_group(2, use_data_before_expert_parallelism=True),
+        }
     told = {}
     for name, attempt in attempts.items():
         try:

@@ -1,8 +1,7 @@
-"""``python deepspeed_starts.py SCRIPT ...``: the script as by itself, with a DeepSpeed that compiles nothing."""
+"""How tests start DeepSpeed: compiling nothing."""
 
 from __future__ import annotations
 
-import runpy
 import sys
 
 
@@ -14,9 +13,3 @@ def without_compiling() -> None:
 
     # Shared memory between ranks, which it would compile first. By its globals: `deepspeed.comm.torch` is PyTorch.
     TorchBackend.__init__.__globals__["build_shm_op"] = lambda: None
-
-
-if __name__ == "__main__":
-    without_compiling()
-    sys.argv = sys.argv[1:]
-    runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,14 +1,16 @@
-"""DeepSpeed's engine trains a small model with dmoe's layers: run by ranks with the usual variables.
+"""DeepSpeed's engine trains a small model with dmoe's layers, on 2, 4 and 1 ranks of this machine.
 
-    python deepspeed_trains.py OUT
+    python deepspeed_trains.py OUT EXAMPLE
 
-``OUT/W`` gets ``rank{r}.pt``, what each of W ranks found in every case of theirs, and what cases save.
+``OUT/W`` gets ``rank{r}.pt``, what each of W ranks found in every case of theirs, and what cases save. Two ranks run
+the script EXAMPLE as well, which saves into ``OUT/example``.
 """
 
 from __future__ import annotations
 
 import datetime
 import os
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,15 +20,21 @@ import torch
 import torch.distributed as dist
 from deepspeed_starts import without_compiling
 from patience import PATIENCE
+from torch import multiprocessing
 
 import dmoe
 
 
-def main(out: Path) -> None:
-    without_compiling()
+def main(out: Path, example: str) -> None:
+    without_compiling()  # once: ranks are forks of this process, as to import it takes longer than most cases
+    for world in cases.CASES:
+        multiprocessing.start_processes(one_rank, (world, out, example), nprocs=world, start_method="fork")
+
+
+def one_rank(rank: int, world: int, out: Path, example: str) -> None:
     import deepspeed
 
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     dist.init_process_group(
         "gloo",
         init_method=f"file://{out}/store{world}",
@@ -44,6 +52,10 @@ def main(out: Path) -> None:
 
         found["refused"] = deepspeed_refuses.sentences(out)
     torch.save(found, out / str(world) / f"rank{rank}.pt")
+    if world == 2:
+        sys.argv = [example, "--ep-size", "2", "--steps", "10", "--save", str(out / "example")]
+        runpy.run_path(example, run_name="__main__")
+    dist.barrier()  # nobody leaves while others wait
 
 
 def run(out: Path, name: str, case: cases.Case) -> dict[str, Any]:
@@ -132,4 +144,4 @@ def result(engine: Any, told: tuple[list, ...]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])
