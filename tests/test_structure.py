@@ -219,6 +219,7 @@ TESTED = {
     "megatron": "integrations/megatron",
     "fairseq": "integrations/fairseq_moe",
     "transformers": "integrations/transformers",
+    "deepspeed": "integrations/deepspeed",
     "examples": "examples",
     "benchmarks": "benchmarks",
 }

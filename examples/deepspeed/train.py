@@ -28,9 +28,8 @@ class Model(nn.Module):
         moe = dmoe.MoEConfig(hidden_size=hidden, ffn_hidden_size=2 * hidden, num_experts=8, top_k=2)
         self.embedding, self.head = nn.Embedding(256, hidden), nn.Linear(hidden, 256)
         self.attention = nn.ModuleList(nn.MultiheadAttention(hidden, 4, batch_first=True) for _ in range(2))
-        self.ffn = nn.ModuleList(
-            dmoe.MoE(moe, ep_group=expert_parallel_group(ep_size), dtensor=False) for _ in range(2)
-        )
+        group = expert_parallel_group(ep_size)
+        self.ffn = nn.ModuleList(dmoe.MoE(moe, ep_group=group, dtensor=False) for _ in range(2))
         self.norms = nn.ModuleList(nn.LayerNorm(hidden) for _ in range(4))
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -51,14 +50,13 @@ def main() -> None:
     parser.add_argument("--save", help="folder for checkpoints")
     given = parser.parse_args()
     torch.manual_seed(0)  # alike on every rank
-    on_gpu = torch.cuda.is_available()
     config = {
         "train_micro_batch_size_per_gpu": 8,
         "gradient_accumulation_steps": 2,
         "gradient_clipping": 1.0,
-        "bf16": {"enabled": on_gpu},
+        "bf16": {"enabled": torch.cuda.is_available()},
         "zero_optimization": {"stage": given.zero},
-        "optimizer": {"type": "AdamW", "params": {"lr": 2e-3, "torch_adam": not on_gpu}},
+        "optimizer": {"type": "AdamW", "params": {"lr": 2e-3, "torch_adam": True}},
     }
     engine, *_ = initialize(model=Model(64, given.ep_size), config=config)
     if given.save and Path(given.save, "latest").exists():

@@ -8,9 +8,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch.distributed as dist
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import set_z3_leaf_module
 from torch import nn
 
@@ -70,7 +72,7 @@ def prepare(model: nn.Module, config: Mapping[str, Any] | str | Path) -> dict[st
         if stage < 3:
             _become_deepspeeds(layer, mixture, ep_size)
         else:
-            _prepare_for_zero3(layer, mixture, ep_size)
+            _prepare_for_zero3(name, layer, mixture, ep_size)
     return {**settings, "dmoe": told}
 
 
@@ -156,8 +158,13 @@ def _class_of_both(own: Any, deepspeeds: Any) -> Any:
     return type(own.__name__, (own, deepspeeds), {"__module__": own.__module__})
 
 
-def _prepare_for_zero3(layer: nn.Module, mixture: dmoe.MoE, ep_size: int) -> None:
+def _prepare_for_zero3(where: str, layer: nn.Module, mixture: dmoe.MoE, ep_size: int) -> None:
     """Gathered as a whole, and as DeepSpeed's own expert parallelism (AutoEP) marks experts for ZeRO 3."""
+    if ep_size > 1 and not hasattr(DeepSpeedEngine, "_resolve_zero3_param_placement"):
+        raise ValueError(
+            f"prepare: {where}: expected ZeRO 0, 1 or 2 for experts that ranks share, or a DeepSpeed (0.19.8) that can "
+            f"cut them over the ranks that hold the same ones, got ZeRO 3 and DeepSpeed {deepspeed.__version__}"
+        )
     set_z3_leaf_module(layer, True)  # what its parts give each other is more than tensors, which ZeRO 3 looks for
     name = group_name(ep_size)
     for parameter in mixture.experts.parameters() if ep_size > 1 else ():

@@ -32,6 +32,7 @@ class Case:
         own: what the optimizer is: the engine's, or one that is given.
         resume: whether another engine, of other values, goes on in the middle with what the first one saved.
         load: what another case saved, at whose third step this one begins.
+        weights: whether weights are all that is loaded, and no step follows.
         overflow: the step in which an expert of the last rank has an infinite gradient.
         compat: whether the layers are those of ``dmoe.compat.deepspeed``.
     """
@@ -47,6 +48,7 @@ class Case:
     own: bool = False
     resume: bool = False
     load: str = ""
+    weights: bool = False
     overflow: int = -1
     compat: bool = False
 
@@ -87,6 +89,7 @@ CASES: dict[int, dict[str, Case]] = {  # by the number of ranks, in the order in
     1: {
         "ZeRO 2": Case({"stage": 2}, **_FULL),
         "files of 2 ranks": Case({"stage": 0}, load="2/ZeRO 0, not shared"),
+        "weights of 2 ranks": Case({"stage": 1}, load="2/ZeRO 2, saved", weights=True),
         "universal of 4 ranks": Case({"stage": 2}, optimizer=ADAMW, config=_UNIVERSAL, load="4/universal"),
     },
 }

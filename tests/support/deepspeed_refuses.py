@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed_cases as cases
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -52,6 +53,11 @@ def sentences(out: Path) -> dict[str, str]:
         model = layer()
         initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), config=zero(1))
 
+    def an_older_deepspeed() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delattr(deepspeed.DeepSpeedEngine, "_resolve_zero3_param_placement")
+            prepare(layer(), zero(3))
+
     world = dist.get_world_size()
     saved = out / "2"
     across = [dist.new_group(list(range(first, world, world // 2))) for first in range(world // 2)]
@@ -65,6 +71,7 @@ def sentences(out: Path) -> dict[str, str]:
         "fp16 without ZeRO": lambda: prepare(layer(), {**CONFIG, "fp16": {"enabled": True}}),
         "a pipeline": lambda: prepare(PipelineModule([nn.Linear(2, 2)], num_stages=1), zero(1)),
         "zero.Init": inside_zero_init,
+        "an older DeepSpeed": an_older_deepspeed,
         "no divisor": lambda: expert_parallel_group(3),
         "no model": lambda: initialize(config=zero(1)),
         "no config": lambda: initialize(model=layer()),

@@ -3,7 +3,7 @@
     python deepspeed_trains.py OUT EXAMPLE
 
 ``OUT/W`` gets ``rank{r}.pt``, what each of W ranks found in every case of theirs, and what cases save. Two ranks run
-the script EXAMPLE as well, which saves into ``OUT/example``.
+the script EXAMPLE as well, which saves into ``OUT/example``, and what the page on DeepSpeed shows.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import deepspeed_cases as cases
 import torch
 import torch.distributed as dist
 from deepspeed_starts import without_compiling
+from doc_blocks import run_page
 from patience import PATIENCE
 from torch import multiprocessing
 
@@ -55,6 +56,8 @@ def one_rank(rank: int, world: int, out: Path, example: str) -> None:
     if world == 2:
         sys.argv = [example, "--ep-size", "2", "--steps", "10", "--save", str(out / "example")]
         runpy.run_path(example, run_name="__main__")
+        os.chdir(out)
+        run_page("deepspeed.md")
     dist.barrier()  # nobody leaves while others wait
 
 
@@ -64,7 +67,10 @@ def run(out: Path, name: str, case: cases.Case) -> dict[str, Any]:
     engine = engine_of(case, seed=99 if case.load else 7)
     if case.load:
         theirs = "universal" if "checkpoint" in case.config else "ckpt"
-        assert engine.load_checkpoint(str(out / case.load / theirs))[0] is not None
+        path, _ = engine.load_checkpoint(str(out / case.load / theirs), load_optimizer_states=not case.weights)
+        assert path is not None
+        if case.weights:
+            return result(engine, ([], [], []))
         return result(engine, train(engine, case, range(middle, cases.STEPS)))
     if not case.resume:
         return result(engine, train(engine, case, range(cases.STEPS)))
