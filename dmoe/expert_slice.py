@@ -71,13 +71,15 @@ class ExpertSlice:
         here = local_part(parameter.detach())
         if hasattr(value, "to_local"):
             return value
+        if value.shape == here.shape:  # also where ZeRO 3 has left nothing of either
+            return self.distributed(value.contiguous(), shard_dim)
         whole = list(here.shape)
         whole[0] = self.num_experts
         if shard_dim is not None:
             whole[shard_dim] *= self.num_shards
-        if list(value.shape) == whole:
-            value = self.cut(value, shard_dim)
-        return self.distributed(value.contiguous(), shard_dim) if value.shape == here.shape else value
+        if list(value.shape) != whole:
+            return value
+        return self.distributed(self.cut(value, shard_dim).contiguous(), shard_dim)
 
     def cut(self, value: Tensor, shard_dim: int | None) -> Tensor:
         """This rank's part of a whole parameter ``(E, ...)`` of equally wide experts, as a view."""

@@ -241,6 +241,14 @@ class Experts(nn.Module):
             adapters = adapters if several else adapters[0]
         return {"adapters": adapters, "adapter_ids": adapter_ids}
 
+    def set_grad_scale(self, scale: float) -> None:
+        """Multiply the gradients of experts that ranks share by this from now on, as where a framework divides them.
+
+        Args:
+            scale: 1 leaves the sum over the tokens of all ranks that share them, each rank's loss counted whole.
+        """
+        self.owned = replace(self.owned, grad_scale=scale)
+
     def in_parts(self, count: int) -> list[ExpertWeights]:
         """The weights at work in ``count`` groups of consecutive experts, for :meth:`forward` one by one.
 

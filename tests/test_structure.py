@@ -229,6 +229,7 @@ TESTED = {
     "lightning": "integrations/lightning",
     "accelerate": "integrations/accelerate",
     "torchtitan": "integrations/torchtitan",
+    "deepspeed": "integrations/deepspeed",
     "examples": "examples",
     "benchmarks": "benchmarks",
 }

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
+from deepspeed_starts import without_compiling
 from patience import PATIENCE
 from torch import nn
 
@@ -66,12 +67,9 @@ class Model(nn.Module):
 
 
 def main(out: Path, cases: list[str]) -> None:
-    sys.modules["fairseq"] = None  # which DeepSpeed looks for, and which not every Python can import
+    without_compiling()
     import deepspeed
-    from deepspeed.comm.torch import TorchBackend
 
-    # Shared memory between ranks, which it would compile first. By its globals: `deepspeed.comm.torch` is PyTorch.
-    TorchBackend.__init__.__globals__["build_shm_op"] = lambda: None
     torch.distributed.init_process_group(
         "gloo",
         init_method=f"file://{out}/store",

@@ -9,6 +9,7 @@ file in ``DIR``, or in ``DIR/TAG``                  what it holds
 ``expert_{e}_mp_rank_00_model_states.pt``           the same of all layers (DeepSpeed's first versions)
 ==================================================  ================================================================
 
+Where the layers are dmoe's own (``dmoe.integrations.deepspeed``), their configs stand in ``ds_config`` under ``dmoe``.
 A layer ``X`` has ``X.deepspeed_moe.gate.wg.weight`` and ``X.deepspeed_moe.experts.deepspeed_experts.{e}.``, behind
 which the names are those of the user's own expert; ``X.mlp`` and ``X.coefficient`` beside them make it
 :class:`dmoe.ResidualMoE`, whose mixture is ``X.moe``. Layers of AutoEP have ``X.experts.w1.{e}``, ``w3``, ``w2``.
@@ -24,15 +25,15 @@ from typing import Any
 from dmoe.checkpoint.bank import from_dmoe
 from dmoe.checkpoint.formats.base import Options, as_asked
 from dmoe.checkpoint.formats.deepspeed_names import (
+    DMOES_NAMES,
     GATE,
     KEY,
-    KNOWN,
     OF_EXPERT,
-    ExpertNames,
     layout_again,
     layout_for,
     remember,
 )
+from dmoe.checkpoint.formats.dmoe_files import config_again
 from dmoe.checkpoint.formats.megatron_deepspeed import MEGATRON_DEEPSPEED
 from dmoe.checkpoint.formats.megatron_files import LATEST, tagged_folder
 from dmoe.checkpoint.formats.rank_contents import ENDINGS, OPTIMIZERS, Content, expanded
@@ -106,7 +107,8 @@ class DeepSpeed:
         layout = layout_for(tensors, str(folder))
         _refuse_missing(folder, tensors)
         ordered = _in_order(tensors)
-        model = self._of_ranks(layout).of_states([dense[0]], [ordered], content.beside, options)
+        told = _configs(content.beside, str(dense[0]))
+        model = self._of_ranks(layout).of_states([dense[0]], [ordered], content.beside, options, told)
         model.beside = {"ranks": [content.beside], "values": {}}
         about = {"folder": True, "old": old, "key": key, "tag": folder.name if folder != source else None}
         return remember(model, layout, about)
@@ -170,10 +172,23 @@ class DeepSpeed:
         return found
 
 
+def _configs(beside: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """By prefix, what makes the config of each of dmoe's layers: it stands in DeepSpeed's config.
+
+    Layers that :class:`dmoe.ResidualMoE` has inside have their own prefix here, as in the files of DeepSpeed's engine.
+    """
+    told: Any = beside
+    for key in ("ds_config", "dmoe", "layers"):
+        told = told.get(key) if isinstance(told, Mapping) else None
+    if not isinstance(told, Mapping):
+        return {}
+    return {prefix: config_again(values, where) for prefix, values in told.items() if values is not None}
+
+
 def _fresh(model: Model) -> Layout:
     """Names for experts that come from elsewhere: Megatron's, or Mixtral's where they are gated."""
     gated = any(name.endswith("experts.gate_up_proj") for name in model.tensors)
-    return (ExpertNames(("w1", "w3"), "w2") if gated else ExpertNames(*KNOWN[0])).layout()
+    return DMOES_NAMES[gated].layout()
 
 
 def folder_of(source: Path) -> Path:

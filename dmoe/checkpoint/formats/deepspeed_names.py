@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dmoe.checkpoint.formats.dmoe_layers import ROUTER, shared_rows
 from dmoe.checkpoint.layers import Layout, Row
 from dmoe.checkpoint.maps import PAIR, SAME
 from dmoe.checkpoint.model import Model
@@ -31,6 +32,8 @@ KNOWN: tuple[tuple[tuple[str, ...], str], ...] = (
     (("up",), "down"),
 )
 AUTO = "AutoEP"
+DMOES = "dmoe"
+_START = "deepspeed_moe.experts.deepspeed_experts.{e}."
 
 
 @dataclass(frozen=True)
@@ -40,19 +43,40 @@ class ExpertNames:
     up: tuple[str, ...]
     down: str
 
-    def layout(self) -> Layout:
-        """The table for experts with these names."""
-        start = "deepspeed_moe.experts.deepspeed_experts.{e}."
+    def rows(self, gated: bool | None = None) -> list[Row]:
+        """The rows of experts with these names; ``gated``: see :class:`Row`."""
         kinds = [("up", self.up), ("down", (self.down,))]
-        rows = [
-            Row(field + end, tuple(f"{start}{name}.{kind}" for name in names), PAIR if len(names) > 1 else SAME)
+        return [
+            Row(
+                field + end,
+                tuple(f"{_START}{name}.{kind}" for name in names),
+                PAIR if len(names) > 1 else SAME,
+                gated=gated,
+            )
             for field, names in kinds
             for end, kind in (("", "weight"), ("_bias", "bias"))
         ]
+
+    def layout(self) -> Layout:
+        """The table for experts with these names."""
         router = Row("router.weight", (GATE,))
-        return Layout("/".join((*self.up, self.down)), (router, *rows), inside=("deepspeed_moe.experts.",))
+        return Layout("/".join((*self.up, self.down)), (router, *self.rows()), inside=("deepspeed_moe.experts.",))
 
 
+# dmoe's own layers, where DeepSpeed's engine saves them: gated ones and others side by side, and all they have beside.
+DMOES_NAMES = {True: ExpertNames(("w1", "w3"), "w2"), False: ExpertNames(*KNOWN[0])}
+DMOES_LAYOUT = Layout(
+    DMOES,
+    (
+        Row("router.weight", (GATE,)),
+        *(Row(f"router.{name}", (f"deepspeed_moe.gate.{name}",)) for name in ROUTER if name != "weight"),
+        *(row for gated, names in DMOES_NAMES.items() for row in names.rows(gated)),
+        *shared_rows("deepspeed_moe.shared."),
+    ),
+    inside=("deepspeed_moe.experts.",),
+    routerless=True,
+)
+_DMOES = re.compile(rf"(?:.*\.)?deepspeed_moe\.(?:shared\..+|gate\.(?:{'|'.join(ROUTER)}))")
 AUTO_EP = Layout(
     AUTO,
     (
@@ -71,6 +95,9 @@ def layout_for(tensors: Mapping[str, Stored], where: str) -> Layout:
     """
     found = dict.fromkeys(m[1] for name, t in tensors.items() if len(t.shape) == 2 and (m := OF_EXPERT.fullmatch(name)))
     names = list(found)
+    both = {name for each in DMOES_NAMES.values() for name in (*each.up, each.down)}
+    if both.issuperset(names) and (len(names) == len(both) or any(_DMOES.fullmatch(name) for name in tensors)):
+        return DMOES_LAYOUT
     for up, down in KNOWN:
         if set(names) == {*up, down}:
             return ExpertNames(up, down).layout()
@@ -97,11 +124,14 @@ def remember(model: Model, layout: Layout, about: Mapping[str, Any]) -> Model:
     up = next(row for row in layout.rows if row.field == "up")
     down = next(row for row in layout.rows if row.field == "down")
     last = [name.split("{e}.")[-1].removesuffix(".weight") for name in (*up.theirs, *down.theirs)]
-    model.origin |= {**about, "experts": AUTO if layout.name == AUTO else last}
+    model.origin |= {**about, "experts": layout.name if layout.name in _WHOLE else last}
     return model
 
 
 def layout_again(origin: Mapping[str, Any]) -> Layout:
     """The table that a model was read by."""
     names: Any = origin["experts"]
-    return AUTO_EP if names == AUTO else ExpertNames(tuple(names[:-1]), names[-1]).layout()
+    return _WHOLE[names] if isinstance(names, str) else ExpertNames(tuple(names[:-1]), names[-1]).layout()
+
+
+_WHOLE = {AUTO: AUTO_EP, DMOES: DMOES_LAYOUT}  # tables that need no names beside

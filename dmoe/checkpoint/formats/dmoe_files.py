@@ -164,12 +164,12 @@ def _with(model: Model, told: Any, where: str) -> Model:
             raise ValueError(f"{where}: expected tensors of the layer {prefix.removesuffix('.')}, got none")
         model.layers[prefix] = None
         if values is not None:
-            model.set_config(prefix, _again(values, where), {})
+            model.set_config(prefix, config_again(values, where), {})
     return model
 
 
-def _again(values: Any, where: str) -> Any:
-    """Builds the config that a file holds, which has to be the one of its tensors."""
+def config_again(values: Any, where: str) -> Any:
+    """Builds the config that a file holds, which has to be the one of its tensors, for :meth:`Model.set_config`."""
 
     def build(**facts: Any) -> MoEConfig:
         try:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dmoe.checkpoint.layers import Layout, Row
 from dmoe.checkpoint.maps import ROW, SAME, TWO
 
-_ROUTER = ("weight", "bias", "selection_bias", "qb_beta", "projection", "projection_bias", "log_scale")
-_SHARED = "shared_expert.mlp."
+ROUTER = ("weight", "bias", "selection_bias", "qb_beta", "projection", "projection_bias", "log_scale")
 
 
 def expert_rows(*prefixes: str) -> tuple[Row, ...]:
@@ -26,19 +25,27 @@ def expert_rows(*prefixes: str) -> tuple[Row, ...]:
     )
 
 
+def shared_rows(prefix: str) -> tuple[Row, ...]:
+    """The rows of dmoe's shared expert, behind a prefix."""
+    mlp = f"{prefix}mlp."
+    return (
+        Row("shared_up", (f"{mlp}gate_up_proj",), ROW.after(TWO), gated=True),
+        Row("shared_up", (f"{mlp}up_proj",), ROW, gated=False),
+        Row("shared_up_bias", (f"{mlp}gate_up_bias",), ROW.after(TWO), gated=True),
+        Row("shared_up_bias", (f"{mlp}up_bias",), ROW, gated=False),
+        Row("shared_down", (f"{mlp}down_proj",), ROW),
+        Row("shared_down_bias", (f"{mlp}down_bias",), ROW),
+        Row("shared_gate", (f"{prefix}gate.weight",)),
+    )
+
+
 LAYOUT = Layout(
     "dmoe",
     (
-        *(Row(f"router.{name}", (f"router.{name}",)) for name in _ROUTER),
+        *(Row(f"router.{name}", (f"router.{name}",)) for name in ROUTER),
         *expert_rows("experts."),
         Row("output_bias", ("output_bias",)),
-        Row("shared_up", (f"{_SHARED}gate_up_proj",), ROW.after(TWO), gated=True),
-        Row("shared_up", (f"{_SHARED}up_proj",), ROW, gated=False),
-        Row("shared_up_bias", (f"{_SHARED}gate_up_bias",), ROW.after(TWO), gated=True),
-        Row("shared_up_bias", (f"{_SHARED}up_bias",), ROW, gated=False),
-        Row("shared_down", (f"{_SHARED}down_proj",), ROW),
-        Row("shared_down_bias", (f"{_SHARED}down_bias",), ROW),
-        Row("shared_gate", ("shared_expert.gate.weight",)),
+        *shared_rows("shared_expert."),
     ),
     sliceable=True,
     routerless=True,

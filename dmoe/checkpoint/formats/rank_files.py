@@ -111,6 +111,7 @@ class RankFiles:
         states: Sequence[Mapping[str, Stored]],
         beside: Mapping[str, Any],
         options: Options,
+        told: Mapping[str, Callable[..., MoEConfig]] | None = None,
     ) -> Model:
         """The model of the tensors of each rank.
 
@@ -119,6 +120,7 @@ class RankFiles:
             states: tensors by name.
             beside: what else stands in the first file.
             options: of the user.
+            told: by prefix, what makes the config of a layer whose options stand in the files.
 
         Raises:
             ValueError: layers that are not whole, or ranks that do not belong together.
@@ -145,9 +147,12 @@ class RankFiles:
         for file, state, owned in zip(files, states, owners, strict=True):
             if more := [name for name in state if name not in states[0] and name not in owned]:
                 raise ValueError(f"{file}: {more[0]}: expected tensors that {files[0]} has as well, got this one")
+        told = told or {}
         for prefix in model.layers:
-            model.set_config(prefix, partial(self.config, beside), options.settings)
-        self._say_what_is_assumed(model, options)
+            by_default = partial(self.config, beside)
+            model.set_config(prefix, told.get(prefix, by_default), {} if prefix in told else options.settings)
+        if model.layers.keys() - told.keys():
+            self._say_what_is_assumed(model, options)
         return model
 
     def _keep(self, model: Model, tensors: Mapping[str, Stored], file: Path) -> None:
