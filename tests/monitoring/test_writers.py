@@ -153,3 +153,11 @@ def test_the_heat_map_is_blue_below_an_even_load_and_orange_above():
     assert colour(8) == colour(1000) == (140, 45, 4)
     assert colour(2)[0] > colour(2)[2]
     assert colour(0.5)[0] < colour(0.5)[2]
+
+
+def test_a_folder_that_cannot_be_made_leaves_no_hooks(tmp_path):
+    (tmp_path / "file").write_text("")
+    layer = dmoe.MoE(**FIELDS, num_experts=4)
+    with pytest.raises(OSError, match="file"):
+        dmoe.monitor(layer, tmp_path / "file" / "run").start()
+    assert not layer._forward_hooks
