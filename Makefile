@@ -77,7 +77,6 @@ $(VENV)/deepspeed: $(VENV)/ready
 		pydantic pydantic-core annotated-types typing-inspection typing-extensions
 	touch $@
 
-# A browser, to look at the report in. Where there is none to be had the folder stays empty, and that test is skipped.
+# A browser, to look at the report in. Where none is to be had there is no such folder, and that test is skipped.
 $(VENV)/browser: tests/support/browser.sh | $(VENV)/ready
 	tests/support/browser.sh $@
-	touch $@
