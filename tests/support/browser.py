@@ -8,14 +8,14 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 from patience import PATIENCE
 
-ROOT = Path(__file__).resolve().parents[2]
-OURS = ROOT / ".venv" / "browser"  # what `make .venv/browser` unpacks
+OURS = Path(sys.prefix) / "browser"  # what `make .venv/browser` unpacks
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome", "chromium-headless-shell")
 FLAGS = (
     "--headless",
@@ -65,6 +65,7 @@ class Browser:
         self._process = subprocess.Popen(
             [command, *FLAGS, f"--user-data-dir={self._profile.name}/profile", "about:blank"],
             env=environment,
+            cwd=self._profile.name,  # where fontconfig puts its cache
             preexec_fn=as_3_and_4,
             close_fds=False,
             stdout=subprocess.DEVNULL,
