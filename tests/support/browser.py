@@ -50,7 +50,7 @@ class Browser:
 
     def __init__(self, command):
         self._profile = tempfile.TemporaryDirectory()
-        environment = {**os.environ, "HOME": self._profile.name}
+        environment = {**os.environ, "HOME": self._profile.name, "XDG_CACHE_HOME": self._profile.name}
         libraries = Path(command).parent / "lib"
         if Path(command).parent == OURS:
             environment |= {"LD_LIBRARY_PATH": str(libraries), "FONTCONFIG_PATH": str(OURS)}
@@ -65,7 +65,6 @@ class Browser:
         self._process = subprocess.Popen(
             [command, *FLAGS, f"--user-data-dir={self._profile.name}/profile", "about:blank"],
             env=environment,
-            cwd=self._profile.name,  # where fontconfig puts its cache
             preexec_fn=as_3_and_4,
             close_fds=False,
             stdout=subprocess.DEVNULL,
