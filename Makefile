@@ -17,8 +17,8 @@ test: check fairseq $(VENV)/deepspeed $(VENV)/browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist loadgroup $(PYTEST_FLAGS)
 
 # Frameworks that `make test` does not install: a test without its framework is skipped there.
-test-frameworks: $(VENV)/torchtitan
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/torchtitan $(PYTEST_FLAGS)
+test-frameworks: $(VENV)/torchtitan $(VENV)/optimizers
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/torchtitan tests/parallel/test_optim.py $(PYTEST_FLAGS)
 
 # The newest megatron-core, which needs Python 3.12 to be installed, from its unzipped wheel.
 test-megatron-0.19: $(VENV)/ready
@@ -83,7 +83,12 @@ $(VENV)/deepspeed: $(VENV)/ready
 
 # What it says it needs besides (wandb, torch_checkpointing, einops, Pillow) is imported by parts that are not used here.
 $(VENV)/torchtitan: $(VENV)/ready
-	$(PIP) --no-deps --target $@ torchtitan spmd-types torchdata tyro docstring-parser typeguard tensorboard absl-py protobuf
+	$(PIP) --no-deps --target $@ torchtitan spmd-types torchdata tyro docstring-parser typeguard
+	touch $@
+
+# 8-bit optimizers: 120 MB that nothing else needs.
+$(VENV)/optimizers: $(VENV)/ready
+	$(PIP) --no-deps --target $@ bitsandbytes torchao
 	touch $@
 
 # A browser, to look at the report in. Where none is to be had there is no such folder, and that test is skipped.

@@ -132,3 +132,23 @@ def test_parts_of_matrices_are_named(ranks):
     for told in ranks.run(jobs.cut_matrices):
         assert "or of which ranks share each expert's F" in told[0]
         assert "with FSDP2 let no more ranks hold the same experts than there are experts on one" in told[1]
+
+
+@pytest.mark.parametrize("name", ["bitsandbytes", "torchao"])
+def test_eight_bit_adam_on_ranks_is_that_of_one_process(ranks, name):
+    """The packages themselves, which `make test-frameworks` installs beside the others."""
+    jobs.eight_bit(name)  # skips where it is not there
+    torch.manual_seed(7)
+    batches = [[[torch.randint(12, (2, 5))] for _ in range(4)] for _ in range(4)]
+    fields = {**jobs.FIELDS, "hidden_size": 32, "ffn_hidden_size": 16}
+    model = jobs.Model(fields, torch.float32)
+    optimizer = jobs.eight_bit(name)(model.parameters())
+    together = [[torch.cat([part for (part,) in step])] for step in batches]
+    jobs.take_steps(model, optimizer, together, lambda m, n: torch.zeros(()))
+    state = optimizer.state[model.blocks[0].moe.experts.down_proj]
+    results = ranks.run(jobs.train_in_eight_bits, name, fields, batches)
+    for values, dtypes in results:
+        assert torch.uint8 in dtypes.values() or name == "torchao"
+        assert dtypes == {key: value.dtype for key, value in state.items() if torch.is_tensor(value)}
+        for n, value in model.state_dict().items():
+            close(n, values[n], value, 1e-5)

@@ -19,7 +19,7 @@ LAYOUTS = [
 ]
 
 
-def batches_for(world, steps=3, micro=2):
+def batches_for(world, steps=6, micro=2):
     torch.manual_seed(7)
     return [[[torch.randint(12, (2, 5)) for _ in range(micro)] for _ in range(world)] for _ in range(steps)]
 

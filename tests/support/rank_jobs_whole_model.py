@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import io
 import sys
+from functools import partial
+from pathlib import Path
 from unittest.mock import patch
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -328,3 +332,27 @@ def example(group, name, arguments):
         spec.loader.exec_module(module)
         module.main()
     return printed.getvalue()
+
+
+def eight_bit(name):
+    """What makes an 8-bit AdamW of parameters, by a package that is not in the test extra."""
+    folder = str(Path(sys.prefix) / "optimizers")  # `make .venv/optimizers`
+    if folder not in sys.path:
+        sys.path.append(folder)
+    package = pytest.importorskip(f"{name}.optim", reason=f"{name} is not installed: make .venv/optimizers")
+    options = {"min_8bit_size": 1} if name == "bitsandbytes" else {"block_size": 16}
+    return lambda parameters: PerMatrix(parameters, partial(package.AdamW8bit, **options), lr=1e-2)
+
+
+def train_in_eight_bits(group, name, fields, batches):
+    """Four steps, with a state that is saved and loaded in between; what the down projection's state is made of."""
+    model = parallelize(Model(fields, torch.float32), mesh_of(ep=4), data="ddp")
+    optimizer = eight_bit(name)(model.parameters())
+    mine = [step[dist.get_rank(group)] for step in batches]
+    take_steps(model, optimizer, mine[:2], lambda m, n: torch.zeros(()))
+    state = copy.deepcopy(optimizer.state_dict())
+    optimizer = eight_bit(name)(model.parameters())
+    optimizer.load_state_dict(state)
+    take_steps(model, optimizer, mine[2:], lambda m, n: torch.zeros(()))
+    of_down = optimizer.state[model.module.blocks[0].moe.experts.down_proj]
+    return values_of(model), {key: value.dtype for key, value in of_down.items() if torch.is_tensor(value)}
