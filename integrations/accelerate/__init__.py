@@ -13,21 +13,10 @@ Names are found when they are asked for: importing this imports no Accelerate.
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from dmoe.integrations.on_demand import on_demand
 
 _HOME = {"parallelize": "parallel", "teach": "accelerator"}
 
 __all__ = sorted(_HOME)
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = on_demand(__name__, _HOME)

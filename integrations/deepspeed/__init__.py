@@ -13,7 +13,8 @@ Names are found when they are asked for: importing this imports no DeepSpeed.
 from __future__ import annotations
 
 import importlib
-from typing import Any
+
+from dmoe.integrations.on_demand import on_demand
 
 _HOME = {
     "complete": "engine",
@@ -27,9 +28,7 @@ _HOME = {
 __all__ = sorted(_HOME)
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def _needs_deepspeed(name: str) -> None:
     try:
         importlib.import_module("deepspeed")
     except ModuleNotFoundError as error:
@@ -39,10 +38,6 @@ def __getattr__(name: str) -> Any:
             f"dmoe.integrations.deepspeed: {name}: expected DeepSpeed, which is not installed: "
             "pip install 'dmoe[deepspeed]'"
         ) from error
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
 
 
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = on_demand(__name__, _HOME, _needs_deepspeed)

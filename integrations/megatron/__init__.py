@@ -6,9 +6,9 @@ Names are found when they are asked for; importing this needs megatron-core, and
 from __future__ import annotations
 
 import importlib
-from typing import Any
 
 from dmoe.integrations.megatron.versions import check_version
+from dmoe.integrations.on_demand import on_demand
 
 check_version()
 
@@ -33,17 +33,11 @@ _HOME = {
 __all__ = sorted(_HOME)
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def _refuse_uncarried(name: str) -> None:
+    """For --spec Megatron asks for one here, and 0.16 fails on some options before any layer is built."""
     if name.endswith("_spec"):
-        # For --spec Megatron asks for one here, and 0.16 fails on some options before any layer is built.
         loop = importlib.import_module(f"{__name__}.training_loop")
         loop.refuse_uncarried_args(loop.running_args())
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value  # Megatron's --spec looks into vars(module)
-    return value
 
 
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = on_demand(__name__, _HOME, _refuse_uncarried)

@@ -12,9 +12,7 @@ and checkpoints stay torchtitan's, and what lies between a token's choices and i
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
-
+from dmoe.integrations.on_demand import on_demand
 from dmoe.integrations.torchtitan.versions import check_version
 
 check_version()
@@ -32,14 +30,4 @@ _HOME = {
 
 __all__ = sorted(_HOME)
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = on_demand(__name__, _HOME)

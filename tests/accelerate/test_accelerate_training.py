@@ -9,8 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from parallel_layer_cases import close
-from rank_jobs_by_name import call
-from training_cases import Case, Net, alone, by_hand
+from training_cases import Case, Net, by_hand, on_ranks
 
 pytestmark = pytest.mark.xdist_group("pair")
 CASE = Case()
@@ -18,15 +17,7 @@ CASE = Case()
 
 @pytest.fixture
 def job(pair):
-    """A job of rank_jobs_accelerate on one or two ranks: what each of them ends with."""
-
-    def run(ranks, name, *arguments):
-        if ranks == 2:
-            return pair.run(call, "rank_jobs_accelerate", name, *arguments)
-        with alone():
-            return [call(None, "rank_jobs_accelerate", name, *arguments)]
-
-    return run
+    return on_ranks(pair, "rank_jobs_accelerate")
 
 
 @pytest.fixture(scope="module")

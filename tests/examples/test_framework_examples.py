@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 from patience import PATIENCE
-from rank_jobs_by_name import call
-from training_cases import alone
+from training_cases import on_ranks
 
 pytestmark = pytest.mark.xdist_group("pair")
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,14 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def example(pair):
     """An example on one or two ranks: what its ``main`` gives on each."""
-
-    def run(ranks, name, *arguments):
-        if ranks == 2:
-            return pair.run(call, "rank_jobs_examples", "run", name, arguments)
-        with alone():
-            return [call(None, "rank_jobs_examples", "run", name, arguments)]
-
-    return run
+    run = on_ranks(pair, "rank_jobs_examples")
+    return lambda ranks, name, *arguments: run(ranks, "run", name, arguments)
 
 
 def test_lightning(example, tmp_path):

@@ -9,8 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from parallel_layer_cases import close
-from rank_jobs_by_name import call
-from training_cases import Case, alone, by_hand
+from training_cases import Case, by_hand, on_ranks
 
 pytestmark = pytest.mark.xdist_group("pair")
 CASE = Case()
@@ -19,15 +18,7 @@ ALL_RUNS = [("plain", 2, 2), ("plain", 1, 2), ("fsdp2", 2, 2), ("fsdp2", 1, 2), 
 
 @pytest.fixture
 def job(pair):
-    """A job of rank_jobs_lightning on one or two ranks: what each of them ends with."""
-
-    def run(ranks, name, *arguments):
-        if ranks == 2:
-            return pair.run(call, "rank_jobs_lightning", name, *arguments)
-        with alone():
-            return [call(None, "rank_jobs_lightning", name, *arguments)]
-
-    return run
+    return on_ranks(pair, "rank_jobs_lightning")
 
 
 @pytest.fixture(scope="module")

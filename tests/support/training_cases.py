@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from rank_jobs_by_name import call
 from torch import nn
 
 import dmoe
@@ -130,3 +131,15 @@ def alone():
         finally:
             if dist.is_initialized():  # Accelerate's ``end_training`` ends it, too
                 dist.destroy_process_group()
+
+
+def on_ranks(pair, module):
+    """Runs jobs of a module on two ranks, or in this process as the one rank: what each of them ends with."""
+
+    def run(ranks, name, *arguments):
+        if ranks == 2:
+            return pair.run(call, module, name, *arguments)
+        with alone():
+            return [call(None, module, name, *arguments)]
+
+    return run

@@ -5,23 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from parallel_layer_cases import close
-from rank_jobs_by_name import call
-from training_cases import alone
+from training_cases import on_ranks
 
 pytestmark = pytest.mark.xdist_group("pair")
 
 
 @pytest.fixture
 def job(pair):
-    """A job of rank_jobs_trainer on one or two ranks: what each of them ends with."""
-
-    def run(ranks, name, *arguments):
-        if ranks == 2:
-            return pair.run(call, "rank_jobs_trainer", name, *arguments)
-        with alone():
-            return [call(None, "rank_jobs_trainer", name, *arguments)]
-
-    return run
+    return on_ranks(pair, "rank_jobs_trainer")
 
 
 @pytest.fixture(scope="module")
