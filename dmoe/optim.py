@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,8 +48,9 @@ class PerMatrix(torch.optim.Optimizer):
     def __init__(self, params: Iterable[Any], optimizer: Callable[..., torch.optim.Optimizer], **options: Any) -> None:
         self._units: dict[nn.Parameter, list[nn.Parameter]] = {}
         self.inner: torch.optim.Optimizer | None = None
+        self._make_inner = partial(optimizer, **options)
         super().__init__(params, dict(options))
-        self.inner = optimizer([self._of_inner(group) for group in self.param_groups], **options)
+        self.inner = self._make_inner([self._of_inner(group) for group in self.param_groups])
         self.defaults = dict(self.inner.defaults)
         for outer, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
             outer.update(_options_of(inner))  # with defaults, and as it keeps them: a tensor for lr, say
@@ -61,6 +63,24 @@ class PerMatrix(torch.optim.Optimizer):
             self._units[parameter] = _units_of(parameter)
         if self.inner is not None:
             self.inner.add_param_group(self._of_inner(group))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """With what makes the inner optimizer anew: its matrices and its state are parts of what is here."""
+        marks = [(parameter, _unit_dims(parameter)) for parameter in self._units]
+        return {**super().__getstate__(), "_make_inner": self._make_inner, "marks": marks}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy, or from a file: units are parts of the copy's parameters. (``load_state_dict`` calls this, too.)"""
+        own = {name: value for name, value in state.items() if name != "marks"}
+        super().__setstate__(own)
+        if "marks" not in state:
+            return
+        marks = state["marks"]
+        for parameter, dims in marks:
+            parameter.unit_dims = dims  # a deep copy of a parameter is without its attributes
+        self._units = {parameter: _units_of(parameter) for parameter, _ in marks}
+        self.inner = self._make_inner([self._of_inner(group) for group in self.param_groups])
+        self._share_state()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -93,6 +113,10 @@ class PerMatrix(torch.optim.Optimizer):
         """What ``state_dict()`` gave, also of another number of ranks by ``torch.distributed.checkpoint``."""
         super().load_state_dict(state_dict)
         self._keep_dtypes(state_dict)
+        self._share_state()
+
+    def _share_state(self) -> None:
+        """Let the inner optimizer go on from our state, as parts of it."""
         assert self.inner is not None
         self.inner.state.clear()
         for parameter, units in self._units.items():
@@ -136,7 +160,7 @@ class PerMatrix(torch.optim.Optimizer):
             parts = _of_units(parameter, ours[key], len(units)) if key in ours else []
             if [part.data_ptr() for part in parts] == [value.data_ptr() for value in values]:
                 continue
-            ours[key] = _like_stack(parameter, torch.stack(values))
+            ours[key] = _like_stack(parameter, torch.stack(values)[: _lead_of(parameter).numel()])
             for state, part in zip(states, _of_units(parameter, ours[key], len(units)), strict=True):
                 state[key] = part
 
@@ -164,8 +188,18 @@ def _unit_dims(parameter: Tensor) -> int:
 
 
 def _parts(parameter: Tensor, local: Tensor) -> list[Any]:
-    """The units of what lies here of a parameter, or of a tensor in its shape, as views."""
-    lead = local.dim() - _unit_dims(parameter)
+    """The units of what lies here of a parameter, or of a tensor in its shape, as views; see :func:`_cut`."""
+    return _cut(local, local.dim() - _unit_dims(parameter))
+
+
+def _cut(local: Tensor, lead: int) -> list[Any]:
+    """What the first ``lead`` dimensions count, as views.
+
+    Where FSDP2 has left nothing here it is one of zeros: the inner optimizer keeps state of the same kinds for it as
+    other ranks' do, as ``torch.distributed.checkpoint`` expects.
+    """
+    if not local.shape[:lead].numel():
+        return [local.new_zeros(local.shape[lead:])]
     return [local[index] for index in _indices(local.shape[:lead])]
 
 
@@ -186,7 +220,7 @@ def _units_of(parameter: nn.Parameter) -> list[nn.Parameter]:
 def _follow(parameter: nn.Parameter, units: list[nn.Parameter]) -> None:
     """Where the parameter's memory has been exchanged, by ``to()`` or ``data =``, units become views of the new one."""
     local = local_part(parameter.detach())
-    if units[0].data_ptr() != local.data_ptr():
+    if local.numel() and units[0].data_ptr() != local.data_ptr():
         for unit, part in zip(units, _parts(parameter, local), strict=True):
             unit.data = part
 
@@ -197,8 +231,7 @@ def _of_units(parameter: Tensor, value: Any, count: int) -> list[Any]:
         return [value] * count
     if value.dim() == 0:
         return [value.clone() for _ in range(count)]
-    local = local_part(value)
-    return [local[index] for index in _indices(_lead_of(parameter))]
+    return _cut(local_part(value), len(_lead_of(parameter)))
 
 
 def _lead_of(parameter: Tensor) -> torch.Size:

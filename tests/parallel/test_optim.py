@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import rank_jobs_whole_model as jobs
@@ -94,26 +95,50 @@ def test_a_step_is_that_of_each_matrix_alone(name, gated):
                 assert all(value == each for each in theirs)
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["copy", "file"])
+def test_a_copy_goes_on_like_the_original(copied):
+    """With the optimizer first: a deep copy of a parameter is without its marks."""
+    torch.manual_seed(0)
+    layer = dmoe.MoE(hidden_size=6, ffn_hidden_size=4, num_experts=3, top_k=2, bias="expert")
+    optimizer = PerMatrix(layer.experts.parameters(), torch.optim.Adafactor, lr=0.02)
+
+    def steps(layer, optimizer):
+        for step in range(2):
+            for parameter in layer.experts.parameters():
+                parameter.grad = torch.linspace(-1, step, parameter.numel()).view_as(parameter)
+            optimizer.step()
+
+    steps(layer, optimizer)
+    other_optimizer, other = copied((optimizer, layer))
+    for pair in ((layer, optimizer), (other, other_optimizer)):
+        steps(*pair)
+    for mine, theirs in zip(layer.parameters(), other.parameters(), strict=True):
+        assert mine is not theirs
+        assert torch.equal(mine, theirs)
+
+
 # PyTorch's own Adafactor takes no DTensor in two dimensions, as FSDP2 makes of dense weights.
 @pytest.mark.parametrize(
-    ("name", "sizes", "data"),
+    ("name", "sizes", "data", "fields"),
     [
-        ("Muon", {"ep": 4}, "ddp"),
-        ("Muon", {"replicas": 2, "ep": 2}, "fsdp2"),
-        ("Adafactor", {"ep": 4}, "ddp"),
-        ("Adafactor", {"replicas": 2, "ep": 2}, "ddp"),
+        ("Muon", {"ep": 4}, "ddp", {}),
+        ("Muon", {"replicas": 2, "ep": 2}, "fsdp2", {"shared_ffn_hidden_size": 4}),  # one expert, on the first rank
+        ("Muon", {"replicas": 4}, "fsdp2", {"num_experts": 6}),  # 2, 2, 2 and none
+        ("Adafactor", {"ep": 4}, "ddp", {}),
+        ("Adafactor", {"replicas": 2, "ep": 2}, "ddp", {}),
     ],
 )
-def test_ranks_change_nothing(ranks, tmp_path, name, sizes, data):
+def test_ranks_change_nothing(ranks, tmp_path, name, sizes, data, fields):
     """Three steps; then a checkpoint, which goes on with two more on another layout, as one process does."""
+    fields = {**jobs.FIELDS, **fields}
     torch.manual_seed(7)
     batches = [[[torch.randint(12, (2, 5))] for _ in range(4)] for _ in range(5)]
-    model = jobs.Model()
+    model = jobs.Model(fields)
     together = [[torch.cat([part for (part,) in step])] for step in batches]
     optimizers = jobs.matrix_optimizers(model, name)
     losses, _ = jobs.take_steps(model, optimizers, together, lambda m, n: torch.zeros(()))
     folder = str(tmp_path / "checkpoint")
-    for there, values in ranks.run(jobs.train_matrices, sizes, data, name, batches, folder):
+    for there, values in ranks.run(jobs.train_matrices, fields, sizes, data, name, batches, folder):
         close("losses", there, losses, 1e-9)
         for n, value in model.state_dict().items():
             close(n, values[n], value, 1e-9)

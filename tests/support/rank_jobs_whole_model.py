@@ -187,11 +187,11 @@ class KellersMuon(torch.optim.Optimizer):
                 p.add_(x.reshape(shape), alpha=-group["lr"])
 
 
-def train_matrices(group, sizes, data, name, batches, folder):
+def train_matrices(group, fields, sizes, data, name, batches, folder):
     """Three steps, a checkpoint; then a model of its own on another layout loads it, and goes on."""
     losses = []
     for layout, way, part in ((sizes, data, batches[:3]), ({"ep": 2, "replicas": 2}, "ddp", batches[3:])):
-        model = parallelize(Model(), mesh_of(**layout), data=way)
+        model = parallelize(Model(fields), mesh_of(**layout), data=way)
         inner = model.module if hasattr(model, "module") else model
         optimizers = matrix_optimizers(model, name)
         if losses:
