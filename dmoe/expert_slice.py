@@ -89,6 +89,23 @@ class ExpertSlice:
         columns = self.columns(value.shape[shard_dim])
         return value.narrow(shard_dim, columns.start, columns.stop - columns.start)
 
+    def cut_by_fsdp(self, value: Tensor, parameter: Any) -> Tensor:
+        """What FSDP2 leaves on this rank of what lives on the ranks that hold the same experts, as a view.
+
+        Args:
+            value: ``(len(experts), ...)``, uncut.
+            parameter: the ``DTensor`` that it is a value of.
+        """
+        mesh, own = parameter.device_mesh, () if self.mesh is None else self.mesh.mesh_dim_names or ()
+        names = mesh.mesh_dim_names or (None,) * mesh.ndim
+        for mesh_dim, (name, placement) in enumerate(zip(names, parameter.placements, strict=True)):
+            if placement.is_replicate() or name in own:
+                continue
+            parts = value.split(-(-value.shape[placement.dim] // mesh.size(mesh_dim)), placement.dim)
+            here = mesh.get_local_rank(mesh_dim)
+            value = parts[here] if here < len(parts) else value.narrow(placement.dim, 0, 0)  # others took them all
+        return value
+
     def cut_columns(self, value: Tensor, widths: Sequence[int], dim: int) -> Tensor:
         """This rank's part of experts of different widths, which lie side by side in a dimension; a copy."""
         parts = value.split(list(widths), dim)[self.experts.start : self.experts.stop]

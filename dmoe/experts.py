@@ -276,8 +276,41 @@ class Experts(nn.Module):
         if self._coded() or one is None or one.is_meta or is_fake(one):
             return
         self.seed = draw_initial_seed()
-        c = self.config
-        initialise(self.weights(), self.owned, self.seed, c.init_std, c.init, c.frozen_down_bias)
+        c, uncut = self.config, self._uncut()
+        initialise(uncut or self.weights(), self.owned, self.seed, c.init_std, c.init, c.frozen_down_bias)
+        for name, field in self._fields.items() if uncut is not None else ():
+            parameter = self._parameters[name]
+            if parameter is not None:
+                local_part(parameter).copy_(self.owned.cut_by_fsdp(getattr(uncut, field), parameter))
+
+    @property
+    def _fields(self) -> dict[str, str]:
+        """Names of parameters, and of the fields of :class:`ExpertWeights` that they are."""
+        of_bias = {self.up_bias_name: "up_bias", "down_bias": "down_bias"}
+        return {self.up_name: "up_proj", "down_proj": "down_proj", **of_bias}
+
+    def _uncut(self) -> ExpertWeights | None:
+        """New memory for all values of the experts here, where FSDP2 has cut them between forwards; None elsewhere."""
+        uniform = isinstance(self.config.ffn_hidden_size, int)
+        shapes: dict[str, list[int]] = {}
+        cut = False
+        for name, field in self._fields.items():
+            parameter = self._parameters.get(name)
+            if parameter is None:
+                continue
+            shape, dim = list(parameter.shape), self._shard_dim(name)
+            if uniform and self.owned.mesh is not None:
+                shape[0] = len(self.owned.experts)
+                if dim is not None:
+                    shape[dim] //= self.owned.num_shards
+            shapes[field] = shape
+            cut = cut or list(local_part(parameter).shape) != shape
+        if not cut:
+            return None
+        like = local_part(next(self.parameters()))
+        sizes = () if uniform else self.ffn_sizes
+        fresh = {field: like.new_empty(shape) for field, shape in shapes.items()}
+        return ExpertWeights(gated=self.config.gated, ffn_sizes=sizes, **fresh)
 
     def _main_grads(self) -> tuple[Tensor | None, Tensor | None] | None:
         """The buffers that backward adds to, when the config asks for it and autograd is on; None for a frozen one."""

@@ -51,7 +51,7 @@ def parallelize(
         data: ``fsdp2`` for ``fully_shard`` over all ranks of the mesh, ``ddp`` for :func:`data_parallel`, None to
             spread the experts alone, for a wrapper of your own.
         blocks: what ``fully_shard`` gathers at a time, from the first on; None are the members of every outermost
-                    ``nn.ModuleList``.
+            ``nn.ModuleList``, and of lists and dicts that are members themselves.
         expert_options: of ``fully_shard`` for the experts where they differ from ``options``.
         **options: of ``fully_shard`` (as ``mp_policy``, ``reshard_after_forward``), or of ``DistributedDataParallel``.
 
@@ -113,14 +113,22 @@ def _fully_shard(
 
 
 def _outermost_blocks(model: nn.Module) -> list[nn.Module]:
-    """Members of every ``nn.ModuleList`` that lies in no other one: a transformer's layers."""
+    """Members of every ``nn.ModuleList`` that lies in no other one, each once: a transformer's layers."""
     found: list[nn.Module] = []
     inside: set[int] = set()
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and id(module) not in inside:
-            found += [child for child in module if not hasattr(child, "unshard")]
+            found += [each for each in _members(module) if not hasattr(each, "unshard")]
             inside |= {id(each) for each in module.modules()}
-    return found
+    return list(dict.fromkeys(found))
+
+
+def _members(container: nn.Module) -> list[nn.Module]:
+    """What is called, of a list of lists or dicts too: these have no forward that FSDP could gather for."""
+    members: list[nn.Module] = []
+    for child in container.children():
+        members += _members(child) if isinstance(child, nn.ModuleList | nn.ModuleDict) else [child]
+    return members
 
 
 def _replicas_of(mesh: Any) -> str | None:

@@ -53,6 +53,23 @@ def test_steps_equal_one_process(ranks, sizes, data):
         assert set(marks.values()) == {(True, "ep" not in sizes)}
 
 
+@pytest.mark.filterwarnings("ignore:dmoe. a MoE layer ran a second training forward")
+@pytest.mark.parametrize("sizes", [{"replicas": 2, "ep": 2}, {"ep": 4}])
+def test_blocks_in_lists_of_lists(ranks, sizes):
+    """A block that is called twice keeps the loss of its second call."""
+    model = jobs.Nested()
+    torch.manual_seed(7)
+    ids = [torch.randint(12, (2, 6)) for _ in range(4)]
+    loss = jobs.loss_of(model, torch.cat(ids))
+    loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    results = ranks.run(jobs.train_nested, sizes, ids)
+    close("loss", torch.stack([there for there, _ in results]).mean(), loss.detach())
+    for _, values in results:
+        for name, value in model.state_dict().items():
+            close(name, values[name], value)
+
+
 LAYER = {"hidden_size": 6, "ffn_hidden_size": 8, "num_experts": 4, "top_k": 2, "bias": "expert"}
 
 
@@ -78,15 +95,19 @@ def test_a_layer_that_lets_go_of_experts_is_the_one_built_on_ranks(ranks, fields
         assert all(torch.equal(value, spread[5][name]) for name, value in built[5].items())
 
 
-def test_a_model_on_meta_is_never_whole(ranks):
-    model = jobs.Model()
+@pytest.mark.parametrize(("sizes", "data"), [({"ep": 4}, None), ({"replicas": 2, "ep": 2}, "fsdp2")])
+def test_a_model_on_meta_is_never_whole(ranks, sizes, data):
+    fields = {**jobs.FIELDS, "shared_ffn_hidden_size": 4}
+    model = jobs.Model(fields)
     torch.manual_seed(7)
     ids = [torch.randint(12, (2, 6)) for _ in range(4)]
     loss = jobs.loss_of(model, torch.cat(ids)).detach()
-    results = ranks.run(jobs.from_meta, {"ep": 4}, model.state_dict(), ids)
-    close("loss", torch.stack([there for there, _ in results]).mean(), loss)
-    whole = sum(p.numel() for p in model.blocks[0].moe.experts.parameters())
-    assert [numel for _, numel in results] == [whole // 4] * 4
+    results = ranks.run(jobs.from_meta, fields, sizes, data, model.state_dict(), ids)
+    close("loss", torch.stack([there for there, *_ in results]).mean(), loss)
+    total = sum(p.numel() for p in model.blocks[0].moe.experts.parameters())
+    assert [numel for _, numel, _ in results] == [total // 4] * 4
+    for name, value in jobs.reset(model).items():
+        assert all(torch.equal(values[name], value) for *_, values in results), name
 
 
 def test_what_cannot_be_is_said(ranks):

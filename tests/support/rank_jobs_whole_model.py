@@ -17,7 +17,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from doc_blocks import ROOT
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -113,6 +118,33 @@ def values_of(model):
 def adamw(model, **options):
     """As the README has it."""
     return torch.optim.AdamW([{"params": group} for group in split_parameters(model)], lr=1e-2, **options)
+
+
+class Nested(Model):
+    """Blocks in a list and a dict of a list, one of them twice; and a mixture beside them."""
+
+    def __init__(self):
+        super().__init__()
+        first, second = self.blocks
+        self.blocks = nn.ModuleList([nn.ModuleList([first]), nn.ModuleDict({"second": second}), first])
+        self.last = dmoe.MoE(**FIELDS, dtype=torch.float64)
+
+    def forward(self, ids):
+        (first,), held, again = self.blocks
+        x = self.embedding(ids)
+        for block in (first, held["second"], again, self.last):
+            x = block(x)
+        return self.head(x)
+
+
+def train_nested(group, sizes, ids):
+    """Loss of a step on a model whose blocks lie in lists of lists, and the values after it."""
+    model = parallelize(Nested(), mesh_of(**sizes))
+    optimizer = torch.optim.SGD([{"params": group} for group in split_parameters(model) if group], lr=0.1)
+    loss = loss_of(model, ids[dist.get_rank(group)])
+    loss.backward()
+    optimizer.step()
+    return loss.detach(), values_of(model)
 
 
 def train(group, sizes, data, batches, options):
@@ -257,17 +289,28 @@ def local_of(value):
     return value.to_local() if hasattr(value, "to_local") else value
 
 
-def from_meta(group, sizes, state, ids):
-    """A model that was never whole on any rank, filled with a whole state: loss and norm."""
-    model = parallelize(Model(device="meta"), mesh_of(**sizes), data=None)
+def from_meta(group, fields, sizes, data, state, ids):
+    """A model that was never whole on any rank: initial values of all experts; filled with a whole state, its loss."""
+    model = parallelize(Model(fields, device="meta"), mesh_of(**sizes), data=data)
     model.to_empty(device="cpu")
-    for module in model.modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
-    model.load_state_dict(state)
+    values = reset(model)
+    if data is None:
+        model.load_state_dict(state)
+    else:
+        set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True))
     loss = loss_of(model, ids[dist.get_rank(group)])
     loss.backward()
-    return loss.detach(), sum(local_of(p).numel() for p in model.blocks[0].moe.experts.parameters())
+    return loss.detach(), sum(local_of(p).numel() for p in model.blocks[0].moe.experts.parameters()), values
+
+
+def reset(model):
+    """Every module's own initial values; those of experts, each begun with one seed, are returned."""
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            torch.manual_seed(5)
+            module.reset_parameters()
+    state = model.state_dict()
+    return {name: whole(value).clone() for name, value in state.items() if "expert" in name}
 
 
 def refused(group):
