@@ -45,11 +45,12 @@ class MoECallback(pl.callbacks.Callback):
     ) -> None:
         self._every, self._options = every, {"to": to, "limits": limits, "move_bias": move_bias}
         self._loop: LoopMonitor | None = None
-        self._begun = 0
+        self._steps = self._begun = 0
         self.last: Any = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Put the monitor's hooks in."""
+        self._steps = trainer.global_step  # which several optimizers count several times: from here on we count
         every = self._every if self._every is not None else trainer.log_every_n_steps or 50
         self._loop = LoopMonitor(pl_module, every=every, **self._options)
 
@@ -57,7 +58,7 @@ class MoECallback(pl.callbacks.Callback):
         """The first micro batch of a step begins it."""
         assert self._loop is not None
         self._begun = trainer.global_step
-        self._loop.begin(trainer.global_step + 1)  # the Trainer logs where this is a multiple
+        self._loop.begin(self._steps + 1)  # the Trainer logs where this is a multiple
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
         """Attached losses are scaled as the loss has been."""
@@ -70,6 +71,7 @@ class MoECallback(pl.callbacks.Callback):
         assert self._loop is not None
         if trainer.global_step == self._begun:
             return
+        self._steps += 1
         record = self._loop.end()
         if record is None:
             return

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 
 from dmoe.checkpoint.sharded import load_sharded, refuse_plain_experts, write_parts
@@ -67,7 +68,7 @@ class ShardedCheckpoints:
         """Read a folder that any number of ranks wrote into module and optimizers; the rest of it is returned.
 
         Raises:
-            ValueError: no such folder.
+            ValueError: no such folder; or training is to go on from one that has the weights alone.
         """
         me: Any = self
         path = Path(me.broadcast(checkpoint_path))
@@ -77,6 +78,11 @@ class ShardedCheckpoints:
                 f"wrote, with {META} in it, got {path}"
             )
         module = me.lightning_module
+        if me.optimizers and not _has_optimizers(path):
+            raise ValueError(
+                f"{type(self).__name__}.load_checkpoint: expected a checkpoint with the state of optimizers, got {path} "
+                "with the weights alone (save_weights_only=True), from which no training goes on"
+            )
         optimizers = {f"optimizer_{index}": (module, each) for index, each in enumerate(me.optimizers)}
         load_sharded(path, {"state_dict": module}, optimizers, strict=module.strict_loading)
         rest: dict[str, Any] = torch.load(path / META, weights_only=weights_only)
@@ -87,3 +93,7 @@ class ShardedCheckpoints:
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Nothing: :meth:`load_checkpoint` has done it."""
+
+
+def _has_optimizers(folder: Path) -> bool:
+    return any(key.startswith("optimizer_") for key in FileSystemReader(folder).read_metadata().state_dict_metadata)

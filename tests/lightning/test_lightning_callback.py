@@ -98,6 +98,36 @@ def test_it_warns_of_dead_experts_and_of_losses_that_nobody_adds(job):
     assert any("2 experts (2, 3) have had no token for 3 recorded steps" in each for each in told)
 
 
+def test_several_optimizers_are_one_step():
+    """Lightning counts each of them; of every second number it would never see one."""
+    import lightning.pytorch as pl
+    from rank_jobs_lightning import Module
+
+    from dmoe.integrations.lightning import MoECallback
+
+    class TwoOptimizers(Module):
+        automatic_optimization = False
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.net.first, self.net.moe)]
+
+        def training_step(self, _, position):
+            self.manual_backward(self.net(torch.ones(2, 6, dtype=CASE.dtype)).sum() + dmoe.aux_loss(self))
+            for optimizer in self.optimizers():
+                optimizer.step()
+                optimizer.zero_grad()
+
+    seen = []
+    off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, max_epochs=1, limit_train_batches=4, log_every_n_steps=2,
+        callbacks=[MoECallback(to=seen.append)], **dict.fromkeys(off, False),
+    )  # fmt: skip
+    trainer.fit(TwoOptimizers(CASE, "plain"))
+    assert trainer.global_step == 8
+    assert [record.step for record in seen] == [2, 4]
+
+
 def test_a_module_without_layers_is_refused():
     from lightning.pytorch import LightningModule, Trainer
 

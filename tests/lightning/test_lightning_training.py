@@ -120,6 +120,7 @@ def test_what_the_strategies_refuse(job, tmp_path):
         assert "MoEDDPStrategy: ep: expected a divisor of the 2 ranks (devices * num_nodes), got 3" in told["divisor"]
         assert "expected experts whose parameters are DTensor, got 2 plain tensors" in told["plain experts"]
         assert "expected a folder that this strategy or ModelParallelStrategy wrote, with meta.pt" in told["no folder"]
+        assert "expected a checkpoint with the state of optimizers, got " in told["weights alone"]
         assert "storage_options: expected None for a folder" in told["storage options"]
 
 

@@ -177,7 +177,10 @@ def refusals(group, case, folder):
     def run():
         trainer = trainer_of(replace(case, steps=1), "plain", 2)
         trainer.fit(Module(case, "plain"))
+        weights = folder + "/weights"
+        trainer.save_checkpoint(weights, weights_only=True)
         return {
+            "weights alone": told(lambda: trainer.fit(Module(case, "plain"), ckpt_path=weights)),
             "divisor": told(trainer_of(case, "plain", 3).fit, Module(case, "plain")),
             "plain experts": told(plain_experts),
             "no folder": told(trainer.strategy.load_checkpoint, folder),
