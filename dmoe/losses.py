@@ -289,7 +289,7 @@ class _AttachLoss(torch.autograd.Function):
     """Identity on ``output`` whose backward also sends ``scale`` into ``loss``, and notes the loss."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, loss: Tensor, scale: Tensor, record: Tensor) -> Tensor:
+    def forward(ctx: Any, output: Tensor, loss: Tensor, scale: Tensor, record: Tensor | None) -> Tensor:
         # Not save_for_backward: a training loop may set the scale between forward and backward, and means the new
         # value.
         ctx.scale, ctx.record, ctx.loss_dtype = scale, record, loss.dtype
@@ -299,18 +299,19 @@ class _AttachLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (loss,) = ctx.saved_tensors
-        ctx.record[0] += loss
-        ctx.record[1] += 1
+        if ctx.record is not None:
+            ctx.record[0] += loss
+            ctx.record[1] += 1
         return grad_output, ctx.scale.to(ctx.loss_dtype), None, None
 
 
-def attach_loss(output: Tensor, loss: Tensor, scale: Tensor, record: Tensor) -> Tensor:
+def attach_loss(output: Tensor, loss: Tensor, scale: Tensor, record: Tensor | None = None) -> Tensor:
     """Return ``output`` unchanged, such that its backward also adds the gradient of ``scale * loss``.
 
     Args:
         output: any tensor that takes part in the task's loss.
         loss: scalar with a graph.
         scale: scalar tensor: what the task's loss is multiplied by before backward (1, or a grad scaler's factor).
-        record: ``(2,)`` floating point, to which each backward adds the loss, without the scale, and 1.
+        record: ``(2,)`` floating point, to which each backward adds the loss, without the scale, and 1; None: nowhere.
     """
     return _AttachLoss.apply(output, loss, scale, record)
