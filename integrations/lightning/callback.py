@@ -82,6 +82,13 @@ class MoECallback(pl.callbacks.Callback):
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Take the hooks out."""
+        self._close()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Take the hooks out: the Trainer does not call ``teardown`` then."""
+        self._close()
+
+    def _close(self) -> None:
         if self._loop is not None:
             self._loop.close()
             self._loop = None

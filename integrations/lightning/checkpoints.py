@@ -80,8 +80,8 @@ class ShardedCheckpoints:
         module = me.lightning_module
         if me.optimizers and not _has_optimizers(path):
             raise ValueError(
-                f"{type(self).__name__}.load_checkpoint: expected a checkpoint with the state of optimizers, got {path} "
-                "with the weights alone (save_weights_only=True), from which no training goes on"
+                f"{type(self).__name__}.load_checkpoint: expected a checkpoint with the state of optimizers, got "
+                f"{path} with the weights alone (save_weights_only=True), from which no training goes on"
             )
         optimizers = {f"optimizer_{index}": (module, each) for index, each in enumerate(me.optimizers)}
         load_sharded(path, {"state_dict": module}, optimizers, strict=module.strict_loading)

@@ -98,8 +98,8 @@ def test_it_warns_of_dead_experts_and_of_losses_that_nobody_adds(job):
     assert any("2 experts (2, 3) have had no token for 3 recorded steps" in each for each in told)
 
 
-def test_several_optimizers_are_one_step():
-    """Lightning counts each of them; of every second number it would never see one."""
+def alone(step, **options):
+    """A Trainer in one process with the callback, and a module that has two optimizers and the step that is given."""
     import lightning.pytorch as pl
     from rank_jobs_lightning import Module
 
@@ -107,25 +107,44 @@ def test_several_optimizers_are_one_step():
 
     class TwoOptimizers(Module):
         automatic_optimization = False
+        training_step = step
 
         def configure_optimizers(self):
             return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.net.first, self.net.moe)]
 
-        def training_step(self, _, position):
-            self.manual_backward(self.net(torch.ones(2, 6, dtype=CASE.dtype)).sum() + dmoe.aux_loss(self))
-            for optimizer in self.optimizers():
-                optimizer.step()
-                optimizer.zero_grad()
-
-    seen = []
     off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     trainer = pl.Trainer(
-        accelerator="cpu", devices=1, max_epochs=1, limit_train_batches=4, log_every_n_steps=2,
-        callbacks=[MoECallback(to=seen.append)], **dict.fromkeys(off, False),
+        accelerator="cpu", devices=1, max_epochs=1, limit_train_batches=4, limit_val_batches=0, log_every_n_steps=2,
+        callbacks=[MoECallback(**options)], **dict.fromkeys(off, False),
     )  # fmt: skip
-    trainer.fit(TwoOptimizers(CASE, "plain"))
+    return trainer, TwoOptimizers(CASE, "plain")
+
+
+def test_several_optimizers_are_one_step():
+    """Lightning counts each of them; of every second number it would never see one."""
+
+    def step(self, _, position):
+        self.manual_backward(self.net(torch.ones(2, 6, dtype=CASE.dtype)).sum() + dmoe.aux_loss(self))
+        for optimizer in self.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
+
+    seen = []
+    trainer, module = alone(step, to=seen.append)
+    trainer.fit(module)
     assert trainer.global_step == 8
     assert [record.step for record in seen] == [2, 4]
+
+
+def test_a_run_that_breaks_off_leaves_no_hooks():
+    def step(self, _, position):
+        assert any(each._forward_hooks for each in self.modules())
+        raise KeyError("of the module")
+
+    trainer, module = alone(step)
+    with pytest.raises(KeyError, match="of the module"):
+        trainer.fit(module)
+    assert not any(each._forward_hooks or each._forward_pre_hooks for each in module.modules())
 
 
 def test_a_module_without_layers_is_refused():
