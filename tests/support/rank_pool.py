@@ -38,8 +38,26 @@ class RankError(Exception):
         super().__init__("\n".join(f"rank {rank}: {text}" for rank, (_, text) in by_rank.items()))
 
 
+def _one_loop_for_all_groups():
+    """Groups of this process share the thread that looks after gloo's connections, which looks 100 times a second.
+
+    A pool's jobs make some hundred groups, which PyTorch keeps until the process ends: a thread each would take most of
+    a core from the tests, with nothing to do.
+    """
+    device = dist.ProcessGroupGloo.create_default_device()
+
+    class OneLoop(dist.ProcessGroupGloo):
+        def __init__(self, store, rank, size, timeout):
+            options = dist.ProcessGroupGloo._Options()
+            options._devices, options._timeout = [device], timeout
+            super().__init__(store, rank, size, options)
+
+    dist.distributed_c10d.ProcessGroupGloo = OneLoop
+
+
 def _serve(rank, world, store, pipe):
     torch.set_num_threads(1)
+    _one_loop_for_all_groups()
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # as in conftest: memory nobody wrote is NaN
     limit = datetime.timedelta(seconds=PATIENCE)
