@@ -309,7 +309,7 @@ class Experts(nn.Module):
             return None
         like = local_part(next(self.parameters()))
         sizes = () if uniform else self.ffn_sizes
-        fresh = {field: like.new_empty(shape) for field, shape in shapes.items()}
+        fresh: dict[str, Any] = {field: like.new_empty(shape) for field, shape in shapes.items()}
         return ExpertWeights(gated=self.config.gated, ffn_sizes=sizes, **fresh)
 
     def _main_grads(self) -> tuple[Tensor | None, Tensor | None] | None:

@@ -79,12 +79,24 @@ def _spread(model: nn.Module, mesh: DeviceMesh, everyone: ProcessGroup) -> None:
     names = mesh.mesh_dim_names or ()
     tp = mesh["expert_tp"] if "expert_tp" in names else None
     layers: list[Any] = [module for module in model.modules() if hasattr(module, "spread_experts")]
+    if "ep" in names:
+        _refuse_tied(layers)
     for layer in layers:
         if "ep" in names and not isinstance(layer.dispatcher, AllToAllDispatcher):
             layer.spread_experts(mesh["ep"], expert_tp_group=tp, loss_group=everyone)
         for held, name in ((layer, "bias_ranks"), (layer.auxiliary, "ranks")):
             if getattr(held, name) is None:
                 setattr(held, name, LoadOfRanks(everyone))
+
+
+def _refuse_tied(layers: list[Any]) -> None:
+    """Layers whose experts are one parameter would go on with parameters of their own."""
+    parameters = [parameter for layer in layers for parameter in layer.experts.parameters()]
+    if len(parameters) != len(set(parameters)):
+        raise ValueError(
+            "parallelize: model: expected experts that are each one layer's, got two layers that share a parameter: "
+            "let them share the layer"
+        )
 
 
 def _fully_shard(

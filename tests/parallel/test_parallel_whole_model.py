@@ -122,6 +122,7 @@ def test_what_cannot_be_is_said(ranks):
         "ValueError: MoE.spread_experts: ep_group: expected the ranks that are to share the experts, got None",
         "ValueError: Experts.keep: expected plain weights of all 4 experts, got adapters: spread the experts first",
         "ValueError: ep_group: expected num_experts to be a multiple of the ranks, got E = 3 experts for W = 2 ranks",
+        "ValueError: parallelize: model: expected experts that are each one layer's, got two layers that share a param",
         "ValueError: MoE: ep_group: expected None in a model that FullyShardedDataParallel (FSDP1) wraps",
     ]
     for told in ranks.run(jobs.refused):

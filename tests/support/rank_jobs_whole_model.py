@@ -337,6 +337,10 @@ def refused(group):
     dmoe.lora.add(lent, rank=2)
     say(lambda: parallelize(lent, mesh))
     say(lambda: parallelize(Model({**FIELDS, "num_experts": 3}), mesh))
+    tied = Model()
+    first, second = (block.moe.experts for block in tied.blocks)
+    second.down_proj = first.down_proj
+    say(lambda: parallelize(tied, mesh))
     flat = Model(dtype=torch.float32)
     for layer in dmoe.moe_layers(flat).values():
         layer.spread_experts(mesh["ep"], dtensor=False)
