@@ -40,9 +40,6 @@ class MoEDDPStrategy(ShardedCheckpoints, ExpertParallel, pl.strategies.DDPStrate
         ValueError: ``ep`` is no integer above 0, or, when the Trainer starts, does not divide the ranks.
     """
 
-    def __init__(self, ep: int, **options: Any) -> None:
-        super().__init__(ep, **options)
-
     def setup_environment(self) -> None:
         """Lightning's, and then the mesh."""
         super().setup_environment()

@@ -20,7 +20,7 @@ class ExpertParallel:
 
     Args:
         ep: ranks that share the experts of each layer, a divisor of all ranks.
-        *args, **kwargs: of Lightning's strategy.
+        **options: of Lightning's strategy.
 
     Raises:
         ValueError: ``ep`` is no integer above 0.
@@ -28,10 +28,10 @@ class ExpertParallel:
 
     device_mesh: DeviceMesh
 
-    def __init__(self, ep: int, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, ep: int, **options: Any) -> None:
         if isinstance(ep, bool) or not isinstance(ep, int) or ep < 1:
             raise ValueError(f"{type(self).__name__}: ep: expected an integer of at least 1, got {ep!r}")
-        super().__init__(*args, **kwargs)
+        super().__init__(**options)
         self.ep = ep
 
     def make_mesh(self) -> DeviceMesh:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from dmoe.integrations.lightning.expert_parallel import ExpertParallel
 from dmoe.integrations.lightning.package import pl
 
@@ -31,9 +29,6 @@ class MoEModelParallelStrategy(ExpertParallel, pl.strategies.ModelParallelStrate
     Raises:
         ValueError: ``ep`` is no integer above 0, or, when the Trainer starts, does not divide the ranks.
     """
-
-    def __init__(self, ep: int, **options: Any) -> None:
-        super().__init__(ep, **options)
 
     def setup_environment(self) -> None:
         """Lightning's, and then this mesh instead of that of tensor parallelism."""
