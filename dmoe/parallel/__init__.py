@@ -33,7 +33,7 @@ from dmoe.parallel.placement import as_group, ffn_shard, local_experts
 from dmoe.parallel.statistics import LoadOfRanks
 from dmoe.parallel.symmetric import SymmetricDispatcher, SymmetricExchange
 from dmoe.parallel.traffic import Hop, Traffic
-from dmoe.parallel.two_level import TwoLevel, TwoLevelExchange, mesh_group
+from dmoe.parallel.two_level import TwoLevel, TwoLevelExchange, flat_mesh, mesh_group
 from dmoe.parallel.wire import NarrowExchange, pack_rows, unpack_rows
 
 __all__ = [
@@ -70,6 +70,7 @@ __all__ = [
     "exact_step",
     "exclude_experts",
     "ffn_shard",
+    "flat_mesh",
     "fully_shard_experts",
     "grad_norm",
     "local_experts",

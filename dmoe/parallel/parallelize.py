@@ -11,7 +11,7 @@ from dmoe.parallel.dispatch import AllToAllDispatcher
 from dmoe.parallel.fsdp import fully_shard_experts
 from dmoe.parallel.gradients import data_parallel, dispatchers, split_parameters
 from dmoe.parallel.statistics import LoadOfRanks
-from dmoe.parallel.two_level import mesh_group
+from dmoe.parallel.two_level import flat_mesh, mesh_group
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -107,10 +107,9 @@ def _fully_shard(
     of_experts: dict[str, Any],
     options: dict[str, Any],
 ) -> None:
-    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard
 
-    everyone = DeviceMesh.from_group(mesh_group(mesh), mesh.device_type, mesh_dim_names=("ranks",))
+    everyone = flat_mesh(mesh)
     if replicas is not None:
         fully_shard_experts(model, mesh[replicas], **of_experts)
         alone: set[nn.Parameter] = set()

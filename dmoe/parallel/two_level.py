@@ -27,6 +27,7 @@ from dmoe.parallel.collectives import Exchange, check_rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,13 @@ def mesh_group(mesh: Any) -> ProcessGroup:
     if world is not None and everyone == dist.get_process_group_ranks(world):
         return world
     return mesh._flatten().get_group()  # not public so far, but the one way to a group without asking all processes
+
+
+def flat_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """The same ranks as a mesh of one dimension, ``("ranks",)``. Every rank of the mesh has to ask."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    return DeviceMesh.from_group(mesh_group(mesh), mesh.device_type, mesh_dim_names=("ranks",))
 
 
 class Pieces:

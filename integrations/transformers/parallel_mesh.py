@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dmoe.parallel import mesh_group
+from dmoe.parallel import flat_mesh
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -133,7 +133,7 @@ def grid_of(ep: int | None, fsdp: int | None, mesh: DeviceMesh | None, device: t
     from torch.distributed.device_mesh import init_device_mesh
 
     made = init_device_mesh(device.type, (fsdp, ep), mesh_dim_names=DIMS)
-    return Grid(fsdp, ep, made, _in_one_dimension(made))
+    return Grid(fsdp, ep, made, flat_mesh(made))
 
 
 def _of_mesh(ep: int | None, fsdp: int | None, mesh: DeviceMesh) -> Grid:
@@ -145,10 +145,4 @@ def _of_mesh(ep: int | None, fsdp: int | None, mesh: DeviceMesh) -> Grid:
         raise ValueError(
             f"parallelize: mesh: expected fsdp={fsdp} by ep={ep}, as you say, got {sizes[0]} by {sizes[1]}"
         )
-    return Grid(*sizes, mesh, _in_one_dimension(mesh))
-
-
-def _in_one_dimension(mesh: DeviceMesh) -> DeviceMesh:
-    from torch.distributed.device_mesh import DeviceMesh
-
-    return DeviceMesh.from_group(mesh_group(mesh), mesh.device_type, mesh_dim_names=("ranks",))
+    return Grid(*sizes, mesh, flat_mesh(mesh))
