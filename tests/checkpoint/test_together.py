@@ -49,13 +49,17 @@ def run_ranks(tmp_path):
     def run(folder, value, killed=None, stage=None):
         started, store = [], next(stores)
         for rank in range(2):
-            here, there = context.Pipe(duplex=False)
+            here, there = context.Pipe()
             arguments = (rank, str(folder), str(store), value, stage if rank == killed else None, there)
             process = context.Process(target=jobs.process, args=arguments, daemon=True)
             with patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join(sys.path)}):
                 process.start()
             there.close()
             started.append((process, here))
+        for _, pipe in started:
+            assert pipe.recv() == "connected"
+        for _, pipe in started:
+            pipe.send("begin")
         answers = []
         for rank, (process, pipe) in enumerate(started):
             answers.append(None if rank == killed else pipe.recv())

@@ -65,6 +65,8 @@ def process(rank, folder, store, value, kill, pipe):
     torch.set_num_threads(1)
     limit = datetime.timedelta(seconds=PATIENCE)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=limit)
+    pipe.send("connected")
+    pipe.recv()  # a rank killed at its first stage would else fail the other one, which still connects to it
     seen = []
 
     def at(stage):
