@@ -1,4 +1,4 @@
-"""FSDP2 for the example: parameters and the optimizer's state cut over the ranks, and whole ones from and to them."""
+"""States of FSDP2 for the example: whole ones of those that are cut over the ranks, and cut ones of whole ones."""
 
 from __future__ import annotations
 
@@ -6,30 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-import dmoe
-from dmoe.parallel import fully_shard_experts
-
-
-def shard(model: nn.Module, everyone: DeviceMesh, replicas: DeviceMesh | None) -> None:
-    """Cut a model's parameters, in place: experts over the ranks that hold the same ones, the rest over all.
-
-    Args:
-        model: with ``blocks``, each of which is gathered on its own.
-        everyone: all ranks.
-        replicas: those that hold the same experts; None where every rank holds all of them.
-    """
-    if replicas is not None:
-        fully_shard_experts(model, replicas)
-    for block in model.get_submodule("blocks").children():
-        fully_shard(block, mesh=everyone)
-    fully_shard(model, mesh=everyone)
-    for layer in dmoe.moe_layers(model).values():
-        layer.experts.mark_parameters()  # FSDP made parameters of its own
 
 
 def whole(tree: Any, keep: bool) -> Any:

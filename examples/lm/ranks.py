@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from dmoe import is_expert_param
 from dmoe.checkpoint import merge_states, split_state
-from dmoe.parallel import clip_grad_norm, data_parallel, local_experts
+from dmoe.parallel import clip_grad_norm, local_experts, parallelize
 
 from .settings import Settings, UsageError, written
 
@@ -40,8 +40,8 @@ class Ranks:
     """W."""
     mesh: Any = None
     """``(replicas, ep)``; None for one process."""
-    everyone: Any = None
-    """The same ranks in one dimension, for FSDP2; None with DDP, which keeps all but experts whole on each rank."""
+    fsdp2: bool = False
+    """Whether parameters are cut over the ranks; DDP keeps all but experts whole on each."""
     control: Any = None
     """A group of all for what hosts tell each other: never NCCL, which would make them wait for their GPUs."""
 
@@ -66,7 +66,7 @@ class Ranks:
             return {}
         options: dict[str, Any] = {"loss_group": dist.group.WORLD}
         if self.expert_parallel > 1:
-            options |= {"ep_group": self.mesh["ep"], "dtensor": self.everyone is not None}
+            options |= {"ep_group": self.mesh["ep"], "dtensor": self.fsdp2}
         return options
 
     def experts(self, number: int) -> slice:
@@ -86,17 +86,14 @@ class Ranks:
         """The model for training forwards, whose backward averages gradients."""
         if self.count == 1:
             return model
-        if self.everyone is not None:
-            from . import fsdp  # takes a second, which one process need not wait
-
-            fsdp.shard(model, self.everyone, self.mesh["replicas"] if self.expert_parallel > 1 else None)
-            return model
-        replicas = self.mesh["replicas"].get_group() if self.count > self.expert_parallel else None
+        mesh = self.mesh if self.expert_parallel > 1 else self.mesh["replicas"]
+        if self.fsdp2:
+            return parallelize(model, mesh)
         # Buffers are constants, and need no broadcast in every forward; newer releases of torch call that otherwise.
         known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
         option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         options: dict[str, Any] = {option: False}
-        return data_parallel(model, expert_replicas=replicas, **options)
+        return parallelize(model, mesh, data="ddp", **options)
 
     def clip(self, model: nn.Module, max_norm: float) -> None:
         """Clip the gradient by its norm over all ranks."""
@@ -131,7 +128,7 @@ class Ranks:
 
     def merged(self, state: dict[str, Any], has_experts: bool) -> dict[str, Any]:
         """On rank 0 the state of the whole model and its optimizer, as of one process; nothing on the others."""
-        if self.everyone is not None:
+        if self.fsdp2:
             from . import fsdp
 
             return fsdp.whole(state, self.first)
@@ -144,7 +141,7 @@ class Ranks:
 
     def part(self, state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """This rank's part of what `merged` gave, for its model and optimizer."""
-        if self.everyone is not None:
+        if self.fsdp2:
             from . import fsdp
 
             return fsdp.parts(state, model, optimizer)
@@ -159,7 +156,7 @@ class Ranks:
             return list(program)
         start = ["torchrun", "--nproc-per-node", str(self.count), *program[1:]]
         start += ["--expert-parallel", str(self.expert_parallel)]
-        return start if self.everyone is None else [*start, "--parallel", "fsdp2"]
+        return [*start, "--parallel", "fsdp2"] if self.fsdp2 else start
 
 
 ALONE = Ranks()
@@ -183,8 +180,7 @@ def form(expert_parallel: int, device: torch.device, parallel: str = "ddp") -> R
         return ALONE
     shape = (count // expert_parallel, expert_parallel)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicas", "ep"))
-    everyone = init_device_mesh(device.type, (count,), mesh_dim_names=("ranks",)) if parallel == "fsdp2" else None
-    return Ranks(count, rank, expert_parallel, mesh, everyone, dist.new_group(backend="gloo"))
+    return Ranks(count, rank, expert_parallel, mesh, parallel == "fsdp2", dist.new_group(backend="gloo"))
 
 
 @contextmanager
