@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -42,7 +43,8 @@ class PerMatrix(torch.optim.Optimizer):
 
     Raises:
         ValueError: experts of different widths, or a parameter of which a rank holds a part of each matrix (ranks that
-            share an expert's F, ``expert_tp_group``, or FSDP2 with more replicas than experts on a rank).
+            share an expert's F, ``expert_tp_group``, or FSDP2 with more replicas than experts on a rank); an optimizer
+            that calls the model within a step, as LBFGS.
     """
 
     def __init__(self, params: Iterable[Any], optimizer: Callable[..., torch.optim.Optimizer], **options: Any) -> None:
@@ -51,6 +53,7 @@ class PerMatrix(torch.optim.Optimizer):
         self._make_inner = partial(optimizer, **options)
         super().__init__(params, dict(options))
         self.inner = self._make_inner([self._of_inner(group) for group in self.param_groups])
+        _refuse_if_it_calls_the_model(self.inner)
         self.defaults = dict(self.inner.defaults)
         for outer, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
             outer.update(_options_of(inner))  # with defaults, and as it keeps them: a tensor for lr, say
@@ -163,6 +166,16 @@ class PerMatrix(torch.optim.Optimizer):
             ours[key] = _like_stack(parameter, torch.stack(values)[: _lead_of(parameter).numel()])
             for state, part in zip(states, _of_units(parameter, ours[key], len(units)), strict=True):
                 state[key] = part
+
+
+def _refuse_if_it_calls_the_model(optimizer: torch.optim.Optimizer) -> None:
+    """Between such calls the model's gradients would have to become the matrices' each time."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            "PerMatrix: optimizer: expected one whose step takes the gradients that are there, got "
+            f"{type(optimizer).__name__}, whose step calls the model by itself"
+        )
 
 
 def _options_of(group: dict[str, Any]) -> dict[str, Any]:

@@ -153,6 +153,12 @@ def test_what_cannot_be_cut_is_named(fields):
         PerMatrix(layer.parameters(), torch.optim.SGD, lr=0.1)
 
 
+def test_an_optimizer_that_calls_the_model_is_named():
+    parameters = dmoe.MoE(hidden_size=8, ffn_hidden_size=8, num_experts=2, top_k=1).parameters()
+    with pytest.raises(ValueError, match=r"PerMatrix: optimizer: .* got LBFGS, whose step calls the model by itself"):
+        PerMatrix(parameters, torch.optim.LBFGS)
+
+
 def test_parts_of_matrices_are_named(ranks):
     for told in ranks.run(jobs.cut_matrices):
         assert "or of which ranks share each expert's F" in told[0]
