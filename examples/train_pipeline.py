@@ -61,7 +61,7 @@ def main() -> None:
     for step in range(given.steps):
         ids, targets = training_batch(corpus, seed=rank, step=step, batch=16, seq_len=64)
         of_last: dict[str, Any] = {"target": targets.to(device), "losses": []} if last else {}
-        schedule.step(*([ids.to(device)] if stage == 0 else []), **of_last)
+        schedule.step(*([ids.contiguous().to(device)] if stage == 0 else []), **of_last)
         optimizer.step()
         optimizer.zero_grad()
         attached = dmoe.attached_aux_loss(model, pp_group)

@@ -138,10 +138,12 @@ def test_ranks_change_nothing(ranks, tmp_path, name, sizes, data, fields):
     optimizers = jobs.matrix_optimizers(model, name)
     losses, _ = jobs.take_steps(model, optimizers, together, lambda m, n: torch.zeros(()))
     folder = str(tmp_path / "checkpoint")
+    # PyTorch 2.10 adds Muon's 1e-7 to the norm of each rank's part of a dense weight that FSDP2 cut.
+    tolerance = 1e-6 if data == "fsdp2" and torch.__version__ < (2, 13) else 1e-9
     for there, values in ranks.run(jobs.train_matrices, fields, sizes, data, name, batches, folder):
-        close("losses", there, losses, 1e-9)
+        close("losses", there, losses, tolerance)
         for n, value in model.state_dict().items():
-            close(n, values[n], value, 1e-9)
+            close(n, values[n], value, tolerance)
 
 
 @pytest.mark.parametrize("fields", [{"ffn_hidden_size": [16, 32, 16, 32]}])

@@ -39,6 +39,9 @@ def by_hand(steps, fields):
     return told, model.state_dict()
 
 
+apart = pytest.mark.skipif(
+    torch.__version__ < (2, 13), reason="backward of inputs by itself takes no autograd.Function (PyTorch 166577)"
+)
 BIASED = {"selection_bias": True, "selection_bias_update_rate": 0.1}
 CASES = [
     ("ScheduleGPipe", PLAIN),
@@ -47,9 +50,14 @@ CASES = [
     ("Schedule1F1B", {**PLAIN, "data": "fsdp2"}),
     ("ScheduleInterleaved1F1B", {**PLAIN, "static": False}),
     ("ScheduleLoopedBFS", PLAIN),
-    ("ScheduleInterleavedZeroBubble", {**PLAIN, "fields": BIASED}),
-    ("ScheduleZBVZeroBubble", PLAIN),
-    ("ScheduleDualPipeV", PLAIN),
+    *(
+        pytest.param(name, options, marks=apart)
+        for name, options in (
+            ("ScheduleInterleavedZeroBubble", {**PLAIN, "fields": BIASED}),
+            ("ScheduleZBVZeroBubble", PLAIN),
+            ("ScheduleDualPipeV", PLAIN),
+        )
+    ),
 ]
 
 

@@ -87,7 +87,8 @@ def pipeline(group, name, options, steps):
     for ids in mine:
         optimizer.zero_grad()
         losses = []
-        schedule.step(*((ids[:, :-1],) if first else ()), **({"target": ids[:, 1:], "losses": losses} if last else {}))
+        given = ids[:, :-1].contiguous()  # PyTorch 2.10 checks strides
+        schedule.step(*((given,) if first else ()), **({"target": ids[:, 1:], "losses": losses} if last else {}))
         if options["data"] is None:  # what every rank of a stage has; the experts' gradients cover both ranks
             for parameter in dmoe.parallel.split_parameters(together)[0]:
                 dist.all_reduce(parameter.grad, group=ep.get_group())
