@@ -1,5 +1,5 @@
 #!/bin/sh
-# The tests of all families behind Transformers' experts interface, against another release than the installed one:
+# The tests of all families behind Transformers' experts interface, and of the Trainer, against another release than the installed one:
 #
 #     tests/support/transformers_wheel.sh [release, default 5.23.0] [arguments of pytest]
 #
@@ -20,4 +20,5 @@ fi
 found=$(PYTHONPATH=$folder${PYTHONPATH:+:$PYTHONPATH} "$python" -c 'import transformers; print(transformers.__version__)')
 [ "$found" = "$release" ] || { echo "expected transformers $release, found $found" >&2; exit 1; }
 PYTHONPATH=$folder${PYTHONPATH:+:$PYTHONPATH} DMOE_FAMILIES=${DMOE_FAMILIES:-all} OMP_NUM_THREADS=1 \
-    "$python" -m pytest -q tests/transformers/test_hf_families.py tests/transformers/test_hf_use.py "$@"
+    "$python" -m pytest -q tests/transformers/test_hf_families.py tests/transformers/test_hf_use.py \
+    tests/transformers/test_parallel_trainer.py "$@"
