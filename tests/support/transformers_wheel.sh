@@ -1,5 +1,6 @@
 #!/bin/sh
-# The tests of all families behind Transformers' experts interface, and of the Trainer, against another release than the installed one:
+# The tests of all families behind Transformers' experts interface, and of the Trainer, against another release than the
+# installed one:
 #
 #     tests/support/transformers_wheel.sh [release, default 5.23.0] [arguments of pytest]
 #
