@@ -231,8 +231,8 @@ class _ComposedMLP(torch.autograd.Function):
         needed = ctx.needs_input_grad[1:]
         if grad_y is None:
             return (None,) * (1 + len(needed))
-        pre, pre_scales, x_scales, inner_up, inner_down, *arguments = saved_values(ctx)
-        tokens = None
+        pre, pre_scales, x_scales, inner_up, inner_down, *saved = saved_values(ctx)
+        arguments, tokens = list(saved), None  # traced by PyTorch 2.10 the rest is a tuple
         if x_scales is not None:
             tokens = Fp8Rows(arguments[_BESIDE], x_scales)
             arguments[_BESIDE] = tokens.decoded(ctx.dtype)
