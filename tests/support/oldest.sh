@@ -20,7 +20,8 @@ if [ ! -e "$folder/ready" ]; then
     grep -vE "^(torch|setuptools|numpy)==" constraints.txt >"$folder/constraints.txt"
     "$python" -m pip --disable-pip-version-check install --quiet --constraint "$folder/constraints.txt" \
         "torch==$torch" "triton==$triton" "numpy<2.4" "setuptools>=77" wheel \
-        pytest pytest-xdist hypothesis scipy transformers peft accelerate trl stanford-stk matplotlib lightning tensorboard tqdm ruff mypy psutil
+        pytest pytest-xdist hypothesis scipy transformers peft accelerate trl lightning tensorboard stanford-stk \
+        matplotlib tqdm ruff mypy psutil
     touch "$folder/ready"
 fi
 # A copy of the tracked files: the checkout's own library was built against another PyTorch.

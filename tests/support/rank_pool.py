@@ -117,7 +117,8 @@ class RankPool:
         """The function's result on each of the first ``ranks`` ranks (default: all), which form a group.
 
         Raises:
-            RankError: any rank raised, died (``"died"``), or did not answer (``"hung"``): see ``patience.py``.
+            RankError: any rank raised, died (``"died"``), or did not answer, or waited for another one to the last
+                (``"hung"``): see ``patience.py``.
         """
         if not self._processes:
             self._start()
