@@ -15,16 +15,6 @@
 namespace dmoe {
 namespace few {
 
-// Whether oneDNN has instructions for float16.
-inline bool multiplies_half() {
-#ifdef DMOE_X86_LEVELS
-  static const bool found = level() == Level::kAvx512Bf16 && __builtin_cpu_supports("avx512fp16");
-  return found;
-#else
-  return true;
-#endif
-}
-
 // Element (row, k) of a matrix of T.
 template <typename T>
 const T* at(const Matrix& m, int64_t row, int64_t k) {
@@ -220,85 +210,11 @@ inline void multiply_doubles(const Matrix& out, const Matrix& a, const Matrix& b
 
 }  // namespace few
 
-namespace {
-
-constexpr int64_t kHandful = 4, kFew = 32, kAsManyAsBlocksHave = 256;
-
-// Whether the processor multiplies numbers of this dtype without converting them first.
-bool has_instructions(ScalarType dtype) {
-  if (dtype == ScalarType::Half) return few::multiplies_half();
-  return dtype != ScalarType::BFloat16 || few::level() == few::Level::kAvx512Bf16;
-}
-
-// Up to how many rows these kernels are faster (Zen 4; one thread; 512 x 512 to 1024 x 2048):
-//
-// - float32: 1.3 times MKL at 32 rows, 2 at 2 to 8. With AVX2 a weight of dense rows is MKL's from 16 rows on.
-// - bfloat16 with its instructions: 1.1 to 1.5 times oneDNN at 32 rows, level at 48; 2 to 4 times below 8.
-// - bfloat16 without: twice oneDNN (AVX-512) and three times (AVX2) at 128 rows, 6 and more at one. PyTorch's way for
-//   dense rows with AVX2 is another 10 to 90 times slower. float16 as this, unless the processor has its instructions.
-//
-// What nobody measured, processors without AVX2 and other makers', keeps to a handful.
-int64_t most_rows(ScalarType dtype, bool axpy) {
-  const few::Level level = few::level();
-  if (dtype == ScalarType::Double) return -1;  // the BLAS library's, whose sums are as wide as they get
-  if (level == few::Level::kPortable) return kHandful;
-  if (dtype == ScalarType::Float && level == few::Level::kAvx2) return axpy ? kFew / 4 : kFew / 2;
-  return has_instructions(dtype) ? kFew : kAsManyAsBlocksHave;
-}
-
-// The same of columns, of which there are fewer than rows (64 and 256 rows, sums of 512; gradients of as many rows):
-//
-// - float32: 2 to 7 times MKL at 8, 1.0 to 2.5 at 16, 0.9 to 1.6 at 32.
-// - bfloat16 with its instructions: 2.3 to 7 times oneDNN at 8, 1.4 to 4 at 16; at 32 gradients 1.4, others 0.9 to 1.2.
-// - bfloat16 without: 4 to 20 times at 8, 2.5 to 20 at 16, 1.4 to 20 at 128.
-// - float16 without: 1.7 to 9 times at 8, 1.5 to 12 at 128.
-bool few_columns(int64_t columns, ScalarType dtype, bool axpy) {
-  if (dtype == ScalarType::BFloat16 && has_instructions(dtype) && !axpy) return columns <= kFew / 2;
-  return columns <= most_rows(dtype, axpy);
-}
-
-// The same of numbers in a sum (256 rows): bfloat16 1.5 to 2 times oneDNN at 8 and 1.1 at 32, without instructions 1.6
-// times and more. In float32 MKL is level, but for gradients, whose sums may be as long as few rows are many.
-bool few_in_sums(int64_t inner, const Matrix& a, const Matrix& b, ScalarType dtype) {
-  const bool gradient = a.row_stride == 1 && b.col_stride == 1;
-  const int64_t most = most_rows(dtype, false);
-  return inner <= (gradient ? most : dtype == ScalarType::Float ? 0 : std::min(most, kFew));
-}
-
-// The gradient of an expert without rows, which most are when few tokens choose: as the C library does it, past what a
-// loop of stores reads from memory first.
-void fill_with_zeros(const Matrix& out, int64_t item) {
-  const bool dense = out.row_stride == out.cols;
-  auto* data = static_cast<char*>(out.data);
-  const int64_t rows = dense ? 1 : out.rows, bytes = (dense ? out.rows : 1) * out.cols * item;
-  for (int64_t row = 0; row < rows; ++row) std::memset(data + row * out.row_stride * item, 0, bytes);
-}
-
-}  // namespace
-
-bool few_rows(int64_t rows, ScalarType dtype) { return rows <= most_rows(dtype, false); }
-int64_t rows_to_give(int64_t rows, int64_t columns, ScalarType dtype) {
-  return few_columns(columns, dtype, false) ? rows : rows_to_give(rows, dtype);
-}
-int64_t sums_to_give(int64_t sums, int64_t rows, int64_t columns, ScalarType dtype) {
-  return few_columns(std::min(rows, columns), dtype, true) ? sums : rows_to_give(sums, dtype);
-}
-
-void multiply(const Matrix& out, const Matrix& a, const Matrix& b, ScalarType dtype, bool accumulate) {
-  const auto is_readable = [](const Matrix& m) { return m.row_stride == 1 || m.col_stride == 1; };
-  const bool columns_are_dense = b.col_stride != 1;
-  const bool of_rows = is_readable(b) && out.rows <= most_rows(dtype, !columns_are_dense);
-  const bool of_sums = is_readable(b) && few_in_sums(a.cols, a, b, dtype);
-  const bool of_columns = is_readable(a) && out.cols < out.rows && few_columns(out.cols, dtype, a.row_stride == 1);
-  if (!(of_rows || of_sums || of_columns) || out.col_stride != 1 || out.rows == 0 || out.cols == 0) {
-    return mm_out(out, a, b, dtype, accumulate);
-  }
-  if (a.cols == 0) return accumulate ? void() : fill_with_zeros(out, dtype == ScalarType::Float ? 4 : 2);
+void multiply_thin(const Matrix& out, const Matrix& a, const Matrix& b, ScalarType dtype, bool accumulate, Thin thin) {
   const auto run = [&](auto number) {
     using T = decltype(number);
-    const bool short_sums = of_sums && a.cols <= out.cols;
-    if (of_columns && !short_sums) return few::multiply_transposed<T>(out, a, b, accumulate);
-    const bool rearrange = short_sums && columns_are_dense && out.rows > kHandful;
+    if (thin == Thin::kColumns) return few::multiply_transposed<T>(out, a, b, accumulate);
+    const bool rearrange = thin == Thin::kSums && b.col_stride != 1 && out.rows > few::kChunk;
     rearrange ? few::multiply_rearranged<T>(out, a, b, accumulate) : few::multiply<T>(out, a, b, accumulate);
   };
   switch (dtype) {
@@ -306,6 +222,14 @@ void multiply(const Matrix& out, const Matrix& a, const Matrix& b, ScalarType dt
     case ScalarType::BFloat16: return run(BFloat16{});
     default: return run(Half{});
   }
+}
+
+// As the C library does it, past what a loop of stores reads from memory first.
+void fill_with_zeros(const Matrix& out, int64_t item) {
+  const bool dense = out.row_stride == out.cols;
+  auto* data = static_cast<char*>(out.data);
+  const int64_t rows = dense ? 1 : out.rows, bytes = (dense ? out.rows : 1) * out.cols * item;
+  for (int64_t row = 0; row < rows; ++row) std::memset(data + row * out.row_stride * item, 0, bytes);
 }
 
 void multiply_by_row(const Matrix& out, const Matrix& a, const Matrix& b, ScalarType dtype, bool accumulate) {

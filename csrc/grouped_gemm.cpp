@@ -18,6 +18,7 @@
 #include "few_rows.h"
 #include "gemm.h"
 #include "pages.h"
+#include "products.h"
 
 namespace dmoe {
 namespace {

@@ -27,6 +27,7 @@
 #include "moe_weights.h"
 #include "pages.h"
 #include "philox.h"
+#include "products.h"
 
 namespace dmoe {
 namespace {

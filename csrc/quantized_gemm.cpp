@@ -17,9 +17,9 @@
 
 #include "check.h"
 #include "expert_rows.h"
-#include "few_rows.h"
 #include "gemm.h"
 #include "pages.h"
+#include "products.h"
 #include "weight_formats.h"
 
 namespace dmoe {

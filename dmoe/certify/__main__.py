@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dmoe.certify.standard import standard_subjects
+from dmoe.ops._cache_folder import cache_folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from dmoe.ops import _verdicts
 
     if args.forget:
-        for path in _verdicts.folder().glob("certified-*.json"):
+        folder = cache_folder()
+        for path in [] if folder is None else folder.glob("certified-*.json"):
             path.unlink()
         return 0
     subjects = {name: subject for name, subject in standard_subjects().items() if args.only in name}

@@ -1,5 +1,6 @@
 """The operations, one per file, each with its plain-PyTorch ``*_ref`` beside it."""
 
+from dmoe.ops import products
 from dmoe.ops.balanced_assignment import balanced_assignment
 from dmoe.ops.block_sparse import block_dds, block_dsd, block_sdd
 from dmoe.ops.cumsum import exclusive_cumsum, inclusive_cumsum
@@ -35,6 +36,7 @@ __all__ = [
     "histogram",
     "inclusive_cumsum",
     "permute",
+    "products",
     "replicate",
     "router_logits",
     "router_scores",

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmoe.ops._cache_folder import cache_folder
 from dmoe.ops._trust import Subject, mode
 
 START = 600.0  # seconds in which the process that certifies is there; it takes about four
@@ -66,15 +67,9 @@ def launch_shapes() -> dict[str, Any]:
     return dict(configs.measured())
 
 
-def folder() -> Path:
-    """``DMOE_CACHE_DIR``, or ``dmoe`` in the user's cache folder."""
-    own = os.environ.get("DMOE_CACHE_DIR")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dmoe"
-
-
 def path_of(device: torch.device) -> Path:
     """The file of verdicts for a device."""
-    return folder() / f"certified-{hashlib.sha256(machine(device).encode()).hexdigest()[:16]}.json"
+    return (cache_folder() or Path(os.devnull)) / f"certified-{hashlib.sha256(machine(device).encode()).hexdigest()[:16]}.json"
 
 
 @functools.cache
