@@ -240,7 +240,7 @@ def main() -> None:
     results.sort(key=lambda entry: entry["case"]["passes"])
     env = environment(args.threads, args.clock)
     args.out.mkdir(parents=True, exist_ok=True)
-    write_csv(args.out / f"{stem("decode_cpu", env)}.csv", results)
+    write_csv(args.out / f"{stem('decode_cpu', env)}.csv", results)
     publish(
         "decode_cpu",
         env,
