@@ -85,30 +85,25 @@ def report(results: list[dict[str, Any]], tiny: dict[str, Any], env: dict[str, A
         for rival, times in [nearest(entry, "changing")]
         if times < 1
     ]
-    return (
-        "\n\n".join(
-            [
-                "# Decoding with a MoE layer on the CPU",
-                describe(env),
-                f"![the nearest rival's time over dmoe's]({name}.png)",
-                "The whole layer, router included, in inference: median milliseconds of a call, each with new tokens, up "
-                f"to {MOST} calls in a turn; in brackets, how many times dmoe's; bold: the fastest. *Weights*: bytes of "
-                "all experts; *chosen*: of those that a call's tokens go to, in the mean. *Reading*: what summing the "
-                "chosen experts' weights as integers costs, over dmoe's time (from the cache where all weights fit there). "
-                "Outputs of all agreed with a float64 loop over experts within a relative norm of "
-                + " and ".join(f"{tolerance:.0e} ({dtype})" for dtype, tolerance in TOLERANCE.items())
-                + " before anything was timed.",
-                markdown_table(header, rows),
-                "Behind a rival:\n\n" + "\n".join(behind) if behind else "First on every line.",
-                "## What a forward costs before it computes",
-                f"A layer of almost no arithmetic ({TINY.label}). *Called from Python*: operations that the contestant's "
-                "Python calls; *in all*: with those that these call through PyTorch's dispatcher, as its profiler sees "
-                "them.",
-                _overhead(tiny, names),
-            ]
-        )
-        + "\n"
-    )
+    parts = [
+        "# Decoding with a MoE layer on the CPU",
+        describe(env),
+        f"![the nearest rival's time over dmoe's]({name}.png)",
+        "The whole layer, router included, in inference: median milliseconds of a call, each with new tokens, up to "
+        f"{MOST} calls in a turn; in brackets, how many times dmoe's; bold: the fastest. *Weights*: bytes of all "
+        "experts; *chosen*: of those that a call's tokens go to, in the mean. *Reading*: what summing the chosen "
+        "experts' weights as integers costs, over dmoe's time (from the cache where all weights fit there). Outputs of "
+        "all agreed with a float64 loop over experts within a relative norm of "
+        + " and ".join(f"{tolerance:.0e} ({dtype})" for dtype, tolerance in TOLERANCE.items())
+        + " before anything was timed.",
+        markdown_table(header, rows),
+        "Behind a rival:\n\n" + "\n".join(behind) if behind else "First on every line.",
+        "## What a forward costs before it computes",
+        f"A layer of almost no arithmetic ({TINY.label}). *Called from Python*: operations that the contestant's "
+        "Python calls; *in all*: with those that these call through PyTorch's dispatcher, as its profiler sees them.",
+        _overhead(tiny, names),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def _overhead(tiny: dict[str, Any], names: list[str]) -> str:
