@@ -181,6 +181,7 @@ def plot(results: list[dict[str, Any]], env: dict[str, Any], path: Path) -> None
             lines.setdefault(label, []).append((case["tokens"], nearest(entry)[1]["median"]))
         draw_ratios(axis, lines, TOKENS)
         axis.set_title(one)
+    axes[0].set_ylim(bottom=0)  # once all panels are drawn: they share it
     axes[0].set_ylabel("nearest rival's time over dmoe's")
     axes[0].legend(fontsize=8, frameon=False)
     figure.suptitle(

@@ -128,6 +128,7 @@ def plot(results: list[dict[str, Any]], env: dict[str, Any], path: Path) -> None
             points.append((case["tokens"], nearest(entry, "changing")[1]))
         draw_ratios(axis, lines, TOKENS)
         axis.set_title(dtype)
+    axes[0].set_ylim(bottom=0)  # once all panels are drawn: they share it
     axes[0].set_ylabel("nearest rival's time over dmoe's")
     axes[0].legend(fontsize=8, frameon=False)
     title = f"Decoding, MoE layer, {env['hardware']}, {env['threads']} threads (above 1: dmoe is faster)"

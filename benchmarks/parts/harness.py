@@ -394,7 +394,6 @@ def draw_ratios(axis: Any, lines: Mapping[str, Sequence[tuple[int, float]]], tok
     axis.axhline(1, color="#666666", lw=1)
     axis.set_xscale("log", base=2)
     axis.set_xticks(tokens, [str(t) for t in tokens])
-    axis.set_ylim(bottom=0)
     axis.set_xlabel("T")
 
 
