@@ -16,10 +16,8 @@ imitate processors without bfloat16 instructions, for Transformers' ways and for
 from __future__ import annotations
 
 import csv
-import os
 import random
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,10 +25,12 @@ from typing import Any
 import torch
 from parts.decode import DTYPES, Case, Step, build, check, run
 from parts.harness import (
-    COLOURS,
+    CLOCKS,
+    add_clock,
     arguments,
     checked,
     describe,
+    draw_ratios,
     environment,
     markdown_table,
     milliseconds,
@@ -49,8 +49,6 @@ TOKENS = (1, 8, 16, 32, 64, 128)
 MID, OLMOE = (512, 256, 32, 4), (2048, 1024, 64, 8)  # H, F, E, K
 SLOW = 0.05  # seconds of a step, from which a turn is one
 EQUAL = 0.97  # of a rival's time: within the spread of pairs
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-IMITATED = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 
 
 def read_seconds(module: nn.Module, clock: Callable[[], float]) -> float:
@@ -139,11 +137,10 @@ def nearest(entry: dict[str, Any]) -> tuple[str, dict[str, float]]:
 
 def report(results: list[dict[str, Any]], env: dict[str, Any], args: Any, name: str) -> str:
     """All tables as Markdown."""
-    imitated = [f"{variable}={os.environ[variable]}" for variable in IMITATED if variable in os.environ]
     unit = "wall clock" if args.clock == "wall" else "the processor's time of one thread"
     parts = [
         "# Experts of a decode step and of small batches on the CPU",
-        describe(env) + (f" Under {' '.join(imitated)}." if imitated else ""),
+        describe(env),
         f"![a rival's time over dmoe's]({name}.png)",
         f"Median milliseconds ({unit}); new tokens and a new routing in every round. *Nearest rival over dmoe*: the "
         "median over rounds of its time over dmoe's in the same round, and the 10th and 90th percentile; above 1 dmoe "
@@ -177,18 +174,14 @@ def plot(results: list[dict[str, Any]], env: dict[str, Any], path: Path) -> None
     figure, axes = new_figure(len(passes), width=5.5 * len(passes), height=4.2)
     for axis, one in zip(axes, passes, strict=True):
         entries = [entry for entry in results if entry["case"]["passes"] == one]
-        lines = dict.fromkeys((e["case"]["dtype"], e["case"]["layout"], e["case"]["shape"]) for e in entries)
-        for i, line in enumerate(lines):
-            chosen = [e for e in entries if (e["case"]["dtype"], e["case"]["layout"], e["case"]["shape"]) == line]
-            label = f"{line[0]}, {line[1]}, H={line[2][0]} E={line[2][2]}"
-            points = [(e["case"]["tokens"], nearest(e)[1]["median"]) for e in chosen]
-            axis.plot(*zip(*points, strict=True), marker="o", color=COLOURS[i % len(COLOURS)], label=label)
-        axis.axhline(1, color="#666666", lw=1)
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(TOKENS, [str(t) for t in TOKENS])
-        axis.set_ylim(bottom=0)
-        axis.set_xlabel("T")
+        lines: dict[str, list[tuple[int, float]]] = {}
+        for entry in entries:
+            case = entry["case"]
+            label = f"{case['dtype']}, {case['layout']}, H={case['shape'][0]} E={case['shape'][2]}"
+            lines.setdefault(label, []).append((case["tokens"], nearest(entry)[1]["median"]))
+        draw_ratios(axis, lines, TOKENS)
         axis.set_title(one)
+    axes[0].set_ylim(bottom=0)  # once all panels are drawn: they share it
     axes[0].set_ylabel("nearest rival's time over dmoe's")
     axes[0].legend(fontsize=8, frameon=False)
     figure.suptitle(
@@ -214,11 +207,9 @@ def write_csv(path: Path, results: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Run, check, time, write."""
     parser = arguments(__doc__.split("\n")[0] if __doc__ else "", rounds=30)
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: seconds of the processor, of one thread")
+    add_clock(parser)
     parser.set_defaults(seconds=3.0)
     args = checked(parser)
-    if args.clock == "cpu" and args.threads != 1:
-        parser.error(f"--clock cpu: expected --threads 1, as threads that wait cost time too, got {args.threads}")
     names = [n for n in RIVALS if not args.contestants or n in args.contestants.split(",")]
     if not names:
         parser.error(f"--contestants: expected some of {', '.join(RIVALS)}, got {args.contestants!r}")
@@ -248,14 +239,11 @@ def main() -> None:
                 results.append(run_case(case, module, [*names, "dmoe"], reading, args))
                 bar.update()
     results.sort(key=lambda entry: entry["case"]["passes"])
-    env = environment(args.threads)
-    env["imitated"] = {variable: os.environ[variable] for variable in IMITATED if variable in os.environ}
-    clock = ["one_thread"] if args.clock == "cpu" else []
-    name = "_".join(["decode_cpu", *clock, *(value.lower() for value in dict.fromkeys(env["imitated"].values()))])
+    env = environment(args.threads, args.clock)
     args.out.mkdir(parents=True, exist_ok=True)
-    write_csv(args.out / f"{stem(name, env)}.csv", results)
+    write_csv(args.out / f"{stem('decode_cpu', env)}.csv", results)
     publish(
-        name,
+        "decode_cpu",
         env,
         args,
         results,

@@ -37,7 +37,7 @@ from parts.harness import (
     stopwatch,
     time_cells,
 )
-from parts.layers import Case, make_step, make_weights
+from parts.layer_case import Case, make_step, make_weights
 from parts.workers import Worker, worst_errors
 from torch import Tensor
 from torch.nn.functional import linear, silu

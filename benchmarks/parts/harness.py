@@ -28,6 +28,12 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 # Okabe and Ito's palette, told apart under every common colour blindness; yellow is left out, too pale on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F", "#882255")
 
+# What makes oneDNN, PyTorch and MKL believe in a lesser processor than there is: in the report, and in its files' name.
+RESTRICTIONS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
+
+# Of the processor: the seconds of all this process's threads, which a machine's other users do not lengthen.
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
 
 class CheckError(Exception):
     """Two contestants do not compute the same thing, so there is nothing to report."""
@@ -162,8 +168,8 @@ def require_close(where: str, errors: Mapping[str, float], tolerance: float) -> 
 # ------------------------------------------------------------------------------------------------------- environment
 
 
-def environment(threads: int) -> dict[str, Any]:
-    """What a reader needs to know about the machine and the software behind the figures."""
+def environment(threads: int, clock: str = "wall") -> dict[str, Any]:
+    """What a reader needs to know about the machine and the software behind the figures, and by which clock."""
     flags, model, family = _processor()
     versions = {"python": platform.python_version(), "torch": torch.__version__, "dmoe": dmoe.__version__}
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -175,6 +181,8 @@ def environment(threads: int) -> dict[str, Any]:
         "family": family,
         "cores": os.cpu_count(),
         "threads": threads,
+        "clock": clock,
+        "restrictions": {name: os.environ[name] for name in RESTRICTIONS if name in os.environ},
         "instructions": [flag for flag in wanted if flag in flags],
         "memory_gib": round(_memory("MemTotal") / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",
@@ -236,29 +244,40 @@ def arguments(description: str, *, rounds: int) -> argparse.ArgumentParser:
     return parser
 
 
+def add_clock(parser: argparse.ArgumentParser) -> None:
+    """``--clock``, for benchmarks that can count the processor's seconds instead of the wall's."""
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: seconds of the processor, of one thread")
+
+
 def checked(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Parse, refuse what makes no sense, and set the threads."""
     args = parser.parse_args()
     for name in ("rounds", "warmup", "threads"):
         if getattr(args, name) < 1:
             parser.error(f"--{name}: expected at least 1, got {getattr(args, name)}")
+    if getattr(args, "clock", "wall") == "cpu" and args.threads != 1:
+        parser.error(f"--clock cpu: expected --threads 1, as threads that wait cost time too, got {args.threads}")
     torch.set_num_threads(args.threads)
     return args
 
 
 def stem(name: str, env: Mapping[str, Any]) -> str:
-    """``<name>_<hardware>_<date>``."""
+    """``<name>_<hardware>_<date>``; before the hardware the processor's clock, and what it was restricted to."""
+    measured = ["one_thread"] if env.get("clock") == "cpu" else []
+    measured += [value.lower() for value in dict.fromkeys(env.get("restrictions", {}).values())]
     label = env["gpu"]["name"] if "gpu" in env else f"{env['hardware']} {env['cores']} cores"
     hardware = re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
-    return f"{name}_{hardware}_{env['date']}"
+    return "_".join([name, *measured, hardware, env["date"]])
 
 
 def describe(env: Mapping[str, Any]) -> str:
     """One line on where the figures come from."""
     versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
+    clock = "" if env["clock"] == "wall" else " by the processor's clock"
+    under = " ".join(f"{name}={value}" for name, value in env["restrictions"].items())
     return (
         f"{env['hardware']} ({env['family']}; {', '.join(env['instructions'])}), {env['cores']} cores, "
-        f"{env['threads']} threads; {versions}; {env['date']}."
+        f"{env['threads']} threads{clock}; {versions}; {env['date']}." + (f" Under {under}." if under else "")
     )
 
 
@@ -343,8 +362,8 @@ def time_cells(timings: Mapping[str, Timing], names: Sequence[str], mine: str, c
 # -------------------------------------------------------------------------------------------------------------- plot
 
 
-def new_figure(columns: int, *, width: float, height: float) -> tuple[Any, list[Any]]:
-    """A light figure with ``columns`` panels beside each other."""
+def new_figure(columns: int, *, width: float, height: float, rows: int = 1) -> tuple[Any, list[Any]]:
+    """A light figure of panels, row by row; those of a row share their y axis."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -364,8 +383,18 @@ def new_figure(columns: int, *, width: float, height: float) -> tuple[Any, list[
             "axes.facecolor": "white",
         }
     )
-    figure, axes = plt.subplots(1, columns, figsize=(width, height), squeeze=False, sharey=True)
-    return figure, list(axes[0])
+    figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, sharey="row")
+    return figure, list(axes.flat)
+
+
+def draw_ratios(axis: Any, lines: Mapping[str, Sequence[tuple[int, float]]], tokens: Sequence[int]) -> None:
+    """The nearest rival's time over dmoe's by T: a line for each name, given as points (T, ratio)."""
+    for i, (name, points) in enumerate(lines.items()):
+        axis.plot(*zip(*points, strict=True), marker="o", color=COLOURS[i % len(COLOURS)], label=name)
+    axis.axhline(1, color="#666666", lw=1)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(tokens, [str(t) for t in tokens])
+    axis.set_xlabel("T")
 
 
 def label_lines(axis: Any, ends: Sequence[tuple[float, float, str, str]], *, gap: float = 0.045) -> None:

@@ -68,6 +68,7 @@ class Worker:
 
 def _serve(connection: Connection, factory: Callable[..., Any], args: tuple[Any, ...], threads: int) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a download, so nothing may wait for one
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler says on stderr that it starts and stops
     torch.set_num_threads(threads)
     served = None
     while True:

@@ -16,9 +16,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-from parts.harness import environment
+from parts.harness import RESTRICTIONS, environment
 
-VARIABLES = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "OMP_NUM_THREADS")
+VARIABLES = (*RESTRICTIONS, "MKL_CBWR", "OMP_NUM_THREADS")
 # The libraries say which code they chose when they first compute something.
 _COMPUTE = "import torch; a = torch.ones(1, 1, 8, 8); torch.mm(a[0, 0], a[0, 0]); torch.conv2d(a, a)"
 _ASK = {"MKL_VERBOSE": "1", "ONEDNN_VERBOSE": "1"}
