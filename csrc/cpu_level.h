@@ -1,7 +1,7 @@
 // Which of several kernels in one library the processor runs.
 //
-// Who decides is the processor, asked once; ATEN_CPU_CAPABILITY (PyTorch's) and ONEDNN_MAX_CPU_ISA (oneDNN's) lower the
-// level here as they do there, so that one machine shows what others do.
+// Who decides is the processor, asked once; ATEN_CPU_CAPABILITY (PyTorch's) and ONEDNN_MAX_CPU_ISA or DNNL_MAX_CPU_ISA
+// (oneDNN's) lower the level here as they do there, so that one machine shows what others do.
 #pragma once
 
 #include <algorithm>
@@ -30,6 +30,7 @@ inline Level find_level() {
   if (__builtin_cpu_supports("x86-64-v4")) level = Level::kAvx512;
   if (level == Level::kAvx512 && __builtin_cpu_supports("avx512bf16")) level = Level::kAvx512Bf16;
   const char *aten = std::getenv("ATEN_CPU_CAPABILITY"), *onednn = std::getenv("ONEDNN_MAX_CPU_ISA");
+  if (onednn == nullptr) onednn = std::getenv("DNNL_MAX_CPU_ISA");
   if (is_one_of(onednn, {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI"})) {
     level = std::min(level, Level::kAvx512);
   }
