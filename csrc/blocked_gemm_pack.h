@@ -1,8 +1,7 @@
 // Factors of a blocked product in the order in which its tiles read them, as float32 whatever their dtype.
 //
 // A factor may come with contiguous rows or with contiguous columns. What has to be turned over is `b` with contiguous
-// columns, a weight as it is kept: in squares of registers. While a panel is packed the next one is asked for: products
-// with this one give memory the time to bring it.
+// columns, a weight as it is kept: in squares of registers.
 #pragma once
 
 #include <algorithm>
@@ -15,6 +14,8 @@
 
 namespace dmoe {
 namespace blocked {
+
+constexpr int64_t kAhead = 24;  // rows of `b` that are asked for in advance: each is in another page than the one before
 
 constexpr int64_t round_up(int64_t number, int64_t to) { return (number + to - 1) / to * to; }
 
@@ -89,7 +90,7 @@ DMOE_INLINE void pack_panel_of_rows(const Matrix& b, int64_t begin, int64_t inne
                                     float* to) {
   for (int64_t k = 0; k < inner; ++k, to += 2 * W) {
     const T* from = at<T>(b, begin + k, first);
-    __builtin_prefetch(from + 2 * W, 0, 2);
+    for (int64_t n = 0; n < 2 * W; n += 64 / sizeof(T)) __builtin_prefetch(from + kAhead * b.row_stride + n, 0, 3);
     if (columns == 2 * W) {
       few::store_lanes<W>(to, few::load_lanes<W>(from)), few::store_lanes<W>(to + W, few::load_lanes<W>(from + W));
     } else {
@@ -108,11 +109,7 @@ DMOE_INLINE void pack_panel_of_columns(const Matrix& b, int64_t begin, int64_t i
       few::Lanes<W> square[W];
       if (here == W && count == W) {
 #pragma GCC unroll 16
-        for (int n = 0; n < W; ++n) {
-          const T* from = at<T>(b, begin + k, first + half * W + n);
-          __builtin_prefetch(from + 2 * W * b.col_stride, 0, 2);
-          square[n] = few::load_lanes<W>(from);
-        }
+        for (int n = 0; n < W; ++n) square[n] = few::load_lanes<W>(at<T>(b, begin + k, first + half * W + n));
       } else {
         for (int n = 0; n < W; ++n) {
           square[n] = n < here ? load_up_to<W>(at<T>(b, begin + k, first + half * W + n), count) : few::Lanes<W>{};

@@ -87,8 +87,7 @@ DMOE_AVX512_BF16 inline void pack_panel_of_row_pairs(const Matrix& b, int64_t be
   for (int64_t k = 0; k < inner; k += 2, to += 32) {
     const BFloat16* upper = at<BFloat16>(b, begin + k, first);
     const BFloat16* lower = k + 1 < inner ? upper + b.row_stride : nullptr;
-    __builtin_prefetch(upper + 32, 0, 2);
-    if (lower != nullptr) __builtin_prefetch(lower + 32, 0, 2);
+    __builtin_prefetch(upper + kAhead * b.row_stride, 0, 3), __builtin_prefetch(upper + (kAhead + 1) * b.row_stride, 0, 3);
     if (columns == 32) {
       pair_up<16>(upper, lower, to), pair_up<16>(upper + 16, lower == nullptr ? nullptr : lower + 16, to + 16);
     } else {
@@ -108,9 +107,7 @@ DMOE_AVX512_BF16 inline void pack_panel_of_column_pairs(const Matrix& b, int64_t
       if (here == 16 && count == 32) {
 #pragma GCC unroll 16
         for (int n = 0; n < 16; ++n) {
-          const BFloat16* from = at<BFloat16>(b, begin + k, first + half * 16 + n);
-          __builtin_prefetch(from + 32 * b.col_stride, 0, 2);
-          std::memcpy(&square[n], from, sizeof(square[n]));
+          std::memcpy(&square[n], at<BFloat16>(b, begin + k, first + half * 16 + n), sizeof(square[n]));
         }
       } else {
         std::memset(square, 0, sizeof(square));
