@@ -1,108 +1,45 @@
 // gate_weights on the CPU: dmoe/ops/gate_weights.py has the formulas. A token's K numbers fit in registers; as separate
 // PyTorch operations they are a dozen passes over (T, K), and took longer than the top-k before them.
 #include <algorithm>
-#include <cmath>
-#include <limits>
 #include <optional>
-#include <type_traits>
-#include <vector>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include "check.h"
+#include "gate_rows.h"
 #include "simd.h"
 
 namespace dmoe {
 namespace {
 
 using std::optional;
+using Shape = GateShape;
 constexpr int64_t kTokensPerTask = 1024;
-
-struct Shape {
-  int64_t tokens, experts, top_k;
-  double p;
-  bool after_drop;
-  double scale;
-};
-
-template <typename A>
-A power(A x, double p) {
-  if (p == 1) return x;
-  if (p == 2) return x * x;
-  return std::pow(x, static_cast<A>(p));
-}
-
-// One token's choices: which are kept, their scores, and the norm they are divided by (1 for none).
-template <typename T, typename Id>
-struct Choices {
-  using A = Accumulate<T>;
-  std::vector<A> picked;
-  std::vector<uint8_t> kept, counted;
-  A norm;
-
-  explicit Choices(int64_t top_k) : picked(top_k), kept(top_k), counted(top_k) {}
-
-  void read(const T* scores, const Id* ids, const int32_t* rows, const Shape& shape) {
-    constexpr A kTiny = std::is_same_v<T, Half> ? A(6.103515625e-05) : std::numeric_limits<A>::min();
-    A largest = kTiny;
-    for (int64_t k = 0; k < shape.top_k; ++k) {
-      const bool chosen = ids[k] >= 0 && ids[k] < shape.experts;
-      picked[k] = chosen ? load(scores + ids[k]) : A(0);
-      kept[k] = chosen && (rows == nullptr || rows[k] >= 0);
-      counted[k] = shape.after_drop ? kept[k] : chosen;
-      if (counted[k] && !(picked[k] <= largest)) largest = picked[k];  // takes NaN over
-    }
-    norm = A(1);
-    if (shape.p > 0) {  // relative to the largest: powers of small scores would underflow
-      A sum = 0;
-      for (int64_t k = 0; k < shape.top_k; ++k) {
-        if (counted[k]) sum += power(picked[k] / largest, shape.p);
-      }
-      sum = shape.p == 1 ? sum : shape.p == 2 ? std::sqrt(sum) : std::pow(sum, static_cast<A>(1 / shape.p));
-      norm = largest * (sum < A(1) ? A(1) : sum);
-    }
-  }
-};
 
 template <typename T, typename Id>
 void forward(const T* scores, const Id* ids, const int32_t* rows, const Shape& shape, T* weights) {
-  using A = Accumulate<T>;
   torch::stable::parallel_for(0, shape.tokens, kTokensPerTask, [&](int64_t begin, int64_t end) {
-    Choices<T, Id> choices(shape.top_k);
+    GateChoices<T, Id> choices(shape);
     for (int64_t t = begin; t < end; ++t) {
       const int64_t at = t * shape.top_k;
-      choices.read(scores + t * shape.experts, ids + at, rows == nullptr ? nullptr : rows + at, shape);
-      for (int64_t k = 0; k < shape.top_k; ++k) {
-        store(weights + at + k, choices.kept[k] ? choices.picked[k] * static_cast<A>(shape.scale) / choices.norm : A(0));
-      }
+      choices.read(scores + t * shape.experts, ids + at, rows == nullptr ? nullptr : rows + at);
+      choices.write(weights + at);
     }
   });
 }
 
 template <typename T, typename Id>
 void backward(const T* grad, const T* scores, const Id* ids, const int32_t* rows, const Shape& shape, T* grad_scores) {
-  using A = Accumulate<T>;
   torch::stable::parallel_for(0, shape.tokens, kTokensPerTask, [&](int64_t begin, int64_t end) {
-    Choices<T, Id> choices(shape.top_k);
+    GateChoices<T, Id> choices(shape);
     std::fill(grad_scores + begin * shape.experts, grad_scores + end * shape.experts, T(0.0f));
     for (int64_t t = begin; t < end; ++t) {
       const int64_t at = t * shape.top_k;
       T* out = grad_scores + t * shape.experts;
-      choices.read(scores + t * shape.experts, ids + at, rows == nullptr ? nullptr : rows + at, shape);
-      const A norm = choices.norm;
-      A share = 0;  // sum over kept of the gradient with respect to g / n, times g / n
-      for (int64_t k = 0; k < shape.top_k; ++k) {
-        if (choices.kept[k]) share += load(grad + at + k) * static_cast<A>(shape.scale) * choices.picked[k];
-      }
-      share /= norm;
-      for (int64_t k = 0; k < shape.top_k; ++k) {
-        if (ids[at + k] < 0 || ids[at + k] >= shape.experts) continue;
-        A value = choices.kept[k] ? load(grad + at + k) * static_cast<A>(shape.scale) : A(0);
-        if (shape.p > 0 && choices.counted[k]) value -= share * power(choices.picked[k] / norm, shape.p - 1);
-        store(out + ids[at + k], load(out + ids[at + k]) + value / norm);
-      }
+      choices.read(scores + t * shape.experts, ids + at, rows == nullptr ? nullptr : rows + at);
+      choices.add_gradient(grad + at, ids + at, out);
     }
   });
 }

@@ -1,9 +1,10 @@
 """``router_top_k``: everything between a router's logits and its plan, as one differentiable operation.
 
 Scores, selection (with bias, in the best groups), token mask, gate weights and, where a loss wants them, the
-log-partition and the counts of first choices. On the CPU, in float64, under ``backend="reference"`` and where gate
-weights need the plan first, the separate operations serve: :func:`router_scores`, :func:`topk_indices`,
-:func:`gate_weights`, :func:`histogram`. On CUDA the whole is one launch, and its gradient another.
+log-partition and the counts of first choices. In half precision, under ``backend="reference"`` and where gate weights
+need the plan first, the separate operations serve: :func:`router_scores`, :func:`topk_indices`, :func:`gate_weights`,
+:func:`histogram`. On CUDA (float32 alone) the whole is one launch, and its gradient another; on the CPU, with
+``csrc/``, one pass over the logits.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dmoe.ops._library import define, on_gpu, refuse_double_backward, register_autograd
+from dmoe.ops._library import define, has_kernel, on_gpu, refuse_double_backward, register_autograd
 from dmoe.ops._trust import Subject
 from dmoe.ops.gate_weights import gate_weights, gate_weights_backward_ref
 from dmoe.ops.histogram import histogram
@@ -293,7 +294,12 @@ def _autograd(
 register_autograd(_forward, _autograd, _setup_context)
 
 
+_IN_ONE_PASS = has_kernel("router_top_k", "CPU")
+
+
 def _fits_one_launch(logits: Tensor) -> bool:
+    if logits.device.type == "cpu" and not on_gpu(logits):
+        return _IN_ONE_PASS and logits.dtype in (torch.float32, torch.float64)
     return on_gpu(logits) and logits.dtype == torch.float32 and logits.shape[1] <= _MOST_EXPERTS
 
 
@@ -349,6 +355,8 @@ def router_top_k(
             backend=backend,
             batch_invariant=batch_invariant,
         )
+    if selection_bias is not None:
+        selection_bias = selection_bias.float()
     scores, log_z, chosen, weights, first = _forward(
         router_logits, selection_bias, token_mask, expert_indices, with_log_z, count_first, *rule
     )

@@ -282,7 +282,7 @@ def layer_options():
 @pytest.mark.parametrize("options", list(layer_options()), ids=str)
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_a_layer_is_the_same_with_the_operation_as_with_its_parts(options, compiled, monkeypatch):
-    """On the CPU the operation runs as its reference: what is compared is the wiring, autograd's included."""
+    """What is compared is the wiring, autograd's included."""
     torch.manual_seed(0)
     layer = MoE(small_config(**options))
     x, mask = torch.randn(9, 8), torch.rand(9) < 0.8
@@ -295,13 +295,13 @@ def test_a_layer_is_the_same_with_the_operation_as_with_its_parts(options, compi
         loss.backward()
         return [y.detach(), loss.detach(), *(p.grad for p in layer.parameters())]
 
-    used, original = [], module._fits_one_launch
+    used = []
+    monkeypatch.setattr(module, "_fits_one_launch", lambda logits: False)
     apart = run()
-    monkeypatch.setattr(module, "_fits_one_launch", lambda logits: used.append(original(logits)) or True)
+    monkeypatch.setattr(module, "_fits_one_launch", lambda logits: used.append(True) or True)
     torch._dynamo.reset()
     together = run()
     assert bool(used) == ("capacity_factor" not in options)
-    assert not any(used)
     for mine, theirs in zip(together, apart, strict=True):
         torch.testing.assert_close(mine, theirs)
 
@@ -339,7 +339,7 @@ def test_only_asked_results_come_back():
     plain = router_top_k(logits, TopKRule(2), with_weights=False)
     assert plain.log_z is plain.gate_weights is plain.first_choices_per_expert is None
     full = router_top_k(logits, TopKRule(2), with_log_z=True, count_first=True)
-    assert torch.equal(full.log_z, logits.logsumexp(1))
+    torch.testing.assert_close(full.log_z, logits.logsumexp(1))
     assert full.first_choices_per_expert.sum() == 4
     assert torch.equal(plain.expert_indices, select_experts(logits.softmax(1), TopKRule(2)))
 
