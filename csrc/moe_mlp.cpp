@@ -23,6 +23,7 @@
 #include "check.h"
 #include "few_rows.h"
 #include "gemm.h"
+#include "moe_mlp.h"
 #include "moe_rows.h"
 #include "moe_weights.h"
 #include "pages.h"
@@ -962,6 +963,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_mlp_backward_data(Tensor grad_y, 
 }
 
 }  // namespace
+
+Tensor run_experts(const InferenceCall& call, const RoutingPlanCall& plan, const Tensor& token_offsets) {
+  const Arguments args{call.x, call.gate_weights, call.up_proj, call.down_proj, call.up_bias, call.down_bias,
+                       plan.expert_offsets, plan.row_to_token, plan.row_to_slot, token_offsets, plan.token_rows,
+                       std::nullopt, {}, call.activation, call.gated, parse_gate_on(call.gate_weight_on), 0, 0,
+                       call.residual, call.gate_proj, false};
+  Tensor y = torch::stable::new_empty(call.x, {call.x.size(0), call.x.size(1)});
+  dispatch(args, [&](auto zero) { forward<decltype(zero)>(args, out<decltype(zero)>(y), nullptr); });
+  return y;
+}
+
 }  // namespace dmoe
 
 STABLE_TORCH_LIBRARY_IMPL(dmoe, CPU, m) {

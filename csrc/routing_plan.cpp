@@ -300,14 +300,22 @@ void plan_ids(const Tensor& expert_indices, const std::optional<Tensor>& token_o
   }
 }
 
-PlanResults routing_plan(Tensor expert_indices, int64_t num_experts, int64_t block_size, std::optional<int64_t> capacity,
-                         bool choice_major, std::optional<Tensor> token_order, bool binned, int64_t tile_rows) {
-  RoutingPlanCall call(expert_indices, num_experts, block_size, capacity, choice_major, token_order, binned, tile_rows);
-  if (expert_indices.scalar_type() == ScalarType::Int) {
+}  // namespace
+
+void make_plan(const RoutingPlanCall& call) {
+  if (call.expert_indices.scalar_type() == ScalarType::Int) {
     plan_ids<int32_t>(call.expert_indices, call.token_order, call.shape, call.outputs());
   } else {
     plan_ids<int64_t>(call.expert_indices, call.token_order, call.shape, call.outputs());
   }
+}
+
+namespace {
+
+PlanResults routing_plan(Tensor expert_indices, int64_t num_experts, int64_t block_size, std::optional<int64_t> capacity,
+                         bool choice_major, std::optional<Tensor> token_order, bool binned, int64_t tile_rows) {
+  RoutingPlanCall call(expert_indices, num_experts, block_size, capacity, choice_major, token_order, binned, tile_rows);
+  make_plan(call);
   return call.results();
 }
 

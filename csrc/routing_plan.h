@@ -92,4 +92,7 @@ struct RoutingPlanCall {
   Tensor int32_result(int64_t size) const { return torch::stable::new_empty(expert_indices, {size}, ScalarType::Int); }
 };
 
+// Fills the results of a call on the CPU.
+void make_plan(const RoutingPlanCall& call);
+
 }  // namespace dmoe

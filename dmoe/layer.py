@@ -5,7 +5,8 @@
                         +--> losses           +--> metrics
 
 Every step is a file with that step's name: ``inputs.py``, ``routing/``, ``plan.py``, ``parallel/dispatch.py``,
-``experts.py`` (``functional.py``), ``losses.py`` (handed over by ``auxiliary.py``), ``metrics.py``.
+``experts.py`` (``functional.py``), ``losses.py`` (handed over by ``auxiliary.py``), ``metrics.py``. In inference on the
+CPU all of them are one operation where nobody looks in between: ``direct.py``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dmoe import direct
 from dmoe.auxiliary import AuxiliaryLosses
 from dmoe.buffers import Float32Buffers
 from dmoe.config import MoEConfig
@@ -84,6 +86,7 @@ class MoE(Float32Buffers):
     aux_loss_scale: Tensor
     attached_losses: Tensor
     router: Any
+    _in_one_operation = False
 
     def __init__(
         self,
@@ -118,6 +121,7 @@ class MoE(Float32Buffers):
         self.register_float32("attached_losses", 0.0, 2, device=device, persistent=False)
         self.last_metrics: RoutingMetrics | None = None
         self._ranks_agree = ranks.ep_group is None
+        self._in_one_operation = direct.knows(config, self.router)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -158,13 +162,30 @@ class MoE(Float32Buffers):
                 forward, but not in the static mode, ranks that differ in training and evaluation, or in autograd.
         """
         check_inputs(self.config, x, token_mask, token_ids, expert_indices)
+        about = {"token_mask": token_mask, "token_ids": token_ids, "expert_indices": expert_indices}
+        done = None
+        if self._in_one_operation and token_mask is None and expert_indices is None and not return_routing:
+            done = direct.run_directly(self, x)
+        if done is None:
+            y, routing = self._in_steps(x, about)
+        else:
+            (y, self.last_metrics), routing = done, None
+        beside: tuple[Any, ...] = (routing,) if return_routing else ()
+        if self.output_bias is not None and self.config.return_bias:
+            beside = (self.output_bias, *beside)
+        elif self.output_bias is not None:
+            y = add_to_tokens(y, self.output_bias.to(y.dtype))
+        return (y, *beside) if beside else y
+
+    def _in_steps(self, x: Tensor, about: dict[str, Tensor | None]) -> tuple[Tensor, Routing]:
+        """The output in x's shape, and the routing; ``about`` is what :meth:`forward` was told of the tokens."""
         if not self._ranks_agree:
             check_layers(self, x.dtype)
             self._ranks_agree = True
-        tokens, about = flatten_inputs(self.router, x, token_mask, token_ids, expert_indices)
+        tokens, told = flatten_inputs(self.router, x, **about)
         if self.training and self.config.input_jitter_on == "layer":
             tokens = jittered(tokens, self.config.input_jitter)
-        routing = self.router(tokens, **about)
+        routing = self.router(tokens, **told)
         if isinstance(self.dispatcher, AllToAllDispatcher):
             self.dispatcher.mode = "training" if self.training else "evaluation"
         y, arrived, kept = self._through_experts(tokens, routing)
@@ -178,12 +199,7 @@ class MoE(Float32Buffers):
             num_sequences=math.prod(x.shape[:-2]),
         )
         self.last_metrics = metrics_of(routing, arrived, kept)
-        beside: tuple[Any, ...] = (routing,) if return_routing else ()
-        if self.output_bias is not None and self.config.return_bias:
-            beside = (self.output_bias, *beside)
-        elif self.output_bias is not None:
-            y = add_to_tokens(y, self.output_bias.to(y.dtype))
-        return (y, *beside) if beside else y
+        return y, routing
 
     def _through_experts(
         self, tokens: Tensor, routing: Routing
