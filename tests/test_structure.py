@@ -98,7 +98,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "quant": {"config", "expert_slice", "expert_targets", "experts", "ops", "other_experts", "quantized_weight"},
     "shared_expert": {"ops", "plan", "config", "experts"},
     "parallel": {"activation_functions", "ops", "plan", "config", "expert_slice", "expert_weights"},
+    "direct": {"config", "experts", "metrics", "ops", "parallel", "routing"},
     "layer": {
+        "direct",
         "ops",
         "plan",
         "config",
