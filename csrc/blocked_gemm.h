@@ -16,7 +16,7 @@ namespace dmoe {
 bool blocked_takes(const Matrix& out, const Matrix& a, const Matrix& b);
 
 // As mm_out(), whose comment says the rest. An element of the result depends on its row of `a`, its column of `b` and
-// the length of the sum alone, which is added up in float32 from its first number to its last.
+// the length of the sum alone, which is added up in float32, in pieces of 256 numbers or pairs of them.
 void multiply_blocked(const Matrix& out, const Matrix& a, const Matrix& b, ScalarType dtype, bool accumulate = false);
 
 }  // namespace dmoe

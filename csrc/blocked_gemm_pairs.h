@@ -13,13 +13,13 @@ template <int R, bool kByRows>
 DMOE_AVX512_BF16 void multiply_pairs(const Tile<uint32_t>& t) {
   constexpr int kRows = kTileRows<16>;
   constexpr int64_t kStride = kByRows ? kPiece : 1;
-  __m512 sums[R][2];
-#pragma GCC unroll 12
-  for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
   const uint32_t* b = t.b;
   for (int64_t first = 0; first < t.inner; first += kPiece) {
     const uint32_t* a = t.a + first * kRows;
     const int64_t count = t.inner - first < kPiece ? t.inner - first : kPiece;
+    __m512 sums[R][2];
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
 #pragma GCC unroll 2
     for (int64_t k = 0; k < count; ++k, b += 32, a += kByRows ? 1 : kRows) {
       const __m512i left = few::load_pairs(b), right = few::load_pairs(b + 16);
@@ -30,16 +30,16 @@ DMOE_AVX512_BF16 void multiply_pairs(const Tile<uint32_t>& t) {
         sums[r][1] = few::add_pairs(sums[r][1], pair, right);
       }
     }
-  }
 #pragma GCC unroll 12
-  for (int r = 0; r < R; ++r) {
-    if (r >= t.rows) break;
-    float* to = t.c + r * t.c_stride;
-    if (t.add) {
-      sums[r][0] = _mm512_add_ps(sums[r][0], _mm512_loadu_ps(to));
-      sums[r][1] = _mm512_add_ps(sums[r][1], _mm512_loadu_ps(to + 16));
+    for (int r = 0; r < R; ++r) {
+      if (r >= t.rows) break;
+      float* to = t.c + r * t.c_stride;
+      if (t.add || first > 0) {
+        sums[r][0] = _mm512_add_ps(sums[r][0], _mm512_loadu_ps(to));
+        sums[r][1] = _mm512_add_ps(sums[r][1], _mm512_loadu_ps(to + 16));
+      }
+      _mm512_storeu_ps(to, sums[r][0]), _mm512_storeu_ps(to + 16, sums[r][1]);
     }
-    _mm512_storeu_ps(to, sums[r][0]), _mm512_storeu_ps(to + 16, sums[r][1]);
   }
 }
 

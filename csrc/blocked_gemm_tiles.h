@@ -5,11 +5,12 @@
 // 24 sums. `b` lies as it is read, so that it streams; `a` lies row by row in pieces of kPiece numbers, as it comes, or
 // number by number where it comes transposed. Both strides are constants, which leaves one register for each pointer.
 //
-// An element of the result is one sum from its first number to its last: it depends on its row, its column and the
-// length of the sum alone.
+// An element of the result is added up in pieces of kPiece items, one after the other: it depends on its row, its column
+// and the length of the sum alone, and a long sum rounds no worse than a short one in each of its pieces.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "few_rows_lanes.h"
 
@@ -39,40 +40,32 @@ struct Tile {
   bool by_rows, add;
 };
 
-// step(a, stride between rows, b) for all items of the sums.
-template <int kRows, bool kByRows, int kColumns, typename Item, typename Step>
-DMOE_INLINE void each_item(const Tile<Item>& t, const Step& step) {
-  const Item* b = t.b;
-  for (int64_t first = 0; first < t.inner; first += kPiece) {
-    const Item* a = t.a + first * kRows;
-    const int64_t count = t.inner - first < kPiece ? t.inner - first : kPiece;
-#pragma GCC unroll 2
-    for (int64_t k = 0; k < count; ++k, b += kColumns) {
-      kByRows ? step(a + k, kPiece, b) : step(a + k * kRows, 1, b);
-    }
-  }
-}
-
 template <int W, int R, bool kByRows>
 DMOE_INLINE void multiply_rows_of(const Tile<float>& t) {
   using few::Lanes;
-  Lanes<W> sums[R][2] = {};
-  each_item<kTileRows<W>, kByRows, 2 * W>(t, [&](const float* a, const int64_t stride, const float* b)
-                                                 __attribute__((always_inline)) {
-    const Lanes<W> left = few::load_lanes<W>(b), right = few::load_lanes<W>(b + W);
+  constexpr int64_t kRows = kTileRows<W>, kStride = kByRows ? kPiece : 1, kStep = kByRows ? 1 : kRows;
+  const float* b = t.b;
+  for (int64_t first = 0; first < t.inner; first += kPiece) {
+    const float* a = t.a + first * kRows;
+    const int64_t count = t.inner - first < kPiece ? t.inner - first : kPiece;
+    Lanes<W> sums[R][2] = {};
+#pragma GCC unroll 2
+    for (int64_t k = 0; k < count; ++k, a += kStep, b += 2 * W) {
+      const Lanes<W> left = few::load_lanes<W>(b), right = few::load_lanes<W>(b + W);
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r) {
+        const float number = a[r * kStride];
+        sums[r][0] += number * left;
+        sums[r][1] += number * right;
+      }
+    }
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
-      const float number = a[r * stride];
-      sums[r][0] += number * left;
-      sums[r][1] += number * right;
+      if (r >= t.rows) break;
+      float* to = t.c + r * t.c_stride;
+      if (t.add || first > 0) sums[r][0] += few::load_lanes<W>(to), sums[r][1] += few::load_lanes<W>(to + W);
+      few::store_lanes<W>(to, sums[r][0]), few::store_lanes<W>(to + W, sums[r][1]);
     }
-  });
-#pragma GCC unroll 12
-  for (int r = 0; r < R; ++r) {
-    if (r >= t.rows) break;
-    float* to = t.c + r * t.c_stride;
-    if (t.add) sums[r][0] += few::load_lanes<W>(to), sums[r][1] += few::load_lanes<W>(to + W);
-    few::store_lanes<W>(to, sums[r][0]), few::store_lanes<W>(to + W, sums[r][1]);
   }
 }
 

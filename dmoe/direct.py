@@ -1,7 +1,7 @@
 """A forward in inference as one operation, where the layer is one that it knows and nobody looks in between.
 
-What hooks, adapters, codes, wrappers, other ranks, capacities and drawing routers need is a forward in its steps; this is
-for the rest, where calls from Python would cost more than the experts of a few tokens.
+What hooks, adapters, codes, wrappers, other ranks, capacities and drawing routers need is a forward in its steps; this
+is for the rest, where calls from Python would cost more than the experts of a few tokens.
 """
 
 from __future__ import annotations
@@ -97,7 +97,11 @@ def _is_plain(layer: Any, x: Tensor) -> bool:
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or any(_OF_ALL):
         return False
     experts, router = layer.experts, layer.router
-    if type(experts) is not Experts or type(layer.dispatcher) is not LocalDispatcher or layer.auxiliary.attach is not None:
+    if (
+        type(experts) is not Experts
+        or type(layer.dispatcher) is not LocalDispatcher
+        or layer.auxiliary.attach is not None
+    ):
         return False
     return all(
         part._modules.get("lora") is None

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dmoe.ops import _library, _trust, _verdicts
+from dmoe.ops import _library, _trust, _verdicts, products
 
 _ROOT = Path(__file__).resolve().parent.parent
 _OPTIONAL = {"triton": ("triton", "pytorch-triton"), "stk": ("stanford-stk",), "megatron-core": ("megatron-core",)}
@@ -47,6 +47,9 @@ def report() -> dict[str, Any]:
         ``gpus``: ``name``, ``arch`` and ``memory_gib`` of each.
         ``operations``: by name and then ``CPU`` or ``CUDA``, who serves it: ``C++``, ``CUDA C++``, ``Triton`` or
         ``reference`` (plain PyTorch).
+        ``cpu_products``: ``choices``, by dtype what its large products go through (measured now, where that was not
+        before), and ``limits``, by dtype the GFLOP/s that the multiply-add units of one thread do; both empty without
+        the library.
         ``kernels``: ``mode``, which is ``DMOE_CERTIFY``; ``certificates``, the file of verdicts for this machine;
         ``trusted``, how many kinds of calls it holds that are; ``refused``, by name why others are not.
         ``missing``: a list of :class:`Missing`.
@@ -65,6 +68,7 @@ def report() -> dict[str, Any]:
         "cuda_archs": archs,
         "gpus": gpus,
         "operations": {name: dict(served) for name, served in sorted(_library.backends.items())},
+        "cpu_products": _cpu_products(),
         "kernels": _certificates(),
         "missing": _missing(archs, gpus, versions),
     }
@@ -87,6 +91,7 @@ def info() -> None:
         for name, served in facts["operations"].items():
             groups.setdefault(served[device], []).append(name)
         lines += [(f"{device} ops: {kind}", ", ".join(names)) for kind, names in sorted(groups.items())]
+    lines += _lines_of_products(facts["cpu_products"])
     kernels = facts["kernels"]
     if gpus:
         told = {"0": "all trusted unseen (DMOE_CERTIFY=0)"}
@@ -101,6 +106,28 @@ def info() -> None:
         print(f"\nmissing: {missing.what}. {missing.effect}\n  {missing.command}")
     if not facts["missing"]:
         print("\nnothing is missing")
+
+
+def _cpu_products() -> dict[str, Any]:
+    """How this processor multiplies."""
+    limits = {dtype: products.multiply_add_limit(dtype) for dtype in ("float32", "bfloat16")}
+    return {
+        "choices": {dtype: choice._asdict() for dtype, choice in products.product_choices().items()},
+        "limits": {dtype: limit for dtype, limit in limits.items() if limit is not None},
+    }
+
+
+def _lines_of_products(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    lines = []
+    for dtype, choice in facts["choices"].items():
+        ours = choice["way"] == "blocked"
+        taken, other = ("dmoe's kernels", "PyTorch's library") if ours else ("PyTorch's library", "dmoe's kernels")
+        speeds = [choice["blocked_gflops"], choice["library_gflops"]][:: 1 if ours else -1]
+        limit = facts["limits"].get(dtype)
+        most = "" if limit is None else f"; at most {limit:.0f}"
+        measured = f", {speeds[0]:.0f} GFLOP/s a thread ({other}: {speeds[1]:.0f}{most})" if any(speeds) else ""
+        lines.append((f"CPU products: {dtype}", taken + measured))
+    return lines
 
 
 def _certificates() -> dict[str, Any]:

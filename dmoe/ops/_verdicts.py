@@ -69,7 +69,9 @@ def launch_shapes() -> dict[str, Any]:
 
 def path_of(device: torch.device) -> Path:
     """The file of verdicts for a device."""
-    return (cache_folder() or Path(os.devnull)) / f"certified-{hashlib.sha256(machine(device).encode()).hexdigest()[:16]}.json"
+    return (
+        cache_folder() or Path(os.devnull)
+    ) / f"certified-{hashlib.sha256(machine(device).encode()).hexdigest()[:16]}.json"
 
 
 @functools.cache

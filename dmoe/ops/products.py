@@ -37,7 +37,7 @@ class ProductChoice(NamedTuple):
 
 
 def product_choices() -> dict[str, ProductChoice]:
-    """By name of the dtype, measured now where that was not before; empty without ``csrc/``. float64 is the library's."""
+    """By name of the dtype, measured now if not before; empty without ``csrc/``. float64 is always the library's."""
     if not compiled:
         return {}
     return {dtype: ProductChoice(*torch.ops.dmoe.product_choice(dtype)) for dtype in DTYPES}

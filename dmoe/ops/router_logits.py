@@ -53,9 +53,9 @@ def router_logits_cpu(
     x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, jitter: float, seed: Tensor | None
 ) -> Tensor:
     """:func:`router_logits_ref` with the same bits for any number of threads."""
-    x = _router_input(x, dtype, jitter, seed)
-    out = grouped_gemm(x, weight.to(dtype).unsqueeze(0), _all_rows(x))
-    return out if bias is None else out + bias.to(dtype)
+    if seed is not None:
+        x = _router_input(x, dtype, jitter, seed)
+    return _product(x, weight, bias, dtype)
 
 
 def router_logits_backward_cpu(
@@ -137,6 +137,11 @@ def router_logits_backward_cuda(
     return router_logits_backward_ref(grad, x, weight, jitter, seed)
 
 
+_product = define(
+    "router_product(Tensor x, Tensor weight, Tensor? bias, ScalarType dtype) -> Tensor",
+    lambda x, weight, bias, dtype: router_logits_ref(x, weight, bias, dtype, 0.0, None),
+    fake=lambda x, weight, bias, dtype: x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype),
+)
 _forward = define(
     "router_logits(Tensor x, Tensor weight, Tensor? bias, ScalarType dtype, float jitter, Tensor? seed) -> Tensor",
     router_logits_cpu,

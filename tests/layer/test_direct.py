@@ -1,4 +1,4 @@
-"""The layer in inference as one operation (dmoe/direct.py): what the steps compute, and only where nobody looks at them."""
+"""The layer in inference as one operation (dmoe/direct.py): what the steps compute, and only where nobody looks."""
 
 from __future__ import annotations
 
@@ -67,7 +67,9 @@ def options(draw):
 
 
 @settings(max_examples=60)
-@given(options(), st.sampled_from([0, 1, 2, 7, 40]), st.sampled_from([torch.float32, torch.float64]), st.integers(0, 99))
+@given(
+    options(), st.sampled_from([0, 1, 2, 7, 40]), st.sampled_from([torch.float32, torch.float64]), st.integers(0, 99)
+)
 def test_equals_the_steps(given_options, tokens, dtype, seed):
     torch.manual_seed(seed)
     layer = MoE(**given_options, dtype=dtype)
@@ -95,7 +97,9 @@ def test_sizes_of_real_layers(tokens, experts, top_k, dtype, calls):
     expected = in_steps(layer, x)
     assert not calls
     y = evaluated(layer, x)
-    assert len(calls) == 1 and y.shape == x.shape and y.dtype == dtype
+    assert len(calls) == 1
+    assert y.shape == x.shape
+    assert y.dtype == dtype
     assert (y.double() - expected.double()).norm() <= 4 * torch.finfo(dtype).eps * expected.double().norm()
 
 
@@ -105,7 +109,9 @@ def test_the_operation_is_registered_as_it_says():
     weights = (experts.gate_up_proj, experts.down_proj, None, None, "silu", True, "output", None)
     arguments = (torch.randn(3, 8), layer.router.weight, None, None, torch.float32, *rule, *weights)
     with torch.no_grad():
-        torch.library.opcheck(torch.ops.dmoe.moe_inference.default, arguments, test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(
+            torch.ops.dmoe.moe_inference.default, arguments, test_utils=("test_schema", "test_faketensor")
+        )
         for mine, theirs in zip(torch.ops.dmoe.moe_inference(*arguments), moe_inference_ref(*arguments), strict=True):
             torch.testing.assert_close(mine, theirs)
 
@@ -157,7 +163,8 @@ def test_what_needs_the_steps_gets_them(case, calls):
     if change is not None:
         change(layer)
     y = evaluated(layer, torch.randn(5, layer.config.hidden_size))
-    assert y.isfinite().all() and not calls
+    assert y.isfinite().all()
+    assert not calls
 
 
 def test_calls_that_need_the_steps_get_them(calls):
@@ -191,7 +198,8 @@ def test_recording_sees_every_choice(calls):
     layer, x = MoE(small_config()).eval(), torch.randn(6, 8)
     with torch.inference_mode(), dmoe.record_routing(layer) as record:
         layer(x)
-    assert record.num_tokens == 6 and not calls
+    assert record.num_tokens == 6
+    assert not calls
     evaluated(layer, x)
     assert len(calls) == 1
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import few_rows_cases
 import pytest
 import torch
-from few_rows_cases import DTYPES, added, excess, offsets_of, product, random, weight_gradient
+from few_rows_cases import DTYPES, LEVELS, added, excess, offsets_of, product, random, weight_gradient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from patience import PATIENCE
@@ -21,12 +21,6 @@ from dmoe.functional import ExpertWeights, moe_mlp
 from dmoe.ops._library import compiled
 from dmoe.ops.grouped_gemm import grouped_gemm
 
-LEVELS = {
-    "as it comes": {},
-    "without bfloat16": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
-    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
-    "portable": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"},
-}
 counts = st.integers(0, 18) | st.sampled_from([31, 32, 33, 40])
 sizes = st.integers(1, 80) | st.sampled_from([255, 257, 1025])
 

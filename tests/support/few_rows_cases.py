@@ -15,6 +15,13 @@ from dmoe.ops.grouped_gemm import grouped_gemm, grouped_gemm_weight
 from dmoe.ops.grouped_gemm_sum import grouped_gemm_sum
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# What makes this processor another one.
+LEVELS = {
+    "as it comes": {},
+    "without bfloat16": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+    "portable": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"},
+}
 # Inner and columns: one, below and above vectors of each length, sums of several blocks, several streams of columns.
 SIZES = ((1, 1), (3, 5), (33, 16), (31, 67), (300, 130), (515, 9), (8, 1100), (270, 1050))
 ROWS = (1, 2, 3, 4, 5, 7, 9, 17)
