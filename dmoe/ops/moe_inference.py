@@ -50,8 +50,9 @@ def moe_inference_ref(
 _operation = define(
     "moe_inference(Tensor x, Tensor router_weight, Tensor? router_bias, Tensor? selection_bias, "
     "ScalarType router_dtype, int top_k, str score_function, int num_groups, int top_k_groups, str group_score, "
-    "float normalization, float scale, Tensor up_proj, Tensor down_proj, Tensor? up_bias, Tensor? down_bias, str activation, bool gated, "
-    "str gate_weight_on, Tensor? residual) -> (Tensor y, Tensor tokens_per_expert, Tensor entropy)",
+    "float normalization, float scale, Tensor up_proj, Tensor down_proj, Tensor? up_bias, Tensor? down_bias, "
+    "str activation, bool gated, str gate_weight_on, Tensor? residual) "
+    "-> (Tensor y, Tensor tokens_per_expert, Tensor entropy)",
     moe_inference_ref,
     fake=lambda x, router_weight, router_bias, selection_bias, router_dtype, *_: (
         x.new_empty(x.shape),
