@@ -16,7 +16,7 @@ namespace dmoe {
 // Only a hint: where it is refused, everything works as before.
 inline void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = 4096, kWorthwhile = uintptr_t{1} << 20;
+  constexpr uintptr_t kPage = 4096, kWorthwhile = uintptr_t{1} << 23;
   const uintptr_t size = static_cast<uintptr_t>(bytes);
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + size) / kPage * kPage;
