@@ -109,7 +109,11 @@ DMOE_INLINE void pack_panel_of_columns(const Matrix& b, int64_t begin, int64_t i
       few::Lanes<W> square[W];
       if (here == W && count == W) {
 #pragma GCC unroll 16
-        for (int n = 0; n < W; ++n) square[n] = few::load_lanes<W>(at<T>(b, begin + k, first + half * W + n));
+        for (int n = 0; n < W; ++n) {
+          const T* from = at<T>(b, begin + k, first + half * W + n);
+          __builtin_prefetch(from + 2 * W * b.col_stride, 0, 2);  // the panel to come
+          square[n] = few::load_lanes<W>(from);
+        }
       } else {
         for (int n = 0; n < W; ++n) {
           square[n] = n < here ? load_up_to<W>(at<T>(b, begin + k, first + half * W + n), count) : few::Lanes<W>{};

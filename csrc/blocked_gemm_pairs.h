@@ -107,7 +107,9 @@ DMOE_AVX512_BF16 inline void pack_panel_of_column_pairs(const Matrix& b, int64_t
       if (here == 16 && count == 32) {
 #pragma GCC unroll 16
         for (int n = 0; n < 16; ++n) {
-          std::memcpy(&square[n], at<BFloat16>(b, begin + k, first + half * 16 + n), sizeof(square[n]));
+          const BFloat16* from = at<BFloat16>(b, begin + k, first + half * 16 + n);
+          __builtin_prefetch(from + 32 * b.col_stride, 0, 2);  // the panel to come
+          std::memcpy(&square[n], from, sizeof(square[n]));
         }
       } else {
         std::memset(square, 0, sizeof(square));
