@@ -30,7 +30,7 @@ from lm.report import environment
 from lm.settings import Settings, UsageError
 from lm.training import Run
 from lm.upcycling import upcycled_run
-from lm.variants import BASE, Variant, variants
+from lm.variants import Variant, variants
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent

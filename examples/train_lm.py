@@ -163,8 +163,8 @@ def _run(options: argparse.Namespace, team: Ranks, device: torch.device) -> int:
         checkpoint.restore(saved, corpus, runs)
     elif options.minutes is not None:
         settings = _fit_steps(settings, options.minutes, seconds, team)
-        for run, own in zip(runs, settings.each_run().values(), strict=True):
-            run.settings = own
+        for run, shortened in zip(runs, settings.each_run().values(), strict=True):
+            run.settings = shortened
     for run in runs[: 1 + settings.compare_dense]:
         sizes = count_parameters(run.model)
         team.say(f"{run.name:>5}: {sizes['total']:,} parameters, {sizes['active']:,} active for a byte")

@@ -98,7 +98,8 @@ def _axis(axes: Any, rows: Sequence[Row], places: Sequence[float]) -> None:
         axes.spines[side].set_visible(False)
     axes.grid(axis="x", color="#e8e8e8", linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.set_xlabel("difference in bits per byte (left of the line is better).\nDiamond: mean; dots: seeds, each against "
-                    "the base's same seed; grey: 95% interval holds 0", fontsize=10)  # fmt: skip
+    key = ("difference in bits per byte (left of the line is better). Diamond: mean;\n"
+           "dots: seeds, each against the base's same seed; grey: the 95% interval holds 0")  # fmt: skip
+    axes.set_xlabel(key, fontsize=10)
     axes.text(1.03, -1.0, "mean", transform=over, color=SOFT, fontsize=10)
     axes.text(1.31, -1.0, "processor", transform=over, color=SOFT, fontsize=10, ha="right")

@@ -70,7 +70,10 @@ def _of_model(settings: Settings, runs: Sequence[Run]) -> dict[str, Any]:
 def mean_curve(curves: Sequence[Sequence[dict[str, float]]]) -> list[dict[str, float]]:
     """The mean of curves that were measured at the same steps."""
     return [
-        {key: statistics.fmean(point[key] for point in points) if key != "step" else points[0][key] for key in points[0]}
+        {
+            key: statistics.fmean(point[key] for point in points) if key != "step" else points[0][key]
+            for key in points[0]
+        }
         for points in zip(*curves, strict=True)
     ]
 

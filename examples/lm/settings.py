@@ -100,8 +100,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{flag(name)} must be at least 1, got {value}")
-        not_negative = "warmup weight_decay balance z_loss shared router_init expert_lr_power seed kd_coefficient kd_stop"
-        for name in not_negative.split():
+        not_negative = "warmup weight_decay balance z_loss shared router_init expert_lr_power seed"
+        for name in (*not_negative.split(), "kd_coefficient", "kd_stop"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise UsageError(f"--{flag(name)} must not be negative, got {value}")
@@ -124,9 +124,12 @@ class Settings:
         top_k = TOP_K if self.top_k is None and self.preset is None else self.top_k
         if top_k is not None and top_k > min(given):
             raise UsageError(f"--top-k must be at most --experts ({written(self.experts)}), got {top_k}")
-        own = {"balance": "losses", "z_loss": "losses", "gate_normalization": "gate weights", "shared": "experts"}
+        if self.gate_normalization not in (None, "sum", "none"):
+            raise UsageError(f"--gate-normalization must be sum or none, got {self.gate_normalization}")
+        own = {"balance": "losses", "z_loss": "losses", "gate_normalization": "gate weights", "shared": "experts",
+               "router_init": "initial weights"}  # fmt: skip
         for name, what in own.items():
-            if self.preset is not None and getattr(self, name):
+            if self.preset is not None and getattr(self, name) != getattr(Settings, name):
                 raise UsageError(f"--{flag(name)}: --preset {self.preset} has its own {what}. Leave one of the two out")
         if self.dense_lr is not None and not self.compare_dense:
             raise UsageError("--dense-lr: expected --compare-dense, which trains the dense twin, got none")
@@ -147,7 +150,7 @@ class Settings:
         return ((self.top_k or TOP_K) + self.residual) * self.ffn + self.shared
 
     def each_run(self) -> dict[str, Settings]:
-        """What is trained, each with its own settings: ``moe`` and ``dense``, of further seeds ``moe-1``, ``dense-1``."""
+        """What is trained, each with its own settings: ``moe`` and ``dense``, of more seeds ``moe-1``, ``dense-1``."""
         runs: dict[str, Settings] = {}
         for seed in range(self.seed, self.seed + self.seeds):
             behind = "" if seed == self.seed else f"-{seed}"

@@ -59,9 +59,7 @@ def begin_as_copies(run: Run, parent: Run) -> None:
     """Every weight of a mixture but its routers' becomes the dense run's, each expert's those of the dense FFN."""
     model = copy.deepcopy(parent.model)
     config = moe_configs(run.settings)[0]
-    dmoe.replace_ffn(
-        model, "blocks.*.ffn", num_experts=run.settings.layer_experts, top_k=config.top_k, upcycle=True
-    )
+    dmoe.replace_ffn(model, "blocks.*.ffn", num_experts=run.settings.layer_experts, top_k=config.top_k, upcycle=True)
     weights = {name: value for name, value in model.state_dict().items() if ".router." not in name}
     unknown = run.model.load_state_dict(weights, strict=False).unexpected_keys
     if unknown:
@@ -71,7 +69,7 @@ def begin_as_copies(run: Run, parent: Run) -> None:
 def flops_of_a_byte(run: Run) -> float:
     """FLOPs of training on one byte: 6 for each active parameter (Kaplan et al. 2020), and those of attention.
 
-    Attention, causal: a byte sees half of its sequence on average, multiplies it twice forward, and four times backward.
+    Attention, causal: a byte sees half of its sequence on average, in two products forward, and four backward.
     """
     s = run.settings
     return 6 * count_parameters(run.model)["active"] + 6 * s.layers * s.seq_len * s.hidden
