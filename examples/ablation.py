@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 CPU = torch.device("cpu")
-SIZES = Settings(steps=500, warmup=25, eval_every=250, dtype="bfloat16")
+SIZES = Settings(experts=32, batch=12, lr=6e-3, steps=300, warmup=15, eval_every=150, dtype="bfloat16")
 QUICK = dataclasses.replace(
     SIZES, layers=2, hidden=32, ffn=32, experts=4, batch=4, seq_len=64, steps=20, warmup=2, eval_every=10,
     eval_bytes=4096, data_bytes=500_000, dtype="float32",
