@@ -37,7 +37,7 @@ def draw(result: dict[str, Any], rows: Sequence[Row], path: Path) -> None:
         figure = Figure(figsize=(12, height), dpi=120, facecolor="white")
         FigureCanvasAgg(figure)
         _title(figure, result, base, height)
-        axes = figure.add_axes((0.345, 0.85 / height, 0.5, 1 - 2.2 / height))
+        axes = figure.add_axes((0.36, 0.85 / height, 0.47, 1 - 2.2 / height))
         for row, place in zip(others, places, strict=True):
             _row(axes, row, place)
         _axis(axes, others, places)
@@ -78,20 +78,21 @@ def _row(axes: Any, row: Row, place: float) -> None:
     over = axes.get_yaxis_transform()
     axes.text(1.03, place, f"{mean:+.4f}", transform=over, va="center", color=colour,
               fontweight="bold" if row.clear else "normal")  # fmt: skip
-    axes.text(1.31, place, f"{row.seconds:.0f} s", transform=over, va="center", ha="right", color=SOFT, fontsize=10)
+    axes.text(1.3, place, f"{row.seconds:.0f} s", transform=over, va="center", ha="right", color=SOFT, fontsize=10)
 
 
 def _axis(axes: Any, rows: Sequence[Row], places: Sequence[float]) -> None:
     axes.axvline(0, color=INK, linewidth=1.4, zorder=0)
-    reach = 1.12 * max((abs(value) for row in rows for value in row.differences), default=1e-3)
-    axes.set_xlim(-reach, reach)
+    values = [value for row in rows for value in row.differences] or [1e-3]
+    room = 0.12 * (max(*values, 0) - min(*values, 0))
+    axes.set_xlim(min(*values, 0) - room, max(*values, 0) + room)
     axes.set_ylim(max(places, default=0) + 0.7, -0.7)
     axes.set_yticks([])
     over = axes.get_yaxis_transform()
     last = None
     for row, place in zip(rows, places, strict=True):
         if row.variant.factor != last:
-            axes.text(-0.655, place, row.variant.factor, transform=over, va="center", fontweight="bold")
+            axes.text(-0.7, place, row.variant.factor, transform=over, va="center", fontweight="bold")
         last = row.variant.factor
         axes.text(-0.03, place, row.variant.value, transform=over, va="center", ha="right")
     for side in ("top", "right", "left"):
@@ -102,4 +103,4 @@ def _axis(axes: Any, rows: Sequence[Row], places: Sequence[float]) -> None:
            "dots: seeds, each against the base's same seed; grey: the 95% interval holds 0")  # fmt: skip
     axes.set_xlabel(key, fontsize=10)
     axes.text(1.03, -1.0, "mean", transform=over, color=SOFT, fontsize=10)
-    axes.text(1.31, -1.0, "processor", transform=over, color=SOFT, fontsize=10, ha="right")
+    axes.text(1.3, -1.0, "processor", transform=over, color=SOFT, fontsize=10, ha="right")
