@@ -71,7 +71,8 @@ class MoEConfig:
         softmax_order: ``before_topk`` (Switch, Megatron's pre-softmax) or ``after_topk`` (Mixtral): over all experts,
             or over the chosen ones only.
         gate_normalization: p of the p-norm that gate weights are divided by; None leaves the scores as they are. With
-            K = 1 a normalised weight is always 1 and gives the router no gradient but the losses'.
+            K = 1 a normalised weight is always 1 and gives the router no gradient but the losses'. With K = 2 of 32
+            experts, 1.0 ended 0.08 bits per byte ahead of None (``examples/ablation.md``).
         normalize_when: ``before_drop`` (a dropped choice keeps its share) or ``after_drop`` (fairseq: the
             survivors share 1).
         gate_scale: factor on the gate weights after normalisation (DeepSeek's routed scaling factor).

@@ -83,6 +83,11 @@ def build_parser() -> argparse.ArgumentParser:
     setting("top_k", "experts that each byte visits", TOP_K)
     setting("ffn", "width of one expert; the dense twin's FFN is --top-k times as wide")
     setting("balance", "coefficient of the load-balancing loss", BALANCE)
+    gates = ["sum", "none"]
+    setting("gate_normalization", "whether a byte's gate weights add up to 1 [sum]", choices=gates)
+    setting("z_loss", "coefficient of the router's z-loss [0]", type=float, metavar="X")
+    setting("shared", "width of an expert that every byte takes beside its --top-k")
+    setting("router_init", "factor on the router's initial weights")
     setting("residual", "beside each mixture a dense FFN of an expert's width (PR-MoE)", action="store_true")
     names = ", ".join(dmoe.presets.NAMES)
     setting("preset", f"the FFNs are another system's layer, with its own --top-k and losses: {names}", metavar="NAME")
@@ -96,10 +101,13 @@ def build_parser() -> argparse.ArgumentParser:
     setting("batch", "sequences in a step")
     setting("seq_len", "bytes in a sequence")
     setting("lr", "peak learning rate")
+    setting("dense_lr", "the dense twin's [--lr]", type=float, metavar="X")
+    setting("expert_lr_power", "experts learn at (top-k / experts) to this power of the rate")
     setting("warmup", "steps to the peak; then a cosine down to a tenth")
     setting("weight_decay", "AdamW's")
     setting("clip", "largest norm of the gradient")
     setting("seed", "of weights and batches")
+    setting("seeds", "train each model so many times, with this seed and those that follow")
     setting("dtype", "arithmetic; bfloat16 means autocast", choices=["auto", "float32", "bfloat16"])
     setting("expert_compute", "the experts' products, forward and backward to their input", choices=["fp8"])
     setting("saved_activations", "what experts keep for backward", choices=["fp8"])
@@ -148,17 +156,16 @@ def _run(options: argparse.Namespace, team: Ranks, device: torch.device) -> int:
              f"{len(corpus.held_out):,} held out")  # fmt: skip
     if team.count > 1:
         team.say(f"ranks: {team.count}, the experts of each layer over {team.expert_parallel} of them")
-    names = ["moe", "dense"] if settings.compare_dense else ["moe"]
     taught_by = _teacher(settings, options.out, saved, corpus, device, team)
-    runs = [Run(name, settings, corpus, device, team, taught_by) for name in names]
+    runs = [Run(name, own, corpus, device, team, taught_by) for name, own in settings.each_run().items()]
     seconds = team.agreed(sum(run.warm_up(8 if options.minutes else 1) for run in runs))
     if saved is not None:
         checkpoint.restore(saved, corpus, runs)
     elif options.minutes is not None:
         settings = _fit_steps(settings, options.minutes, seconds, team)
-        for run in runs:
-            run.settings = settings
-    for run in runs:
+        for run, shortened in zip(runs, settings.each_run().values(), strict=True):
+            run.settings = shortened
+    for run in runs[: 1 + settings.compare_dense]:
         sizes = count_parameters(run.model)
         team.say(f"{run.name:>5}: {sizes['total']:,} parameters, {sizes['active']:,} active for a byte")
     options.out.mkdir(parents=True, exist_ok=True)
@@ -199,7 +206,7 @@ def _finish(options: argparse.Namespace, summary: dict[str, Any]) -> None:
         print(f"{name:>5}: {final['held_out_bpb']:.4f} held-out bits per byte after {final['step']} steps, "
               f"{final['seconds']:.1f} s, {final['bytes_per_second']:,.0f} bytes/s")  # fmt: skip
     if "comparison" in summary:
-        print(f"moe - dense: {summary['comparison']['held_out_bpb_moe_minus_dense']:+.4f} bits per byte")
+        print("\n".join(report.compared(summary["comparison"])))
     print(f"report: {png_path}  {json_path}")
 
 

@@ -17,7 +17,7 @@ from .optimizer import optimizer
 from .settings import Settings
 from .training import Run
 
-_OF_COMPARISONS = ("compare_dense", "teacher", "kd_temperature", "kd_coefficient", "kd_stop")
+_OF_COMPARISONS = ("compare_dense", "dense_lr", "seeds", "teacher", "kd_temperature", "kd_coefficient", "kd_stop")
 
 
 @dataclass(frozen=True)

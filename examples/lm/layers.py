@@ -64,9 +64,11 @@ def _own(s: Settings, experts: int, more: dict[str, Any]) -> MoEConfig:
         top_k=top_k,
         # A token's gate weights sum to 1: the output is as large as one FFN's. Of one expert alone the weight would
         # always be 1, and nothing but the balance loss would teach the router.
-        gate_normalization=1.0 if top_k > 1 else None,
+        gate_normalization=1.0 if (s.gate_normalization or ("sum" if top_k > 1 else "none")) == "sum" else None,
         num_moe_layers=s.layers,
         load_balancing_coefficient=BALANCE if s.balance is None else s.balance,
+        router_z_loss_coefficient=s.z_loss or 0.0,
+        shared_ffn_hidden_size=s.shared or None,
         **more,
     )
 

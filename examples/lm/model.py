@@ -40,6 +40,7 @@ class ByteLM(MoEGPT):
                 if name.endswith(("attention.out.weight", "down_proj", "down_proj.weight")):
                     std /= math.sqrt(2 * settings.layers)
                 std = 1.0 if parameter is self.embedding.weight else std
+                std *= settings.router_init if layer is not None and "router" in name else 1.0
                 if layer is not None and dmoe.is_expert_param(parameter):
                     experts = layer.config.num_experts
                     whole = torch.empty(experts, *parameter.shape[1:]).normal_(std=std)

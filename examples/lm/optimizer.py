@@ -27,8 +27,8 @@ def learning_rate(step: int, settings: Settings) -> float:
 
 
 def optimizer(model: ByteLM, settings: Settings) -> torch.optim.AdamW:
-    """AdamW of what is trained. Norms and the embedding are not decayed, experts learn at ``sqrt(top_k / experts)`` of
-    the rate.
+    """AdamW of what is trained. Norms and the embedding are not decayed, experts learn at
+    ``(top_k / experts) ** expert_lr_power`` of the rate, the root of that share unless the settings say otherwise.
 
     An expert sees that share, ``top_k / experts`` of its layer, of a batch. Adam's rate goes with the square root of
     the batch (Malladi et al. 2022, "On the SDEs and Scaling Rules for Adaptive Gradient Algorithms"): at the rate which
@@ -38,7 +38,7 @@ def optimizer(model: ByteLM, settings: Settings) -> torch.optim.AdamW:
     plain: dict[str, Any] = {"params": [], "scale": 1.0, "weight_decay": 0.0}
     experts: dict[float, dict[str, Any]] = {}
     for layer in model.moe_layers:
-        scale = math.sqrt(experts_of_a_token(layer.config) / layer.config.num_experts)
+        scale = (experts_of_a_token(layer.config) / layer.config.num_experts) ** settings.expert_lr_power
         group = experts.setdefault(scale, {"params": [], "scale": scale})
         group["params"] += [p for p in layer.parameters() if dmoe.is_expert_param(p) and p.requires_grad]
     for parameter in model.parameters():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,10 @@ def draw(summary: dict[str, Any], path: Path) -> None:
             2, 2, left=0.07, right=0.975, top=0.82, bottom=0.075, hspace=0.4, wspace=0.24, height_ratios=[1, 1.05]
         )
         _title(figure, summary, s)
-        curves = {name: model["curve"] for name, model in summary["models"].items()}
         by_step = figure.add_subplot(grid[0, 0])
         by_time = figure.add_subplot(grid[0, 1])
-        _curves(by_step, curves, "step", "training steps")
-        _curves(by_time, curves, "seconds", "training time, seconds")
+        _curves(by_step, summary["models"], "step", "training steps")
+        _curves(by_time, summary["models"], "seconds", "training time, seconds")
         by_step.set_title("Held-out bits per byte, step by step")
         by_time.set_title("… and second by second")
         _mark_crossing(by_step, by_time, summary)
@@ -62,10 +62,11 @@ def _title(figure: Any, summary: dict[str, Any], s: Settings) -> None:
     if "dense" in summary["models"]:
         line += f" Dense twin: {_amount(summary['models']['dense']['parameters']['total'])}, all active."
     figure.text(0.07, 0.917, line, fontsize=12.5, va="center")
+    seeds = f". Mean of {s.seeds} seeds, each a thin line" if s.seeds > 1 else ""
     figure.text(
         0.07,
         0.887,
-        f"Text: {_shorten(summary['text']['name'], 50)}. {machine(summary)}",
+        f"Text: {_shorten(summary['text']['name'], 50)}. {machine(summary)}{seeds}",
         fontsize=11,
         color="#5a5a5a",
         va="center",
@@ -80,7 +81,13 @@ def machine(summary: dict[str, Any]) -> str:
     return f"{hardware['name']}{on_cpu}, {summary['settings']['dtype']}, PyTorch {torch_version}"
 
 
-def _curves(axes: Any, curves: dict[str, list[dict[str, float]]], key: str, label_x: str) -> None:
+def _curves(axes: Any, models: dict[str, Any], key: str, label_x: str) -> None:
+    curves = {name: model["curve"] for name, model in models.items()}
+    several = any(len(model["seeds"]) > 1 for model in models.values())
+    for name, model in models.items():
+        for of_seed in model["seeds"].values() if several else ():
+            axes.plot([point[key] for point in of_seed], [point["held_out_bpb"] for point in of_seed],
+                      color=COLOUR[name], linewidth=0.9, alpha=0.55)  # fmt: skip
     for name, curve in curves.items():
         axes.plot(
             [point[key] for point in curve],
@@ -95,8 +102,8 @@ def _curves(axes: Any, curves: dict[str, list[dict[str, float]]], key: str, labe
     # The first steep descent would press the rest flat: the axis begins where a sixth of the steps are made.
     highest = max(curve[min(len(curve) - 1, max(0, len(curve) // 6))]["held_out_bpb"] for curve in curves.values())
     room = max(highest - lowest, 1e-3)
-    axes.set_ylim(lowest - 0.25 * room, highest + 0.05 * room)
-    _end_axis(axes, max(curve[-1][key] for curve in curves.values()))
+    axes.set_ylim(lowest - (0.35 if several else 0.25) * room, highest + 0.05 * room)
+    _end_axis(axes, max(curve[-1][key] for curve in curves.values()), 1.46 if several else 1.28)
     axes.set_xlabel(label_x)
     axes.set_ylabel("bits per byte (lower is better)")
     axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
@@ -107,13 +114,16 @@ def _curves(axes: Any, curves: dict[str, list[dict[str, float]]], key: str, labe
         end = curves[name][-1]
         # Two ends close together would print on one another: the upper label moves up, no nearer than a line of text.
         height = max(end["held_out_bpb"], height + 0.075 * 1.3 * room) if rank else height
+        spread = [of_seed[-1]["held_out_bpb"] for of_seed in models[name]["seeds"].values()]
+        beside = f" ± {statistics.stdev(spread):.3f}" if len(spread) > 1 else ""
         axes.annotate(
-            f"{'MoE' if name == 'moe' else 'dense'} {end['held_out_bpb']:.3f}",
+            f"{'MoE' if name == 'moe' else 'dense'} {end['held_out_bpb']:.3f}{beside}",
             (end[key], height),
             xytext=(8, 0),
             textcoords="offset points",
             color=COLOUR[name],
             fontweight="bold",
+            fontsize=11 if several else 12,
             va="center",
             annotation_clip=False,
         )
@@ -126,13 +136,13 @@ def _mark_crossing(by_step: Any, by_time: Any, summary: dict[str, Any]) -> None:
         return
     reached = comparison["dense_final_reached_by_moe"]
     dense = summary["models"]["dense"]["curve"][-1]
-    for axes, key in ((by_step, "step"), (by_time, "seconds")):
-        share = reached[key] / dense[key]
+    for axes, key, name in ((by_step, "step", "steps"), (by_time, "seconds", "time")):
+        share = comparison[f"share_of_{name}"]
         axes.plot(
             [reached[key], dense[key]], [dense["held_out_bpb"]] * 2, color=INK, linewidth=1, linestyle=(0, (3, 3))
         )
         axes.plot(reached[key], dense["held_out_bpb"], marker="o", markersize=8, color=INK, fillstyle="none")
-        text = f"where the twin ends,\nin {100 * share:.0f}% of its {'steps' if key == 'step' else 'time'}"
+        text = f"where the twin ends,\nin {100 * share:.0f}% of its {name}" + _range(comparison, f"share_of_{name}")
         axes.annotate(
             text,
             (reached[key], dense["held_out_bpb"]),
@@ -142,6 +152,15 @@ def _mark_crossing(by_step: Any, by_time: Any, summary: dict[str, Any]) -> None:
             va="top",
             fontsize=10.5,
         )
+
+
+def _range(comparison: dict[str, Any], share: str) -> str:
+    """What single seeds say beside the mean."""
+    values = [pair.get(share, math.inf) for pair in comparison["seeds"].values()]
+    if len(values) < 2:
+        return ""
+    low, high = (f"{100 * value:.0f}" if math.isfinite(value) else "∞" for value in (min(values), max(values)))
+    return f"\n(single seeds: {low} to {high}%)"
 
 
 def _mark_teacher(by_step: Any, by_time: Any, summary: dict[str, Any]) -> None:
@@ -166,9 +185,9 @@ def _mark_teacher(by_step: Any, by_time: Any, summary: dict[str, Any]) -> None:
                       fontsize=10.5, color="#5a5a5a")  # fmt: skip
 
 
-def _end_axis(axes: Any, end: float) -> None:
+def _end_axis(axes: Any, end: float, room: float = 1.28) -> None:
     """Ends the x axis at ``end``, with room for labels right of it."""
-    axes.set_xlim(0, 1.28 * end)
+    axes.set_xlim(0, room * end)
     axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= end])
     axes.spines["bottom"].set_bounds(0, end)
 

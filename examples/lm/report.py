@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import platform
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,45 +24,95 @@ from .training import Run
 
 
 def summarise(settings: Settings, corpus: Corpus, runs: Sequence[Run]) -> dict[str, Any]:
-    """Every number of the report, as plain values."""
-    by_name = {run.name: run for run in runs}
-    models: dict[str, dict[str, Any]] = {}
+    """Every number of the report, as plain values. Of several seeds a model's curve and end are the mean."""
+    by_kind: dict[str, list[Run]] = {}
     for run in runs:
-        models[run.name] = {
-            "parameters": count_parameters(run.model),
-            "curve": run.curve,
-            "final": {
-                **run.curve[-1],
-                "best_held_out_bpb": min(point["held_out_bpb"] for point in run.curve),
-                "bytes_per_second": run.step * settings.batch * settings.seq_len / run.seconds,
-            },
-        }
+        by_kind.setdefault(run.kind, []).append(run)
+    models = {kind: _of_model(settings, of_kind) for kind, of_kind in by_kind.items()}
     moe = models["moe"]["parameters"]
     config = moe_configs(settings)[0]
     leak = sees_later_tokens(config)
     teacher = runs[0].teacher
+    several = f", means of {settings.seeds} seeds" if settings.seeds > 1 else ""
     summary: dict[str, Any] = {
         "settings": settings.to_dict(),
         **environment(corpus, runs[0].device),
         "models": models,
-        "routing": by_name["moe"].routing,
+        "routing": by_kind["moe"][0].routing,
         "experts_of_a_token": experts_of_a_token(config),
         "teacher": None if teacher is None else teacher.facts,
         "notes": [
-            "seconds are those of training steps; evaluation, checkpoints and a warm-up pass are not in them",
+            f"seconds are those of training steps{several}; evaluation, checkpoints and a warm-up are not in them",
             f"the routers' {moe['router']:,} parameters multiply once a token on top of what the dense twin does: "
             f"{100 * moe['router'] / moe['active']:.2f}% of the active parameters",
             *([f"held-out bits per byte see later bytes: {leak}"] if leak else []),
         ],
     }
-    if "dense" in by_name:
-        mixture, dense = by_name["moe"].curve[-1], by_name["dense"].curve[-1]
-        summary["comparison"] = {
-            "held_out_bpb_moe_minus_dense": mixture["held_out_bpb"] - dense["held_out_bpb"],
-            "seconds_moe_over_dense": mixture["seconds"] / dense["seconds"],
-            "dense_final_reached_by_moe": crossing(by_name["moe"].curve, dense["held_out_bpb"]),
-        }
+    if "dense" in by_kind:
+        summary["comparison"] = comparison(models["moe"], models["dense"])
     return summary
+
+
+def _of_model(settings: Settings, runs: Sequence[Run]) -> dict[str, Any]:
+    curve = mean_curve([run.curve for run in runs])
+    return {
+        "parameters": count_parameters(runs[0].model),
+        "curve": curve,
+        "seeds": {str(run.settings.seed): run.curve for run in runs},
+        "final": {
+            **curve[-1],
+            "best_held_out_bpb": min(point["held_out_bpb"] for point in curve),
+            "bytes_per_second": curve[-1]["step"] * settings.batch * settings.seq_len / curve[-1]["seconds"],
+        },
+    }
+
+
+def mean_curve(curves: Sequence[Sequence[dict[str, float]]]) -> list[dict[str, float]]:
+    """The mean of curves that were measured at the same steps."""
+    return [
+        {
+            key: statistics.fmean(point[key] for point in points) if key != "step" else points[0][key]
+            for key in points[0]
+        }
+        for points in zip(*curves, strict=True)
+    ]
+
+
+def comparison(moe: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
+    """The mixture beside its dense twin, by their mean curves and seed by seed.
+
+    ``dense_final_reached_by_moe``: step and seconds at which the mixture is as good as the twin ends, or None;
+    ``share_of_steps``, ``share_of_time``: these by what the twin took.
+    """
+
+    def of_pair(moe: list[dict[str, float]], dense: list[dict[str, float]]) -> dict[str, Any]:
+        end, reached = dense[-1], crossing(moe, dense[-1]["held_out_bpb"])
+        shares = {} if reached is None else {
+            "share_of_steps": reached["step"] / end["step"], "share_of_time": reached["seconds"] / end["seconds"],
+        }  # fmt: skip
+        return {
+            "held_out_bpb_moe_minus_dense": moe[-1]["held_out_bpb"] - end["held_out_bpb"],
+            "seconds_moe_over_dense": moe[-1]["seconds"] / end["seconds"],
+            "dense_final_reached_by_moe": reached,
+            **shares,
+        }
+
+    each = {seed: of_pair(moe["seeds"][seed], dense["seeds"][seed]) for seed in moe["seeds"]}
+    return {**of_pair(moe["curve"], dense["curve"]), "seeds": each}
+
+
+def compared(comparison: dict[str, Any]) -> list[str]:
+    """`comparison` in words, a line for the means and, of several seeds, one for each."""
+
+    def line(pair: dict[str, Any]) -> str:
+        told = f"moe - dense: {pair['held_out_bpb_moe_minus_dense']:+.4f} bits per byte"
+        if "share_of_steps" not in pair:
+            return told
+        return told + (f"; where the twin ends, in {100 * pair['share_of_steps']:.0f}% of its steps and "
+                       f"{100 * pair['share_of_time']:.0f}% of its time")  # fmt: skip
+
+    seeds = comparison["seeds"]
+    return [line(comparison), *(f"  seed {seed}: {line(pair)}" for seed, pair in seeds.items() if len(seeds) > 1)]
 
 
 def environment(corpus: Corpus, device: torch.device) -> dict[str, Any]:

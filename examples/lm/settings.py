@@ -33,26 +33,42 @@ class Settings:
     """None is 2, or what the preset says."""
     balance: float | None = None
     """Coefficient of the load-balancing loss, which is averaged over the layers. None is 0.05, or the preset's own."""
+    gate_normalization: str | None = None
+    """``sum``: a byte's gate weights add up to 1; ``none``: they are the router's probabilities. None is ``sum`` where
+    there are several, or the preset's own."""
+    z_loss: float | None = None
+    """Coefficient of the router's z-loss, averaged over the layers. None is 0, or the preset's own."""
+    shared: int = 0
+    """Width of an expert that every byte takes beside its ``top_k``; 0 for none."""
+    router_init: float = 1.0
+    """Factor on the router's initial weights."""
     residual: bool = False
     """Beside every mixture a dense FFN as wide as one expert, and a learned mean of the two (PR-MoE)."""
     preset: str | None = None
     """Of `dmoe.presets`: the FFNs are this system's layer. None is the example's own: see `lm/layers.py`."""
-    steps: int = 2000
-    batch: int = 12
-    """Sequences in a step."""
+    steps: int = 1000
+    batch: int = 24
+    """Sequences in a step. A mixture casts, clips and updates all its experts in every step, whatever a batch holds: at
+    half of this, a step takes 1.3 times the dense twin's time instead of 1.1."""
     seq_len: int = 192
     """Bytes in a sequence."""
     lr: float = 6e-3
     """Peak learning rate: reached after ``warmup`` steps, then a cosine down to a tenth of it."""
-    warmup: int = 100
+    dense_lr: float | None = None
+    """The dense twin's. None is ``lr``."""
+    expert_lr_power: float = 0.5
+    """Experts learn at ``(top_k / experts) ** expert_lr_power`` of the rate: see `lm/optimizer.py`."""
+    warmup: int = 50
     weight_decay: float = 0.1
     clip: float = 1.0
     """Largest norm of the gradient."""
-    eval_every: int = 100
+    eval_every: int = 50
     """Steps between two measurements on the held-out text."""
     eval_bytes: int = 65_536
     """Held-out bytes in a measurement."""
     seed: int = 0
+    seeds: int = 1
+    """Each model is trained so many times, with ``seed`` and those that follow it."""
     dtype: str = "auto"
     """``float32``, or ``bfloat16`` under autocast; ``auto`` takes whichever this machine multiplies faster."""
     expert_compute: str | None = None
@@ -80,18 +96,20 @@ class Settings:
             )
 
     def _check_ranges(self) -> None:
-        at_least_one = "layers hidden heads ffn top_k steps batch eval_every eval_bytes data_bytes"
+        at_least_one = "layers hidden heads ffn top_k steps batch eval_every eval_bytes data_bytes seeds"
         for name in at_least_one.split():
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{flag(name)} must be at least 1, got {value}")
-        for name in ("warmup", "weight_decay", "balance", "seed", "kd_coefficient", "kd_stop"):
+        not_negative = "warmup weight_decay balance z_loss shared router_init expert_lr_power seed"
+        for name in (*not_negative.split(), "kd_coefficient", "kd_stop"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise UsageError(f"--{flag(name)} must not be negative, got {value}")
-        for name in ("lr", "clip", "kd_temperature"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise UsageError(f"--{flag(name)} must be positive and finite, got {getattr(self, name)}")
+        for name in ("lr", "dense_lr", "clip", "kd_temperature"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise UsageError(f"--{flag(name)} must be positive and finite, got {value}")
         if self.seq_len < 2:
             raise UsageError(f"--seq-len must be at least 2, got {self.seq_len}")
 
@@ -107,8 +125,15 @@ class Settings:
         top_k = TOP_K if self.top_k is None and self.preset is None else self.top_k
         if top_k is not None and top_k > min(given):
             raise UsageError(f"--top-k must be at most --experts ({written(self.experts)}), got {top_k}")
-        if self.preset is not None and self.balance is not None:
-            raise UsageError(f"--balance: --preset {self.preset} has its own losses. Leave one of the two out")
+        if self.gate_normalization not in (None, "sum", "none"):
+            raise UsageError(f"--gate-normalization must be sum or none, got {self.gate_normalization}")
+        own = {"balance": "losses", "z_loss": "losses", "gate_normalization": "gate weights", "shared": "experts",
+               "router_init": "initial weights"}  # fmt: skip
+        for name, what in own.items():
+            if self.preset is not None and getattr(self, name) != getattr(Settings, name):
+                raise UsageError(f"--{flag(name)}: --preset {self.preset} has its own {what}. Leave one of the two out")
+        if self.dense_lr is not None and not self.compare_dense:
+            raise UsageError("--dense-lr: expected --compare-dense, which trains the dense twin, got none")
         if self.preset is not None and self.compare_dense:
             raise UsageError("--compare-dense: the dense twin is that of the example's own layer. Leave out --preset")
         for name, default in (("kd_temperature", 1.0), ("kd_coefficient", 1.0), ("kd_stop", None)):
@@ -123,7 +148,18 @@ class Settings:
     @property
     def dense_ffn(self) -> int:
         """Width of the dense twin's FFN, at which it multiplies as much for a token as what it stands in for."""
-        return ((self.top_k or TOP_K) + self.residual) * self.ffn
+        return ((self.top_k or TOP_K) + self.residual) * self.ffn + self.shared
+
+    def each_run(self) -> dict[str, Settings]:
+        """What is trained, each with its own settings: ``moe`` and ``dense``, of more seeds ``moe-1``, ``dense-1``."""
+        runs: dict[str, Settings] = {}
+        for seed in range(self.seed, self.seed + self.seeds):
+            behind = "" if seed == self.seed else f"-{seed}"
+            own = dataclasses.replace(self, seed=seed, seeds=1)
+            runs[f"moe{behind}"] = own
+            if self.compare_dense:
+                runs[f"dense{behind}"] = dataclasses.replace(own, lr=self.dense_lr or self.lr)
+        return runs
 
     def taught(self, step: int) -> bool:
         """Whether the teacher has a say in this step."""

@@ -31,7 +31,17 @@ ROUTING_POINTS = 100  # columns of the report's expert-load picture, about
 
 
 class Run:
-    """One model in training: its weights, its optimizer, the steps it has made, and what was measured on the way."""
+    """One model in training: its weights, its optimizer, the steps it has made, and what was measured on the way.
+
+    Args:
+        name: ``moe`` or ``dense``, maybe with ``-`` and a seed behind it: see `Settings.each_run`.
+        settings: its own.
+        corpus: to learn and to be measured on.
+        device: where it runs.
+        ranks: that train it together.
+        teacher: what it learns from beside the text.
+        clock: seconds of training are told by it.
+    """
 
     def __init__(
         self,
@@ -41,15 +51,18 @@ class Run:
         device: torch.device,
         ranks: Ranks = ALONE,
         teacher: Teacher | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.name = name
+        self.kind = name.partition("-")[0]
         self.ranks = ranks
         self.teacher = teacher
         self.settings = settings
         self.corpus = corpus
         self.device = device
+        self._read_clock = clock
         _seed(settings.seed, "initialisation")
-        self.model = ByteLM(settings, dense=name == "dense", ranks=ranks).to(device)
+        self.model = ByteLM(settings, dense=self.kind == "dense", ranks=ranks).to(device)
         if settings.compile:
             self.model.compile()
         self.trained = ranks.wrap(self.model)
@@ -120,7 +133,7 @@ class Run:
             self.curve.append(point)
             if tell and self.ranks.first:
                 bar.write(
-                    f"{self.name:>5}  step {self.step:5d}  {self.seconds:6.1f} s  "
+                    f"{self.name:>7}  step {self.step:5d}  {self.seconds:6.1f} s  "
                     f"held-out {point['held_out_bpb']:.4f}  train {bits:.4f} bits per byte"
                 )
 
@@ -252,14 +265,14 @@ class Run:
             of_all = self.ranks.sum(torch.cat(loads)).split([len(load) for load in loads])
             busiest = max(float(relative(load).max()) for load in of_all)
             shown["busiest expert"] = f"{busiest:.1f}x mean"
-        bar.set_description(f"{self.name:>5}", refresh=False)
+        bar.set_description(f"{self.name:>7}", refresh=False)
         bar.set_postfix(shown, refresh=False)
         bar.update(steps)
 
     def _clock(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        return self._read_clock()
 
 
 def train(runs: Sequence[Run], on_turn: Callable[[], None], should_stop: Callable[[], bool]) -> None:
