@@ -73,7 +73,7 @@ Results router_top_k(Tensor logits, optional<Tensor> selection_bias, optional<Te
       TokenRouter<N> router(rule);
       for (int64_t t = begin; t < end; ++t) {
         int64_t* mine = chosen + t * top_k;
-        Accumulate<N> of_z;
+        Accumulate<N> of_z{};
         router.score(in + t * E, out + t * E, with_log_z ? &of_z : nullptr);
         if (with_log_z) store(z + t, of_z);
         if (mask && !data<bool>(mask)[t]) {

@@ -178,8 +178,14 @@ def test_a_router_may_be_another_module(kind):
     close(layer(x), expected)
 
 
+# A group's destructor waits for its thread, which may be waiting for Python's lock, to let go of the last work: DDP's
+# reducer, freed at the end of a test, must not be the last that holds it.
+KEPT_GROUPS = []
+
+
 def test_a_router_goes_into_ddp(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    KEPT_GROUPS.append(dist.group.WORLD)
     try:
         layer, _ = layer_of("dMoE grouped")
         x = tokens()

@@ -103,14 +103,17 @@ class MegatronRanks:
 
 
 def assert_same_training(expected, found, *, loss=5e-5, norm=1e-4, logged=1e-4):
-    """Losses to 4 decimals, gradient norms to 1e-4, on every rank and step; so what is logged, and the biases."""
+    """Losses to 4 decimals, gradient norms relatively to 1e-4, on every rank and step; so what is logged, and the biases.
+
+    Of norms that is float32's rounding, which Adam's first steps, divided by small moments, make a hundred times larger.
+    """
     assert len(expected) == len(found)
     for theirs, ours in zip(expected, found, strict=True):
         for (their_loss, their_norm), (our_loss, our_norm) in zip(theirs["steps"], ours["steps"], strict=True):
             assert (their_loss is None) == (our_loss is None)
             if their_loss is not None:
                 assert abs(their_loss - our_loss) < loss, (theirs["steps"], ours["steps"])
-            assert abs(their_norm - our_norm) < norm, (theirs["steps"], ours["steps"])
+            assert abs(their_norm - our_norm) < norm * max(1, their_norm), (theirs["steps"], ours["steps"])
         assert theirs["logged"].keys() == ours["logged"].keys()
         for name, value in theirs["logged"].items():
             assert abs(value - ours["logged"][name]) < logged * max(1, abs(value)), name
