@@ -114,7 +114,7 @@ def test_half_precision_trains_as_megatrons_own(megatron, name):
     exact = megatron.native(Case(Ranks(4, ep=2), distributed_optimizer=True))
     steps = zip(native[0]["steps"], exact[0]["steps"], strict=True)
     lost = max(abs(half - full) for (half, _), (full, _) in steps)
-    assert_same_training(native, ours, loss=2 * lost, norm=0.02, logged=0.02)
+    assert_same_training(native, ours, loss=2 * lost, norm=0.05, logged=0.02)
     assert all(result["dtypes"] == {"torch.bfloat16"} for result in ours)
     falling = [loss for loss, _ in ours[0]["steps"]]
     assert falling[-1] < falling[0]
