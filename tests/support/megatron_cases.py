@@ -103,9 +103,9 @@ class MegatronRanks:
 
 
 def assert_same_training(expected, found, *, loss=5e-5, norm=1e-4, logged=1e-4):
-    """Losses to 4 decimals, gradient norms relatively to 1e-4, on every rank and step; so what is logged, and the biases.
+    """Losses to 4 decimals, gradient norms relatively to 1e-4, on every rank and step; what is logged, and the biases.
 
-    Of norms that is float32's rounding, which Adam's first steps, divided by small moments, make a hundred times larger.
+    Of norms that is float32's rounding, which Adam's first steps, divided by small moments, make much larger.
     """
     assert len(expected) == len(found)
     for theirs, ours in zip(expected, found, strict=True):

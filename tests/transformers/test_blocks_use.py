@@ -140,7 +140,7 @@ def test_trained_and_put_back_is_trained_plain(family):
     train(plain.train())
     train(replaced.train())
     from_dmoe(replaced)
-    assert_near(replaced.state_dict(), plain.state_dict(), 3e-5)  # float32's rounding, through the steps of an optimizer
+    assert_near(replaced.state_dict(), plain.state_dict(), 3e-5)  # float32's rounding, through an optimizer's steps
     assert replaced.training
     assert all(module.training for module in replaced.modules())
 
