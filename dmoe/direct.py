@@ -97,8 +97,9 @@ def _is_plain(layer: Any, x: Tensor) -> bool:
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or any(_OF_ALL):
         return False
     experts, router = layer.experts, layer.router
-    if (
-        type(experts) is not Experts
+    if (  # wrapped, or others in their place
+        type(router) is not TopKRouter
+        or type(experts) is not Experts
         or type(layer.dispatcher) is not LocalDispatcher
         or layer.auxiliary.attach is not None
     ):

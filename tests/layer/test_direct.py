@@ -135,6 +135,18 @@ def with_adapters(layer):
     dmoe.lora.add(layer, rank=2)
 
 
+def with_a_wrapped_router(layer):
+    class Wrapper(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *arguments, **told):
+            return self.inner(*arguments, **told)
+
+    layer.router = Wrapper(layer.router)
+
+
 def as_codes(layer):
     dmoe.quant.quantize(layer, "int8")
 
@@ -142,6 +154,7 @@ def as_codes(layer):
 STEPS = {
     "a hook": ({}, with_a_hook),
     "adapters": ({}, with_adapters),
+    "a wrapped router": ({}, with_a_wrapped_router),
     "codes": ({"hidden_size": 32, "ffn_hidden_size": 32}, as_codes),
     "a capacity": ({"capacity_factor": 1.0}, None),
     "a capacity in evaluation": ({"eval_capacity_fraction": 0.5}, None),
