@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "blocked_gemm_tiles.h"
+#include "few_rows_kernels.h"
 #include "gemm.h"
 
 namespace dmoe {
@@ -17,7 +18,7 @@ namespace blocked {
 
 constexpr int64_t kAhead = 24;  // rows of `b` that are asked for in advance: each is in another page than the one before
 
-constexpr int64_t round_up(int64_t number, int64_t to) { return (number + to - 1) / to * to; }
+using few::round_up;
 
 template <typename T>
 const T* at(const Matrix& m, int64_t row, int64_t column) {

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "check.h"
+#include "simd.h"
 
 namespace dmoe {
 
@@ -19,6 +20,23 @@ inline void dispatch_integer(const char* op, const char* name, const Tensor& ten
       return body(int64_t{0});
     default:
       fail(op, ": ", name, ": expected dtype int16, int32 or int64, got ", toString(tensor.scalar_type()));
+  }
+}
+
+// The same of a floating-point tensor.
+template <typename Body>
+inline void dispatch_floating(const char* op, const char* name, const Tensor& tensor, const Body& body) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double:
+      return body(double{});
+    case ScalarType::Float:
+      return body(float{});
+    case ScalarType::BFloat16:
+      return body(BFloat16{});
+    case ScalarType::Half:
+      return body(Half{});
+    default:
+      fail(op, ": ", name, ": expected a floating-point tensor, got ", toString(tensor.scalar_type()));
   }
 }
 

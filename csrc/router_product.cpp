@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "check.h"
+#include "dispatch.h"
 #include "gemm.h"
 #include "products.h"
 #include "simd.h"
@@ -25,23 +26,12 @@ DMOE_SIMD void convert(const From* from, To* to, int64_t count) {
   for (int64_t i = 0; i < count; ++i) store(to + i, load(from + i));
 }
 
-template <typename Function>
-void with_dtype(const char* name, const Tensor& tensor, const Function& fn) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Double: return fn(double{});
-    case ScalarType::Float: return fn(float{});
-    case ScalarType::BFloat16: return fn(BFloat16{});
-    case ScalarType::Half: return fn(Half{});
-    default: fail("router_product: ", name, ": expected a floating-point tensor, got ", toString(tensor.scalar_type()));
-  }
-}
-
 // `rows` rows of a contiguous tensor from `first` on, as numbers of O: where they are, or in `room`.
 template <typename O>
 const O* rows_as(const Tensor& tensor, int64_t first, int64_t rows, Scratch& room) {
   const int64_t width = tensor.size(1);
   const O* out = nullptr;
-  with_dtype("operand", tensor, [&](auto zero) {
+  dispatch_floating("router_product", "operand", tensor, [&](auto zero) {
     using From = decltype(zero);
     const auto* from = static_cast<const From*>(tensor.const_data_ptr()) + first * width;
     if constexpr (std::is_same_v<From, O>) {

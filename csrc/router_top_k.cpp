@@ -10,6 +10,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "check.h"
+#include "dispatch.h"
 #include "router_rows.h"
 
 namespace dmoe {
@@ -24,17 +25,6 @@ const T* data(const optional<Tensor>& tensor) {
 }
 optional<Tensor> dense(const optional<Tensor>& tensor) {
   return tensor ? optional<Tensor>(torch::stable::contiguous(*tensor)) : std::nullopt;
-}
-
-template <typename Function>
-void with_dtype(const char* op, const Tensor& tensor, const Function& fn) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Double: return fn(double{});
-    case ScalarType::Float: return fn(float{});
-    case ScalarType::BFloat16: return fn(BFloat16{});
-    case ScalarType::Half: return fn(Half{});
-    default: fail(op, ": logits: expected a floating-point tensor, got ", toString(tensor.scalar_type()));
-  }
 }
 
 // Some microseconds of work.
@@ -64,7 +54,7 @@ Results router_top_k(Tensor logits, optional<Tensor> selection_bias, optional<Te
   Tensor weights = torch::stable::new_empty(from, {T, top_k});
   Tensor first = torch::stable::new_empty(from, {count_first ? E : 0}, ScalarType::Int);
   auto* chosen = static_cast<int64_t*>(ids.mutable_data_ptr());
-  with_dtype("router_top_k", from, [&](auto zero) {
+  dispatch_floating("router_top_k", "logits", from, [&](auto zero) {
     using N = decltype(zero);
     const N* in = static_cast<const N*>(from.const_data_ptr());
     N *out = static_cast<N*>(scores.mutable_data_ptr()), *weighed = static_cast<N*>(weights.mutable_data_ptr());
@@ -111,7 +101,7 @@ Tensor router_top_k_backward(optional<Tensor> grad_scores, optional<Tensor> grad
   check_dtype("router_top_k_backward", "expert_indices", ids, ScalarType::Long);
   DMOE_CHECK(rule.softmax || !of_z || in, "router_top_k_backward: logits: expected a tensor with grad_log_z, got None");
   Tensor out = torch::stable::new_empty(values, {T, E});
-  with_dtype("router_top_k_backward", values, [&](auto zero) {
+  dispatch_floating("router_top_k_backward", "scores", values, [&](auto zero) {
     using N = decltype(zero);
     const auto row = [](const optional<Tensor>& tensor, int64_t t, int64_t width) {
       return tensor ? data<N>(tensor) + t * width : nullptr;
