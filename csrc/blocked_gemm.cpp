@@ -58,7 +58,7 @@ struct Pairs {
                       : pack_panel_of_column_pairs(b, k, inner, column, columns, to);
   }
   static void put(const float* from, int64_t rows, int64_t columns, BFloat16* to, int64_t stride, bool add) {
-    Avx512<BFloat16>::put(from, rows, columns, to, stride, add);
+    put_panel_of_bfloat16(from, rows, columns, to, stride, add);
   }
 };
 #endif

@@ -191,7 +191,8 @@ struct Problem {
   int64_t assignment(int64_t row) const { return token_offsets[row_to_token[row]] + row_to_slot[row]; }
   A gate(int64_t row) const { return gates[assignment(row)]; }
 
-  // Rows of the plan cut into tasks: blocks of equal height, so that none is left with a handful of rows.
+  // Rows of the plan cut into tasks: an expert's blocks are of equal height, so that none is left with a handful of rows,
+  // and the largest come first, so that no thread is left with one when the others are done.
   vector<Block> blocks(int64_t first, int64_t last) const {
     const int64_t most = rows_bound < kManyRows ? kBlockRows : kLargeBlockRows;
     vector<Block> out;
@@ -202,6 +203,8 @@ struct Problem {
         out.push_back({e, experts[e].begin + row, std::min(height, rows - row)});
       }
     }
+    const auto work = [&](const Block& block) { return block.rows * experts[block.expert].width; };
+    std::stable_sort(out.begin(), out.end(), [&](const Block& a, const Block& b) { return work(a) > work(b); });
     return out;
   }
 
@@ -646,6 +649,7 @@ void keep_block(const Problem<T>& p, const Block& block, const Wave<T>& wave, co
 // Part of one expert's weight gradients: rows [begin, end) of the up projection's (part 0 or 1) or the down projection's.
 struct GradTask {
   int64_t expert, part, begin, end;
+  double work;
 };
 constexpr int64_t kDownPart = 2, kBiasPart = 3;
 
@@ -707,15 +711,16 @@ vector<GradTask> gradient_tasks(const Problem<T>& p, int64_t first, int64_t last
     while (work / pieces > total / kGradientShare && rows / (2 * pieces) >= kGradientRows) pieces *= 2;
     const int64_t height = std::max<int64_t>(((rows + pieces - 1) / pieces + 15) / 16 * 16, 1);
     for (int64_t begin = 0; begin < rows; begin += height) {
-      tasks.push_back({e, part, begin, std::min(rows, begin + height)});
+      tasks.push_back({e, part, begin, std::min(rows, begin + height), work / pieces});
     }
   };
   for (int64_t e = first; e < last; ++e) {
     const double rows = static_cast<double>(p.experts[e].padded) * p.experts[e].width;
     for (int64_t part = 0; part < p.up_parts(); ++part) cut(e, part, p.up_rows(e), rows * parts / p.up_parts());
     cut(e, kDownPart, p.hidden, rows);
-    if (p.up_bias.data != nullptr || p.down_bias != nullptr) tasks.push_back({e, kBiasPart, 0, 0});
+    if (p.up_bias.data != nullptr || p.down_bias != nullptr) tasks.push_back({e, kBiasPart, 0, 0, 0});
   }
+  std::stable_sort(tasks.begin(), tasks.end(), [](const GradTask& a, const GradTask& b) { return a.work > b.work; });
   return tasks;
 }
 

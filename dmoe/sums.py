@@ -20,7 +20,10 @@ def sum_tokens(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     if x.device.type != "cpu" or torch.compiler.is_compiling() or x.shape[-2] == 0:
         return x.sum(-2, dtype=dtype)
     length = x.shape[-2]
-    rows = torch.nn.functional.pad(x.transpose(-1, -2).contiguous(), (0, -length % _PART))
+    rows = x.transpose(-1, -2).contiguous()
+    if length <= _PART:
+        return rows.sum(-1, dtype=dtype)
+    rows = torch.nn.functional.pad(rows, (0, -length % _PART))
     return rows.unflatten(-1, (-1, _PART)).sum(-1, dtype=dtype).sum(-1)
 
 

@@ -86,12 +86,15 @@ def row_values(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def row_widths(call: Call, expert: Tensor, real: Tensor) -> Tensor | None:
-    """How wide each row's expert is, ``(R, 1)``, 0 where a row holds no token.
+    """:func:`widths_of_rows` for an activation that minds zeros.
 
     None for an activation by name: it is finite of the zeros behind, and zeros are what it is multiplied by.
     """
-    if isinstance(call.activation, str):
-        return None
+    return None if isinstance(call.activation, str) else widths_of_rows(call, expert, real)
+
+
+def widths_of_rows(call: Call, expert: Tensor, real: Tensor) -> Tensor:
+    """How wide each row's expert is, ``(R, 1)``, 0 where a row holds no token."""
     sizes = call.ffn_sizes or [call.width] * call.num_experts
     widths = torch.cat([expert.new_full((1,), size) for size in sizes])  # a copy from the host would wait
     return (widths[expert.long()] * real).unsqueeze(1)

@@ -23,6 +23,7 @@ from dmoe.ops._moe_mlp_parts import (
     row_values,
     row_widths,
     stacked_weights,
+    widths_of_rows,
 )
 from dmoe.ops.activation import accumulate_dtype, activate, activate_backward
 from dmoe.ops.grouped_gemm import grouped_gemm, grouped_gemm_weight, outer_sums
@@ -115,8 +116,8 @@ def moe_mlp_backward_data_ref(grad_y: Tensor, pre: Tensor, *arguments: Any) -> t
     """Gradients of x and gate weights; and what those of the weights are made of, besides x and grad_y.
 
     That is the gradient of the pre-activation and the activations as the down projection saw them, a row of the plan
-    each, ``(R, pre_width)`` and ``(R, width)``; zeros beyond the width of an expert that is not the widest. Columns of
-    the former are in the order of the up projection's rows in memory.
+    each, ``(R, pre_width)`` and ``(R, width)``; zeros in holes, and beyond the width of an expert that is not the
+    widest. Columns of the former are in the order of the up projection's rows in memory.
     """
     call = Call(*arguments)
     weights = stacked_weights(call)
@@ -146,6 +147,8 @@ def moe_mlp_backward_data_ref(grad_y: Tensor, pre: Tensor, *arguments: Any) -> t
         grad_gate = (rows.to(wide) * grad_rows).sum(1)
     to_tokens = call.gate_weights if call.gate_weight_on == "input" else None
     grad_x = unpermute(grad_rows, to_tokens, call.row_to_token, call.row_to_slot, call.token_offsets, call.token_rows)
+    outside = outside_experts(widths_of_rows(call, expert, real), call.width)
+    hidden = hidden if outside is None else hidden.masked_fill(outside, 0)
     return grad_x, of_assignments(call, grad_gate), grad_pre, hidden.to(dtype)
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from dmoe.ops._library import count_flops, define, refuse_double_backward, register_autograd
 from dmoe.ops._trust import Subject
-from dmoe.ops.grouped_gemm import grouped_gemm, grouped_gemm_weight
 from dmoe.ops.grouped_gemm_invariant import linear_invariant
 from dmoe.ops.philox import jitter_scale
 from dmoe.sums import add_to_tokens, sum_tokens
@@ -44,11 +43,6 @@ def router_logits_backward_ref(
     return grad_x.to(x.dtype), grad_weight.to(weight.dtype)
 
 
-def _all_rows(x: Tensor) -> Tensor:
-    """Offsets of one expert that takes every row: a dense product as a grouped one, which is cut by its shape alone."""
-    return torch.tensor([0, x.shape[0]], dtype=torch.int32)
-
-
 def router_logits_cpu(
     x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, jitter: float, seed: Tensor | None
 ) -> Tensor:
@@ -62,12 +56,11 @@ def router_logits_backward_cpu(
     grad: Tensor, x: Tensor, weight: Tensor, jitter: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """:func:`router_logits_backward_ref` with the same bits for any number of threads."""
-    rows, everyone = _router_input(x, grad.dtype, jitter, seed), _all_rows(x)
-    grad_weight = grouped_gemm_weight(rows, grad, everyone)[0].t()  # (H, E) is cut along H, which is long
-    grad_x = grouped_gemm(grad, weight.to(grad.dtype).unsqueeze(0), everyone, trans_b=False)
-    if seed is not None:
-        grad_x = grad_x * jitter_scale(seed, x.shape[0], x.shape[1], jitter, grad.dtype)
-    return grad_x.to(x.dtype), grad_weight.to(weight.dtype).contiguous()
+    if seed is None:
+        grad_x, grad_weight = _product_backward(grad, x, weight)
+        return grad_x, grad_weight
+    grad_rows, grad_weight = _product_backward(grad, _router_input(x, grad.dtype, jitter, seed), weight)
+    return (grad_rows * jitter_scale(seed, x.shape[0], x.shape[1], jitter, grad.dtype)).to(x.dtype), grad_weight
 
 
 def cut(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -141,6 +134,11 @@ _product = define(
     "router_product(Tensor x, Tensor weight, Tensor? bias, ScalarType dtype) -> Tensor",
     lambda x, weight, bias, dtype: router_logits_ref(x, weight, bias, dtype, 0.0, None),
     fake=lambda x, weight, bias, dtype: x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype),
+)
+_product_backward = define(
+    "router_product_backward(Tensor grad, Tensor x, Tensor weight) -> (Tensor, Tensor)",
+    lambda grad, x, weight: router_logits_backward_ref(grad, x, weight, 0.0, None),
+    fake=lambda grad, x, weight: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
 )
 _forward = define(
     "router_logits(Tensor x, Tensor weight, Tensor? bias, ScalarType dtype, float jitter, Tensor? seed) -> Tensor",

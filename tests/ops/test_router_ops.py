@@ -42,6 +42,32 @@ def test_router_logits_of_bfloat16_are_computed_in_float32():
     assert leaf.grad.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("tokens", "experts", "hidden"), [(5000, 3, 70), (130, 70, 600), (1, 1, 1), (0, 2, 3)])
+def test_gradients_of_every_block_and_piece(tokens, experts, hidden, weight_dtype, dtype):
+    """More than one of each that the work is cut into; sums in float32 or wider, rounded once, on any threads."""
+    torch.manual_seed(0)
+    arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
+    x, grad = torch.randn(tokens, hidden).to(dtype), torch.randn(tokens, experts, dtype=arithmetic)
+    weight = torch.randn(experts, hidden).to(weight_dtype)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        ours = torch.ops.dmoe.router_logits_backward(grad, x, weight, 0.0, None)
+        torch.set_num_threads(3)
+        again = torch.ops.dmoe.router_logits_backward(grad, x, weight, 0.0, None)
+    finally:
+        torch.set_num_threads(threads)
+    expected = grad.double() @ weight.double(), grad.double().T @ x.double()
+    magnitudes = grad.double().abs() @ weight.double().abs(), grad.double().abs().T @ x.double().abs()
+    for got, other, exact, magnitude, kind in zip(ours, again, expected, magnitudes, (x, weight), strict=True):
+        assert got.dtype == kind.dtype
+        assert torch.equal(got, other)
+        rounding = torch.finfo(kind.dtype).eps / 2 * exact.abs() + torch.finfo(arithmetic).eps * 4 * magnitude
+        assert ((got.double() - exact).abs() <= rounding).all()
+
+
 @given(
     st.integers(0, 7), st.integers(1, 6), st.sampled_from(["softmax", "sigmoid"]), st.booleans(), st.integers(0, 2**20)
 )
@@ -114,6 +140,7 @@ def opcheck_cases():
     w, b = torch.randn(3, 4, requires_grad=True), torch.randn(3, requires_grad=True)
     yield OPS.router_logits, (x, w, b, torch.float32, 0.0, None)
     yield OPS.router_logits, (x, w, None, torch.float64, 0.1, torch.tensor(5))
+    yield OPS.router_product_backward, (torch.randn(5, 3), x.detach(), w.detach())
     logits = torch.randn(5, 3, requires_grad=True)
     for function in ("softmax", "sigmoid"):
         for with_log_z in (False, True):
