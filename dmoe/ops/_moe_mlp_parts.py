@@ -100,9 +100,9 @@ def widths_of_rows(call: Call, expert: Tensor, real: Tensor) -> Tensor:
     return (widths[expert.long()] * real).unsqueeze(1)
 
 
-def outside_experts(widths: Tensor | None, width: int) -> Tensor | None:
-    """Numbers of the hidden layer ``(R, width)`` that are no expert's; None if nobody minds."""
-    return None if widths is None else torch.arange(width, device=widths.device) >= widths
+def outside_experts(widths: Tensor, width: int) -> Tensor:
+    """Numbers of the hidden layer ``(R, width)`` that are no expert's."""
+    return torch.arange(width, device=widths.device) >= widths
 
 
 def save_values(ctx: Any, values: Sequence[Any]) -> None:

@@ -75,7 +75,8 @@ def _expert_rows(*arguments: Any, added: Sequence[AddedRows] = NO_ADDED_ROWS) ->
         pre = pre + bias_rows(weights.up_bias, expert, real)
     pre = weights.half_beside_half(pre)
 
-    outside = outside_experts(row_widths(call, expert, real), call.width)
+    widths = row_widths(call, expert, real)
+    outside = None if widths is None else outside_experts(widths, call.width)
     hidden = activate(pre, call.activation, call.gated, outside)
     mask = dropout_mask(call, ACTIVATION_DROPOUT, call.activation_dropout, assignment, call.width, hidden.dtype)
     if mask is not None:
@@ -148,8 +149,7 @@ def moe_mlp_backward_data_ref(grad_y: Tensor, pre: Tensor, *arguments: Any) -> t
     to_tokens = call.gate_weights if call.gate_weight_on == "input" else None
     grad_x = unpermute(grad_rows, to_tokens, call.row_to_token, call.row_to_slot, call.token_offsets, call.token_rows)
     outside = outside_experts(widths_of_rows(call, expert, real), call.width)
-    hidden = hidden if outside is None else hidden.masked_fill(outside, 0)
-    return grad_x, of_assignments(call, grad_gate), grad_pre, hidden.to(dtype)
+    return grad_x, of_assignments(call, grad_gate), grad_pre, hidden.masked_fill(outside, 0).to(dtype)
 
 
 def moe_mlp_backward_weights_ref(

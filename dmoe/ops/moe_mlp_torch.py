@@ -103,7 +103,7 @@ class Pass:
 
     def outside(self, part: slice) -> Tensor | None:
         """Which numbers of the hidden layer are no expert's, for some rows; None for activations that do not mind."""
-        return outside_experts(None if self.row_widths is None else self.row_widths[part], self.call.width)
+        return None if self.row_widths is None else outside_experts(self.row_widths[part], self.call.width)
 
     def hidden_of(self, pre: Tensor) -> Tensor:
         """The activation, masked, and weighed where that is its place."""

@@ -56,11 +56,11 @@ def router_logits_backward_cpu(
     grad: Tensor, x: Tensor, weight: Tensor, jitter: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """:func:`router_logits_backward_ref` with the same bits for any number of threads."""
-    if seed is None:
-        grad_x, grad_weight = _product_backward(grad, x, weight)
-        return grad_x, grad_weight
-    grad_rows, grad_weight = _product_backward(grad, _router_input(x, grad.dtype, jitter, seed), weight)
-    return (grad_rows * jitter_scale(seed, x.shape[0], x.shape[1], jitter, grad.dtype)).to(x.dtype), grad_weight
+    rows = x if seed is None else _router_input(x, grad.dtype, jitter, seed)
+    grad_x, grad_weight = _product_backward(grad, rows, weight)
+    if seed is not None:
+        grad_x = (grad_x * jitter_scale(seed, x.shape[0], x.shape[1], jitter, grad.dtype)).to(x.dtype)
+    return grad_x, grad_weight
 
 
 def cut(weight: Tensor, dtype: torch.dtype) -> Tensor:

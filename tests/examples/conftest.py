@@ -1,5 +1,5 @@
 import pytest
-import torch
+from helpers import on_threads
 from lm_cases import TINY, write_text
 
 
@@ -18,7 +18,5 @@ def corpus(text):
 @pytest.fixture(autouse=True)
 def one_thread():
     """Steps this small gain nothing from a second thread, and lose much to it where the cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with on_threads(1):
+        yield

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from helpers import on_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
@@ -134,12 +135,9 @@ def test_threads_change_nothing(threads):
     torch.manual_seed(1)
     layer = MoE(**SIZES | {"hidden_size": 64, "ffn_hidden_size": 96}, batch_invariant=True)
     x, grad = torch.randn(2, 700, 64)
-    before, alone = torch.get_num_threads(), results_of(layer, x, grad)
-    try:
-        torch.set_num_threads(threads)
+    alone = results_of(layer, x, grad)
+    with on_threads(threads):
         assert not differing(alone, results_of(layer, x, grad), slice(None))
-    finally:
-        torch.set_num_threads(before)
 
 
 @needs_kernels

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import on_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -67,13 +68,9 @@ def test_equals_a_loop(sums, exclusive, shape, dtype, small, seed, transposed, d
 @pytest.mark.parametrize(("shape", "dim"), [((100_003,), 0), ((3, 35_001), 1), ((20_001, 3), 0), ((3, 35_001), 0)])
 def test_runs_of_several_threads(sums, exclusive, shape, dim):
     x = torch.randint(-999, 999, shape, generator=torch.Generator().manual_seed(0))
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 3):
-            torch.set_num_threads(count)
+    for count in (1, 3):
+        with on_threads(count):
             assert_sums(sums, exclusive, x, dim)
-    finally:
-        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("sums", [inclusive_cumsum, exclusive_cumsum])

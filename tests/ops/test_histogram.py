@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from helpers import on_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,13 +35,9 @@ def test_equals_counter(counts, num_bins, dtype, data):
 @pytest.mark.parametrize("num_bins", [1, 17, 9000])
 def test_runs_of_several_threads(counts, num_bins):
     values = torch.randint(0, num_bins, (90_001,), generator=torch.Generator().manual_seed(0))
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
+    for count in (1, 2, 5):
+        with on_threads(count):
             assert_counted(counts, values, num_bins)
-    finally:
-        torch.set_num_threads(threads)
 
 
 @implementations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
+from helpers import on_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -51,14 +52,10 @@ def test_gradients_of_every_block_and_piece(tokens, experts, hidden, weight_dtyp
     arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
     x, grad = torch.randn(tokens, hidden).to(dtype), torch.randn(tokens, experts, dtype=arithmetic)
     weight = torch.randn(experts, hidden).to(weight_dtype)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
+    with on_threads(1):
         ours = torch.ops.dmoe.router_logits_backward(grad, x, weight, 0.0, None)
-        torch.set_num_threads(3)
+    with on_threads(3):
         again = torch.ops.dmoe.router_logits_backward(grad, x, weight, 0.0, None)
-    finally:
-        torch.set_num_threads(threads)
     expected = grad.double() @ weight.double(), grad.double().T @ x.double()
     magnitudes = grad.double().abs() @ weight.double().abs(), grad.double().abs().T @ x.double().abs()
     for got, other, exact, magnitude, kind in zip(ours, again, expected, magnitudes, (x, weight), strict=True):

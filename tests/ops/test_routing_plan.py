@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import on_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plan_cases import expected_tiles
@@ -125,13 +126,9 @@ def test_runs_of_several_threads_join_exactly(plan, choice_major, ordered):
     options = {"block_size": 16, "capacity": 1800, "choice_major": choice_major, "token_order": order}
     options["tile_rows"] = 128
     expected = expected_plan(indices, E, **options)
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
+    for count in (1, 2, 5):
+        with on_threads(count):
             assert [part.tolist() for part in plan(indices, E, **options)] == list(expected)
-    finally:
-        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -145,12 +142,8 @@ def test_large_plan_equals_the_reference(options, threads):
     indices = torch.randint(0, E + 1, (T, K), generator=generator)
     indices[: T // 4] = 63  # runs in which most experts get no row
     order = torch.randperm(T, generator=generator) if "capacity" in options else None
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
+    with on_threads(threads):
         got = routing_plan(indices, E, token_order=order, **options)
-    finally:
-        torch.set_num_threads(before)
     for name, one, expected in zip(NAMES, got, reference(indices, E, token_order=order, **options), strict=True):
         assert torch.equal(one, expected), name
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import on_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -56,13 +57,9 @@ def test_equals_python_sort(sorts, keys, data):
 @pytest.mark.parametrize("end_bit", [None, 3, 9])
 def test_runs_of_several_threads(sorts, dtype, end_bit):
     keys = torch.randint(0, 2 ** BITS[dtype] - 1, (50_001,), generator=torch.Generator().manual_seed(0), dtype=dtype)
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
+    for count in (1, 2, 5):
+        with on_threads(count):
             assert_sorted(sorts, keys, end_bit)
-    finally:
-        torch.set_num_threads(threads)
 
 
 @implementations

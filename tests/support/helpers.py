@@ -53,6 +53,17 @@ def nudged(tensor):
 
 
 @contextlib.contextmanager
+def on_threads(count):
+    """PyTorch's threads, ``count`` of them for the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
 def saved_bytes(exclude=()):
     """Collects what autograd saves inside: ``.total`` bytes of distinct storages, those of ``exclude`` not counted."""
 

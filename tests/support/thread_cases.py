@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 
 import torch
+from helpers import on_threads
 from moe_mlp_cases import build
 from quantized_cases import random_weights
 
@@ -325,14 +326,11 @@ def bins_through_an_activation_of_the_users(dtype):
 
 def changes(name: str, dtype: torch.dtype) -> list[str]:
     """Which results of a case have other bits with several threads than with one."""
-    before, found = torch.get_num_threads(), []
-    try:
-        results = []
-        for number in THREADS:
-            torch.set_num_threads(number)
+    results = []
+    for number in THREADS:
+        with on_threads(number):
             results.append(CASES[name](dtype))
-    finally:
-        torch.set_num_threads(before)
+    found = []
     for number, several in zip(THREADS[1:], results[1:], strict=True):
         for index, (one, other) in enumerate(zip(results[0], several, strict=True)):
             if not torch.equal(one, other):
