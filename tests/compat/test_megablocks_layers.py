@@ -270,7 +270,6 @@ def test_a_users_router_drives_the_experts():
 
 @pytest.mark.parametrize(("kind", "mlp_type"), [("MoE", "mlp"), ("dMoE", "glu")])
 def test_compiled_layers_keep_their_losses(kind, mlp_type):
-    torch._dynamo.reset()
     layer, args = layer_with(kind, mlp_type=mlp_type, bias=False)
     x = torch.randn(3, 4, 6)
     results = []
@@ -281,7 +280,7 @@ def test_compiled_layers_keep_their_losses(kind, mlp_type):
         results.append([parameter.grad.clone() for parameter in layer.parameters()])
     for plain, compiled in zip(*results, strict=True):
         torch.testing.assert_close(plain, compiled)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     layer.eval()
     whole = torch.compile(layer, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(whole(x), layer(x))

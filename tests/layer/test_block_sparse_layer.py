@@ -283,8 +283,6 @@ def test_compile_is_one_graph_that_new_routing_does_not_recompile(widths):
     eager = MoE(**SIZES, ffn_hidden_size=widths, backend="block_sparse", load_balancing_coefficient=0.0)
     traced = MoE(eager.config)
     traced.load_state_dict(eager.state_dict())
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
     compiled = torch.compile(traced, fullgraph=True, backend="aot_eager")
     for _ in range(3):
         x = torch.randn(11, 24)

@@ -30,7 +30,6 @@ def build(name: str) -> dmoe.MoE:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_one_graph_serves_every_length(name):
     layer = build(name)
-    torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
     for length in LENGTHS:
@@ -104,7 +103,6 @@ BY_LENGTH = {
 def test_a_length_is_a_symbol_to_every_operation(name):
     run, build_input = BY_LENGTH[name]
     x = build_input()
-    torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=counter)
     for length in LENGTHS:

@@ -19,12 +19,10 @@ SIZES = {"hidden_size": 6, "ffn_hidden_size": 8, "num_experts": 4, "top_k": 2}
 def compiled():
     """A layer whose forward is compiled in place, and has run."""
     torch.manual_seed(0)
-    torch._dynamo.reset()
     layer = MoE(**SIZES)
     layer.compile(backend="eager")
     layer(torch.randn(3, 6))
-    yield layer
-    torch._dynamo.reset()
+    return layer
 
 
 def test_a_copy_of_a_compiled_layer_runs_its_own_weights(compiled):

@@ -90,8 +90,6 @@ def test_compile_is_one_graph_that_new_routing_does_not_recompile(name):
     eager = MoE(**{**SIZES, **VARIANTS[name]})
     traced = MoE(eager.config)
     traced.load_state_dict(eager.state_dict())
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
     # inductor draws random numbers of its own, so variants with dropout are compared without it
     backend = "inductor" if name == "default" else "aot_eager"
     compiled = torch.compile(traced, fullgraph=True, backend=backend)
@@ -112,6 +110,17 @@ def test_compile_is_one_graph_that_new_routing_does_not_recompile(name):
     if name == "bias_and_groups":
         assert torch.equal(traced.router.load_since_update, eager.router.load_since_update)
         assert traced.router.load_since_update.sum() == 3 * 11 * 2
+
+
+def test_blocks_compiled_one_by_one_are_compiled_once():
+    """PyTorch makes eight graphs of a function and no more, and models have more blocks than that."""
+    blocks = torch.nn.Sequential(*(MoE(**SIZES, load_balancing_coefficient=0.0) for _ in range(12)))
+    x = torch.randn(11, 16, requires_grad=True)  # as what the other blocks are given
+    expected = blocks(x)
+    for block in blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(blocks(x), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 # -------------------------------------------------------------------------------------------------------- determinism

@@ -146,7 +146,6 @@ def test_hooks_that_look_leave_the_experts_weights_ahead_of_their_forward():
 def test_compiled_models(blocks):
     """Counts, entropy, logits and tokens; of a wrapper that the monitor was not given, the last forward of a step."""
     model = TwoMixtures(load_balancing_coefficient=0.0)
-    torch._dynamo.reset()
 
     class Chain(nn.Module):
         def __init__(self):
@@ -176,7 +175,6 @@ def test_compiled_models(blocks):
             compare(record, [by_hand(model.first, counted)])
             assert monitor.last.tokens == 10 * len(counted)
             assert not record.seconds
-    torch._dynamo.reset()
 
 
 def test_expert_similarity_is_the_mean_over_pairs():

@@ -195,7 +195,6 @@ def test_other_devices_ask_the_host():
 
 def test_compiled_it_is_one_operation():
     counter = CompileCounterWithBackend("aot_eager")
-    torch._dynamo.reset()
     compiled = torch.compile(balanced_assignment, fullgraph=True, dynamic=True, backend=counter)
     for tokens in (8, 20, 36, 64):
         scores = normal(tokens, 4, tokens)

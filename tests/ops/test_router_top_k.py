@@ -299,7 +299,7 @@ def test_a_layer_is_the_same_with_the_operation_as_with_its_parts(options, compi
     monkeypatch.setattr(module, "_fits_one_launch", lambda logits: False)
     apart = run()
     monkeypatch.setattr(module, "_fits_one_launch", lambda logits: used.append(True) or True)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     together = run()
     assert bool(used) == ("capacity_factor" not in options)
     for mine, theirs in zip(together, apart, strict=True):

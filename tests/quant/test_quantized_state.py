@@ -144,7 +144,6 @@ def test_states_that_do_not_fit():
 
 
 def test_compiled_and_checkpointed():
-    torch._dynamo.reset()
     layer, x = quantized(), torch.randn(5, 128, requires_grad=True)
     plain = layer(x)
     compiled = torch.compile(layer, backend="aot_eager")
@@ -152,4 +151,3 @@ def test_compiled_and_checkpointed():
     again = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
     assert torch.equal(again, plain)
     again.sum().backward()
-    torch._dynamo.reset()

@@ -38,7 +38,6 @@ def test_gradients_are_those_of_finite_differences(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_compiled_whole_it_is_the_same(name):
-    torch._dynamo.reset()
     layer, compiled = layer_of(name), layer_of(name)
     step = torch.compile(compiled, fullgraph=True, backend="aot_eager")
     x, ids = inputs()

@@ -14,6 +14,7 @@ import traceback
 from multiprocessing.connection import wait
 from unittest.mock import patch
 
+import compiling
 import torch
 import torch.distributed as dist
 from patience import GRACE, PATIENCE
@@ -80,6 +81,7 @@ def _serve(rank, world, store, pipe):
                 except Exception as error:
                     kind = "hung" if GIVEN_UP in str(error) else type(error).__name__
                     answer = (False, (kind, f"{error}\n{traceback.format_exc()}"))
+                compiling.forget()  # as conftest does after a test
                 pipe.send_bytes(pack(answer))
                 continue
         os._exit(0)  # gloo's own shutdown may wait for ranks that are gone

@@ -278,7 +278,6 @@ def test_compiled_whole_and_once():
     model = tiny("mixtral")
     expected = run(model, IDS)
     to_dmoe(model)
-    torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(2):

@@ -171,8 +171,6 @@ def test_one_graph_that_is_compiled_once_from_the_first_call_on(family):
 
     block, (x, *routing) = block_of(family)
     gates._known.clear()  # the traced call is the one that recognises the gate
-    torch._dynamo.reset()
-    counters.clear()
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     for turn in range(3):
         routing[:1] = [index.roll(turn, 0) for index in routing[:1]]
@@ -185,7 +183,6 @@ def test_one_graph_that_is_compiled_once_from_the_first_call_on(family):
         for one, other in zip(*results, strict=True):
             assert_near(one, other)
     assert counters["stats"]["unique_graphs"] == 1
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(
@@ -202,11 +199,9 @@ def test_export(family, strict):
 @traced_calls
 def test_a_whole_model_is_one_graph():
     _, ours = pair("mixtral")
-    torch._dynamo.reset()
     compiled = torch.compile(ours, fullgraph=True, backend="eager")
     with torch.no_grad():
         assert_near(hf_families.run(compiled), hf_families.run(ours))
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("family", ["mixtral", "llama4"])
