@@ -23,6 +23,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "check.h"
+#include "dispatch.h"
 #include "pages.h"
 #include "simd.h"
 
@@ -380,15 +381,9 @@ Tensor balanced_assignment(const Tensor& scores) {
   const Tensor contiguous = torch::stable::contiguous(scores);
   Tensor out = torch::stable::new_empty(contiguous, {num_tokens}, ScalarType::Long);
   Costs costs(num_tokens, num_experts);
-  const void* from = contiguous.data_ptr();
-  switch (scores.scalar_type()) {
-    case ScalarType::Float: costs.read(static_cast<const float*>(from)); break;
-    case ScalarType::Double: costs.read(static_cast<const double*>(from)); break;
-    case ScalarType::BFloat16: costs.read(static_cast<const BFloat16*>(from)); break;
-    case ScalarType::Half: costs.read(static_cast<const Half*>(from)); break;
-    default:
-      fail("balanced_assignment: scores: expected a floating-point tensor, got ", toString(scores.scalar_type()));
-  }
+  dispatch_floating("balanced_assignment", "scores", contiguous, [&](auto zero) {
+    costs.read(static_cast<const decltype(zero)*>(contiguous.const_data_ptr()));
+  });
   if (num_tokens > 0) Assignment(costs, static_cast<int64_t*>(out.data_ptr())).solve();
   return out;
 }

@@ -20,11 +20,6 @@ constexpr int64_t kAhead = 24;  // rows of `b` that are asked for in advance: ea
 
 using few::round_up;
 
-template <typename T>
-const T* at(const Matrix& m, int64_t row, int64_t column) {
-  return static_cast<const T*>(m.data) + row * m.row_stride + column * m.col_stride;
-}
-
 // The first `count` of W numbers, and zeros.
 template <int W, typename T>
 DMOE_INLINE few::Lanes<W> load_some(const T* from, int64_t count) {

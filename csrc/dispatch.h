@@ -23,21 +23,37 @@ inline void dispatch_integer(const char* op, const char* name, const Tensor& ten
   }
 }
 
+// The same of a floating-point dtype; false, without a call, for any other.
+template <typename Body>
+inline bool with_floating(ScalarType dtype, const Body& body) {
+  switch (dtype) {
+    case ScalarType::Double:
+      body(double{});
+      return true;
+    case ScalarType::Float:
+      body(float{});
+      return true;
+    case ScalarType::BFloat16:
+      body(BFloat16{});
+      return true;
+    case ScalarType::Half:
+      body(Half{});
+      return true;
+    default:
+      return false;
+  }
+}
+
+inline void check_floating(const char* op, const char* name, const Tensor& tensor) {
+  DMOE_CHECK(with_floating(tensor.scalar_type(), [](auto) {}), op, ": ", name,
+             ": expected a floating-point tensor, got ", toString(tensor.scalar_type()));
+}
+
 // The same of a floating-point tensor.
 template <typename Body>
 inline void dispatch_floating(const char* op, const char* name, const Tensor& tensor, const Body& body) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Double:
-      return body(double{});
-    case ScalarType::Float:
-      return body(float{});
-    case ScalarType::BFloat16:
-      return body(BFloat16{});
-    case ScalarType::Half:
-      return body(Half{});
-    default:
-      fail(op, ": ", name, ": expected a floating-point tensor, got ", toString(tensor.scalar_type()));
-  }
+  check_floating(op, name, tensor);
+  with_floating(tensor.scalar_type(), body);
 }
 
 }  // namespace dmoe

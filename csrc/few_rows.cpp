@@ -9,17 +9,12 @@
 #include <type_traits>
 
 #include "cpu_level.h"
+#include "dispatch.h"
 #include "few_rows_bf16.h"
 #include "few_rows_kernels.h"
 
 namespace dmoe {
 namespace few {
-
-// Element (row, k) of a matrix of T.
-template <typename T>
-const T* at(const Matrix& m, int64_t row, int64_t k) {
-  return static_cast<const T*>(m.data) + row * m.row_stride + k * m.col_stride;
-}
 
 // Row after row, with zeros behind it, in the order in which the steps of dot read them.
 template <int W, typename T>
@@ -245,7 +240,7 @@ void multiply_by_row(const Matrix& out, const Matrix& a, const Matrix& b, Scalar
     if (b.row_stride != 1 && b.col_stride != 1) {
       T* dense = static_cast<T*>(memory.get(b.rows * b.cols * sizeof(T)));
       for (int64_t k = 0; k < b.rows; ++k) {
-        for (int64_t column = 0; column < b.cols; ++column) dense[k * b.cols + column] = *few::at<T>(b, k, column);
+        for (int64_t column = 0; column < b.cols; ++column) dense[k * b.cols + column] = *at<T>(b, k, column);
       }
       right = row_major(dense, b.rows, b.cols, b.cols);
     }
@@ -261,12 +256,7 @@ void multiply_by_row(const Matrix& out, const Matrix& a, const Matrix& b, Scalar
       }
     }
   };
-  switch (dtype) {
-    case ScalarType::Double: return run(double{});
-    case ScalarType::Float: return run(float{});
-    case ScalarType::BFloat16: return run(BFloat16{});
-    default: return run(Half{});
-  }
+  with_floating(dtype, run);
 }
 
 }  // namespace dmoe

@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "check.h"
+#include "dispatch.h"
 #include "gate_rows.h"
 #include "simd.h"
 
@@ -51,13 +52,7 @@ void with_types(const Tensor& scores, const Tensor& ids, const Function& fn) {
   const auto with_id = [&](auto zero) {
     ids.scalar_type() == ScalarType::Long ? fn(zero, int64_t{}) : fn(zero, int32_t{});
   };
-  switch (scores.scalar_type()) {
-    case ScalarType::Double: return with_id(double{});
-    case ScalarType::Float: return with_id(float{});
-    case ScalarType::BFloat16: return with_id(BFloat16{});
-    case ScalarType::Half: return with_id(Half{});
-    default: fail("gate_weights: scores: expected a floating-point tensor, got ", toString(scores.scalar_type()));
-  }
+  dispatch_floating("gate_weights", "scores", scores, with_id);
 }
 
 const int32_t* rows_of(const optional<Tensor>& token_to_rows) {

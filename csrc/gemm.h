@@ -105,6 +105,12 @@ struct Matrix {
   int64_t row_stride, col_stride;
 };
 
+// Element (row, column) of a matrix of T.
+template <typename T>
+inline const T* at(const Matrix& m, int64_t row, int64_t column) {
+  return static_cast<const T*>(m.data) + row * m.row_stride + column * m.col_stride;
+}
+
 // (rows, cols) with `row_stride` elements from one row to the next; the data is written only where the matrix is `out`.
 inline Matrix row_major(const void* data, int64_t rows, int64_t cols, int64_t row_stride) {
   return {const_cast<void*>(data), rows, cols, row_stride, 1};

@@ -21,6 +21,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "check.h"
+#include "dispatch.h"
 #include "few_rows.h"
 #include "gemm.h"
 #include "moe_mlp.h"
@@ -864,13 +865,7 @@ void check(const Arguments& a) {
 template <typename Function>
 void dispatch(const Arguments& args, const Function& fn) {
   check(args);
-  switch (args.x.scalar_type()) {
-    case ScalarType::Double: return fn(double{});
-    case ScalarType::Float: return fn(float{});
-    case ScalarType::BFloat16: return fn(BFloat16{});
-    case ScalarType::Half: return fn(Half{});
-    default: fail("moe_mlp: x: expected float64, float32, bfloat16 or float16, got ", toString(args.x.scalar_type()));
-  }
+  dispatch_floating("moe_mlp", "x", args.x, fn);
 }
 
 template <typename T>

@@ -6,10 +6,9 @@
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include "check.h"
+#include "dispatch.h"
 #include "replicate.h"
 
 namespace dmoe {
@@ -108,22 +107,8 @@ Tensor replicate_backward(Tensor grad, Tensor bins) {
   const std::vector<int64_t> offsets = checked_offsets("replicate_backward", bins, grad.size(1));
   grad = as_contiguous(grad);
   Tensor out = torch::stable::new_empty(grad, {grad.size(0), bins.size(0)});
-  switch (grad.scalar_type()) {
-    case ScalarType::Half:
-      sum_values<c10::Half>(grad, offsets, out);
-      break;
-    case ScalarType::BFloat16:
-      sum_values<c10::BFloat16>(grad, offsets, out);
-      break;
-    case ScalarType::Float:
-      sum_values<float>(grad, offsets, out);
-      break;
-    case ScalarType::Double:
-      sum_values<double>(grad, offsets, out);
-      break;
-    default:
-      fail("replicate_backward: grad: expected a float dtype, got ", toString(grad.scalar_type()));
-  }
+  dispatch_floating("replicate_backward", "grad", grad,
+                    [&](auto zero) { sum_values<decltype(zero)>(grad, offsets, out); });
   return out;
 }
 

@@ -34,7 +34,7 @@ template <typename O>
 Matrix block_as(const Tensor& tensor, int64_t row, int64_t rows, int64_t column, int64_t columns, Scratch& room) {
   const int64_t width = tensor.size(1);
   Matrix out{};
-  dispatch_floating("router_product", "operand", tensor, [&](auto zero) {
+  with_floating(tensor.scalar_type(), [&](auto zero) {
     using From = decltype(zero);
     const auto* from = static_cast<const From*>(tensor.const_data_ptr()) + row * width + column;
     if constexpr (std::is_same_v<From, O>) {
@@ -57,7 +57,7 @@ template <typename O, typename Function>
 void into_block(Tensor& result, int64_t row, int64_t rows, int64_t column, int64_t columns, Scratch& room,
                 const Function& fn) {
   const int64_t width = result.size(1);
-  dispatch_floating("router_product_backward", "result", result, [&](auto zero) {
+  with_floating(result.scalar_type(), [&](auto zero) {
     using To = decltype(zero);
     auto* to = static_cast<To*>(result.mutable_data_ptr()) + row * width + column;
     if constexpr (std::is_same_v<To, O>) {
@@ -122,9 +122,13 @@ void run_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, Ten
   });
 }
 
+void check_matrix(const char* op, const char* name, const Tensor& tensor) {
+  check_dim(op, name, tensor, 2), check_floating(op, name, tensor);
+}
+
 std::tuple<Tensor, Tensor> router_product_backward(Tensor grad, Tensor x, Tensor weight) {
   constexpr const char* kOp = "router_product_backward";
-  check_dim(kOp, "grad", grad, 2), check_dim(kOp, "x", x, 2), check_dim(kOp, "weight", weight, 2);
+  check_matrix(kOp, "grad", grad), check_matrix(kOp, "x", x), check_matrix(kOp, "weight", weight);
   DMOE_CHECK(x.size(1) == weight.size(1) && grad.size(0) == x.size(0) && grad.size(1) == weight.size(0), kOp,
              ": expected grad (T, E), x (T, H) and weight (E, H), got ", shape_of(grad), ", ", shape_of(x), " and ",
              shape_of(weight));
@@ -133,7 +137,7 @@ std::tuple<Tensor, Tensor> router_product_backward(Tensor grad, Tensor x, Tensor
   Tensor grad_x = torch::stable::new_empty(x, {x.size(0), x.size(1)});
   Tensor grad_weight = torch::stable::new_empty(weight, {weight.size(0), weight.size(1)});
   if (x.size(0) == 0) return {grad_x, torch::stable::zero_(grad_weight)};
-  dispatch_floating(kOp, "grad", grads, [&](auto zero) {
+  with_floating(grads.scalar_type(), [&](auto zero) {
     run_backward<decltype(zero)>(grads, rows, weights, grad_x, grad_weight, grads.scalar_type());
   });
   return {grad_x, grad_weight};
@@ -146,24 +150,20 @@ Tensor router_product_op(Tensor x, Tensor weight, optional<Tensor> bias, ScalarT
 }  // namespace
 
 Tensor router_product(const Tensor& x, const Tensor& weight, const optional<Tensor>& bias, ScalarType dtype) {
-  check_dim("router_product", "x", x, 2), check_dim("router_product", "weight", weight, 2);
+  check_matrix("router_product", "x", x), check_matrix("router_product", "weight", weight);
   DMOE_CHECK(x.size(1) == weight.size(1), "router_product: expected x (T, H) and weight (E, H), got ", shape_of(x),
              " and ", shape_of(weight));
   const Tensor rows = torch::stable::contiguous(x), weights = torch::stable::contiguous(weight);
   optional<Tensor> column;  // (E, 1), so that it is cut as the weight is
   if (bias) {
+    check_floating("router_product", "bias", *bias);
     DMOE_CHECK(bias->numel() == weight.size(0), "router_product: bias: expected ", weight.size(0), " numbers, got ",
                bias->numel());
     column = torch::stable::reshape(torch::stable::contiguous(*bias), {weight.size(0), 1});
   }
   Tensor out = torch::stable::new_empty(x, {x.size(0), weight.size(0)}, dtype);
-  switch (dtype) {
-    case ScalarType::Double: run<double>(rows, weights, column, out, dtype); break;
-    case ScalarType::Float: run<float>(rows, weights, column, out, dtype); break;
-    case ScalarType::BFloat16: run<BFloat16>(rows, weights, column, out, dtype); break;
-    case ScalarType::Half: run<Half>(rows, weights, column, out, dtype); break;
-    default: fail("router_product: dtype: expected a floating-point one, got ", toString(dtype));
-  }
+  const bool known = with_floating(dtype, [&](auto zero) { run<decltype(zero)>(rows, weights, column, out, dtype); });
+  DMOE_CHECK(known, "router_product: dtype: expected a floating-point one, got ", toString(dtype));
   return out;
 }
 

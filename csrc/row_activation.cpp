@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "check.h"
+#include "dispatch.h"
 #include "moe_rows.h"
 #include "pages.h"
 
@@ -46,23 +47,12 @@ Shape check(const char* op, const Tensor& pre, const optional<Tensor>& row_scale
   return {pre.size(0), pre.size(1) / halves, pre.size(1)};
 }
 
-template <typename Function>
-void dispatch(const char* op, const Tensor& pre, const Function& fn) {
-  switch (pre.scalar_type()) {
-    case ScalarType::Double: return fn(double{});
-    case ScalarType::Float: return fn(float{});
-    case ScalarType::BFloat16: return fn(BFloat16{});
-    case ScalarType::Half: return fn(Half{});
-    default: fail(op, ": pre: expected float64, float32, bfloat16 or float16, got ", toString(pre.scalar_type()));
-  }
-}
-
 int64_t grain(const Shape& shape) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(shape.columns, 1)); }
 
 Tensor row_activation(Tensor pre, optional<Tensor> row_scale, string activation, bool gated) {
   const Shape shape = check("row_activation", pre, row_scale, gated);
   Tensor hidden = large_empty(pre, {shape.rows, shape.width});
-  dispatch("row_activation", pre, [&](auto zero) {
+  dispatch_floating("row_activation", "pre", pre, [&](auto zero) {
     using T = decltype(zero);
     using A = Accumulate<T>;
     const A* scale = row_scale ? data<A>(*row_scale) : nullptr;
@@ -88,7 +78,7 @@ std::tuple<Tensor, Tensor, Tensor> row_activation_backward(Tensor grad_hidden, T
   DMOE_CHECK(grad_hidden.numel() == shape.rows * shape.width, op, ": grad_hidden: expected (", shape.rows, ", ",
              shape.width, "), got ", shape_of(grad_hidden));
   Tensor grad_pre = large_empty_like(pre), hidden = large_empty_like(grad_hidden), dots;
-  dispatch(op, pre, [&](auto zero) {
+  dispatch_floating(op, "pre", pre, [&](auto zero) {
     using T = decltype(zero);
     using A = Accumulate<T>;
     constexpr auto kWide = torch::headeronly::CppTypeToScalarType<A>::value;

@@ -5,10 +5,9 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include "check.h"
+#include "dispatch.h"
 #include "topk_rows.h"
 
 namespace dmoe {
@@ -34,13 +33,8 @@ Tensor topk_indices(const Tensor& scores, int64_t k) {
              shape_of(scores), "), got ", k);
   DMOE_CHECK(num_experts < INT32_MAX, "topk_indices: scores: expected fewer than 2**31 experts, got ", num_experts);
   Tensor out = torch::stable::new_empty(contiguous, {scores.size(0), k}, ScalarType::Long);
-  switch (scores.scalar_type()) {
-    case ScalarType::Float: select<float>(contiguous, out, k); break;
-    case ScalarType::Double: select<double>(contiguous, out, k); break;
-    case ScalarType::BFloat16: select<torch::headeronly::BFloat16>(contiguous, out, k); break;
-    case ScalarType::Half: select<torch::headeronly::Half>(contiguous, out, k); break;
-    default: fail("topk_indices: scores: expected a floating-point tensor, got ", toString(scores.scalar_type()));
-  }
+  dispatch_floating("topk_indices", "scores", contiguous,
+                    [&](auto zero) { select<decltype(zero)>(contiguous, out, k); });
   return out;
 }
 

@@ -11,18 +11,14 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include "check.h"
+#include "dispatch.h"
 #include "pages.h"
 #include "unpermute.h"
 
 namespace dmoe {
 namespace {
-
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
 
 // Sums are kept in float64 for float64 rows, in float32 for every other dtype; gate weights are read as that type.
 template <typename Scalar>
@@ -30,18 +26,6 @@ using Sum = std::conditional_t<std::is_same_v<Scalar, double>, double, float>;
 
 ScalarType sum_type(const Tensor& rows) {
   return rows.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-// Calls fn(Scalar()) for the dtype of `rows`.
-template <typename Function>
-void for_dtype(const char* op, const char* name, const Tensor& rows, const Function& fn) {
-  switch (rows.scalar_type()) {
-    case ScalarType::Float: return fn(float());
-    case ScalarType::Double: return fn(double());
-    case ScalarType::BFloat16: return fn(BFloat16());
-    case ScalarType::Half: return fn(Half());
-    default: fail(op, ": ", name, ": expected a floating-point tensor, got ", toString(rows.scalar_type()));
-  }
 }
 
 Tensor unpermute(const Tensor& rows, const std::optional<Tensor>& gate_weights, const Tensor& row_to_token,
@@ -60,7 +44,7 @@ Tensor unpermute(const Tensor& rows, const std::optional<Tensor>& gate_weights, 
   const auto* offset = static_cast<const int32_t*>(offsets.data_ptr());
   const auto* row_of = static_cast<const int32_t*>(rows_of.data_ptr());
   std::atomic<int64_t> bad_token{-1};
-  for_dtype("unpermute", "rows", rows, [&](auto scalar) {
+  dispatch_floating("unpermute", "rows", rows, [&](auto scalar) {
     using Scalar = decltype(scalar);
     const auto* from = static_cast<const Scalar*>(source.data_ptr());
     const auto* weight = weights ? static_cast<const Sum<Scalar>*>(weights->data_ptr()) : nullptr;
@@ -122,7 +106,7 @@ std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad, const Tensor& 
   const auto* slot_of = static_cast<const int32_t*>(slots_of.data_ptr());
   const auto* offset = static_cast<const int32_t*>(offsets.data_ptr());
   std::atomic<int64_t> bad_row{-1};
-  for_dtype(kOp, "rows", rows, [&](auto scalar) {
+  dispatch_floating(kOp, "rows", rows, [&](auto scalar) {
     using Scalar = decltype(scalar);
     const auto* dy = static_cast<const Scalar*>(upstream.data_ptr());
     const auto* values = static_cast<const Scalar*>(source.data_ptr());

@@ -15,6 +15,7 @@
 
 #include "check.h"
 #include "cpu_level.h"
+#include "dispatch.h"
 #include "few_rows_lanes.h"
 
 namespace dmoe {
@@ -331,12 +332,7 @@ void decode_block(const QuantizedMatrix& weight, int64_t first_row, int64_t end_
   const int64_t most = (end_column - first_column) / weight.block_columns + 2;
   std::vector<float> scales(2 * most, 0.0f);
   float* zeros = scales.data() + most;  // stay 0 where there are none
-  switch (dtype) {
-    case ScalarType::Float: return decode_as<float>(weight, block, scales.data(), zeros, to);
-    case ScalarType::Double: return decode_as<double>(weight, block, scales.data(), zeros, to);
-    case ScalarType::BFloat16: return decode_as<BFloat16>(weight, block, scales.data(), zeros, to);
-    default: return decode_as<Half>(weight, block, scales.data(), zeros, to);
-  }
+  with_floating(dtype, [&](auto zero) { decode_as<decltype(zero)>(weight, block, scales.data(), zeros, to); });
 }
 
 }  // namespace dmoe

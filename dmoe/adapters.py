@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dmoe.expert_slice import scaled
-from dmoe.ops._checks import check_tensors
+from dmoe.ops._checks import check_integer, check_tensors
 
 if TYPE_CHECKING:
     from dmoe.expert_weights import ExpertWeights
@@ -168,8 +168,7 @@ def _check_factors(name: str, factors: LowRank, projection: str, weights: Expert
 
 def _check_ids(ids: Any, count: int, weights: ExpertWeights, leading: Sequence[int]) -> None:
     check_tensors("moe_mlp", adapter_ids=ids)
-    if ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"moe_mlp: adapter_ids: expected int32 or int64, got {ids.dtype}")
+    check_integer("moe_mlp", adapter_ids=ids)
     if tuple(ids.shape) != tuple(leading) or ids.device != weights.up_proj.device:
         raise ValueError(
             f"moe_mlp: adapter_ids: expected one for each token, shape {tuple(leading)} on {weights.up_proj.device}, "

@@ -16,7 +16,7 @@ from dmoe.activations import Activation
 from dmoe.adapters import Adapters, check_adapters
 from dmoe.config import CODED_BACKENDS, COMPOSED_BACKENDS, Backend, ExpertCompute, GateWeightOn, SavedActivations
 from dmoe.expert_weights import ExpertWeights
-from dmoe.ops._checks import check_tensors
+from dmoe.ops._checks import check_floating, check_tensors
 from dmoe.ops.moe_mlp import has_tangent
 from dmoe.plan import RoutingPlan
 from dmoe.strides import is_interleaved, is_transposed
@@ -124,16 +124,13 @@ def check_call(
     """
     options = options._replace(activation=read_given(options.activation, "moe_mlp", weights.gated))
     _check_options(options)
-    if not x.is_floating_point():
-        raise TypeError(f"moe_mlp: x: expected a floating-point tensor, got {x.dtype}")
+    check_floating("moe_mlp", x=x, gate_weights=gate_weights)
     expected = (*leading, weights.hidden_size)
     if x.shape != expected:
         raise ValueError(
             f"moe_mlp: x: expected shape {expected} (tokens of the routing, hidden size of the weights), got "
             f"{tuple(x.shape)}"
         )
-    if not gate_weights.is_floating_point():
-        raise TypeError(f"moe_mlp: gate_weights: expected a floating-point tensor, got {gate_weights.dtype}")
     if has_tangent(x):
         raise RuntimeError("moe_mlp: forward-mode differentiation (jvp) is not supported; use reverse mode")
     devices = {x.device, weights.up_proj.device, gate_weights.device, indices.device}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmoe.ops._checks import check_tensors
+from dmoe.ops._checks import check_floating, check_tensors
 from dmoe.ops._moe_mlp_call import PROJECTIONS, WEIGHTS
 from dmoe.ops.moe_mlp_deferred import Later, defer
 from dmoe.quantized_weight import QuantizedWeight
@@ -104,8 +104,8 @@ class ExpertWeights:
             raise ValueError(
                 f"ExpertWeights: gate_proj: expected None with gated=False, got shape {tuple(self.gate_proj.shape)}"
             )
-        if isinstance(self.up_proj, Tensor) and not self.up_proj.is_floating_point():
-            raise TypeError(f"ExpertWeights: up_proj: expected a floating-point tensor, got {self.up_proj.dtype}")
+        if isinstance(self.up_proj, Tensor):
+            check_floating("ExpertWeights", up_proj=self.up_proj)
         if any(not isinstance(size, int) or size < 1 for size in self.ffn_sizes):
             raise ValueError(
                 f"ExpertWeights: ffn_sizes: expected integers of at least 1, one for each expert, got {self.ffn_sizes}"

@@ -32,6 +32,28 @@ def check_tensors(op: str, **values: Any) -> None:
             raise TypeError(f"{op}: {name}: expected a tensor, got {type(value).__name__}")
 
 
+def check_floating(op: str, **tensors: Tensor | None) -> None:
+    """Each is a floating-point tensor, or None; the keyword is the name that errors use.
+
+    Raises:
+        TypeError: another dtype.
+    """
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_floating_point():
+            raise TypeError(f"{op}: {name}: expected a floating-point tensor, got {tensor.dtype}")
+
+
+def check_integer(op: str, **tensors: Tensor) -> None:
+    """Each is an int32 or int64 tensor; the keyword is the name that errors use.
+
+    Raises:
+        TypeError: another dtype.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{op}: {name}: expected dtype int32 or int64, got {tensor.dtype}")
+
+
 def check_plain(op: str, **tensors: Tensor) -> None:
     """None is a tensor made of other tensors, such as torchao's quantised weights, which no operation of ours takes.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dmoe.ops._checks import known
+from dmoe.ops._checks import check_floating, known
 from dmoe.ops._library import define
 
 
@@ -142,8 +142,7 @@ def balanced_assignment(scores: Tensor) -> Tensor:
         TypeError: ``scores`` is not floating point.
         ValueError: ``scores`` is not two-dimensional, E is 0, or T is not a multiple of E.
     """
-    if not scores.is_floating_point():
-        raise TypeError(f"balanced_assignment: scores: expected a floating-point tensor, got {scores.dtype}")
+    check_floating("balanced_assignment", scores=scores)
     if scores.ndim != 2:
         raise ValueError(f"balanced_assignment: scores: expected shape (T, E), got {tuple(scores.shape)}")
     num_tokens, num_experts = scores.shape

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmoe.ops._checks import check_floating, check_integer
 from dmoe.ops._library import define, refuse_double_backward, register_autograd
 
 
@@ -127,8 +128,11 @@ def gate_weights(
         ``(T, K)`` in the scores' dtype.
 
     Raises:
+        TypeError: ``scores`` is not floating point, or ``expert_indices`` is not int32 or int64.
         ValueError: shapes that do not fit, or p < 1.
     """
+    check_floating("gate_weights", scores=scores)
+    check_integer("gate_weights", expert_indices=expert_indices)
     fits = scores.dim() == 2 and expert_indices.dim() == 2 and scores.shape[0] == expert_indices.shape[0]
     if not fits or (token_to_rows is not None and token_to_rows.shape != expert_indices.shape):
         raise ValueError(

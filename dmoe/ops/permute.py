@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmoe.ops._checks import check_index_tensors
+from dmoe.ops._checks import check_floating, check_index_tensors
 from dmoe.ops._library import define, refuse_double_backward, register_autograd
 from dmoe.ops.activation import accumulate_dtype
 
@@ -206,8 +206,7 @@ def unpermute(
     """
     if rows.ndim != 2:
         raise ValueError(f"unpermute: rows: expected shape (R, H), got {tuple(rows.shape)}")
-    if not rows.is_floating_point():
-        raise TypeError(f"unpermute: rows: expected a floating-point tensor, got {rows.dtype}")
+    check_floating("unpermute", rows=rows, gate_weights=gate_weights)
     check_index_tensors(
         "unpermute",
         rows.device,
@@ -225,8 +224,6 @@ def unpermute(
     if token_offsets.shape[0] == 0:
         raise ValueError("unpermute: token_offsets: expected shape (T + 1,) with a leading 0, got (0,)")
     if gate_weights is not None:
-        if not gate_weights.is_floating_point():
-            raise TypeError(f"unpermute: gate_weights: expected a floating-point tensor, got {gate_weights.dtype}")
         if gate_weights.device != rows.device:
             raise ValueError(f"unpermute: gate_weights: expected on {rows.device}, got {gate_weights.device}")
         if gate_weights.numel() != token_rows.shape[0]:

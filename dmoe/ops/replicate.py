@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmoe.ops._checks import known
+from dmoe.ops._checks import check_integer, known
 from dmoe.ops._library import define, register_autograd
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -97,8 +97,7 @@ def replicate(x: Tensor, bins: Tensor, length: int) -> Tensor:
     """
     if x.dtype not in _DTYPES:
         raise TypeError(f"replicate: x: expected a float dtype or int16, int32, int64, got {x.dtype}")
-    if bins.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"replicate: bins: expected dtype int32 or int64, got {bins.dtype}")
+    check_integer("replicate", bins=bins)
     if x.dim() not in (1, 2) or x.shape[-1] < 1:
         raise ValueError(f"replicate: x: expected shape (B, E) or (E,) with E >= 1, got {tuple(x.shape)}")
     if tuple(bins.shape) != (x.shape[-1],):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmoe.ops._checks import check_floating
 from dmoe.ops._library import count_flops, define, refuse_double_backward, register_autograd
 from dmoe.ops._trust import Subject
 from dmoe.ops.grouped_gemm_invariant import linear_invariant
@@ -203,9 +204,11 @@ def router_logits(
         ``(T, E)`` in ``dtype``.
 
     Raises:
+        TypeError: an operand is not floating point.
         ValueError: the last dimensions differ.
     """
     count_flops()
+    check_floating("router_logits", x=x, weight=weight, bias=bias)
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(
             f"router_logits: expected x (T, H) and weight (E, H), got {tuple(x.shape)} and {tuple(weight.shape)}"

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmoe.ops._checks import check_floating
 from dmoe.ops._library import define, refuse_double_backward, register_autograd
 
 SCORE_FUNCTIONS = ("softmax", "sigmoid", "sqrt_softplus")
@@ -152,15 +153,14 @@ def router_scores(
         scores ``(T, E)`` and log_z ``(T,)`` or None, in the logits' dtype.
 
     Raises:
-        ValueError: unknown score function, or logits that are not ``(T, E)`` floating point.
+        TypeError: logits that are not floating point.
+        ValueError: unknown score function, or logits that are not ``(T, E)``.
     """
     if score_function not in SCORE_FUNCTIONS:
         raise ValueError(f"router_scores: score_function: expected one of {SCORE_FUNCTIONS}, got {score_function!r}")
-    if router_logits.dim() != 2 or not router_logits.is_floating_point():
-        raise ValueError(
-            f"router_scores: router_logits: expected (T, E) floating point, got {tuple(router_logits.shape)} "
-            f"{router_logits.dtype}"
-        )
+    check_floating("router_scores", router_logits=router_logits)
+    if router_logits.dim() != 2:
+        raise ValueError(f"router_scores: router_logits: expected shape (T, E), got {tuple(router_logits.shape)}")
     run = router_scores_ref if backend == "reference" else _invariant if batch_invariant else _forward
     scores, log_z = run(router_logits, score_function, with_log_z)
     return scores, log_z if with_log_z else None

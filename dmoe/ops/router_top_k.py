@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dmoe.ops._checks import check_integer
 from dmoe.ops._library import define, has_kernel, on_gpu, refuse_double_backward, register_autograd
 from dmoe.ops._trust import Subject
 from dmoe.ops.gate_weights import gate_weights, gate_weights_backward_ref
@@ -333,8 +334,11 @@ def router_top_k(
         batch_invariant: see :func:`router_scores`.
 
     Raises:
+        TypeError: logits that are not floating point, or ``expert_indices`` that are not int32 or int64.
         ValueError: logits or a score function that :func:`router_scores` refuses.
     """
+    if expert_indices is not None:
+        check_integer("router_top_k", expert_indices=expert_indices)
     known = rule.score_function in ("softmax", "sigmoid")  # to the kernel
     if (
         not with_weights

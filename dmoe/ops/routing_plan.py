@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dmoe.ops._checks import known
+from dmoe.ops._checks import check_integer, known
 from dmoe.ops._library import define
 from dmoe.ops.tile_table import tile_bound, tile_table_ref
 from dmoe.sizes import smaller
@@ -188,8 +188,7 @@ def routing_plan(
             tokens in range.
     """
     name = "routing_plan"
-    if expert_indices.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name}: expert_indices: expected dtype int32 or int64, got {expert_indices.dtype}")
+    check_integer(name, expert_indices=expert_indices)
     if expert_indices.dim() != 2 or expert_indices.shape[1] < 1:
         raise ValueError(
             f"{name}: expert_indices: expected shape (T, K) with K >= 1, got {tuple(expert_indices.shape)}"
@@ -208,8 +207,7 @@ def routing_plan(
         )
     T, K = expert_indices.shape
     if token_order is not None:
-        if token_order.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{name}: token_order: expected dtype int32 or int64, got {token_order.dtype}")
+        check_integer(name, token_order=token_order)
         if tuple(token_order.shape) != (T,):
             raise ValueError(f"{name}: token_order: expected shape ({T},), got {tuple(token_order.shape)}")
         if token_order.device != expert_indices.device:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dmoe.ops._checks import known
+from dmoe.ops._checks import check_floating, known
 from dmoe.ops._library import define
 
 
@@ -40,8 +40,7 @@ def topk_indices(scores: Tensor, k: int) -> Tensor:
         TypeError: ``scores`` is not floating point.
         ValueError: ``scores`` is not two-dimensional, or ``k`` is not in 1 to E.
     """
-    if not scores.is_floating_point():
-        raise TypeError(f"topk_indices: scores: expected a floating-point tensor, got {scores.dtype}")
+    check_floating("topk_indices", scores=scores)
     if scores.ndim != 2:
         raise ValueError(f"topk_indices: scores: expected shape (T, E), got {tuple(scores.shape)}")
     if known(k < 1) or known(k > scores.shape[1]):

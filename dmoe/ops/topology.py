@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dmoe.ops._checks import known
+from dmoe.ops._checks import check_integer, known
 from dmoe.ops._library import define, on_gpu
 from dmoe.ops._trust import Guard, on_its_own_arguments
 
@@ -71,8 +71,7 @@ def topology(expert_offsets: Tensor, block_size: int, ffn_blocks_per_expert: int
         RuntimeError: an offset that breaks the rules above or exceeds ``num_row_blocks * block_size``, on the CPU. On
             CUDA such offsets give unspecified columns in range, or -1.
     """
-    if expert_offsets.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"topology: expert_offsets: expected dtype int32 or int64, got {expert_offsets.dtype}")
+    check_integer("topology", expert_offsets=expert_offsets)
     if expert_offsets.dim() != 1 or expert_offsets.shape[0] < 2:
         raise ValueError(f"topology: expert_offsets: expected shape (E+1,), got {tuple(expert_offsets.shape)}")
     if block_size < 1:

@@ -220,7 +220,7 @@ def test_what_does_not_fit_is_said():
         moe_mlp(x, indices.clamp(max=1), gates, widths, adapters=dmoe.Adapters(halves))
     with pytest.raises(RuntimeError, match="adapter_ids: expected numbers of 1 adapters, or -1 for none, got 0 to 1"):
         moe_mlp(x, indices, gates, weights, adapters=[adapters], adapter_ids=torch.arange(T) % 2)
-    with pytest.raises(TypeError, match=r"adapter_ids: expected int32 or int64, got torch\.float32"):
+    with pytest.raises(TypeError, match=r"adapter_ids: expected dtype int32 or int64, got torch\.float32"):
         moe_mlp(x, indices, gates, weights, adapters=[adapters], adapter_ids=torch.zeros(T))
     with pytest.raises(ValueError, match=r"adapter_ids: expected one for each token, shape \(23,\) on cpu, got \(2,\)"):
         moe_mlp(x, indices, gates, weights, adapters=[adapters], adapter_ids=torch.zeros(2, dtype=torch.int32))

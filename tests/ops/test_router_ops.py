@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmoe.ops import gate_weights, router_logits, router_scores
+from dmoe.ops._library import compiled
 from dmoe.ops.gate_weights import gate_weights_backward_ref, gate_weights_ref
 from dmoe.ops.router_logits import router_logits_ref
 from dmoe.ops.router_scores import router_scores_ref
+from dmoe.ops.router_top_k import TopKRule, router_top_k
 
 
 @given(st.integers(0, 7), st.integers(1, 9), st.integers(1, 6), st.booleans(), st.integers(0, 2**20))
@@ -168,19 +170,46 @@ def test_second_derivatives_are_refused_in_one_sentence():
         first.sum().backward()
 
 
+SCORES, FEW = torch.rand(2, 3), torch.zeros(2, 1).long()
+
+
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("call", "error", "message"),
     [
-        (lambda: router_logits(torch.randn(2, 3), torch.randn(4, 5)), r"router_logits: .*\(2, 3\) and \(4, 5\)"),
-        (lambda: router_scores(torch.randn(2, 3), "tanh"), "router_scores: score_function: expected one of .*'tanh'"),
-        (lambda: router_scores(torch.randn(3)), r"router_scores: router_logits: expected \(T, E\)"),
-        (lambda: gate_weights(torch.rand(2, 3), torch.zeros(3, 1).long()), r"gate_weights: expected scores \(T, E\)"),
+        (lambda: router_logits(SCORES, torch.randn(4, 5)), ValueError, r"router_logits: .*\(2, 3\) and \(4, 5\)"),
+        (lambda: router_logits(FEW, SCORES), TypeError, "router_logits: x: expected a floating-point tensor, got"),
+        (lambda: router_logits(SCORES, SCORES, FEW), TypeError, "router_logits: bias: expected a floating-point"),
+        (lambda: router_scores(SCORES, "tanh"), ValueError, "router_scores: score_function: expected one of .*'tanh'"),
+        (lambda: router_scores(torch.randn(3)), ValueError, r"router_scores: router_logits: expected shape \(T, E\)"),
+        (lambda: router_scores(FEW), TypeError, "router_scores: router_logits: expected a floating-point tensor"),
+        (lambda: gate_weights(SCORES, FEW.new_zeros(3, 1)), ValueError, r"gate_weights: expected scores \(T, E\)"),
+        (lambda: gate_weights(FEW, FEW), TypeError, "gate_weights: scores: expected a floating-point tensor, got"),
+        (lambda: gate_weights(SCORES, SCORES), TypeError, "gate_weights: expert_indices: expected dtype int32 or"),
         (
-            lambda: gate_weights(torch.rand(2, 3), torch.zeros(2, 1).long(), normalization=0.5),
+            lambda: gate_weights(SCORES, FEW, normalization=0.5),
+            ValueError,
             "gate_weights: normalization: expected a finite p >= 1",
         ),
+        (
+            lambda: router_top_k(SCORES, TopKRule(1), expert_indices=SCORES),
+            TypeError,
+            "router_top_k: expert_indices: expected dtype int32 or int64, got torch.float32",
+        ),
     ],
-)  # fmt: skip
-def test_errors_name_the_operation(call, message):
-    with pytest.raises(ValueError, match=message):
+)
+def test_errors_name_the_operation(call, error, message):
+    with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.skipif(not compiled, reason="checks of the compiled operation, which is not built here")
+@pytest.mark.parametrize("operand", ["x", "weight", "bias"])
+def test_the_compiled_product_names_an_operand_of_integers(operand):
+    given = {"x": torch.randn(2, 3), "weight": torch.randn(4, 3), "bias": torch.randn(4)}
+    given[operand] = given[operand].long()
+    message = "router_product{}: {}: expected a floating-point tensor, got Long"
+    with pytest.raises(RuntimeError, match=message.format("", operand)):
+        OPS.router_product(*given.values(), torch.float32)
+    if operand != "bias":
+        with pytest.raises(RuntimeError, match=message.format("_backward", operand)):
+            OPS.router_product_backward(torch.randn(2, 4), given["x"], given["weight"])

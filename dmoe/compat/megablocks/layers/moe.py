@@ -41,7 +41,7 @@ from dmoe.compat.megablocks.layers.balance import (
 )
 from dmoe.compat.megablocks.layers.overrides import is_untouched, is_unwatched, steps
 from dmoe.compat.megablocks.layers.parameters import ExpertParameters
-from dmoe.ops._checks import check_tensors
+from dmoe.ops._checks import check_floating, check_tensors
 from dmoe.ops.histogram import histogram
 from dmoe.outputs import as_output
 from dmoe.parallel import AllToAllDispatcher, Dispatched
@@ -307,8 +307,7 @@ class MoE(nn.Module):
         """
         name, hidden = type(self).__name__, self.args.hidden_size
         check_tensors(name, x=x)
-        if not x.is_floating_point():
-            raise TypeError(f"{name}: x: expected a floating-point tensor, got {x.dtype}")
+        check_floating(name, x=x)
         if x.dim() < 1 or x.shape[-1] != hidden:
             raise ValueError(f"{name}: x: expected shape (..., hidden_size = {hidden}), got {tuple(x.shape)}")
         x = common.cast_if_autocast_enabled(x)
