@@ -80,10 +80,11 @@ void run(const Matrix& out, const Matrix& a, const Matrix& b, bool accumulate) {
   const int64_t block_rows = (tiles + blocks - 1) / blocks * kRows;
   auto* a_items = static_cast<Item*>(packed_a.get((block_rows / kRows * of_tile) * sizeof(Item)));
   auto* b_items = static_cast<Item*>(packed_b.get(items * kColumns * sizeof(Item)));
-  // With several parts of a sum every panel's sums wait for the last part, else one panel's at a time.
+  // With several parts of a sum every panel's sums wait for the last part; else a tile's are put while the first cache
+  // has them.
   const bool in_parts = a.cols > most;
-  const int64_t panels = in_parts ? (columns + kColumns - 1) / kColumns : 1;
-  auto* sums = static_cast<float*>(sums_of_panels.get(panels * block_rows * kColumns * sizeof(float)));
+  const int64_t waiting = in_parts ? (columns + kColumns - 1) / kColumns * block_rows : kRows;
+  auto* sums = static_cast<float*>(sums_of_panels.get(waiting * kColumns * sizeof(float)));
 
   for (int64_t first = 0; first < rows; first += block_rows) {
     const int64_t count = std::min(block_rows, rows - first);
@@ -97,16 +98,18 @@ void run(const Matrix& out, const Matrix& a, const Matrix& b, bool accumulate) {
         const int64_t width = std::min(kColumns, columns - column);
         Kind::pack_b(b, begin, inner, column, width, b_items);
         T* to = static_cast<T*>(out.data) + first * out.row_stride + column;
-        float* panel = sums + (in_parts ? column / kColumns * block_rows * kColumns : 0);
         const bool in_place = std::is_same_v<T, float> && width == kColumns;
         const bool add = begin > 0 || (in_place && accumulate);
-        float* c = in_place ? reinterpret_cast<float*>(to) : panel;
-        const int64_t stride = in_place ? out.row_stride : kColumns;
         for (int64_t row = 0; row < count; row += kRows) {
-          Kind::tile({a_items + row / kRows * of_tile, b_items, (inner + Kind::kNumbers - 1) / Kind::kNumbers,
-                      c + row * stride, stride, static_cast<int>(std::min(kRows, count - row)), by_rows, add});
+          const int64_t height = std::min(kRows, count - row);
+          T* to_row = to + row * out.row_stride;
+          float* c = in_place   ? reinterpret_cast<float*>(to_row)
+                     : in_parts ? sums + (column / kColumns * block_rows + row) * kColumns
+                                : sums;
+          Kind::tile({a_items + row / kRows * of_tile, b_items, (inner + Kind::kNumbers - 1) / Kind::kNumbers, c,
+                      in_place ? out.row_stride : kColumns, static_cast<int>(height), by_rows, add});
+          if (!in_place && last) Kind::put(c, height, width, to_row, out.row_stride, accumulate);
         }
-        if (!in_place && last) Kind::put(panel, count, width, to, out.row_stride, accumulate);
       }
     }
   }
