@@ -16,7 +16,7 @@
 namespace dmoe {
 namespace blocked {
 
-constexpr int64_t kAhead = 24;  // rows of `b` that are asked for in advance: each is in another page than the one before
+constexpr int64_t kAhead = 48;  // rows of `b` that are asked for in advance: each is in another page than the one before
 
 using few::round_up;
 
