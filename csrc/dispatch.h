@@ -44,16 +44,15 @@ inline bool with_floating(ScalarType dtype, const Body& body) {
   }
 }
 
-inline void check_floating(const char* op, const char* name, const Tensor& tensor) {
-  DMOE_CHECK(with_floating(tensor.scalar_type(), [](auto) {}), op, ": ", name,
-             ": expected a floating-point tensor, got ", toString(tensor.scalar_type()));
-}
-
 // The same of a floating-point tensor.
 template <typename Body>
 inline void dispatch_floating(const char* op, const char* name, const Tensor& tensor, const Body& body) {
-  check_floating(op, name, tensor);
-  with_floating(tensor.scalar_type(), body);
+  DMOE_CHECK(with_floating(tensor.scalar_type(), body), op, ": ", name, ": expected a floating-point tensor, got ",
+             toString(tensor.scalar_type()));
+}
+
+inline void check_floating(const char* op, const char* name, const Tensor& tensor) {
+  dispatch_floating(op, name, tensor, [](auto) {});
 }
 
 }  // namespace dmoe
